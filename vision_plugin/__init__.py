@@ -6,4 +6,60 @@ needs them.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vision_plugin import _hosts
+
+if TYPE_CHECKING:
+    from vision_plugin import activations, demo, kernels, metrics, models, report, sae, steering
+    from vision_plugin.models import VisionBridge, load_model, wrap
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "VisionBridge": "models",
+    "load_model": "models",
+    "wrap": "models",
+}
+"""Public names to the packages that define them."""
+
+_PACKAGES = (
+    "activations",
+    "demo",
+    "kernels",
+    "metrics",
+    "models",
+    "report",
+    "sae",
+    "steering",
+)
+
+__all__ = [
+    "VisionBridge",
+    "activations",
+    "demo",
+    "kernels",
+    "load_model",
+    "metrics",
+    "models",
+    "report",
+    "sae",
+    "steering",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+_hosts.register()

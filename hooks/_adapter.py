@@ -1,0 +1,227 @@
+"""What every vision adapter has in common: sizes, the component mapping, token layout, output."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    LinearBridge,
+    MLPBridge,
+    NormalizationBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from vision_plugin.hooks._components import (
+    EmbeddingBridge,
+    EmbeddingNormBridge,
+    PositionEmbeddingBridge,
+    VisionAttentionBridge,
+    VisionBlockBridge,
+)
+from vision_plugin.models import TokenLayout
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a vision tower, read from the native module."""
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    d_mlp: int
+    image_size: tuple[int, int]
+    """Height and width in pixels that the checkpoint was made for."""
+    patch_size: tuple[int, int]
+    n_cls: int = 1
+    n_registers: int = 0
+    eps: float = 1e-5
+    act_fn: str = "gelu"
+    n_channels: int = 3
+
+    def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
+        """Which row of the residual stream is which kind of token."""
+        height, width = image_size or self.image_size
+        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        return TokenLayout(n_cls=self.n_cls, n_registers=self.n_registers, grid=grid)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a family keeps its parts: dotted module paths from the module that is wrapped.
+
+    The paths from ``ln1`` to ``mlp_out`` count from the block, those from ``q`` to ``o`` from the
+    attention, ``mlp_in`` and ``mlp_out`` from the MLP.
+    """
+
+    embed: str
+    blocks: str
+    ln1: str
+    attn: str
+    q: str
+    k: str
+    v: str
+    o: str
+    ln2: str
+    mlp: str
+    mlp_in: str
+    mlp_out: str
+    ln_final: str | None = None
+    pos_embed: str | None = None
+    embed_ln: str | None = None
+    unembed: str | None = None
+
+
+class VisionArchitectureAdapter(ArchitectureAdapter):
+    """Base of the vision adapters; a family states its sizes and its paths.
+
+    The component mapping is made in :meth:`prepare_model`, when the module is at hand: the same
+    class then serves TransformerLens's own loaders, which know only the configuration, and
+    ``vision_plugin.wrap``.
+    """
+
+    supports_generation = False
+    supports_hf_output_attentions = False
+    supports_causal_loss = False
+    applicable_phases: ClassVar[list[int]] = [1]
+
+    attention: type[VisionAttentionBridge] = VisionAttentionBridge
+
+    def __init__(self, cfg: TransformerBridgeConfig) -> None:
+        super().__init__(cfg)
+        cfg.is_visual_model = True
+        cfg.normalization_type = "LN"
+        cfg.positional_embedding_type = "standard"
+        cfg.attention_dir = "bidirectional"
+        cfg.final_rms = False
+        cfg.gated_mlp = False
+        cfg.attn_only = False
+
+    @classmethod
+    @abstractmethod
+    def dimensions(cls, module: nn.Module) -> Dimensions:
+        """Read the tower's sizes from the native module."""
+
+    @abstractmethod
+    def paths(self, module: nn.Module) -> Paths:
+        """Say where the native module keeps its parts."""
+
+    def image_output(self, output: Any) -> Tensor:
+        """The tensor a bridge returns, from what the native forward returned."""
+        logits = getattr(output, "logits", None)
+        tensor: Tensor = logits if logits is not None else output.last_hidden_state
+        return tensor
+
+    def pooled(self, output: Any) -> Tensor:
+        """One vector per image, [batch, d], before any projection to a joint space."""
+        pooled: Tensor = output.pooler_output
+        return pooled
+
+    has_joint_space: bool = False
+    """Whether ``logits`` of the output live in a space shared with text."""
+
+    def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
+        """Text embeddings in the joint space, not normalised, [batch, d_embed]."""
+        raise ValueError(
+            f"{type(module).__name__} has no text tower. Load a checkpoint that has one "
+            "(a CLIPModel, say) to embed text."
+        )
+
+    def logit_scale(self, module: nn.Module) -> float:
+        """What cosine similarities are multiplied by before the softmax."""
+        scale = getattr(module, "logit_scale", None)
+        if scale is None:
+            raise ValueError(
+                f"{type(module).__name__} has no logit scale: it was not loaded together with "
+                "its text tower."
+            )
+        return float(scale.detach().exp())
+
+    def prepare_model(self, hf_model: nn.Module) -> None:
+        """Take the sizes from the module and lay out the component mapping."""
+        dims = self.dimensions(hf_model)
+        set_dimensions(self.cfg, dims)
+        self.tower_dimensions = dims
+        self.component_mapping = self.mapping(self.paths(hf_model))
+
+    def mapping(self, paths: Paths) -> dict[str, GeneralizedComponent]:
+        """TransformerLens's component mapping for a pre-LayerNorm vision transformer."""
+        mapping: dict[str, GeneralizedComponent] = {"embed": EmbeddingBridge(name=paths.embed)}
+        if paths.pos_embed is not None:
+            mapping["pos_embed"] = PositionEmbeddingBridge(name=paths.pos_embed)
+        if paths.embed_ln is not None:
+            mapping["embed_ln"] = EmbeddingNormBridge(
+                name=paths.embed_ln, config=self.cfg, use_native_layernorm_autograd=True
+            )
+        mapping["blocks"] = self.block(paths)
+        if paths.ln_final is not None:
+            mapping["ln_final"] = self.norm(paths.ln_final)
+        if paths.unembed is not None:
+            mapping["unembed"] = LinearBridge(name=paths.unembed)
+        return mapping
+
+    def block(self, paths: Paths) -> VisionBlockBridge:
+        """One block of the mapping; TransformerLens copies it for every layer."""
+        attention = self.attention(
+            name=paths.attn,
+            config=self.cfg,
+            is_causal=False,
+            submodules={
+                "q": LinearBridge(name=paths.q),
+                "k": LinearBridge(name=paths.k),
+                "v": LinearBridge(name=paths.v),
+                "o": LinearBridge(name=paths.o),
+            },
+        )
+        mlp = MLPBridge(
+            name=paths.mlp,
+            config=self.cfg,
+            submodules={
+                "in": LinearBridge(name=paths.mlp_in),
+                "out": LinearBridge(name=paths.mlp_out),
+            },
+        )
+        return VisionBlockBridge(
+            name=paths.blocks,
+            submodules={
+                "ln1": self.norm(paths.ln1),
+                "attn": attention,
+                "ln2": self.norm(paths.ln2),
+                "mlp": mlp,
+            },
+        )
+
+    def norm(self, path: str) -> NormalizationBridge:
+        """A LayerNorm that keeps the native arithmetic."""
+        return NormalizationBridge(name=path, config=self.cfg, use_native_layernorm_autograd=True)
+
+
+def set_dimensions(cfg: TransformerBridgeConfig, dims: Dimensions) -> None:
+    """Write a tower's sizes into a bridge configuration."""
+    cfg.d_model = dims.d_model
+    cfg.n_heads = dims.n_heads
+    cfg.d_head = dims.d_model // dims.n_heads
+    cfg.n_layers = dims.n_layers
+    cfg.d_mlp = dims.d_mlp
+    cfg.n_ctx = dims.layout().n_tokens
+    cfg.eps = dims.eps
+    cfg.act_fn = dims.act_fn
+
+
+def bridge_config(dims: Dimensions, architecture: str, model_name: str) -> TransformerBridgeConfig:
+    """A bridge configuration from a tower's sizes alone."""
+    cfg = TransformerBridgeConfig(
+        d_model=dims.d_model,
+        d_head=dims.d_model // dims.n_heads,
+        n_layers=dims.n_layers,
+        n_ctx=dims.layout().n_tokens,
+        n_heads=dims.n_heads,
+        architecture=architecture,
+        model_name=model_name,
+    )
+    set_dimensions(cfg, dims)
+    return cfg

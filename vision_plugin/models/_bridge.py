@@ -1,0 +1,374 @@
+"""The bridge a user holds: a native vision transformer under TransformerLens names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+from vision_plugin.models._hook_names import check_hook_names
+from vision_plugin.models._processing import ImageProcessor, TextProcessor
+from vision_plugin.models._splicing import Splicing
+from vision_plugin.models._tokens import TokenLayout
+
+NamesFilter = str | list[str] | Callable[[str], bool] | None
+HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+
+
+class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
+    """A vision transformer as a TransformerLens bridge, with SAEs and steering.
+
+    Made by :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap`. The numerics are the
+    native module's. ``model.native`` is that module, untouched, sharing its weights with the
+    bridge: plain forward hooks on it cost next to nothing, which is what extraction uses.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter: Any,
+        *,
+        native: nn.Module,
+        images: ImageProcessor | None = None,
+        texts: TextProcessor | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(module, adapter, None)
+        self.__dict__["native"] = native
+        self.images = images
+        self.texts = texts
+        self.revision = revision
+        self._pending_stop: int | None = None
+        self._hook_dict: dict[str, HookPoint] | None = None
+        self._setup_splicing()
+
+    native: nn.Module
+    """The module that was loaded or handed in; no bridge component is in it."""
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input: Tensor | None = None,
+        return_type: str | None = "logits",
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        pixel_values: Tensor | None = None,
+        image_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model, or a stretch of its blocks.
+
+        Args:
+            input: Pixels [batch, channels, height, width]; with ``start_at_layer``, the residual
+                stream [batch, tokens, d_model] that enters that block.
+            return_type: ``"logits"``, or None to compute and return nothing.
+            start_at_layer: First block to run; the number of blocks runs the head alone.
+            stop_at_layer: Block to stop before, with the residual stream that would enter it as
+                result; the number of blocks stops after the last. Negative counts from the end.
+            pixel_values: Another name for ``input``.
+            image_size: Height and width of the picture behind a residual stream, where it is not
+                the checkpoint's own.
+            **kwargs: Handed to the native forward.
+
+        Returns:
+            The image embedding in the joint space (not normalised) where the model has one, else
+            the native last hidden state, [batch, tokens, d_model].
+
+        Raises:
+            ValueError: no input, an unknown ``return_type``, a layer out of range, or a residual
+                stream of another width or length than the model's.
+        """
+        if return_type not in ("logits", None):
+            raise ValueError(
+                f"return_type={return_type!r} does not apply to pictures: use 'logits' or None"
+            )
+        data = input if pixel_values is None else pixel_values
+        if not isinstance(data, Tensor):
+            raise ValueError(
+                f"the model takes a tensor of pixels, not {type(data).__name__}: "
+                "model.preprocess(pictures) makes one"
+            )
+        stop = stop_at_layer if stop_at_layer is not None else self._pending_stop
+        try:
+            output = self._run(data, start_at_layer, stop, image_size, kwargs)
+        except StopAtLayerException as stopped:
+            return stopped.layer_output
+        return None if return_type is None else self.adapter.image_output(output)
+
+    def _run(
+        self,
+        data: Tensor,
+        start: int | None,
+        stop: int | None,
+        image_size: tuple[int, int] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Native output of a pass over part of the blocks."""
+        start = None if start is None else self._layer(start, "start_at_layer")
+        stop = None if stop is None else self._layer(stop, "stop_at_layer")
+        if start is not None:
+            self._check_residual(data, image_size)
+        pixels = data if start is None else self._placeholder(data, image_size)
+        with self._stretch(data, start, stop):
+            if hasattr(self, "pos_embed"):
+                self.pos_embed._current_batch_size = data.shape[0]
+            return self.original_model(pixel_values=pixels, **kwargs)
+
+    def _layer(self, layer: int, argument: str) -> int:
+        n_layers = int(self.cfg.n_layers)
+        if not -n_layers <= layer <= n_layers:
+            raise ValueError(
+                f"{argument}={layer} is out of range: {self.cfg.model_name} has {n_layers} blocks"
+            )
+        return layer + n_layers if layer < 0 else layer
+
+    def _check_residual(self, residual: Tensor, image_size: tuple[int, int] | None) -> None:
+        expected = (self.token_layout(image_size).n_tokens, self.cfg.d_model)
+        if residual.ndim != 3 or tuple(residual.shape[1:]) != expected:
+            raise ValueError(
+                f"start_at_layer takes a residual stream [batch, {expected[0]}, {expected[1]}] of "
+                f"{self.cfg.model_name}, got {list(residual.shape)}"
+            )
+
+    def _placeholder(self, residual: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+        """Pixels of the right shape and no memory, for native code that reads the shape."""
+        dims = self.adapter.tower_dimensions
+        height, width = image_size or dims.image_size
+        return residual.new_zeros(1).expand(residual.shape[0], dims.n_channels, height, width)
+
+    @contextmanager
+    def _stretch(self, residual: Tensor, start: int | None, stop: int | None) -> Iterator[None]:
+        """Tell the blocks which part of the pass they take in."""
+        if start is None and stop is None:
+            yield
+            return
+        blocks = list(self.blocks)
+        bypassed = [part for name in ("embed", "embed_ln") if (part := getattr(self, name, None))]
+        try:
+            if start is not None:
+                for part in bypassed:
+                    part._bypass = residual
+                for block in blocks[:start]:
+                    block._skipped = True
+                blocks[max(start - 1, 0)]._injected = residual
+            if stop is not None and stop == len(blocks):
+                blocks[-1]._stop = "after"
+            elif stop is not None:
+                blocks[stop]._stop = "before"
+            yield
+        finally:
+            for part in bypassed:
+                part._bypass = None
+            for block in blocks:
+                block._skipped, block._injected, block._stop = False, None, None
+
+    # ------------------------------------------------------------------ hooks
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by every name it has, those of attached SAEs included."""
+        if self._hook_dict is None:
+            hooks = super().hook_dict
+            hooks["hook_embed"] = hooks.get("embed_ln.hook_out", hooks["embed.hook_out"])
+            self._hook_dict = hooks
+        return {**self._hook_dict, **self.splice_hooks()}
+
+    def check_hook_names(self, names: Sequence[object]) -> None:
+        """Raise UnknownHookError for a name that no hook point has."""
+        check_hook_names(names, self.hook_dict, self.cfg.model_name)
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        input: Tensor,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """Run the model and keep its activations, as TransformerLens does.
+
+        Args:
+            input: Pixels, or with ``start_at_layer`` a residual stream.
+            return_cache_object: An ActivationCache, or a plain dictionary.
+            remove_batch_dim: Drop a batch dimension of one.
+            names_filter: A name, names, or a predicate of names; None keeps everything.
+            stop_at_layer: As in :meth:`forward`.
+            **kwargs: Further arguments of TransformerLens's ``run_with_cache`` and of the forward.
+
+        Raises:
+            UnknownHookError: a name in ``names_filter`` that the model does not have.
+        """
+        if names_filter is not None and not callable(names_filter):
+            self.check_hook_names(_as_list(names_filter))
+        self._pending_stop = stop_at_layer
+        try:
+            output, cache = super().run_with_cache(
+                input,
+                return_cache_object=return_cache_object,
+                remove_batch_dim=remove_batch_dim,
+                names_filter=names_filter,
+                **kwargs,
+            )
+        finally:
+            self._pending_stop = None
+        if isinstance(cache, ActivationCache):
+            # hook_embed is what enters the first block, with the positions in it already.
+            cache.has_pos_embed = False
+        return output, cache
+
+    def run_with_hooks(  # type: ignore[override]
+        self, input: Tensor, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> Any:
+        """Run the model with hooks, as TransformerLens does; unknown names are errors."""
+        self.check_hook_names([name for name, _ in (*fwd_hooks, *bwd_hooks)])
+        return super().run_with_hooks(
+            input, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
+        )
+
+    def hooks(  # type: ignore[override]
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """Hooks for the length of a ``with`` block; unknown names are errors."""
+        self.check_hook_names([name for name, _ in (*fwd_hooks, *bwd_hooks)])
+        context: AbstractContextManager[Any] = super().hooks(
+            fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
+        )
+        return context
+
+    def add_hook(  # type: ignore[override]
+        self,
+        name: str | Callable[[str], bool],
+        hook_fn: Callable[..., Any],
+        dir: str = "fwd",
+        is_permanent: bool = False,
+    ) -> None:
+        """Add a hook by any of its names, or to every hook point that a predicate picks."""
+        if not isinstance(name, str):
+            super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
+            return
+        self.check_hook_names([name])
+        self.check_hooks_to_add(name)
+        self.hook_dict[name].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+
+    # ------------------------------------------------------------------ pictures and texts
+
+    def token_layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
+        """Kinds and order of the tokens for pictures of a height and width in pixels."""
+        layout: TokenLayout = self.adapter.tower_dimensions.layout(image_size)
+        return layout
+
+    def preprocess(
+        self, pictures: Image | Sequence[Image]
+    ) -> Float[Tensor, "n channels height width"]:
+        """Pictures as the checkpoint wants them: its own size, crop and normalisation.
+
+        Raises:
+            ValueError: the model was wrapped without its preprocessing.
+        """
+        if self.images is None:
+            raise ValueError(
+                f"{self.cfg.model_name} was wrapped without its preprocessing: hand it to "
+                "wrap(module, processor=...), or pass pixels that you prepared yourself"
+            )
+        pictures = [pictures] if isinstance(pictures, Image) else pictures
+        return self.images(pictures).to(device=self.device, dtype=self.dtype)
+
+    def encode_image(
+        self, input: Tensor, *, normalize: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch d_embed"]:
+        """Image embeddings in the space shared with text, of unit norm unless told otherwise.
+
+        Args:
+            input: Pixels, or with ``start_at_layer`` a residual stream.
+            normalize: Scale each row to norm one.
+            **kwargs: As in :meth:`forward`.
+
+        Raises:
+            ValueError: the model has no joint space.
+        """
+        if not self.adapter.has_joint_space:
+            raise ValueError(
+                f"{self.cfg.model_name} ({self.cfg.architecture}) has no space shared with text; "
+                "image_features(pixels) gives its pooled output"
+            )
+        embedding: Tensor = self(input, **kwargs)
+        return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+    def image_features(
+        self, input: Tensor, *, normalize: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch d_pooled"]:
+        """One vector per picture for any model: the joint embedding, or else the pooled output."""
+        if self.adapter.has_joint_space:
+            return self.encode_image(input, normalize=normalize, **kwargs)
+        start, size = kwargs.pop("start_at_layer", None), kwargs.pop("image_size", None)
+        pooled: Tensor = self.adapter.pooled(self._run(input, start, None, size, kwargs))
+        return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    @torch.no_grad()
+    def encode_text(
+        self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256
+    ) -> Float[Tensor, "n d_embed"]:
+        """Text embeddings in the joint space, of unit norm unless told otherwise.
+
+        Raises:
+            ValueError: the model has no text tower, or was wrapped without its tokenizer.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if self.texts is None:
+            raise ValueError(
+                f"{self.cfg.model_name} has no tokenizer: load it from a checkpoint that has one, "
+                "or hand it to wrap(module, tokenizer=...)"
+            )
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.texts(texts[start : start + batch_size])
+            on_device = {name: value.to(self.device) for name, value in tokens.items()}
+            parts.append(self.adapter.encode_text(self.native, **on_device))
+        embedding = torch.cat(parts)
+        return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosine similarities are multiplied by before the softmax (100 in OpenAI's CLIP)."""
+        return float(self.adapter.logit_scale(self.native))
+
+    # ------------------------------------------------------------------ device and mode
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.native.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.native.parameters()).dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> VisionBridge:
+        """Move or cast the weights, the bridge's and the native module's alike."""
+        super().to(*args, **kwargs)
+        self.native.to(*args, **kwargs)
+        return self
+
+    def train(self, mode: bool = True) -> VisionBridge:
+        """Switch the mode of the bridge and of the native module."""
+        super().train(mode)
+        if "native" in self.__dict__:
+            self.native.train(mode)
+        return self
+
+
+def _as_list(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,34 @@
+"""Strict hook names: an unknown one is an error that lists what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnknownHookError(ValueError):
+    """A hook name that the model does not have."""
+
+
+def check_hook_names(names: Iterable[object], known: Iterable[str], model_name: str) -> None:
+    """Raise for the first name that is a string and not known.
+
+    Raises:
+        UnknownHookError: naming the model, the name and its nearest matches.
+    """
+    known = list(known)
+    members = set(known)
+    for name in names:
+        if isinstance(name, str) and name not in members:
+            raise UnknownHookError(_message(name, known, model_name))
+
+
+def _message(name: str, known: list[str], model_name: str) -> str:
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    suggestion = (
+        f"Near matches: {', '.join(near)}."
+        if near
+        else "model.hook_dict lists every name; the usual ones look like "
+        "'blocks.0.hook_resid_post', 'blocks.0.attn.hook_pattern', 'blocks.0.mlp.hook_post'."
+    )
+    return f"{model_name} has no hook named {name!r}. {suggestion}"

@@ -1,0 +1,106 @@
+"""The checkpoint's own preprocessing of pictures and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+
+class ImageProcessor(Protocol):
+    """Pictures to pixels."""
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+        """Pixels [n, channels, height, width] in float32."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the pixels of a picture would."""
+        ...
+
+
+class TextProcessor(Protocol):
+    """Texts to the text tower's keyword arguments."""
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids and what belongs to them."""
+        ...
+
+
+class HuggingFaceImages:
+    """A transformers image processor; transparent pictures are laid on white first."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+        """Resize, crop and normalise as the checkpoint's configuration says."""
+        batch = self.processor(images=[as_rgb(p) for p in pictures], return_tensors="pt")
+        pixels: Tensor = batch["pixel_values"]
+        return pixels
+
+    def fingerprint(self) -> str:
+        """Hash of the processor's settings."""
+        settings = {k: v for k, v in self.processor.to_dict().items() if _plain(v)}
+        return hash_settings(settings)
+
+
+class TorchvisionImages:
+    """A torchvision-style transform of one picture, as timm and open_clip give them."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+        """Transform each picture and stack."""
+        return torch.stack([self.transform(as_rgb(picture)) for picture in pictures])
+
+    def fingerprint(self) -> str:
+        """Hash of the transform's description."""
+        return hash_settings({"transform": repr(self.transform)})
+
+
+class HuggingFaceTexts:
+    """A transformers tokenizer with padding and truncation to what the text tower can take."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, [n, length]."""
+        batch = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """An RGB picture; what is transparent becomes white, as on a page."""
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        page = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(page, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def hash_settings(settings: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of the settings as sorted JSON."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool, list, tuple, dict, type(None)))

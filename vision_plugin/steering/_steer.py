@@ -1,0 +1,123 @@
+"""Clamping latents, or neurons, while a model runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_plugin.models import TokenSelection
+from vision_plugin.models._fit import check_fit
+from vision_plugin.models._splicing import (
+    permanent_hook,
+    remove_hook,
+    silent_hooks,
+    token_mask,
+)
+
+
+@contextmanager
+def steer(
+    model: Any, sae: Any, latents: Mapping[int, float], *, tokens: str = "all"
+) -> Iterator[None]:
+    """Set latents of an SAE to fixed values for the length of a ``with`` block.
+
+    The SAE's reconstruction error is added back: the residual stream becomes
+    ``x + decode(f') - decode(f)``, where f' is f with the latents overwritten, which for a linear
+    decoder is ``x + d_k (s - f_k)``. Several blocks may nest, at one hook as well.
+
+    Args:
+        model: A VisionBridge.
+        sae: A ``sae_lens.SAE`` whose metadata names a hook of the model.
+        latents: Value per latent; 0 suppresses it.
+        tokens: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
+
+    Raises:
+        ValueError: a latent out of range, a value that is not finite, or an SAE that does not
+            belong to the model.
+    """
+    hook_name = sae.cfg.metadata.get("hook_name_out") or sae.cfg.metadata["hook_name"]
+    model.check_hook_names([hook_name])
+    check_fit(model, sae)
+    index, values = _targets(latents, int(sae.cfg.d_sae))
+    selection = TokenSelection.parse(tokens)
+
+    def overwrite(activation: Tensor, hook: Any) -> Tensor:
+        del hook
+        change = latent_change(sae, activation, index, values).to(activation.dtype)
+        mask = token_mask(selection, model.token_layout, activation)
+        return activation + (change if mask is None else change * mask)
+
+    with _hooked(model, hook_name, overwrite):
+        yield
+
+
+@contextmanager
+def steer_neurons(
+    model: Any, hook_name: str, neurons: Mapping[int, float], *, tokens: str = "all"
+) -> Iterator[None]:
+    """Set single dimensions of the activation at a hook: the baseline for :func:`steer`.
+
+    Args:
+        model: A VisionBridge.
+        hook_name: Any hook of the model.
+        neurons: Value per dimension.
+        tokens: As in :func:`steer`.
+
+    Raises:
+        ValueError: a value that is not finite; a dimension out of range (when the model runs).
+    """
+    model.check_hook_names([hook_name])
+    selection = TokenSelection.parse(tokens)
+
+    def overwrite(activation: Tensor, hook: Any) -> Tensor:
+        del hook
+        index, values = _targets(neurons, activation.shape[-1])
+        edited = activation.clone()
+        edited[..., index.to(activation.device)] = values.to(activation)
+        mask = token_mask(selection, model.token_layout, activation)
+        return edited if mask is None else torch.where(mask, edited, activation)
+
+    with _hooked(model, hook_name, overwrite):
+        yield
+
+
+def latent_change(sae: Any, activation: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """What overwriting latents adds to an activation, [..., d_in].
+
+    Args:
+        sae: A ``sae_lens.SAE``.
+        activation: [..., d_in].
+        index: Latents, [m].
+        values: Their new values, [m].
+    """
+    with silent_hooks(sae):
+        # Some SAEs keep the input's scale from encode to decode, so each decode has its encode.
+        before = sae.decode(sae.encode(activation))
+        latents = sae.encode(activation).clone()
+        latents[..., index.to(latents.device)] = values.to(latents)
+        after: Tensor = sae.decode(latents)
+    return after - before
+
+
+@contextmanager
+def _hooked(model: Any, hook_name: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    hook_point = model.hook_dict[hook_name]
+    handle = permanent_hook(hook_point, function)
+    try:
+        yield
+    finally:
+        remove_hook(hook_point, handle)
+
+
+def _targets(targets: Mapping[int, float], width: int) -> tuple[Tensor, Tensor]:
+    for latent, value in targets.items():
+        if not 0 <= latent < width:
+            raise ValueError(f"latent {latent} is out of range: there are {width}, from 0")
+        if not math.isfinite(value):
+            raise ValueError(f"latent {latent} cannot be set to {value}")
+    return torch.tensor(list(targets), dtype=torch.long), torch.tensor(list(targets.values()))
