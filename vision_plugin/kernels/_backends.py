@@ -1,0 +1,295 @@
+"""The sparse kernel's backends: which exist, which can run here, and which one is used.
+
+A backend is an object with the methods of `Backend`, published under the entry-point group
+``vision_plugin.kernels``. The operators ask `run` for a primitive; `run` picks a backend for the
+device, or the one asked for by name, and falls back to the reference when the pick fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+GROUP = "vision_plugin.kernels"
+AUTO = "auto"
+REFERENCE = "torch"
+ENVIRONMENT_VARIABLE = "VISION_PLUGIN_KERNEL"
+
+# These two also work from a bare checkout that no installer has seen, hence without entry points.
+_BUILT_IN = {
+    "torch": "vision_plugin.kernels._torch_backend:BACKEND",
+    "triton": "vision_plugin.kernels._triton_backend:BACKEND",
+}
+# Tried in this order on a device that several backends serve; other packages' come first.
+_PREFERENCE = ("triton", REFERENCE)
+
+
+class Backend(Protocol):
+    """What a backend provides: seven primitives on plain 2-D tensors, none differentiable.
+
+    Every method returns new tensors, accumulates in float32 or better, and gives the same bits
+    for the same input. ``indices`` and ``offsets`` are int32 compressed sparse rows.
+    """
+
+    name: str
+
+    def unusable(self, device_type: str) -> str | None:
+        """Why this backend cannot run on ``device_type`` here, or None when it can."""
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        k: int,
+        relu: bool,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Top k of each row of ``(x @ W_enc + b_enc) * scale``; see `topk_encode`."""
+
+    def encode_batch_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        total: int,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``total`` largest positive entries of the batch; see `batch_topk_encode`."""
+
+    def encode_threshold(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The positive entries above their latent's threshold; see `threshold_encode`."""
+
+    def gather_sum(
+        self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+    ) -> Tensor:
+        """``out[s] = sum(weights[p] * source[indices[p]] for p in segment s)``, ``[segments, d]``."""
+
+    def pair_dot(
+        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s, ``[nnz]``."""
+
+    def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """``out[s] = sum(values[p] for p in segment s)``, ``[segments]``."""
+
+    def transpose(
+        self, indices: Tensor, offsets: Tensor, n_columns: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compressed columns: (row of each entry, its position in the rows' order, offsets)."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `available` says about one backend.
+
+    Attributes:
+        name: the name to ask for it by.
+        source: the entry point's value, ``module:object``.
+        devices: the device types it can run on here; empty when it cannot run at all.
+        reason: why it serves no device here (or None).
+    """
+
+    name: str
+    source: str
+    devices: tuple[str, ...]
+    reason: str | None
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot be used; the message says why."""
+
+
+_lock = threading.Lock()
+_loaded: dict[str, Any] = {}  # name -> backend, or the exception that loading it raised
+_broken: dict[tuple[str, str], str] = {}  # (name, device type) -> why it failed while running
+_warned: set[tuple[str, str]] = set()
+_requested: ContextVar[str | None] = ContextVar("vision_plugin_kernel", default=None)
+
+
+@lru_cache(maxsize=1)
+def sources() -> dict[str, str]:
+    """Every known backend and where it is loaded from, ``module:object``, by name."""
+    found = dict(_BUILT_IN)
+    for point in entry_points(group=GROUP):
+        if point.name in _BUILT_IN and point.value != _BUILT_IN[point.name]:
+            logger.warning(
+                "The kernel backend name %r belongs to vision_plugin; %s is ignored. "
+                "Publish it under another name.",
+                point.name,
+                point.value,
+            )
+            continue
+        found[point.name] = point.value
+    return found
+
+
+def available() -> dict[str, BackendStatus]:
+    """Every backend by name, with the devices it can run on here and, if none, the reason."""
+    report = {}
+    present = [d for d in ("cpu", "cuda", "mps") if d == "cpu" or _device_present(d)]
+    for name, source in sorted(sources().items()):
+        reasons = {device: _unusable(name, device) for device in present}
+        devices = tuple(device for device, reason in reasons.items() if reason is None)
+        first_reason = next((r for r in reversed(reasons.values()) if r is not None), None)
+        report[name] = BackendStatus(name, source, devices, None if devices else first_reason)
+    return report
+
+
+def requested() -> str:
+    """The backend asked for by `use_backend` or the environment, ``"auto"`` when none was."""
+    return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use the backend called ``name`` for every kernel call inside the block.
+
+    Args:
+        name: a name from `available`, or ``"auto"`` to choose by device.
+
+    Raises:
+        BackendUnavailableError: no backend has this name, or it cannot be loaded. Whether it
+            runs on a tensor's device is checked by the call that brings the tensor.
+    """
+    if name != AUTO and isinstance(loaded := _load(name), Exception):
+        raise BackendUnavailableError(_explain(name, str(loaded))) from loaded
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def choose(device_type: str, name: str = AUTO) -> str:
+    """The name of the backend that serves a device.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        name: a backend's name, or ``"auto"``.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name cannot serve the device.
+    """
+    if name != AUTO:
+        if reason := _unusable(name, device_type):
+            raise BackendUnavailableError(_explain(name, reason))
+        return name
+    for candidate in _candidates():
+        if candidate == REFERENCE:
+            break
+        reason = _unusable(candidate, device_type)
+        if reason is None:
+            return candidate
+        # Triton is for GPUs: that it does not serve the CPU is no news.
+        if device_type != "cpu":
+            _warn_once(candidate, device_type, reason)
+    return REFERENCE
+
+
+def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
+    """Run one primitive on the chosen backend; on the reference if an automatic choice fails.
+
+    Raises:
+        BackendUnavailableError: the backend was asked for by name and failed.
+    """
+    chosen = choose(device_type, name)
+    if chosen == REFERENCE:
+        return getattr(_load(REFERENCE), primitive)(*arguments)
+    try:
+        return getattr(_load(chosen), primitive)(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{primitive} failed with {type(error).__name__}: {error}"
+        if name != AUTO:
+            raise BackendUnavailableError(_explain(name, reason)) from error
+        _broken[chosen, device_type] = reason
+        _warn_once(chosen, device_type, reason)
+        return getattr(_load(REFERENCE), primitive)(*arguments)
+
+
+def _candidates() -> list[str]:
+    others = sorted(set(sources()) - set(_PREFERENCE))
+    return [*others, *_PREFERENCE]
+
+
+def _load(name: str) -> Any:
+    """The backend, or the exception that kept it from loading."""
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _import(name)
+        return _loaded[name]
+
+
+def _import(name: str) -> Any:
+    known = sources()
+    if name not in known:
+        return LookupError(f"there is no such backend; known: {', '.join(sorted(known))}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        return ImportError(f"{known[name]} cannot be loaded: {type(error).__name__}: {error}")
+
+
+def _unusable(name: str, device_type: str) -> str | None:
+    backend = _load(name)
+    if isinstance(backend, Exception):
+        return str(backend)
+    if (name, device_type) in _broken:
+        return _broken[name, device_type]
+    reason: str | None = backend.unusable(device_type)
+    return reason
+
+
+def _explain(name: str, reason: str) -> str:
+    return (
+        f"The kernel backend {name!r} was asked for and cannot be used: {reason}. "
+        f"Ask for {AUTO!r}, or for {REFERENCE!r}, which runs on every device."
+    )
+
+
+def _warn_once(name: str, device_type: str, reason: str) -> None:
+    if (name, device_type) not in _warned:
+        _warned.add((name, device_type))
+        warnings.warn(
+            f"The kernel backend {name!r} is not usable on {device_type} and {REFERENCE!r} is "
+            f"used instead: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _device_present(device_type: str) -> bool:
+    if device_type == "mps":
+        return torch.backends.mps.is_available()
+    return torch.cuda.is_available()
+
+
+def forget() -> None:
+    """Forget what was loaded, what failed and what was warned about (after installing one)."""
+    with _lock:
+        _loaded.clear()
+    sources.cache_clear()
+    _broken.clear()
+    _warned.clear()

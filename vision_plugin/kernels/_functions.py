@@ -1,0 +1,303 @@
+"""The sparse kernel's public functions: checks and defaults around the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _backends, _operators
+from ._csr import SparseLatents, row_offsets
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_in: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Encode with a TopK activation, without keeping dense latents (Gao et al. 2024, eq. 4).
+
+    With ``pre = (x - b_in) @ W_enc + b_enc``, each row keeps the k latents with the largest
+    ``pre * scale``, ties to the lowest index, and returns ``relu(pre)`` there. A row with fewer
+    than k positive pre-activations returns zeros for the rest. Under autocast the matrix product
+    runs in autocast's dtype; everything else stays in the inputs'.
+
+    Args:
+        x: ``[..., d_in]``.
+        W_enc: ``[d_in, d_sae]``. Fastest when stored latent-major, ``W.t()`` being contiguous.
+        b_enc: ``[d_sae]``.
+        k: latents per row, from 1 to d_sae.
+        b_in: ``[d_in]``, subtracted from x; its gradient costs a matrix-vector product.
+        scale: ``[d_sae]``, positive, a weight on the selection alone (the decoder's norms where
+            an SAE rescales by them). It takes no gradient: ``relu(pre * n) / n = relu(pre)``.
+        relu: whether to rectify; without, the selected pre-activations come back as they are.
+        backend: a name from `available`; by default the one of `use_backend`, or by device.
+
+    Returns:
+        Values ``[..., k]`` and indices ``[..., k]`` (int32), each row by ascending index.
+        Differentiable in x, W_enc, b_enc and b_in.
+
+    Raises:
+        ValueError: shapes that do not fit, or k out of range.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    _check_encoder(x, W_enc, b_enc, b_in, scale)
+    if not 1 <= k <= W_enc.shape[1]:
+        raise ValueError(f"k={k} is out of range: W_enc has {W_enc.shape[1]} latents (d_sae)")
+    flat = x.reshape(-1, x.shape[-1])
+    values, indices = _operators.encode_topk(
+        flat, W_enc, b_enc, b_in, _constant(scale), k, relu, _product_dtype(x), _name(backend)
+    )
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def sparse_decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode ``[..., k]`` latents: ``sum_j values[..., j] * W_dec[indices[..., j]] + b_dec``.
+
+    Args:
+        values: ``[..., k]``.
+        indices: ``[..., k]``, integers from 0 to d_sae - 1. Any order, repeats allowed.
+        W_dec: ``[d_sae, d_in]``.
+        b_dec: ``[d_in]`` or None.
+        backend: as in `topk_encode`.
+
+    Returns:
+        ``[..., d_in]``. Differentiable in values, W_dec and b_dec.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    if values.shape != indices.shape or values.ndim == 0:
+        raise ValueError(
+            f"values and indices need one shape [..., k], got {list(values.shape)} "
+            f"and {list(indices.shape)}"
+        )
+    k = values.shape[-1]
+    batch = values.shape[:-1].numel()
+    latents = SparseLatents(
+        values.reshape(-1),
+        indices.reshape(-1).int(),
+        row_offsets(batch, k, device=values.device),
+        W_dec.shape[0],
+    )
+    return csr_decode(latents, W_dec, b_dec, backend=backend).view(*values.shape[:-1], -1)
+
+
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: float,
+    *,
+    b_in: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> SparseLatents:
+    """Encode with BatchTopK: k latents per row on average (Bussmann et al. 2024).
+
+    The ``int(k * batch)`` largest positive ``pre * scale`` of the whole batch are kept (fewer
+    where fewer are positive), ties to the lowest row, then the lowest latent.
+
+    Args:
+        x: ``[batch, d_in]``.
+        W_enc, b_enc, b_in, scale, backend: as in `topk_encode`.
+        k: the average number of latents per row, positive.
+
+    Returns:
+        The latents, ``relu(pre)`` where kept; differentiable in x, W_enc, b_enc and b_in.
+
+    Raises:
+        ValueError: shapes that do not fit, or k not positive.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    _check_rows(x)
+    _check_encoder(x, W_enc, b_enc, b_in, scale)
+    if not k > 0:
+        raise ValueError(f"k={k} must be positive: the average number of latents per row")
+    values, indices, offsets = _operators.encode_batch_topk(
+        x,
+        W_enc,
+        b_enc,
+        b_in,
+        _constant(scale),
+        int(k * x.shape[0]),
+        _product_dtype(x),
+        _name(backend),
+    )
+    return SparseLatents(values, indices, offsets, W_enc.shape[1])
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    *,
+    b_in: Tensor | None = None,
+    backend: str | None = None,
+) -> SparseLatents:
+    """Encode with JumpReLU's rule: keep ``relu(pre)`` where ``pre > threshold``.
+
+    A threshold of zeros is a plain ReLU. The threshold takes no gradient: this is for inference.
+
+    Args:
+        x: ``[batch, d_in]``.
+        W_enc, b_enc, b_in, backend: as in `topk_encode`.
+        threshold: ``[d_sae]``.
+
+    Returns:
+        The latents; differentiable in x, W_enc, b_enc and b_in.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    _check_rows(x)
+    _check_encoder(x, W_enc, b_enc, b_in, None)
+    if threshold.shape != b_enc.shape:
+        raise ValueError(
+            f"threshold must have shape {list(b_enc.shape)}, one per latent, "
+            f"got {list(threshold.shape)}"
+        )
+    values, indices, offsets = _operators.encode_threshold(
+        x, W_enc, b_enc, b_in, threshold.detach(), _product_dtype(x), _name(backend)
+    )
+    return SparseLatents(values, indices, offsets, W_enc.shape[1])
+
+
+def csr_decode(
+    latents: SparseLatents,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode latents in compressed-row form: ``latents @ W_dec + b_dec``.
+
+    Args:
+        latents: ``[batch, d_sae]`` in compressed rows.
+        W_dec: ``[d_sae, d_in]``.
+        b_dec: ``[d_in]`` or None.
+        backend: as in `topk_encode`.
+
+    Returns:
+        ``[batch, d_in]``. Differentiable in the latents' values, W_dec and b_dec.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae:
+        raise ValueError(
+            f"W_dec must be [d_sae, d_in] with d_sae={latents.d_sae}, got {list(W_dec.shape)}"
+        )
+    _check_bias("b_dec", b_dec, W_dec.shape[1])
+    decoded = _operators.gather_sum(
+        W_dec, latents.indices, latents.offsets, latents.values, _name(backend)
+    )
+    return decoded if b_dec is None else decoded + b_dec
+
+
+def matryoshka_decode(
+    latents: SparseLatents,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    widths: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode with nested prefixes of the dictionary (Bussmann et al. 2025, eq. 4).
+
+    Args:
+        latents: ``[batch, d_sae]`` in compressed rows, latents ascending within a row.
+        W_dec: ``[d_sae, d_in]``.
+        b_dec: ``[d_in]`` or None.
+        widths: strictly increasing, the last one d_sae.
+        backend: as in `topk_encode`.
+
+    Returns:
+        ``[len(widths), batch, d_in]``: at level l the reconstruction from the first ``widths[l]``
+        latents. Differentiable in the latents' values, W_dec and b_dec.
+
+    Raises:
+        ValueError: shapes that do not fit, or widths that do not increase to d_sae.
+        BackendUnavailableError: the backend asked for by name cannot be used.
+    """
+    if not widths or list(widths) != sorted(set(widths)) or widths[-1] != latents.d_sae:
+        raise ValueError(
+            f"widths must increase strictly and end at d_sae={latents.d_sae}, got {list(widths)}"
+        )
+    n_levels = len(widths)
+    device = latents.indices.device
+    # Rows hold ascending latents, so the entries of one (row, level) are neighbours already:
+    # finer offsets over the same entries are all that changes.
+    inner = torch.tensor(widths[:-1], dtype=torch.int32, device=device)
+    level = torch.searchsorted(inner, latents.indices, right=True)
+    segment = latents.rows() * n_levels + level
+    edges = torch.arange(latents.batch * n_levels + 1, device=device)
+    split = SparseLatents(
+        latents.values,
+        latents.indices,
+        torch.searchsorted(segment, edges, out_int32=True),
+        latents.d_sae,
+    )
+    bands = csr_decode(split, W_dec, None, backend=backend)
+    bands = bands.view(latents.batch, n_levels, W_dec.shape[1]).unbind(1)
+    level_sums, total = [], b_dec if b_dec is not None else bands[0].new_zeros(())
+    for band in bands:
+        total = total + band
+        level_sums.append(total)
+    return torch.stack(level_sums)
+
+
+def _name(backend: str | None) -> str:
+    return backend if backend is not None else _backends.requested()
+
+
+def _constant(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.detach()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the encoder's matrix product where autocast is on."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _check_rows(x: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x must be [batch, d_in], got {list(x.shape)}; flatten it first")
+
+
+def _check_encoder(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_in: Tensor | None, scale: Tensor | None
+) -> None:
+    if x.ndim == 0 or W_enc.ndim != 2 or x.shape[-1] != W_enc.shape[0]:
+        raise ValueError(
+            f"x [..., d_in] and W_enc [d_in, d_sae] do not fit: {list(x.shape)} "
+            f"and {list(W_enc.shape)}"
+        )
+    _check_bias("b_enc", b_enc, W_enc.shape[1])
+    _check_bias("b_in", b_in, W_enc.shape[0])
+    _check_bias("scale", scale, W_enc.shape[1])
+
+
+def _check_bias(name: str, bias: Tensor | None, size: int) -> None:
+    if bias is not None and bias.shape != (size,):
+        raise ValueError(f"{name} must have shape [{size}], got {list(bias.shape)}")

@@ -1,0 +1,299 @@
+"""The sparse kernel as ``torch.library`` operators, with their fake and autograd registrations.
+
+Every operator takes the name of a backend last and works on 2-D tensors; `_functions` is the
+public face. Gradients are put together from the same primitives as the forward pass, on compressed
+rows (by batch row) or, after one stable sort, on compressed columns (by latent). Each latent's
+gradient therefore has one owner that adds in a fixed order: no atomics, and no dense
+``[batch, d_sae]`` gradient.
+"""
+
+# Annotations stay as the schemas below say; torch.library reads those and not the annotations.
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends
+
+_ENCODER = "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_in, Tensor? scale"
+_TAIL = "ScalarType? dtype, str backend"
+
+
+@torch.library.custom_op(
+    "vision_plugin::encode_topk",
+    mutates_args=(),
+    schema=f"({_ENCODER}, int k, bool relu, {_TAIL}) -> (Tensor, Tensor)",
+)
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_in: Tensor | None,
+    scale: Tensor | None,
+    k: int,
+    relu: bool,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Values and int32 indices ``[batch, k]`` of each row's top k."""
+    centred = x if b_in is None else x - b_in
+    values, indices = _backends.run(
+        "encode_topk", x.device.type, backend, centred, W_enc, b_enc, scale, k, relu, dtype
+    )
+    return values.to(_result_dtype(x, W_enc)), indices
+
+
+@torch.library.custom_op(
+    "vision_plugin::encode_batch_topk",
+    mutates_args=(),
+    schema=f"({_ENCODER}, int total, {_TAIL}) -> (Tensor, Tensor, Tensor)",
+)
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_in: Tensor | None,
+    scale: Tensor | None,
+    total: int,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, int32 indices and offsets of the batch's largest positive entries."""
+    centred = x if b_in is None else x - b_in
+    values, indices, offsets = _backends.run(
+        "encode_batch_topk", x.device.type, backend, centred, W_enc, b_enc, scale, total, dtype
+    )
+    return values.to(_result_dtype(x, W_enc)), indices, offsets
+
+
+@torch.library.custom_op(
+    "vision_plugin::encode_threshold",
+    mutates_args=(),
+    schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_in, Tensor threshold, "
+    f"{_TAIL}) -> (Tensor, Tensor, Tensor)",
+)
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_in: Tensor | None,
+    threshold: Tensor,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, int32 indices and offsets of the positive entries above their threshold."""
+    centred = x if b_in is None else x - b_in
+    values, indices, offsets = _backends.run(
+        "encode_threshold", x.device.type, backend, centred, W_enc, b_enc, threshold, dtype
+    )
+    return values.to(_result_dtype(x, W_enc)), indices, offsets
+
+
+@torch.library.custom_op(
+    "vision_plugin::gather_sum",
+    mutates_args=(),
+    schema="(Tensor source, Tensor indices, Tensor offsets, Tensor weights, str backend) -> Tensor",
+)
+def gather_sum(
+    source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor, backend: str
+) -> Tensor:
+    """``out[s] = sum of weights[p] * source[indices[p]]`` over segment s, ``[segments, d]``."""
+    result: Tensor = _backends.run(
+        "gather_sum", source.device.type, backend, source, indices, offsets, weights
+    )
+    return result
+
+
+@torch.library.custom_op(
+    "vision_plugin::pair_dot",
+    mutates_args=(),
+    schema="(Tensor segments, Tensor source, Tensor indices, Tensor offsets, str backend) -> Tensor",
+)
+def pair_dot(
+    segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor, backend: str
+) -> Tensor:
+    """``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s, ``[nnz]``."""
+    result: Tensor = _backends.run(
+        "pair_dot", source.device.type, backend, segments, source, indices, offsets
+    )
+    return result
+
+
+@torch.library.custom_op(
+    "vision_plugin::segment_sum",
+    mutates_args=(),
+    schema="(Tensor values, Tensor offsets, str backend) -> Tensor",
+)
+def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """``out[s] = sum of values[p]`` over segment s, ``[segments]``."""
+    result: Tensor = _backends.run("segment_sum", values.device.type, backend, values, offsets)
+    return result
+
+
+@torch.library.custom_op(
+    "vision_plugin::transpose",
+    mutates_args=(),
+    schema="(Tensor indices, Tensor offsets, int n_columns, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def transpose(
+    indices: Tensor, offsets: Tensor, n_columns: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row of each entry, its position among the rows' entries, and offsets, by column."""
+    rows, order, starts = _backends.run(
+        "transpose", indices.device.type, backend, indices, offsets, n_columns
+    )
+    return rows, order, starts
+
+
+def _result_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, W_enc.dtype)
+
+
+# ---- shapes and dtypes without data -------------------------------------------------------------
+
+
+@encode_topk.register_fake
+def _(x, W_enc, b_enc, b_in, scale, k, relu, dtype, backend):  # type: ignore[no-untyped-def]
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=_result_dtype(x, W_enc)), x.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_rows(x: Tensor, W_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(nnz, dtype=_result_dtype(x, W_enc)),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(x.shape[0] + 1, dtype=torch.int32),
+    )
+
+
+@encode_batch_topk.register_fake
+def _(x, W_enc, b_enc, b_in, scale, total, dtype, backend):  # type: ignore[no-untyped-def]
+    return _fake_rows(x, W_enc)
+
+
+@encode_threshold.register_fake
+def _(x, W_enc, b_enc, b_in, threshold, dtype, backend):  # type: ignore[no-untyped-def]
+    return _fake_rows(x, W_enc)
+
+
+@gather_sum.register_fake
+def _(source, indices, offsets, weights, backend):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(source.dtype, weights.dtype)
+    return source.new_empty(offsets.shape[0] - 1, source.shape[1], dtype=dtype)
+
+
+@pair_dot.register_fake
+def _(segments, source, indices, offsets, backend):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(segments.dtype, source.dtype)
+    return source.new_empty(indices.shape[0], dtype=dtype)
+
+
+@segment_sum.register_fake
+def _(values, offsets, backend):  # type: ignore[no-untyped-def]
+    return values.new_empty(offsets.shape[0] - 1)
+
+
+@transpose.register_fake
+def _(indices, offsets, n_columns, backend):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(indices),
+        torch.empty_like(indices),
+        offsets.new_empty(n_columns + 1),
+    )
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def _encoder_gradients(
+    ctx: Any, grad: Tensor, indices: Tensor, offsets: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_enc, b_enc and b_in, given that of the selected pre-activations.
+
+    Args:
+        ctx: what `_keep_encoder` left.
+        grad: ``[nnz]``, gradient of the selected pre-activations, the ReLU's mask applied.
+        indices: ``[nnz]``, their latents.
+        offsets: ``[batch + 1]``.
+    """
+    x, W_enc, b_enc, b_in = ctx.saved_tensors[:4]
+    need_x, need_W, need_b, need_b_in = ctx.needs_input_grad[:4]
+    backend = ctx.backend
+    grad_x = grad_W = grad_b = grad_b_in = None
+    if need_x:
+        grad_x = gather_sum(W_enc.t(), indices, offsets, grad, backend).to(x.dtype)
+    if need_W or need_b or need_b_in:
+        rows, order, starts = transpose(indices, offsets, W_enc.shape[1], backend)
+        by_latent = grad.index_select(0, order)
+        if need_W:
+            centred = x if b_in is None else x - b_in
+            grad_W = gather_sum(centred, rows, starts, by_latent, backend).to(W_enc.dtype).t()
+        if need_b or need_b_in:
+            total = segment_sum(by_latent, starts, backend)
+            grad_b = total.to(b_enc.dtype) if need_b else None
+            if need_b_in:
+                # Summed over the batch, the gradient through x - b_in is one matrix-vector product.
+                grad_b_in = -(W_enc @ total.to(W_enc.dtype)).to(b_in.dtype)
+    return grad_x, grad_W, grad_b, grad_b_in
+
+
+def _keep_encoder(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:
+    x, W_enc, b_enc, b_in = inputs[:4]
+    ctx.save_for_backward(x, W_enc, b_enc, b_in, *outputs)
+    ctx.backend = inputs[-1]
+
+
+def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.relu = inputs[6]
+    _keep_encoder(ctx, inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _topk_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    values, indices = ctx.saved_tensors[4:]
+    batch, k = values.shape
+    if ctx.relu:
+        grad = grad * (values > 0)
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=values.device) * k
+    gradients = _encoder_gradients(ctx, grad.reshape(-1), indices.reshape(-1), offsets)
+    return *gradients, None, None, None, None, None
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep_encoder(ctx, inputs, *output[1:])
+    ctx.n_inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _rows_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    # Only positive entries are ever kept, so the ReLU's mask is all ones here.
+    indices, offsets = ctx.saved_tensors[4:]
+    gradients = _encoder_gradients(ctx, grad, indices, offsets)
+    return *gradients, *[None] * (ctx.n_inputs - 4)
+
+
+def _gather_sum_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    source, indices, offsets, weights, ctx.backend = inputs
+    ctx.save_for_backward(source, indices, offsets, weights)
+
+
+def _gather_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    source, indices, offsets, weights = ctx.saved_tensors
+    grad_source = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        rows, order, starts = transpose(indices, offsets, source.shape[0], ctx.backend)
+        by_column = weights.index_select(0, order)
+        grad_source = gather_sum(grad, rows, starts, by_column, ctx.backend).to(source.dtype)
+    if ctx.needs_input_grad[3]:
+        dots = pair_dot(grad, source, indices, offsets, ctx.backend)
+        grad_weights = dots.to(weights.dtype)
+    return grad_source, None, None, grad_weights, None
+
+
+encode_topk.register_autograd(_topk_backward, setup_context=_topk_context)
+encode_batch_topk.register_autograd(_rows_backward, setup_context=_rows_context)
+encode_threshold.register_autograd(_rows_backward, setup_context=_rows_context)
+gather_sum.register_autograd(_gather_sum_backward, setup_context=_gather_sum_context)

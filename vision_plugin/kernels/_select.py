@@ -1,0 +1,129 @@
+"""Exact selection of the largest entries of dense pre-activations, with torch operators.
+
+Order everywhere: larger values first, ties to the lowest index. A row's k largest entries lie in
+its k tiles with the largest maxima, so most of the row is read once, for its maxima, and no more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TILE = 32
+# The detour over tiles pays when it leaves out most of the row.
+_TILES_PAY = 4
+# Rows with a tie at the boundary are settled by passes over whole rows, this many elements a time.
+_TIE_ELEMENTS = 1 << 22
+
+
+def topk_rows(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, by ascending index.
+
+    Args:
+        keys: ``[batch, n]``, contiguous.
+        k: from 1 to n.
+
+    Returns:
+        The entries ``[batch, k]`` and their column numbers ``[batch, k]`` (int32).
+    """
+    n = keys.shape[1]
+    if k == n:
+        columns = torch.arange(n, dtype=torch.int32, device=keys.device)
+        return keys.clone(), columns.expand(keys.shape).contiguous()
+    # One more than asked for: equal neighbours at the boundary are the only ambiguous case.
+    if (k + 1) * _TILE * _TILES_PAY <= n:
+        values, columns = _topk_of_tiles(keys, k + 1)
+    else:
+        values, columns = keys.topk(k + 1, sorted=True)
+    tied = values[:, k - 1] == values[:, k]
+    columns = columns[:, :k].sort(dim=1).values
+    if tied.any():
+        rows = tied.nonzero().squeeze(1)
+        boundary = values[rows, k - 1]
+        step = max(1, _TIE_ELEMENTS // n)
+        for start in range(0, rows.numel(), step):
+            part = slice(start, start + step)
+            columns[rows[part]] = _break_ties(keys[rows[part]], boundary[part], k)
+    return keys.gather(1, columns), columns.int()
+
+
+def _topk_of_tiles(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row in descending order; which of equal ones is left open."""
+    batch, n = keys.shape
+    n_tiles = n // _TILE
+    whole = n_tiles * _TILE
+    tiles = keys[:, :whole].unflatten(1, (n_tiles, _TILE))
+    best = tiles.amax(dim=2).topk(k, dim=1, sorted=False).indices
+    within = torch.arange(_TILE, device=keys.device)
+    columns = (best[:, :, None] * _TILE + within).flatten(1)
+    if whole < n:  # the last, incomplete tile always takes part
+        rest = torch.arange(whole, n, device=keys.device).expand(batch, -1)
+        columns = torch.cat([columns, rest], dim=1)
+    top = keys.gather(1, columns).topk(k, dim=1, sorted=True)
+    return top.values, columns.gather(1, top.indices)
+
+
+def _break_ties(keys: Tensor, boundary: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, ``[rows, k]``, ties to the lowest column."""
+    above = keys > boundary[:, None]
+    equal = keys == boundary[:, None]
+    wanted = k - above.sum(dim=1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=1) <= wanted))
+    return chosen.nonzero()[:, 1].view(-1, k)
+
+
+def largest_positive(keys: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The ``total`` largest positive entries of a whole matrix, by ascending flat index.
+
+    Args:
+        keys: ``[batch, n]``, contiguous.
+        total: how many; fewer come back where fewer are positive.
+
+    Returns:
+        The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64).
+    """
+    flat = keys.view(-1)
+    if total <= 0:
+        return flat.new_empty(0), torch.empty(0, dtype=torch.long, device=keys.device)
+    n_tiles = flat.numel() // _TILE
+    if n_tiles * _TILE == flat.numel() and total * _TILES_PAY <= n_tiles:
+        tiles = flat.view(n_tiles, _TILE)
+        maxima = tiles.amax(dim=1)
+        # total tiles reach this value, hence at least total entries do.
+        floor = _kth_largest(maxima, total)
+        hits = ((maxima >= floor) & (maxima > 0)).nonzero().squeeze(1)
+        within = torch.arange(_TILE, device=keys.device)
+        values = tiles.index_select(0, hits)
+        keep = (values >= floor) & (values > 0)
+        positions = (hits[:, None] * _TILE + within)[keep]
+        values = values[keep]
+    else:
+        positions = (flat > 0).nonzero().squeeze(1)
+        values = flat[positions]
+    if values.numel() <= total:
+        return values, positions
+    boundary = _kth_largest(values, total)
+    above = values > boundary
+    equal = values == boundary
+    chosen = above | (equal & (equal.cumsum(0) <= total - above.sum()))
+    return values[chosen], positions[chosen]
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    if values.device.type == "cpu":
+        return values.kthvalue(values.numel() - k + 1).values
+    return values.topk(k, sorted=False).values.amin()
+
+
+def above_threshold(keys: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries that are positive and above their column's threshold, by ascending flat index.
+
+    Args:
+        keys: ``[batch, n]``, contiguous.
+        threshold: ``[n]``.
+
+    Returns:
+        The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64).
+    """
+    positions = (keys > threshold.clamp(min=0)).view(-1).nonzero().squeeze(1)
+    return keys.view(-1)[positions], positions

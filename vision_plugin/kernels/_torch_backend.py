@@ -1,0 +1,198 @@
+"""The reference backend: torch operators alone, on any device, and the fast path on CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ._select import above_threshold, largest_positive, topk_rows
+
+# Dense pre-activations exist for this many elements at a time (128 MiB in float32).
+_CPU_ELEMENTS = 1 << 25
+_GPU_ELEMENTS = 1 << 28
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class TorchBackend:
+    """The primitives of `Backend` in torch operators."""
+
+    name = "torch"
+
+    def unusable(self, device_type: str) -> str | None:
+        """Never: torch operators run on every device."""
+        return None
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        k: int,
+        relu: bool,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Top k of each row; see `Backend`."""
+        parts = []
+        for rows in row_chunks(x, W_enc.shape[1]):
+            keys, indices = self._select_rows(rows, W_enc, b_enc, scale, k, dtype)
+            parts.append((finish(keys, indices, scale, relu), indices))
+        if len(parts) == 1:
+            return parts[0]
+        values, columns = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(columns)
+
+    def _select_rows(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        k: int,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        return topk_rows(selection_keys(x, W_enc, b_enc, scale, dtype), k)
+
+    def encode_batch_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        total: int,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest positive entries of the batch; see `Backend`."""
+        d_sae = W_enc.shape[1]
+        parts, start = [], 0
+        for rows in row_chunks(x, d_sae):
+            keys, positions = largest_positive(
+                selection_keys(rows, W_enc, b_enc, scale, dtype), total
+            )
+            parts.append((keys, positions + start * d_sae))
+            start += rows.shape[0]
+        keys = torch.cat([part[0] for part in parts])
+        positions = torch.cat([part[1] for part in parts])
+        if len(parts) > 1:  # each chunk gave its own largest: choose among those
+            keys, chosen = largest_positive(keys[None], total)
+            positions = positions[chosen]
+        indices, offsets = compress(positions, x.shape[0], d_sae)
+        return finish(keys, indices, scale, relu=True), indices, offsets
+
+    def encode_threshold(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries above their latent's threshold; see `Backend`."""
+        d_sae = W_enc.shape[1]
+        values, positions, start = [], [], 0
+        for rows in row_chunks(x, d_sae):
+            keys = selection_keys(rows, W_enc, b_enc, None, dtype)
+            kept, where = above_threshold(keys, threshold)
+            values.append(kept)
+            positions.append(where + start * d_sae)
+            start += rows.shape[0]
+        return torch.cat(values), *compress(torch.cat(positions), x.shape[0], d_sae)
+
+    def gather_sum(
+        self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Weighted sums of gathered rows; see `Backend`."""
+        dtype = torch.promote_types(source.dtype, weights.dtype)
+        work = torch.float32 if dtype in _HALF else dtype
+        n_segments = offsets.numel() - 1
+        if n_segments == 0 or indices.numel() == 0:
+            return source.new_zeros(n_segments, source.shape[1], dtype=dtype)
+        return functional.embedding_bag(
+            indices,
+            source.to(work).contiguous(),
+            offsets,
+            mode="sum",
+            per_sample_weights=weights.to(work).contiguous(),
+            include_last_offset=True,
+        ).to(dtype)
+
+    def pair_dot(
+        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """Dot products of each segment's row with the rows it gathers; see `Backend`."""
+        dtype = torch.promote_types(segments.dtype, source.dtype)
+        work = torch.float32 if dtype in _HALF else dtype
+        n_segments = offsets.numel() - 1
+        if indices.numel() == 0:
+            return source.new_empty(0, dtype=dtype)
+        # The gradient of a weighted embedding bag for its weights is this very product, and torch
+        # computes it without gathering the rows.
+        segment = torch.arange(n_segments, dtype=torch.int32, device=offsets.device)
+        segment = segment.repeat_interleave(offsets.diff(), output_size=indices.numel())
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            segments.to(work).contiguous(),
+            source.to(work).contiguous(),
+            indices,
+            offsets[:-1],
+            segment,
+            0,
+        ).to(dtype)
+
+    def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """Sums over segments; see `Backend`."""
+        work = values.float() if values.dtype in _HALF else values
+        if offsets.numel() == 1 or values.numel() == 0:
+            return values.new_zeros(offsets.numel() - 1)
+        sums = torch.segment_reduce(work, "sum", offsets=offsets.long(), initial=0)
+        return sums.to(values.dtype)
+
+    def transpose(
+        self, indices: Tensor, offsets: Tensor, n_columns: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compressed columns by one stable sort; see `Backend`."""
+        columns, order = indices.sort(stable=True)
+        n_rows = offsets.numel() - 1
+        row = torch.arange(n_rows, dtype=torch.int32, device=offsets.device)
+        row = row.repeat_interleave(offsets.diff(), output_size=indices.numel())
+        edges = torch.arange(n_columns + 1, dtype=torch.int32, device=indices.device)
+        starts = torch.searchsorted(columns, edges, out_int32=True)
+        return row.index_select(0, order), order.int(), starts
+
+
+def row_chunks(x: Tensor, d_sae: int) -> tuple[Tensor, ...]:
+    """The batch in pieces whose dense pre-activations stay within a fixed size."""
+    elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
+    return x.split(max(1, elements // d_sae)) if x.shape[0] else (x,)
+
+
+def pre_activations(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    """``x @ W_enc + b_enc``, the product in ``dtype`` where one is given, ``[batch, d_sae]``."""
+    if dtype is None or dtype == x.dtype:
+        return torch.addmm(b_enc.to(x.dtype), x, W_enc.to(x.dtype))
+    return x.to(dtype) @ W_enc.to(dtype) + b_enc
+
+
+def selection_keys(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    """What the selection compares: ``(x @ W_enc + b_enc) * scale``, contiguous."""
+    keys = pre_activations(x, W_enc, b_enc, dtype)
+    return keys.contiguous() if scale is None else keys.mul_(scale)
+
+
+def finish(keys: Tensor, indices: Tensor, scale: Tensor | None, relu: bool) -> Tensor:
+    """The activations of selected keys: rectified, and without the scale."""
+    values = keys.relu() if relu else keys
+    if scale is None:
+        return values
+    # Multiplying by the inverse, as SAELens's decoders do, keeps the very same bits.
+    return values * (1 / scale)[indices.long()].to(values.dtype)
+
+
+def compress(positions: Tensor, batch: int, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Ascending flat positions as int32 column indices ``[nnz]`` and offsets ``[batch + 1]``."""
+    rows = positions // d_sae
+    edges = torch.arange(batch + 1, device=positions.device)
+    offsets = torch.searchsorted(rows, edges, out_int32=True)
+    return (positions - rows * d_sae).int(), offsets
+
+
+BACKEND = TorchBackend()
