@@ -108,7 +108,7 @@ class VisionAttentionBridge(AttentionBridge):
 
     @property
     def scaling(self) -> float:
-        """What the scores are multiplied by, ``d_head ** -0.5`` unless the module says otherwise."""
+        """What the scores are multiplied by: ``d_head ** -0.5`` unless the module has its own."""
         native = self.original_component
         for name in ("scaling", "scale"):
             value = getattr(native, name, None)

@@ -166,7 +166,7 @@ class Splicing:
     def steer(
         self, sae: SAE, latents: Mapping[int, float], *, tokens: str = "all"
     ) -> AbstractContextManager[None]:
-        """Clamp latents for the length of a ``with`` block; see :func:`vision_plugin.steering.steer`."""
+        """Clamp latents within a ``with`` block; see :func:`vision_plugin.steering.steer`."""
         from vision_plugin.steering import steer
 
         return steer(self, sae, latents, tokens=tokens)
