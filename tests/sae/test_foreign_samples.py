@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from safetensors.torch import load_file
 from sae_lens import SAE
+from safetensors.torch import load_file
 
 from vision_plugin.sae.foreign import RefusedCheckpointError, convert, disk_converter, load_sae
 

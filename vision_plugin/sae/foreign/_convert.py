@@ -47,13 +47,22 @@ def convert(
         for file in written.iterdir():
             _flush(file)
         _flush(written)
-        if target.exists():
-            target.rename(staging / "old")
-        written.rename(target)
-        _flush(target.parent)
+        _swap(written, target, staging / "old")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _swap(written: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+    try:
+        written.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _flush(target.parent)
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -22,14 +23,42 @@ import torch
 
 from vision_plugin.sae.foreign._errors import CorruptCheckpointError, UnsafeCheckpointError
 
-# A call to any of these is an attack; the file is refused, though nothing would be called anyway.
-_MODULES_THAT_ACT = frozenset(
-    ["os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "importlib", "pty"]
-    + ["ctypes", "code", "webbrowser", "pickle", "_pickle", "tempfile", "multiprocessing"]
+# A config may hold values of these; a call to anything else of the standard library (os.system,
+# builtins.eval, ...) is an attack, and the file is refused, though nothing would be called anyway.
+_STANDARD_DATA_MODULES = frozenset(
+    {
+        "_codecs",
+        "codecs",
+        "collections",
+        "copyreg",
+        "datetime",
+        "decimal",
+        "enum",
+        "fractions",
+        "functools",
+        "pathlib",
+        "re",
+        "types",
+        "typing",
+        "uuid",
+    }
 )
-_BUILTINS_THAT_ACT = frozenset(
-    ["eval", "exec", "compile", "open", "getattr", "setattr", "delattr", "__import__", "breakpoint"]
-    + ["input", "execfile", "apply", "vars", "globals", "locals", "map", "filter"]
+_BUILTIN_DATA = frozenset(
+    {
+        "bool",
+        "bytearray",
+        "bytes",
+        "complex",
+        "dict",
+        "float",
+        "int",
+        "list",
+        "object",
+        "range",
+        "slice",
+        "str",
+        "tuple",
+    }
 )
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -99,10 +128,15 @@ class _Name:
     def dotted(self) -> str:
         return f"{self.module}.{self.name}"
 
+    def _acts(self) -> bool:
+        package = self.module.partition(".")[0]
+        if package in ("builtins", "__builtin__"):
+            return self.name not in _BUILTIN_DATA
+        is_standard = package in sys.stdlib_module_names
+        return is_standard and package not in _STANDARD_DATA_MODULES
+
     def call(self, arguments: tuple[Any, ...]) -> InertObject:
-        is_builtin = self.module in ("builtins", "__builtin__")
-        acts = self.name.partition(".")[0] in _BUILTINS_THAT_ACT if is_builtin else False
-        if acts or self.module.partition(".")[0] in _MODULES_THAT_ACT:
+        if self._acts():
             raise UnsafeCheckpointError(
                 f"the file asks for {self.dotted} to be called while it is being read. Nothing was "
                 "called. Do not load this file with other tools; get the weights from a source "
