@@ -24,6 +24,7 @@ from vision_plugin.hooks._components import (
     VisionBlockBridge,
 )
 from vision_plugin.models import TokenLayout
+from vision_plugin.models._harvest import Source, component_sources
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,14 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         """One vector per image, [batch, d], before any projection to a joint space."""
         pooled: Tensor = output.pooler_output
         return pooled
+
+    def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
+        """Run the vision part of an untouched native module."""
+        return module(pixel_values=pixels)
+
+    def harvest_sources(self, model: Any) -> dict[str, Source]:
+        """Where the native module shows what each hook point shows, by canonical name."""
+        return component_sources(model)
 
     has_joint_space: bool = False
     """Whether ``logits`` of the output live in a space shared with text."""

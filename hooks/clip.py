@@ -71,6 +71,10 @@ class CLIPVisionProjectionAdapter(CLIPVisionAdapter):
 class CLIPAdapter(CLIPVisionProjectionAdapter):
     """``CLIPModel``: the forward takes pictures; the text tower answers ``encode_text``."""
 
+    def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
+        """Run the vision tower and its projection; the text tower has no part in it."""
+        return module.get_image_features(pixel_values=pixels)
+
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
         """Projected text embeddings, not normalised, [batch, d_embed]."""
         output = module.get_text_features(**tokens)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision_plugin.models._bridge import VisionBridge
+    from vision_plugin.models._harvest import Harvester
     from vision_plugin.models._hook_names import UnknownHookError
     from vision_plugin.models._loading import UnsupportedModelError, load_model, wrap
     from vision_plugin.models._tokens import TokenLayout, TokenSelection
 
 _HOMES = {
+    "Harvester": "_harvest",
     "TokenLayout": "_tokens",
     "TokenSelection": "_tokens",
     "UnknownHookError": "_hook_names",
@@ -25,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Harvester",
     "TokenLayout",
     "TokenSelection",
     "UnknownHookError",

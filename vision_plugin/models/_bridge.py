@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from vision_plugin.models._harvest import Harvester
 from vision_plugin.models._hook_names import check_hook_names
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 from vision_plugin.models._splicing import Splicing
@@ -261,6 +262,15 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         self.check_hook_names([name])
         self.check_hooks_to_add(name)
         self.hook_dict[name].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def harvest(self, pixels: Tensor, hook_names: str | Sequence[str]) -> dict[str, Tensor]:
+        """Activations by hook name over plain hooks on the native module, without gradients.
+
+        It costs little more than the native forward up to the last hook named; a loop over many
+        batches is better served by one :class:`~vision_plugin.models.Harvester`.
+        """
+        names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+        return Harvester(self, names)(pixels)
 
     # ------------------------------------------------------------------ pictures and texts
 
