@@ -7,7 +7,7 @@ PyTorch hook per activation, and stops as soon as the last of them is in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,12 @@ class Harvester:
         """
         found: dict[str, Tensor] = {}
         with self._hooks(found):
-            try:
+            with suppress(_AllHarvested):
                 self.model.adapter.native_forward(self.model.native, pixels)
-            except _AllHarvested:
-                pass  # the pass was cut short on purpose, with everything in `found`
-        return {name: found[name] for name in self.sources}
+        # A position table is looked up once for the whole batch; the cache has it per image.
+        return {
+            name: found[name].expand(len(pixels), *found[name].shape[1:]) for name in self.sources
+        }
 
     @contextmanager
     def _hooks(self, found: dict[str, Tensor]) -> Iterator[None]:
@@ -107,46 +108,29 @@ def native_source(model: Any, hook_name: str) -> Source:
 
 
 def component_sources(model: Any) -> dict[str, Source]:
-    """Sources of every ``hook_in`` and ``hook_out`` by canonical name, from the bridge's parts."""
+    """Sources of what the bridge's components take in and give out, by canonical hook name."""
     sources: dict[str, Source] = {}
-    for name, component in _components(model):
-        path = _native_path(model, component)
-        if path is None:
-            continue
+    for path, component in _components(model):
         for side in ("in", "out"):
             hook_point = getattr(component, f"hook_{side}")
             conversion = hook_point.hook_conversion
             convert = None if conversion is None else conversion.convert
-            sources[f"{name}.hook_{side}"] = Source(path, side, convert)
+            sources[hook_point.name] = Source(path, side, convert)
         if hasattr(component, "hook_normalized"):
-            sources[f"{name}.hook_normalized"] = Source(path, "in", _normaliser(component))
+            sources[component.hook_normalized.name] = Source(path, "in", _normaliser(component))
     return sources
 
 
 def _components(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if hasattr(module, "hook_in") and hasattr(module, "original_component"):
-            yield name, module
+    """The bridge's components with their paths in the native module.
 
-
-def _native_path(model: Any, component: Any) -> str | None:
-    """Path of a component's native module in ``model.native``; None where it has none."""
-    paths: dict[int, str] = model.__dict__.setdefault("_native_paths", {})
-    if not paths:
-        paths.update(_paths_by_structure(model))
-    return paths.get(id(component))
-
-
-def _paths_by_structure(model: Any) -> Iterator[tuple[int, str]]:
-    """Component ids to native paths: the bridged copy has the native structure, less the bridges.
-
-    A bridge stands where the native module stood and holds it as ``_original_component``, so
-    leaving that name out of a path in the copy gives the path in the native module.
+    A component stands where the native module stood and holds it as ``_original_component``, so
+    leaving that step out of its path in the bridged copy gives the path in the native module.
     """
     for path, module in model.original_model.named_modules():
-        if hasattr(module, "original_component"):
+        if hasattr(module, "original_component") and hasattr(module, "hook_in"):
             steps = [step for step in path.split(".") if step != "_original_component"]
-            yield id(module), ".".join(steps)
+            yield ".".join(steps), module
 
 
 def _normaliser(component: Any) -> Callable[[Tensor], Tensor]:
