@@ -204,6 +204,7 @@ def test_a_config_of_another_checkpoint_is_noticed(tmp_path: Path) -> None:
         load_sae(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_converted_sae_needs_nothing_of_ours(tmp_path: Path) -> None:
     sae = load_sae(DATA / "prisma-gated-pt")
     sae.save_model(tmp_path / "sae")
