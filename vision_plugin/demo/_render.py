@@ -1,0 +1,65 @@
+"""From a scene to its picture, and to the exact mask of its object."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from vision_plugin.demo._backdrops import backdrop, hang_label
+from vision_plugin.demo._drawing import cover, paint
+from vision_plugin.demo._factors import Scene
+
+IMAGE_SIZE = 128
+SMALLEST_SIZE = 32
+
+
+def render(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: what to draw.
+        image_size: the side of the square picture in pixels, at least 32.
+
+    Returns:
+        An RGB picture; the same scene and size give the same pixels.
+
+    Raises:
+        ValueError: if the picture is to be smaller than 32 pixels.
+    """
+    _check_size(image_size)
+    pixels = paint(backdrop(scene, image_size), cover(scene, image_size), scene.colour)
+    picture = Image.fromarray(pixels)
+    hang_label(picture, scene)
+    return picture
+
+
+def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarray, "size size"]:
+    """Which pixels of `render(scene)` the object touches, its antialiased rim included.
+
+    These are exactly the pixels that change when the object is drawn in another colour. A label
+    never covers the object.
+
+    Args:
+        scene: the scene.
+        image_size: the side of the square picture in pixels, at least 32.
+
+    Raises:
+        ValueError: if the picture is to be smaller than 32 pixels.
+    """
+    _check_size(image_size)
+    coverage = cover(scene, image_size)
+    mask = np.zeros((image_size, image_size), dtype=bool)
+    height, width = coverage.inside.shape
+    rows = slice(coverage.top, coverage.top + height)
+    columns = slice(coverage.left, coverage.left + width)
+    mask[rows, columns] = coverage.inside > 0
+    return mask
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < SMALLEST_SIZE:
+        raise ValueError(
+            f"image_size={image_size}: the demo world's pictures need at least {SMALLEST_SIZE} "
+            "pixels a side for their textures and words."
+        )

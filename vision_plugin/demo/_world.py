@@ -1,0 +1,143 @@
+"""Sequences of drawn pictures with everything that is known about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, Literal, TypeVar, overload
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from vision_plugin.demo._captions import caption
+from vision_plugin.demo._factors import Combinations, Scene, SceneRule, sample_scene, taxonomy
+from vision_plugin.demo._render import IMAGE_SIZE, object_mask, render
+
+T = TypeVar("T")
+
+
+class Drawn(Sequence[T], Generic[T]):
+    """A sequence whose items are made when they are asked for, and not kept."""
+
+    def __init__(self, scenes: tuple[Scene, ...], make: Callable[[Scene], T]) -> None:
+        self._scenes = scenes
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Drawn[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Drawn[T]:
+        if isinstance(index, slice):
+            return Drawn(self._scenes[index], self._make)
+        return self._make(self._scenes[index])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._make, self._scenes)
+
+
+@dataclass(frozen=True)
+class DemoWorld:
+    """Pictures of known scenes. See `draw`."""
+
+    scenes: tuple[Scene, ...]
+    """What each picture shows."""
+    image_size: int = IMAGE_SIZE
+    """The side of the square pictures in pixels."""
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def images(self) -> Drawn[Image.Image]:
+        """The pictures (RGB), each drawn when it is asked for."""
+        return Drawn(self.scenes, lambda scene: render(scene, image_size=self.image_size))
+
+    @property
+    def masks(self) -> Drawn[Bool[np.ndarray, "size size"]]:
+        """Which pixels belong to the object, one boolean array per picture."""
+        return Drawn(self.scenes, lambda scene: object_mask(scene, image_size=self.image_size))
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """A full and true caption of each picture."""
+        return tuple(caption(scene) for scene in self.scenes)
+
+    @cached_property
+    def taxonomy_paths(self) -> list[tuple[str, str, str, str]]:
+        """Each picture's place in the tree of shapes; see `taxonomy`."""
+        return taxonomy(self.scenes)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the pictures as an image folder that Hugging Face datasets can read too.
+
+        Args:
+            folder: made if missing. It gets `000000.png`, ..., and `metadata.jsonl` with one line
+                per picture: file_name, caption and every factor.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: if the folder holds anything already.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(
+                f"{folder} is not empty. Name a new folder, so that no other picture is mixed in."
+            )
+        lines = []
+        for index, (scene, image) in enumerate(zip(self.scenes, self.images, strict=True)):
+            name = f"{index:06d}.png"
+            image.save(folder / name)
+            record = {"file_name": name, "caption": self.captions[index], **asdict(scene)}
+            lines.append(json.dumps(record) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+        return folder
+
+
+def draw(
+    n: int,
+    *,
+    seed: int,
+    words: float | int = 0.0,
+    naming: Literal["shape", "colour", "either"] = "either",
+    conflicting: bool = False,
+    combinations: Combinations = "all",
+    image_size: int = IMAGE_SIZE,
+) -> DemoWorld:
+    """Draw pictures with known factors.
+
+    Picture `i` of a seed is the same however many are drawn, and the same but for its label if only
+    `words` differs.
+
+    Args:
+        n: how many.
+        seed: names the sequence. The packaged checkpoint was trained on `TRAINING_SEED` alone, so
+            any other seed gives pictures that it never saw.
+        words: the share of pictures with a printed word, from 0 to 1 (False and True will do).
+        naming: whether printed words name shapes, colours, or either.
+        conflicting: whether a printed word must differ from the object's own shape and colour.
+        combinations: which pairs of shape and colour may appear: "all", "training", or "held out"
+            (the pairs in `HELD_OUT`, of which the packaged checkpoint never saw a picture).
+        image_size: the side of the square pictures in pixels, at least 32.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if n < 0 or seed < 0:
+        raise ValueError(f"draw({n}, seed={seed}): use whole numbers from 0 up.")
+    rule = SceneRule(
+        words=float(words), naming=naming, conflicting=conflicting, combinations=combinations
+    )
+    return DemoWorld(
+        scenes=tuple(sample_scene(seed, index, rule) for index in range(n)), image_size=image_size
+    )
