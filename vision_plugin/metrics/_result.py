@@ -1,0 +1,62 @@
+"""What every metric returns: a frozen record that a person and a JSON file can both read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+RARE_BELOW = 10
+"""A feature that fires, but on fewer images (or tokens) than this, is counted as rare."""
+
+
+class MetricResult:
+    """Base of the result records. Subclasses are frozen dataclasses.
+
+    A subclass says what a table shows by overriding :meth:`summary`. NaN stands for "undefined" in
+    tensors and summaries; how many entries are undefined is always reported beside it.
+    """
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the scalars worth a row in a table, by name."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, field.name), (bool, int, float))
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as plain JSON types; NaN and infinities become ``None``."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: to_json(getattr(self, field.name)) for field in fields}
+
+
+def to_json(value: Any) -> Any:
+    """Turn tensors, tuples, mappings and records into what strict JSON can hold."""
+    if isinstance(value, MetricResult):
+        return value.to_dict()
+    if isinstance(value, Tensor):
+        return to_json(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def mean_of_defined(values: Tensor) -> float:
+    """Return the mean over the entries that are not NaN, NaN when there is none."""
+    defined = values[~values.isnan()]
+    return float(defined.double().mean()) if defined.numel() else math.nan
+
+
+def median_of_defined(values: Tensor) -> float:
+    """Return the median (mean of the two middle values) of the entries that are not NaN."""
+    defined = values[~values.isnan()].double().sort().values
+    count = defined.numel()
+    return float((defined[(count - 1) // 2] + defined[count // 2]) / 2) if count else math.nan

@@ -1,0 +1,64 @@
+"""The images on which each latent is largest, streamed and merged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vision_plugin.metrics._latents import LatentColumns, Latents
+
+VOID = -torch.inf
+"""Marks a place that no stored value took: an implicit zero, or an image that does not exist."""
+
+
+def top_values(latents: Latents, n_top: int) -> tuple[Tensor, Tensor]:
+    """Return each latent's largest values and their rows, both ``[k, n_top]``, largest first.
+
+    Ties go to the smaller row. Free places hold :data:`VOID` and row -1. Of the sparse form only
+    positive values are ranked, since the rows of implicit zeros are not known.
+    """
+    if isinstance(latents, LatentColumns):
+        if bool((latents.values < 0).any()):
+            dense = latents.to_dense(torch.arange(latents.n_features, device=latents.rows.device))
+            return _top_dense(dense, n_top)
+        return _top_sparse(latents, n_top)
+    return _top_dense(latents, n_top)
+
+
+def merge_top(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the largest of two top lists; at a tie the first list's comes first."""
+    values = torch.cat([first[0], second[0]], dim=1)
+    ids = torch.cat([first[1], second[1]], dim=1)
+    values, order = torch.sort(values, dim=1, descending=True, stable=True)
+    n_top = first[0].shape[1]
+    return values[:, :n_top].contiguous(), ids.gather(1, order[:, :n_top])
+
+
+def _top_sparse(columns: LatentColumns, n_top: int) -> tuple[Tensor, Tensor]:
+    device = columns.values.device
+    values = torch.full((columns.n_features, n_top), VOID, dtype=torch.float64, device=device)
+    rows = torch.full((columns.n_features, n_top), -1, device=device)
+    order = torch.sort(columns.values, descending=True, stable=True).indices
+    order = order[torch.sort(columns.features[order], stable=True).indices]
+    features = columns.features[order]
+    counts = columns.counts()
+    place = torch.arange(features.numel(), device=device) - (counts.cumsum(0) - counts)[features]
+    kept = place < n_top
+    features, place, order = features[kept], place[kept], order[kept]
+    values[features, place] = columns.values[order]
+    rows[features, place] = columns.rows[order]
+    return values, rows
+
+
+def _top_dense(latents: Tensor, n_top: int) -> tuple[Tensor, Tensor]:
+    n_rows, n_features = latents.shape
+    values = torch.full((n_features, n_top), VOID, dtype=torch.float64, device=latents.device)
+    rows = torch.full((n_features, n_top), -1, device=latents.device)
+    found = min(n_rows, n_top)
+    step = max(1, 2**24 // max(1, n_rows))
+    for start in range(0, n_features, step):
+        columns = latents[:, start : start + step].T.contiguous()
+        ranked, order = torch.sort(columns, dim=1, descending=True, stable=True)
+        values[start : start + step, :found] = ranked[:, :found].double()
+        rows[start : start + step, :found] = order[:, :found]
+    return values, rows
