@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -32,6 +33,7 @@ def register() -> None:
             directory[name] = _lookup(name, release)
 
 
+@cache
 def read_releases() -> dict[str, dict[str, Any]]:
     """The table of named releases: name -> repo_id, model, source, metadata, saes."""
     text = files("vision_plugin.sae.foreign").joinpath("releases.yaml").read_text(encoding="utf-8")
