@@ -1,0 +1,26 @@
+"""Pictures and folders that the tests of this package share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """A picture of random colours."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six pictures in the sub-folders ``cat`` and ``dog``."""
+    root = tmp_path / "photos"
+    for place, label in enumerate(("dog", "cat")):
+        (root / label).mkdir(parents=True)
+        for i in range(3):
+            picture(10 * place + i).save(root / label / f"{i}.png")
+    return root
