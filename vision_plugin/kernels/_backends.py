@@ -82,7 +82,7 @@ class Backend(Protocol):
     def gather_sum(
         self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
     ) -> Tensor:
-        """``out[s] = sum(weights[p] * source[indices[p]] for p in segment s)``, ``[segments, d]``."""
+        """``out[s]``: the sum of ``weights[p] * source[indices[p]]`` for p in segment s."""
 
     def pair_dot(
         self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor

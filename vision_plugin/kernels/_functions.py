@@ -207,7 +207,7 @@ def csr_decode(
             f"W_dec must be [d_sae, d_in] with d_sae={latents.d_sae}, got {list(W_dec.shape)}"
         )
     _check_bias("b_dec", b_dec, W_dec.shape[1])
-    decoded = _operators.gather_sum(
+    decoded: Tensor = _operators.gather_sum(
         W_dec, latents.indices, latents.offsets, latents.values, _name(backend)
     )
     return decoded if b_dec is None else decoded + b_dec
@@ -257,9 +257,9 @@ def matryoshka_decode(
         latents.d_sae,
     )
     bands = csr_decode(split, W_dec, None, backend=backend)
-    bands = bands.view(latents.batch, n_levels, W_dec.shape[1]).unbind(1)
-    level_sums, total = [], b_dec if b_dec is not None else bands[0].new_zeros(())
-    for band in bands:
+    levels = bands.view(latents.batch, n_levels, W_dec.shape[1]).unbind(1)
+    level_sums, total = [], b_dec if b_dec is not None else bands.new_zeros(())
+    for band in levels:
         total = total + band
         level_sums.append(total)
     return torch.stack(level_sums)

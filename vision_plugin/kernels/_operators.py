@@ -109,7 +109,8 @@ def gather_sum(
 @torch.library.custom_op(
     "vision_plugin::pair_dot",
     mutates_args=(),
-    schema="(Tensor segments, Tensor source, Tensor indices, Tensor offsets, str backend) -> Tensor",
+    schema="(Tensor segments, Tensor source, Tensor indices, Tensor offsets, str backend) "
+    "-> Tensor",
 )
 def pair_dot(
     segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor, backend: str
@@ -135,7 +136,8 @@ def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op(
     "vision_plugin::transpose",
     mutates_args=(),
-    schema="(Tensor indices, Tensor offsets, int n_columns, str backend) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor indices, Tensor offsets, int n_columns, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def transpose(
     indices: Tensor, offsets: Tensor, n_columns: int, backend: str

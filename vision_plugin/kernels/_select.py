@@ -52,7 +52,7 @@ def _topk_of_tiles(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch, n = keys.shape
     n_tiles = n // _TILE
     whole = n_tiles * _TILE
-    tiles = keys[:, :whole].unflatten(1, (n_tiles, _TILE))
+    tiles = keys[:, :whole].reshape(batch, n_tiles, _TILE)
     best = tiles.amax(dim=2).topk(k, dim=1, sorted=False).indices
     within = torch.arange(_TILE, device=keys.device)
     columns = (best[:, :, None] * _TILE + within).flatten(1)

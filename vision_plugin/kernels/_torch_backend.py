@@ -125,14 +125,15 @@ class TorchBackend:
         # computes it without gathering the rows.
         segment = torch.arange(n_segments, dtype=torch.int32, device=offsets.device)
         segment = segment.repeat_interleave(offsets.diff(), output_size=indices.numel())
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             segments.to(work).contiguous(),
             source.to(work).contiguous(),
             indices,
             offsets[:-1],
             segment,
             0,
-        ).to(dtype)
+        )
+        return dots.to(dtype)
 
     def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Sums over segments; see `Backend`."""
@@ -158,12 +159,10 @@ class TorchBackend:
 def row_chunks(x: Tensor, d_sae: int) -> tuple[Tensor, ...]:
     """The batch in pieces whose dense pre-activations stay within a fixed size."""
     elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
-    return x.split(max(1, elements // d_sae)) if x.shape[0] else (x,)
+    return torch.split(x, max(1, elements // d_sae)) if x.shape[0] else (x,)
 
 
-def pre_activations(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype | None
-) -> Tensor:
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``x @ W_enc + b_enc``, the product in ``dtype`` where one is given, ``[batch, d_sae]``."""
     if dtype is None or dtype == x.dtype:
         return torch.addmm(b_enc.to(x.dtype), x, W_enc.to(x.dtype))

@@ -1,0 +1,171 @@
+"""Encode and decode with SAELens's SAEs without ever holding dense latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.standard_sae import StandardSAE, StandardTrainingSAE
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
+from torch import Tensor, nn
+
+from vision_plugin import kernels
+from vision_plugin.kernels import SparseLatents
+
+# Dense latents of the architectures without a sparse path exist for this many elements at a time.
+_DENSE_ELEMENTS = 1 << 24
+
+_PLAIN_DECODERS = (JumpReLUSAE.decode, StandardSAE.decode, TrainingSAE.decode)
+_RESCALING_DECODERS = (TopKSAE.decode, TopKTrainingSAE.decode)
+
+
+def sparse_latents(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> SparseLatents:
+    """The latents that ``sae.encode(x)`` would return, in compressed rows.
+
+    TopK, BatchTopK (which SAELens saves as JumpReLU), JumpReLU and standard SAEs run on the sparse
+    kernel. Any other architecture, and an SAE with a hook on its latents, runs its own ``encode``
+    on a few rows at a time; the result is the same.
+
+    Args:
+        sae: any SAELens SAE.
+        x: activations, as ``sae.encode`` takes them.
+
+    Returns:
+        One row per activation vector (leading axes flattened), zeros dropped, differentiable in x
+        and the SAE's parameters. Selected values differ from ``sae.encode``'s by rounding at most.
+    """
+    if (encoded := _encode_on_kernel(sae, x)) is not None:
+        return encoded.prune()
+    n_trailing = 2 if sae.hook_z_reshaping_mode else 1
+    rows = x.reshape(-1, *x.shape[x.ndim - n_trailing :])
+    step = max(1, _DENSE_ELEMENTS // int(sae.cfg.d_sae))
+    if type(sae.activation_fn) is BatchTopK:  # its selection is over the whole batch
+        step = max(1, rows.shape[0])
+    return _stack([_compress(_encode_dense(sae, part)) for part in torch.split(rows, step)])
+
+
+def sparse_reconstruct(
+    sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
+) -> Float[Tensor, "*batch d_in"]:
+    """What ``sae(x)`` returns, without dense latents where the architecture allows it.
+
+    Args:
+        sae: any SAELens SAE.
+        x: activations, as ``sae`` takes them.
+
+    Returns:
+        The reconstruction in the shape of x (an SAE with an error term returns x's sum with it,
+        by its own code).
+    """
+    decoders = (*_PLAIN_DECODERS, *_RESCALING_DECODERS)
+    if sae.use_error_term or type(sae).decode not in decoders:
+        dense: Tensor = sae(x)
+        return dense
+    latents = _encode_on_kernel(sae, x)
+    if latents is None:
+        unchanged: Tensor = sae(x)
+        return unchanged
+    shape = x.shape[:-2] if sae.hook_z_reshaping_mode else x.shape[:-1]
+    decoded = kernels.csr_decode(_unscale(sae, latents), sae.W_dec, sae.b_dec)
+    out = sae.hook_sae_recons(decoded.view(*shape, -1))
+    out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
+    result: Tensor = sae.hook_sae_output(out)
+    return result
+
+
+def _encode_on_kernel(sae: SAE[Any], x: Tensor) -> SparseLatents | None:
+    """The latents by the sparse path, or None where the SAE needs its own code."""
+    if _is_live(sae.hook_sae_acts_pre) or _is_live(sae.hook_sae_acts_post):
+        return None
+    kind = type(sae)
+    training = kind.encode is TrainingSAE.encode
+    encode = kind.encode_with_hidden_pre if training else kind.encode
+    if encode in (TopKSAE.encode, TopKTrainingSAE.encode_with_hidden_pre):
+        if type(sae.activation_fn) not in (TopK, BatchTopK):
+            return None
+    elif encode is JumpReLUSAE.encode or encode in _RELU_ENCODERS:
+        if type(sae.activation_fn) is not nn.ReLU:
+            return None
+        if getattr(sae.cfg, "noise_standard_deviation", 0) and sae.training:
+            return None
+    else:
+        return None
+    rows, b_in = _kernel_input(sae, x)
+    if encode is JumpReLUSAE.encode or encode in _RELU_ENCODERS:
+        threshold = getattr(sae, "threshold", None)
+        if threshold is None:
+            threshold = torch.zeros_like(sae.b_enc)
+        return kernels.threshold_encode(rows, sae.W_enc, sae.b_enc, threshold, b_in=b_in)
+    scale = _scale(sae)
+    if type(sae.activation_fn) is BatchTopK:
+        latents = kernels.batch_topk_encode(
+            rows, sae.W_enc, sae.b_enc, sae.cfg.k, b_in=b_in, scale=scale
+        )
+    else:
+        values, indices = kernels.topk_encode(
+            rows, sae.W_enc, sae.b_enc, sae.cfg.k, b_in=b_in, scale=scale
+        )
+        latents = SparseLatents.from_topk(values, indices, d_sae=sae.cfg.d_sae)
+    if scale is None:
+        return latents
+    return latents.with_values(latents.values * scale[latents.indices.long()])
+
+
+_RELU_ENCODERS = (StandardSAE.encode, StandardTrainingSAE.encode_with_hidden_pre)
+
+
+def _kernel_input(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """SAELens's `process_sae_in` up to the subtraction of b_dec: rows, and what to subtract."""
+    shaped = sae.hook_sae_input(sae.reshape_fn_in(x.to(sae.dtype)))
+    rows = sae.run_time_activation_norm_fn_in(shaped)
+    return rows.reshape(-1, rows.shape[-1]), sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+
+
+def _scale(sae: SAE[Any]) -> Tensor | None:
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        norms: Tensor = sae.W_dec.norm(dim=-1)
+        return norms
+    return None
+
+
+def _unscale(sae: SAE[Any], latents: SparseLatents) -> SparseLatents:
+    if type(sae).decode not in _RESCALING_DECODERS or (scale := _scale(sae)) is None:
+        return latents
+    return latents.with_values(latents.values * (1 / scale)[latents.indices.long()])
+
+
+def _encode_dense(sae: SAE[Any], rows: Tensor) -> Tensor:
+    encoded: Tensor = sae.encode(rows)
+    dense = encoded.to_dense() if encoded.is_sparse else encoded
+    return dense.reshape(-1, dense.shape[-1])
+
+
+def _compress(dense: Float[Tensor, "batch d_sae"]) -> SparseLatents:
+    batch, d_sae = dense.shape
+    row, column = dense.nonzero(as_tuple=True)
+    edges = torch.arange(batch + 1, device=dense.device)
+    offsets = torch.searchsorted(row, edges, out_int32=True)
+    return SparseLatents(dense[row, column], column.int(), offsets, d_sae)
+
+
+def _stack(parts: list[SparseLatents]) -> SparseLatents:
+    """One batch after the other."""
+    offsets, end = [parts[0].offsets], parts[0].values.numel()
+    for part in parts[1:]:
+        offsets.append(part.offsets[1:] + end)
+        end += part.values.numel()
+    return SparseLatents(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        torch.cat(offsets),
+        parts[0].d_sae,
+    )
+
+
+def _is_live(hook: nn.Module) -> bool:
+    return bool(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks)

@@ -1,0 +1,271 @@
+"""Drop-in training classes: SAELens's TopK, BatchTopK and Matryoshka on the sparse kernel.
+
+Parameters, configuration, losses, statistics and saved files are SAELens's own; only the
+arithmetic of a training step is replaced. Everything that is not a training step, and a step with
+a live hook on the latents, runs SAELens's dense code, which these classes inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from torch import Tensor, nn
+
+from vision_plugin import kernels
+from vision_plugin.kernels import SparseLatents
+
+from ._sparse_activations import SparseActivations
+from ._sparse_auxiliary import auxiliary_loss
+
+# SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
+    """SAELens's `TopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """The name in SAELens's registry of training classes."""
+        return "vision_plugin_topk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """Saved as SAELens's ``topk``."""
+        config_class: type[SAEConfig] = TopKSAEConfig
+        return config_class
+
+
+@dataclass
+class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):  # type: ignore[misc]
+    """SAELens's `BatchTopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """The name in SAELens's registry of training classes."""
+        return "vision_plugin_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """Saved as SAELens's ``jumprelu``."""
+        config_class: type[SAEConfig] = JumpReLUSAEConfig
+        return config_class
+
+
+@dataclass
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
+    """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """The name in SAELens's registry of training classes."""
+        return "vision_plugin_matryoshka_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """Saved as SAELens's ``jumprelu``."""
+        config_class: type[SAEConfig] = JumpReLUSAEConfig
+        return config_class
+
+
+class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
+    """The sparse training step that the three classes share; mixed in before SAELens's class."""
+
+    def initialize_weights(self) -> None:
+        """SAELens's initial weights, with W_enc stored latent-major (same shape, other strides)."""
+        super().initialize_weights()
+        in_host_layout: Tensor = self.W_enc.data
+        self.W_enc = nn.Parameter(_latent_major(in_host_layout))
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Save W_enc in SAELens's layout: safetensors refuses tensors that are not contiguous."""
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Back to latent-major storage; loading may take the tensor itself, strides included."""
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["W_enc"] = _latent_major(state_dict["W_enc"])
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One training step's losses, as SAELens computes them, on the sparse kernel.
+
+        In the output ``feature_acts`` and ``hidden_pre`` are `SparseActivations`: they act as
+        dense tensors outside the autograd graph. ``hidden_pre`` holds the selected latents only.
+        """
+        if any(_is_live(hook) for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)):
+            return super().training_forward_pass(step_input)
+        x = self._sparse_input(step_input.sae_in)
+        scale = self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        latents = self._encode_sparse(x, scale)
+        reconstructions = list(self._reconstruct(latents))
+        sae_out = reconstructions[-1][1]
+        losses = {"mse_loss": self._mean_squared_error(sae_out, step_input.sae_in)}
+        losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(
+            x, scale, step_input, reconstructions
+        )
+        for width, inner in reconstructions[:-1]:
+            losses[f"inner_mse_loss_{width}"] = self._mean_squared_error(inner, step_input.sae_in)
+        reported = latents.detach()
+        if scale is not None:
+            reported = reported.with_values(reported.values * scale[reported.indices.long()])
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=SparseActivations(reported),
+            hidden_pre=SparseActivations(reported),
+            loss=sum(losses.values(), start=sae_out.new_zeros(())),
+            losses=losses,
+        )
+        self._after_step(reported.values, output)
+        return output
+
+    def _sparse_input(self, sae_in: Tensor) -> Tensor:
+        """SAELens's `process_sae_in` up to the subtraction of b_dec, which the kernel does."""
+        x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
+        normalised: Tensor = self.run_time_activation_norm_fn_in(x)
+        return normalised
+
+    @property
+    def _b_in(self) -> Tensor | None:
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
+        values, indices = kernels.topk_encode(
+            x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
+        )
+        return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae)
+
+    def _reconstruct(self, latents: SparseLatents) -> Iterator[tuple[int, Tensor]]:
+        """Each nested width and its reconstruction, the whole dictionary last."""
+        yield self.cfg.d_sae, self._output(kernels.csr_decode(latents, self.W_dec, self.b_dec))
+
+    def _output(self, reconstruction: Tensor) -> Tensor:
+        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(reconstruction))
+        reshaped: Tensor = self.reshape_fn_out(out, self.d_head)
+        return reshaped
+
+    def _mean_squared_error(
+        self, reconstruction: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, ""]:
+        error: Tensor = self.mse_loss_fn(reconstruction, target).sum(dim=-1).mean()
+        return error
+
+    def _auxiliary_loss(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        step_input: TrainStepInput,
+        reconstructions: list[tuple[int, Tensor]],
+    ) -> Tensor:
+        """SAELens's AuxK loss: dead latents reconstruct what the living ones leave over."""
+        dead = step_input.dead_neuron_mask
+        sae_out = reconstructions[-1][1]
+        if dead is None or not bool(dead.any()):
+            return sae_out.new_zeros(())
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                "TopK auxiliary loss does not support activation normalization "
+                f"(normalize_activations={self.cfg.normalize_activations!r}): the reconstruction "
+                "would be in normalized space and the residual in the original one. "
+                "Use 'none' or 'expected_average_only_in'."
+            )
+        residual = (step_input.sae_in - sae_out).detach()
+        loss: Tensor = self.cfg.aux_loss_coefficient * self._level_loss(x, scale, residual, dead, 0)
+        return loss
+
+    def _level_loss(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        scale: Float[Tensor, " d_sae"] | None,
+        residual: Float[Tensor, "batch d_in"],
+        dead: Bool[Tensor, " width"],
+        first: int,
+    ) -> Float[Tensor, ""]:
+        """AuxK loss of the dead latents in ``[first, first + width)``."""
+        chosen = dead.nonzero().squeeze(1) + first
+        return auxiliary_loss(
+            x,
+            residual,
+            W_enc=self.W_enc.t().index_select(0, chosen).t(),
+            b_enc=self.b_enc.index_select(0, chosen),
+            W_dec=self.W_dec.index_select(0, chosen),
+            b_in=self._b_in,
+            scale=None if scale is None else scale.index_select(0, chosen),
+        )
+
+    def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
+        """What an architecture keeps from a step."""
+
+
+class SparseTopKTrainingSAE(_SparseStep, TopKTrainingSAE):  # type: ignore[misc]
+    """SAELens's `TopKTrainingSAE` on the sparse kernel. Saves as stock ``topk``."""
+
+
+class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ignore[misc]
+    """SAELens's `BatchTopKTrainingSAE` on the sparse kernel. Saves as stock ``jumprelu``."""
+
+    def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
+        return kernels.batch_topk_encode(
+            x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
+        )
+
+    @torch.no_grad()
+    def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
+        # The rule reads nothing but the positive entries, and these are all of them.
+        self.update_topk_threshold(values)
+        output.metrics["topk_threshold"] = self.topk_threshold
+
+
+class SparseMatryoshkaBatchTopKTrainingSAE(
+    SparseBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE,  # type: ignore[misc]
+):
+    """SAELens's `MatryoshkaBatchTopKTrainingSAE` on the kernel. Saves as stock ``jumprelu``."""
+
+    def _reconstruct(self, latents: SparseLatents) -> Iterator[tuple[int, Tensor]]:
+        widths = self.cfg.matryoshka_widths
+        levels = kernels.matryoshka_decode(latents, self.W_dec, self.b_dec, widths).unbind(0)
+        for width, level in zip(widths[:-1], levels[:-1], strict=True):
+            yield width, self.run_time_activation_norm_fn_out(level)
+        yield widths[-1], self._output(levels[-1])
+
+    def _auxiliary_loss(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        step_input: TrainStepInput,
+        reconstructions: list[tuple[int, Tensor]],
+    ) -> Tensor:
+        dead = step_input.dead_neuron_mask
+        if not self.cfg.use_matryoshka_aux_loss:
+            return super()._auxiliary_loss(x, scale, step_input, reconstructions)
+        total = reconstructions[-1][1].new_zeros(())
+        if dead is None:
+            return total
+        first = 0
+        for width, level in reconstructions:
+            part = dead[first:width]
+            if bool(part.any()):
+                residual = (step_input.sae_in - level).detach()
+                total = total + self._level_loss(x, scale, residual, part, first)
+            first = width
+        loss: Tensor = self.cfg.aux_loss_coefficient * total
+        return loss
+
+
+def _latent_major(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    return W_enc.t().contiguous().t()
+
+
+def _is_live(hook: nn.Module) -> bool:
+    return bool(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks)
