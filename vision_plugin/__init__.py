@@ -12,14 +12,26 @@ from typing import TYPE_CHECKING, Any
 from vision_plugin import _hosts
 
 if TYPE_CHECKING:
-    from vision_plugin import activations, demo, kernels, metrics, models, report, sae, steering
+    from vision_plugin import activations, demo, kernels, metrics, models, sae, steering
     from vision_plugin.models import VisionBridge, load_model, wrap
+    from vision_plugin.report import report
+    from vision_plugin.sae import (
+        VisionSAERunnerConfig,
+        VisionSAETrainingRunner,
+        load_sae,
+        train,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "VisionBridge": "models",
+    "VisionSAERunnerConfig": "sae",
+    "VisionSAETrainingRunner": "sae",
     "load_model": "models",
+    "load_sae": "sae",
+    "report": "report",
+    "train": "sae",
     "wrap": "models",
 }
 """Public names to the packages that define them."""
@@ -30,22 +42,25 @@ _PACKAGES = (
     "kernels",
     "metrics",
     "models",
-    "report",
     "sae",
     "steering",
 )
 
 __all__ = [
     "VisionBridge",
+    "VisionSAERunnerConfig",
+    "VisionSAETrainingRunner",
     "activations",
     "demo",
     "kernels",
     "load_model",
+    "load_sae",
     "metrics",
     "models",
     "report",
     "sae",
     "steering",
+    "train",
     "wrap",
 ]
 

@@ -1,0 +1,86 @@
+"""The ``vision-plugin`` command."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it does in a line, and the module whose ``run`` does it."""
+
+    summary: str
+    module: str
+
+
+COMMANDS = {
+    "demo": Command("run the whole job offline on drawn pictures, in minutes", "_demo"),
+    "train": Command("train a sparse autoencoder on a vision transformer", "_train"),
+    "eval": Command("score an SAE for monosemanticity and steerability", "_eval"),
+    "steer": Command("hold latents at values and see what the model then sees", "_steer"),
+    "report": Command("write a browsable HTML page of an SAE's features", "_report"),
+    "convert": Command("write another project's SAE in SAELens's format", "_convert"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        0, or 1 after an error, which is one sentence on stderr; 2 for a command line that cannot
+        be read. ``VISION_PLUGIN_DEBUG=1`` shows the whole traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from vision_plugin import __version__
+
+        sys.stdout.write(f"vision-plugin {__version__}\n")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        sys.stderr.write(f"vision-plugin has no command {name!r}.\n{usage()}")
+        return 2
+    _quieten()
+    command = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
+    try:
+        command.run(arguments[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("VISION_PLUGIN_DEBUG"):
+            raise
+        sys.stderr.write(f"vision-plugin {name}: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: vision-plugin COMMAND [FLAGS]\n\n"
+        + "\n".join(lines)
+        + "\n\nvision-plugin COMMAND --help lists the flags of a command.\n"
+    )
+
+
+def _quieten() -> None:
+    """Keep the hosts' progress bars and notices out of the way of what a person asked for."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vision_plugin.models._bridge import VisionBridge
     from vision_plugin.models._harvest import Harvester
+    from vision_plugin.models._errors import UnsupportedModelError
     from vision_plugin.models._hook_names import UnknownHookError
-    from vision_plugin.models._loading import UnsupportedModelError, load_model, wrap
+    from vision_plugin.models._loading import load_model, wrap
     from vision_plugin.models._tokens import TokenLayout, TokenSelection
 
 _HOMES = {
@@ -20,7 +21,7 @@ _HOMES = {
     "TokenLayout": "_tokens",
     "TokenSelection": "_tokens",
     "UnknownHookError": "_hook_names",
-    "UnsupportedModelError": "_loading",
+    "UnsupportedModelError": "_errors",
     "VisionBridge": "_bridge",
     "load_model": "_loading",
     "wrap": "_loading",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -52,6 +52,7 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         self._hook_dict: dict[str, HookPoint] | None = None
         self._setup_splicing()
 
+    adapter: Any
     native: nn.Module
     """The module that was loaded or handed in; no bridge component is in it."""
 
@@ -248,11 +249,11 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         )
         return context
 
-    def add_hook(  # type: ignore[override]
+    def add_hook(
         self,
         name: str | Callable[[str], bool],
         hook_fn: Callable[..., Any],
-        dir: str = "fwd",
+        dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
     ) -> None:
         """Add a hook by any of its names, or to every hook point that a predicate picks."""
@@ -354,6 +355,19 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         """What cosine similarities are multiplied by before the softmax (100 in OpenAI's CLIP)."""
         return float(self.adapter.logit_scale(self.native))
 
+    @property
+    def logit_bias(self) -> float:
+        """What is added to the scaled cosine similarities; 0 unless the model learnt one."""
+        return float(self.adapter.logit_bias(self.native))
+
+    @property
+    def score_function(self) -> str:
+        """What the model was trained to score with: ``"softmax"`` over texts, or ``"sigmoid"``.
+
+        With ``logits = logit_scale * cosine + logit_bias``.
+        """
+        return str(self.adapter.score_function)
+
     # ------------------------------------------------------------------ device and mode
 
     @property
@@ -368,7 +382,8 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> VisionBridge:
         """Move or cast the weights, the bridge's and the native module's alike."""
-        super().to(*args, **kwargs)
+        super().to(*args, **{"print_details": False, **kwargs})
+        kwargs.pop("print_details", None)
         self.native.to(*args, **kwargs)
         return self
 

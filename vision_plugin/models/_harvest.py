@@ -70,9 +70,8 @@ class Harvester:
             The activation of each hook, as the bridge's cache has it, in the order of the names.
         """
         found: dict[str, Tensor] = {}
-        with self._hooks(found):
-            with suppress(_AllHarvested):
-                self.model.adapter.native_forward(self.model.native, pixels)
+        with self._hooks(found), suppress(_AllHarvested):
+            self.model.adapter.native_forward(self.model.native, pixels)
         # A position table is looked up once for the whole batch; the cache has it per image.
         return {
             name: found[name].expand(len(pixels), *found[name].shape[1:]) for name in self.sources

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vision_plugin.models._bridge import VisionBridge
+from vision_plugin.models._errors import UnsupportedModelError
 from vision_plugin.models._processing import (
     HuggingFaceImages,
     HuggingFaceTexts,
     ImageProcessor,
+    PlainTexts,
     TextProcessor,
     TorchvisionImages,
 )
-
-logger = logging.getLogger(__name__)
+from vision_plugin.models._square_patches import SquarePatches
 
 ENTRY_POINTS = "transformer_lens.architectures"
+OWN_ENTRY_POINTS = "vision_plugin.architectures"
+_HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
 _LIBRARIES = {"timm": "Timm", "open_clip": "OpenClip"}
 """Prefix of an architecture's entry-point name by the library its module class comes from."""
-
-
-class UnsupportedModelError(ValueError):
-    """A module that no adapter fits."""
 
 
 def wrap(
@@ -45,7 +44,8 @@ def wrap(
     """Put a native vision transformer under TransformerLens names.
 
     The module itself is not touched: the bridge is built on a copy of its structure that shares
-    every weight with it.
+    every weight with it. Of a model that carries a supported tower inside (LLaVA, a masked
+    autoencoder with its decoder), the tower is what is wrapped.
 
     Args:
         module: A vision tower or an image-text model of a supported family.
@@ -57,25 +57,34 @@ def wrap(
     Raises:
         UnsupportedModelError: no adapter fits; it says which part did not match.
     """
-    architecture, adapter_class = find_adapter(module)
     name = name or type(module).__name__
-    structure = share_weights(module)
+    architecture, adapter_class = find_adapter(module)
+    if tower := inner_tower(adapter_class):
+        inner = _part(module, tower, name)
+        return wrap(inner, name=name, processor=processor, tokenizer=tokenizer, revision=revision)
     adapter = _make_adapter(adapter_class, architecture, module, name)
+    images = _image_processor(processor)
     try:
+        structure = share_weights(module)
         adapter.prepare_model(structure)
-        return VisionBridge(
+        bridge = VisionBridge(
             structure,
             adapter,
             native=module,
-            images=_image_processor(processor),
-            texts=_text_processor(tokenizer, module),
+            images=images,
+            texts=_text_processor(tokenizer, module, adapter),
             revision=revision,
         )
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{name}: the adapter for {architecture} expects a part that this module does not "
-            f"have ({error}). CONTRIBUTING.md shows how to add a family."
+            f"have ({error}). {_HOW_TO_ADD}"
         ) from error
+    if adapter.tower_dimensions.any_size and images is not None:
+        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
+    return bridge
 
 
 def load_model(
@@ -105,7 +114,7 @@ def load_model(
     if rest and source in loaders:
         model = loaders[source](rest, pretrained, revision)
     else:
-        model = _load_transformers(name, revision)
+        model = loaders["hf"](name, pretrained, revision)
     model.eval()
     if device is not None or dtype != torch.float32:
         model.to(device=device or "cpu", dtype=dtype)
@@ -114,13 +123,24 @@ def load_model(
 
 def sources() -> dict[str, Callable[[str, str | None, str | None], VisionBridge]]:
     """Loaders by the prefix in front of the colon."""
-    return {"hf": lambda name, _, revision: _load_transformers(name, revision)}
+    from vision_plugin.models._open_clip import load_open_clip
+    from vision_plugin.models._timm import load_timm
+    from vision_plugin.models._transformers import load_transformers
+
+    return {"hf": load_transformers, "open_clip": load_open_clip, "timm": load_timm}
 
 
 @cache
 def adapters() -> dict[str, Any]:
-    """Architecture names to the entry points of their adapters, other packages' included."""
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    """Architecture names to the entry points of their adapters, other packages' included.
+
+    The package's own group comes first: TransformerLens has adapters of its own for some
+    architectures, and its group cannot replace them.
+    """
+    found: dict[str, Any] = {}
+    for group in (ENTRY_POINTS, OWN_ENTRY_POINTS):
+        found.update({entry.name: entry for entry in entry_points(group=group)})
+    return found
 
 
 def find_adapter(module: nn.Module) -> tuple[str, Any]:
@@ -137,8 +157,29 @@ def find_adapter(module: nn.Module) -> tuple[str, Any]:
     cls = type(module)
     raise UnsupportedModelError(
         f"no adapter for {cls.__module__}.{cls.__name__}. Supported: "
-        f"{', '.join(sorted(adapters()))}. CONTRIBUTING.md shows how to add a family."
+        f"{', '.join(sorted(adapters()))}. {_HOW_TO_ADD}"
     )
+
+
+def inner_tower(adapter_class: Any) -> str | None:
+    """Path of the vision tower, where an entry point says that a model carries one inside."""
+    return getattr(adapter_class, "inner_path", None)
+
+
+def _part(module: nn.Module, path: str, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{name}: a {type(module).__name__} keeps its vision tower in {path!r}, but this one "
+            f"has no such part. {_HOW_TO_ADD}"
+        ) from error
+
+
+def _processed_size(dims: Any, images: ImageProcessor) -> Any:
+    """The sizes of a tower that takes any picture, with the size that its preprocessing makes."""
+    height, width = images([Image.new("RGB", (dims.image_size[1], dims.image_size[0]))]).shape[-2:]
+    return replace(dims, image_size=(height, width))
 
 
 def share_weights(module: nn.Module) -> nn.Module:
@@ -163,106 +204,22 @@ def _make_adapter(adapter_class: Any, architecture: str, module: nn.Module, name
 def _image_processor(processor: Any) -> ImageProcessor | None:
     if processor is None or hasattr(processor, "fingerprint"):
         return processor  # type: ignore[no-any-return]
+    if hasattr(processor, "max_num_patches"):
+        return SquarePatches(processor)
     if hasattr(processor, "to_dict"):
         return HuggingFaceImages(processor)
     return TorchvisionImages(processor)
 
 
-def _text_processor(tokenizer: Any, module: nn.Module) -> TextProcessor | None:
-    if tokenizer is None or not hasattr(tokenizer, "pad"):
-        return tokenizer  # type: ignore[no-any-return]
-    config = getattr(module.config, "text_config", module.config)
-    return HuggingFaceTexts(tokenizer, int(config.max_position_embeddings))
-
-
-def _load_transformers(name: str, revision: str | None) -> VisionBridge:
-    from transformers import AutoConfig
-
-    path = _local_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found(name, error)) from error
-    module = _transformers_module(config, path, revision)
-    return wrap(
-        module,
-        name=name,
-        processor=_transformers_images(path, revision),
-        tokenizer=_transformers_tokenizer(config, path, revision),
-        revision=revision,
+def _text_processor(tokenizer: Any, module: nn.Module, adapter: Any) -> TextProcessor | None:
+    if tokenizer is None:
+        return None
+    if not hasattr(tokenizer, "pad"):
+        return PlainTexts(tokenizer)
+    config: Any = getattr(module.config, "text_config", module.config)
+    return HuggingFaceTexts(
+        tokenizer,
+        int(config.max_position_embeddings),
+        padding=adapter.text_padding,
+        mask=adapter.text_mask,
     )
-
-
-def _local_folder(name: str) -> str:
-    if name == "demo":
-        from vision_plugin.demo import checkpoint_path
-
-        return str(checkpoint_path())
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{name} is a folder without a config.json, so it holds no Hugging Face checkpoint"
-        )
-    return str(folder) if folder.is_dir() else name
-
-
-def _transformers_module(config: Any, path: str, revision: str | None) -> nn.Module:
-    import transformers
-
-    wanted = [*(config.architectures or []), _default_architecture(config)]
-    for architecture in wanted:
-        model_class = getattr(transformers, architecture or "", None)
-        if architecture in adapters() and model_class is not None:
-            try:
-                module: nn.Module = model_class.from_pretrained(path, revision=revision)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(_not_found(path, error)) from error
-            return module
-    raise UnsupportedModelError(
-        f"{path} holds a {config.architectures or config.model_type}, for which there is no "
-        f"adapter. Supported: {', '.join(sorted(adapters()))}. CONTRIBUTING.md shows how to add "
-        "a family."
-    )
-
-
-def _default_architecture(config: Any) -> str | None:
-    from transformers import AutoModel
-
-    try:
-        return str(AutoModel._model_mapping[type(config)].__name__)
-    except (KeyError, AttributeError):
-        return None
-
-
-def _transformers_images(path: str, revision: str | None) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        logger.warning("%s comes without preprocessing for pictures (%s)", path, _first(error))
-        return None
-
-
-def _transformers_tokenizer(config: Any, path: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    if not hasattr(config, "text_config"):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        logger.warning("%s comes without a tokenizer (%s)", path, _first(error))
-        return None
-
-
-def _not_found(name: str, error: Exception) -> str:
-    return (
-        f"could not load a model from {name!r}: it is neither a local folder with a checkpoint "
-        f"nor to be had from the hub ({_first(error)}). Offline, give the folder that the "
-        "checkpoint was saved to."
-    )
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -67,22 +67,46 @@ class TorchvisionImages:
 
 
 class HuggingFaceTexts:
-    """A transformers tokenizer with padding and truncation to what the text tower can take."""
+    """A transformers tokenizer with padding and truncation as the text tower wants them."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, *, padding: bool | str = True, mask: bool = True
+    ) -> None:
+        """Keep the tokenizer and its arguments.
+
+        Args:
+            tokenizer: A transformers tokenizer.
+            max_length: The longest text in tokens that the tower can take.
+            padding: The tokenizer's argument; SigLIP was trained on texts of one length.
+            mask: Hand on the attention mask; SigLIP was trained without one.
+        """
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.padding = padding
+        self.names = ("input_ids", "attention_mask") if mask else ("input_ids",)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, [n, length]."""
+        """``input_ids`` and, where the tower takes one, ``attention_mask``, [n, length]."""
         batch = self.tokenizer(
             list(texts),
-            padding=True,
+            padding=self.padding,
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        return {name: batch[name] for name in self.names if name in batch}
+
+
+class PlainTexts:
+    """A tokenizer that is a plain function of texts, as open_clip's are."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The tokenizer's dictionary, or its token ids as ``text``, [n, length]."""
+        tokens = self.tokenizer(list(texts))
+        return dict(tokens) if isinstance(tokens, Mapping) else {"text": tokens}
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,41 @@
+"""Sparse autoencoders: trained by SAELens's trainer, saved and loaded in SAELens's format.
+
+Importing this package is quick; torch and the hosts come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vision_plugin.sae._config import VisionSAERunnerConfig
+    from vision_plugin.sae._encoding import EncodedImages, encode_images
+    from vision_plugin.sae._runner import VisionSAETrainingRunner, train
+    from vision_plugin.sae.foreign import convert, load_sae
+
+_HOMES = {
+    "EncodedImages": "_encoding",
+    "VisionSAERunnerConfig": "_config",
+    "VisionSAETrainingRunner": "_runner",
+    "convert": "foreign",
+    "encode_images": "_encoding",
+    "load_sae": "foreign",
+    "train": "_runner",
+}
+
+__all__ = [
+    "EncodedImages",
+    "VisionSAERunnerConfig",
+    "VisionSAETrainingRunner",
+    "convert",
+    "encode_images",
+    "load_sae",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,39 @@
+"""``vision-plugin convert``: another project's SAE in SAELens's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from vision_plugin.cli._flags import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert, and where to."""
+
+    sae: str
+    """File, folder, or hub id of the checkpoint."""
+    output_path: str
+    """Folder to write; it must not exist."""
+    sae_id: str = ""
+    """Folder or file inside a repository."""
+    format: str = "auto"
+    """``auto``, or the format's name where detection is not wanted."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Convert an SAE from flags."""
+    from vision_plugin.sae.foreign import convert
+
+    cfg = parse(
+        ConvertConfig,
+        arguments,
+        command="convert",
+        description="Write a published SAE in SAELens's format, so that SAE.load_from_disk reads "
+        "it without this package.",
+    )
+    folder = convert(cfg.sae, cfg.output_path, cfg.sae_id, format=cfg.format)
+    Console().print(f"Saved to {folder} in SAELens's format.", highlight=False)

@@ -1,0 +1,94 @@
+"""Command-line flags from dataclasses, with ``-`` and ``_`` alike."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: str) -> T:
+    """Read a frozen configuration from flags; exits with 2 on a line that cannot be read.
+
+    Args:
+        cls: A dataclass; the string below each field is its help.
+        arguments: What follows the command's name.
+        command: Name of the command, for the usage line.
+        description: What ``--help`` says first.
+    """
+    return tyro.cli(
+        cls,
+        args=list(arguments),
+        prog=f"vision-plugin {command}",
+        description=description,
+    )
+
+
+def flat_class(
+    name: str, parts: Sequence[tuple[type, Sequence[str]]], defaults: dict[str, Any]
+) -> type:
+    """A dataclass with the fields of several, side by side, the first to have a name keeping it.
+
+    Args:
+        name: Name of the new class.
+        parts: Dataclasses, each with the names of the fields to leave out.
+        defaults: Values for fields that have no default of their own.
+    """
+    fields: dict[str, tuple[str, Any, Any]] = {}
+    for cls, left_out in parts:
+        hints, docs = get_type_hints(cls), field_docs(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in left_out or field.name in fields or not field.init:
+                continue
+            explained: Any = Annotated.__class_getitem__(
+                (hints[field.name], tyro.conf.arg(help=docs.get(field.name, "")))
+            )
+            fields[field.name] = (field.name, explained, _default(field, defaults))
+    required = [f for f in fields.values() if f[2] is dataclasses.MISSING]
+    optional = [f for f in fields.values() if f[2] is not dataclasses.MISSING]
+    specs: list[Any] = [(n, t) for n, t, _ in required]
+    specs += [(n, t, dataclasses.field(default_factory=partial(_same, d))) for n, t, d in optional]
+    return dataclasses.make_dataclass(name, specs, frozen=True)
+
+
+def pick(cls: type[T], flags: Any, **given: Any) -> T:
+    """Make a dataclass of the flags that are its fields, and of values given."""
+    names = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    values = {n: getattr(flags, n) for n in names if hasattr(flags, n)}
+    return cls(**{**values, **given})
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string literal below each field of a dataclass, and of the classes it extends."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                doc = getattr(getattr(following, "value", None), "value", None)
+                if isinstance(following, ast.Expr) and isinstance(doc, str):
+                    docs[statement.target.id] = " ".join(doc.split())
+    return docs
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def _default(field: dataclasses.Field[Any], defaults: dict[str, Any]) -> Any:
+    if field.name in defaults:
+        return defaults[field.name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

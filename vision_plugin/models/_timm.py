@@ -1,0 +1,55 @@
+"""timm models: listed names, checkpoint files, local folders, hub repositories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vision_plugin.models._bridge import VisionBridge
+from vision_plugin.models._errors import not_found
+from vision_plugin.models._loading import wrap
+
+
+def load_timm(name: str, pretrained: str | None, revision: str | None) -> VisionBridge:
+    """Load a timm model with its own preprocessing.
+
+    Args:
+        name: A name that timm lists, with its tag (``"vit_base_patch14_dinov2.lvd142m"``), a local
+            folder with timm's ``config.json``, or ``"hf-hub:owner/repository"``.
+        pretrained: A checkpoint file to load instead of the published weights.
+        revision: Branch, tag or commit, for a hub repository.
+
+    Raises:
+        ValueError: nothing is found under that name.
+        UnsupportedModelError: there is no adapter for it.
+    """
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    if pretrained is not None and not Path(pretrained).is_file():
+        raise ValueError(
+            f"pretrained={pretrained!r} is no file; a timm name carries the tag of its weights "
+            "itself, as in 'timm:vit_base_patch14_dinov2.lvd142m'"
+        )
+    try:
+        model = timm.create_model(
+            _source(name, revision),
+            pretrained=pretrained is None,
+            checkpoint_path=pretrained or "",
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(not_found(f"timm:{name}", error)) from error
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return wrap(model, name=f"timm:{name}", processor=transform, revision=revision)
+
+
+def _source(name: str, revision: str | None) -> str:
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir():
+        return f"local-dir:{folder}"
+    if revision is None:
+        return name
+    if not name.startswith(("hf-hub:", "hf_hub:")):
+        raise ValueError(
+            f"timm's listed names have no revision ({revision!r}): use 'timm:hf-hub:timm/{name}'"
+        )
+    return f"{name}@{revision}"

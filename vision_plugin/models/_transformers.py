@@ -1,0 +1,143 @@
+"""Checkpoints of Hugging Face transformers, from the hub or a local folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vision_plugin.models._bridge import VisionBridge
+from vision_plugin.models._errors import UnsupportedModelError, not_found
+from vision_plugin.models._loading import adapters, inner_tower, wrap
+
+logger = logging.getLogger(__name__)
+
+
+def load_transformers(name: str, pretrained: str | None, revision: str | None) -> VisionBridge:
+    """Load a checkpoint with its own preprocessing and tokenizer.
+
+    Args:
+        name: Hugging Face id, local folder, or ``"demo"``.
+        pretrained: Not used here; None.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: nothing is found under that name, or ``pretrained`` is given.
+        UnsupportedModelError: there is no adapter for it.
+    """
+    from transformers import AutoConfig
+
+    if pretrained is not None:
+        raise ValueError(
+            f"pretrained={pretrained!r} does not apply to {name!r}: a transformers checkpoint "
+            "brings its weights. It belongs to 'open_clip:...' and 'timm:...'"
+        )
+    path = _local_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(not_found(name, error)) from error
+    return wrap(
+        _module(config, path, revision),
+        name=name,
+        processor=_images(path, revision),
+        tokenizer=_tokenizer(config, path, revision),
+        revision=revision,
+    )
+
+
+def _local_folder(name: str) -> str:
+    if name == "demo":
+        from vision_plugin.demo import checkpoint_path
+
+        return str(checkpoint_path())
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name} is a folder without a config.json, so it holds no Hugging Face checkpoint"
+        )
+    return str(folder) if folder.is_dir() else name
+
+
+def _module(config: Any, path: str, revision: str | None) -> nn.Module:
+    import transformers
+
+    wanted = [*(config.architectures or []), _default_architecture(config)]
+    for architecture in wanted:
+        model_class = getattr(transformers, architecture or "", None)
+        if architecture not in adapters() or model_class is None:
+            continue
+        tower = inner_tower(adapters()[architecture].load())
+        try:
+            if tower is not None and hasattr(config, "vision_config"):
+                return _tower_alone(config, path, revision)
+            module: nn.Module = model_class.from_pretrained(path, revision=revision)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(not_found(path, error)) from error
+        return module
+    raise UnsupportedModelError(
+        f"{path} holds a {config.architectures or config.model_type}, for which there is no "
+        f"adapter. Supported: {', '.join(sorted(adapters()))}. CONTRIBUTING.md shows how to add "
+        "a family."
+    )
+
+
+def _tower_alone(config: Any, path: str, revision: str | None) -> nn.Module:
+    """The vision tower of a multimodal checkpoint; its language model is not put into memory."""
+    import transformers
+
+    architecture = _default_architecture(config.vision_config)
+    if architecture not in adapters():
+        raise UnsupportedModelError(
+            f"{path}: its vision tower is a {architecture or config.vision_config.model_type}, for "
+            "which there is no adapter. CONTRIBUTING.md shows how to add a family."
+        )
+    tower_class = getattr(transformers, architecture)
+    module, found = tower_class.from_pretrained(
+        path,
+        config=config.vision_config,
+        revision=revision,
+        key_mapping={r"^(model\.)?vision_tower\.(vision_model\.)?": ""},
+        output_loading_info=True,
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{path}: the checkpoint has no weights for {len(missing)} parts of its vision tower "
+            f"({', '.join(missing[:3])}, ...)"
+        )
+    tower: nn.Module = module
+    return tower
+
+
+def _default_architecture(config: Any) -> str | None:
+    from transformers import AutoModel
+
+    try:
+        return str(AutoModel._model_mapping[type(config)].__name__)
+    except (KeyError, AttributeError):
+        return None
+
+
+def _images(path: str, revision: str | None) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        logger.warning("%s comes without preprocessing for pictures (%s)", path, error)
+        return None
+
+
+def _tokenizer(config: Any, path: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    if not hasattr(config, "text_config") or hasattr(config, "vision_feature_layer"):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        logger.warning("%s comes without a tokenizer (%s)", path, error)
+        return None
