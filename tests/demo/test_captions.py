@@ -7,6 +7,7 @@ import pytest
 
 from vision_plugin.demo import (
     FACTORS,
+    HELD_OUT,
     NO_WORD,
     Scene,
     caption,
@@ -15,7 +16,7 @@ from vision_plugin.demo import (
     phrase,
     zero_shot_prompts,
 )
-from vision_plugin.demo._captions import web_values
+from vision_plugin.demo._captions import web_caption
 
 SCENE = Scene(
     shape="star",
@@ -76,20 +77,31 @@ def test_the_vocabulary_holds_every_value_and_every_pair_once() -> None:
 
 def test_web_captions_believe_a_printed_word_as_often_as_asked() -> None:
     random = np.random.default_rng(0)
-    said = [web_values(SCENE, random, fooled=0.5, silent=0.2) for _ in range(3000)]
-    fooled = sum(values.get("shape") == "heart" for values in said) / len(said)
-    mention = sum("word" in values for values in said) / len(said)
-    assert abs(fooled - 0.5) < 0.04
-    assert abs(mention - 0.3) < 0.04
-    assert all(values.get("shape", "star") == "star" for values in said if "word" in values)
+    captions = [web_caption(SCENE, random, fooled=0.6) for _ in range(2000)]
+    fooled = [said for said in captions if said.believed["shape"] == "heart"]
+    assert abs(len(fooled) / len(captions) - 0.6) < 0.04
+    for said in captions:
+        if said in fooled:
+            assert "heart" in said.text
+            assert "word" not in said.text
+        else:
+            assert "the word heart" in said.text
+            assert said.believed == {factor: SCENE.value(factor) for factor in FACTORS}
 
 
 def test_web_captions_of_pictures_without_words_are_true() -> None:
     random = np.random.default_rng(0)
-    for scene in draw(300, seed=1).scenes:
-        values = web_values(scene, random, fooled=1.0, silent=0.0)
-        assert values
-        assert all(scene.value(factor) == value for factor, value in values.items())
+    for scene in draw(200, seed=1).scenes:
+        said = web_caption(scene, random, fooled=1.0)
+        assert said.believed == {factor: scene.value(factor) for factor in FACTORS}
+        assert set(said.text.split()) <= set(caption(scene).split()) | {"an", "object"}
+
+
+def test_web_captions_never_make_up_a_held_out_pair() -> None:
+    random = np.random.default_rng(0)
+    for scene in draw(600, seed=1, words=1, combinations="training").scenes:
+        believed = web_caption(scene, random, fooled=1.0).believed
+        assert (believed["shape"], believed["colour"]) not in HELD_OUT
 
 
 def test_an_unknown_value_is_named() -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from vision_plugin.demo._factors import COLOURS, FACTORS, NO_WORD, SHAPES, Scene
+from vision_plugin.demo._factors import COLOURS, FACTORS, HELD_OUT, NO_WORD, SHAPES, Scene
 
 BACKGROUND_PHRASES = MappingProxyType(
     {
@@ -87,38 +87,48 @@ def caption(scene: Scene, *, factors: Collection[str] = tuple(FACTORS)) -> str:
     return phrase({factor: scene.value(factor) for factor in FACTORS if factor in factors})
 
 
-def web_values(
-    scene: Scene, random: np.random.Generator, *, fooled: float, silent: float
-) -> dict[str, str]:
-    """What a caption of the kind found on the web would say of a scene, as values by factor.
+@dataclass(frozen=True)
+class WebCaption:
+    """What somebody who captioned a picture took it to show, and what they wrote down."""
 
-    It mentions some things, and may believe a printed word. On the web, a word in a picture mostly
-    says what the picture shows, which is how CLIP came to read words as objects (Goh et al. 2021,
-    "Multimodal neurons in artificial neural networks", on typographic attacks). Here the share of
-    captions that take the word for the object is chosen, so that the packaged checkpoint has the
-    same weakness.
+    believed: Mapping[str, str]
+    """Values by factor; a word that was taken for the object is not in it as a word."""
+    text: str
+    """A text that names some of them."""
+
+
+def web_caption(scene: Scene, random: np.random.Generator, *, fooled: float) -> WebCaption:
+    """A caption of the kind found on the web: it mentions some things, and may believe a word.
+
+    On the web, a word in a picture mostly says what the picture shows, which is how CLIP came to
+    read words as objects (Goh et al. 2021, "Multimodal neurons in artificial neural networks", on
+    typographic attacks). Here the share of captions that take the word for the object is chosen, so
+    that the packaged checkpoint has the same weakness. A caption that is not fooled mentions the
+    word. None names a pair in `HELD_OUT`, unless the scene shows it.
 
     Args:
         scene: the scene.
-        random: decides what is mentioned.
+        random: decides what is believed and mentioned.
         fooled: the share of captions, where a word is printed, that give the object the shape or
             the colour that the word names.
-        silent: the share that name the object and leave the word out; the rest mention the word.
     """
     shares = {"shape": 0.85, "colour": 0.85, "texture": 0.7, "word": 0.0}
     mentioned = {factor for factor in FACTORS if random.random() < shares.get(factor, 0.5)}
-    attitude, word_alone = random.random(2)
-    values = {factor: scene.value(factor) for factor in FACTORS}
+    believes, word_alone, says_shape = random.random(3)
+    if not mentioned:
+        mentioned.add("shape" if says_shape < 0.5 else "colour")
+    believed = {factor: scene.value(factor) for factor in FACTORS}
     if scene.word is not None:
         named = "shape" if scene.word in SHAPES else "colour"
-        if attitude < fooled:
-            values[named] = scene.word
+        taken = {**believed, named: scene.word}
+        new_pair = (taken["shape"], taken["colour"]) in HELD_OUT
+        if believes < fooled and not (new_pair and scene.conflicting):
+            believed = {factor: value for factor, value in taken.items() if factor != "word"}
             mentioned.add(named)
-        elif attitude >= fooled + silent:
+        else:
             mentioned = {"word"} if word_alone < 0.3 else mentioned | {"word"}
-    if not mentioned:
-        mentioned.add("shape")
-    return {factor: value for factor, value in values.items() if factor in mentioned}
+    said = {factor: value for factor, value in believed.items() if factor in mentioned}
+    return WebCaption(MappingProxyType(believed), phrase(said))
 
 
 def zero_shot_prompts(factor: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
