@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PIXEL_CACHE_BYTES = 2 * 1024**3
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """A sequence of pictures with an id each."""
 

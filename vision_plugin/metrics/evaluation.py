@@ -127,6 +127,21 @@ def evaluate(cfg: EvaluationConfig, *, progress: bool = False) -> Evaluation:
     check_fit(model, sae)
     pictures = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
     concepts = read_concepts(cfg.concepts, pictures) if cfg.steering_images else []
+    return evaluate_with(
+        cfg, model=model, sae=sae, pictures=pictures, concepts=concepts, progress=progress
+    )
+
+
+def evaluate_with(
+    cfg: EvaluationConfig,
+    *,
+    model: VisionBridge,
+    sae: Any,
+    pictures: Any,
+    concepts: list[str],
+    progress: bool = False,
+) -> Evaluation:
+    """:func:`evaluate` for a model, an SAE, pictures and concepts in hand."""
     embedder = model if cfg.embedder is None else load_model(cfg.embedder, device=cfg.device)
     encoded = encode_images(
         model,

@@ -53,6 +53,8 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         self._setup_splicing()
 
     adapter: Any
+    _picture_size: tuple[int, int] | None = None
+
     native: nn.Module
     """The module that was loaded or handed in; no bridge component is in it."""
 
@@ -122,10 +124,14 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         if start is not None:
             self._check_residual(data, image_size)
         pixels = data if start is None else self._placeholder(data, image_size)
-        with self._stretch(data, start, stop):
-            if hasattr(self, "pos_embed"):
-                self.pos_embed._current_batch_size = data.shape[0]
-            return self.original_model(pixel_values=pixels, **kwargs)
+        if "pos_embed" in self._modules:
+            self.pos_embed._current_batch_size = data.shape[0]
+        self._picture_size = tuple(pixels.shape[-2:]) if pixels.ndim == 4 else None
+        try:
+            with self._stretch(data, start, stop):
+                return self.original_model(pixel_values=pixels, **kwargs)
+        finally:
+            self._picture_size = None
 
     def _layer(self, layer: int, argument: str) -> int:
         n_layers = int(self.cfg.n_layers)
@@ -276,8 +282,12 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
     # ------------------------------------------------------------------ pictures and texts
 
     def token_layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
-        """Kinds and order of the tokens for pictures of a height and width in pixels."""
-        layout: TokenLayout = self.adapter.tower_dimensions.layout(image_size)
+        """Kinds and order of the tokens for pictures of a height and width in pixels.
+
+        Without a size: for those of the pass in progress, or else of the checkpoint's own size.
+        """
+        size = image_size or self._picture_size
+        layout: TokenLayout = self.adapter.tower_dimensions.layout(size)
         return layout
 
     def preprocess(

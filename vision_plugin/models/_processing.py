@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 
+@runtime_checkable
 class ImageProcessor(Protocol):
     """Pictures to pixels."""
 
@@ -25,6 +26,7 @@ class ImageProcessor(Protocol):
         ...
 
 
+@runtime_checkable
 class TextProcessor(Protocol):
     """Texts to the text tower's keyword arguments."""
 

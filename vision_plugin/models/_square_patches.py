@@ -25,9 +25,7 @@ class SquarePatches(HuggingFaceImages):
         patch = int(self.processor.patch_size)
         side = grid * patch
         square = [as_rgb(p).resize((side, side), self._resample()) for p in pictures]
-        batch: Any = self.processor(
-            images=square, max_num_patches=grid * grid, return_tensors="pt"
-        )
+        batch: Any = self.processor(images=square, max_num_patches=grid * grid, return_tensors="pt")
         patches: Tensor = batch["pixel_values"]
         cut = patches.reshape(len(square), grid, grid, patch, patch, -1)
         return torch.einsum("nijabc->nciajb", cut).reshape(len(square), -1, side, side)

@@ -1,0 +1,189 @@
+"""The command as a person meets it: real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_plugin.cli import COMMANDS, main
+
+SCRIPT = str(Path(sys.executable).with_name("vision-plugin"))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label in ("a red circle", "a blue square", "a green star"):
+        (root / label).mkdir()
+        for i in range(6):
+            values = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(values).save(root / label / f"{i}.png")
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def sae(tiny_clip: str, pictures: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SAE trained by the command itself, in this process."""
+    out = str(tmp_path_factory.mktemp("run") / "sae")
+    arguments = (
+        f"train --model-name {tiny_clip} --images {pictures} --hook_name "
+        "blocks.1.hook_resid_post --architecture=topk --d_sae=40 --k 3 --training-tokens 3200 "
+        f"--train_batch_size_tokens 64 --n-batches-in-buffer 4 --lr 0.003 --output-path {out}"
+    )
+    assert main(arguments.split()) == 0
+    return out
+
+
+def test_the_flags_became_the_run(sae: str, tiny_clip: str) -> None:
+    run = json.loads(Path(sae, "runner_cfg.json").read_text())
+    assert run["model_name"] == tiny_clip
+    assert run["lr"] == 0.003
+    assert run["sae"]["architecture"] == "topk"
+    assert (run["sae"]["d_in"], run["sae"]["d_sae"], run["sae"]["k"]) == (32, 40, 3)
+    assert run["logger"]["log_to_wandb"] is False
+
+
+def test_eval_prints_a_table_and_writes_every_number(sae: str, pictures: str, tmp_path) -> None:
+    out = tmp_path / "scores.json"
+    done = command(
+        *f"eval --sae {sae} --images {pictures} --output-path {out} --steering-images 4".split(),
+        "--concepts",
+        "column:label",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "monosemanticity, mean" in done.stdout
+    assert "steerable latents" in done.stdout
+    scores = json.loads(out.read_text())
+    assert scores["n_images"] == 18
+    assert sorted(scores["concepts"]) == ["a blue square", "a green star", "a red circle"]
+    latents = scores["per_latent"]
+    assert len(latents["monosemanticity"]["sae"]["score"]) == 40
+    assert len(latents["monosemanticity"]["neurons"]["score"]) == 32
+    assert len(latents["steerability"]["sae"]["power"]) == 40
+    assert scores["embeddings"] == "model"
+
+
+def test_steer_says_what_is_seen_before_and_while(sae: str, pictures: str, tmp_path) -> None:
+    out = tmp_path / "steered.json"
+    done = command(
+        *f"steer --sae {sae} --images {pictures} --latents 3 7 --strength 60 --n-images 2".split(),
+        *("--concepts", "column:label", "--output-path", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "latent 3, 7 held at 60" in done.stdout
+    steered = json.loads(out.read_text())
+    assert np.allclose(np.sum(steered["after"], axis=1), 1, atol=1e-5)
+    assert not np.allclose(steered["before"], steered["after"], atol=1e-4)
+
+
+BAD = {
+    "model": (
+        "train --model-name {tmp}/nowhere --images {pictures} --hook-name blocks.1.hook_resid_post "
+        "--d-sae 8 --k 2 --output-path {tmp}/out",
+        "could not load a model",
+    ),
+    "hook": (
+        "train --model-name {clip} --images {pictures} --hook-name blocks.1.hook_resid_pst "
+        "--d-sae 8 --k 2 --output-path {tmp}/out",
+        "blocks.1.hook_resid_post",
+    ),
+    "folder": (
+        "train --model-name {clip} --images {tmp}/none --hook-name blocks.1.hook_resid_post "
+        "--d-sae 8 --k 2 --output-path {tmp}/out",
+        "{tmp}/none",
+    ),
+    "picture": (
+        "train --model-name {clip} --images {broken} --hook-name blocks.1.hook_resid_post "
+        "--d-sae 8 --k 2 --training-tokens 4096 --output-path {tmp}/out",
+        "cannot be read",
+    ),
+    "architecture": (
+        "train --architecture nonsense --model-name {clip} --images {pictures} --hook-name "
+        "blocks.1.hook_resid_post --d-sae 8 --output-path {tmp}/out",
+        "unknown architecture 'nonsense': choose from",
+    ),
+    "sae": ("eval --sae {pictures} --images {pictures} --output-path {tmp}/out", "{pictures}"),
+    "another width": (
+        "train --model-name {clip} --images {pictures} --hook-name blocks.1.hook_resid_post "
+        "--d-in 99 --d-sae 8 --k 2 --output-path {tmp}/out",
+        "d_in=99",
+    ),
+    "another model": (
+        "eval --sae {sae} --model-name {other} --images {pictures} --output-path {tmp}/out",
+        "whose weights are not those of",
+    ),
+    "latent": (
+        "steer --sae {sae} --images {pictures} --latents 4000 --concepts column:label "
+        "--output-path {tmp}/out",
+        "latent 4000 is out of range",
+    ),
+    "concepts": (
+        "steer --sae {sae} --images {pictures} --latents 1 --concepts {tmp}/words.txt "
+        "--output-path {tmp}/out",
+        "there is no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_sentence_and_leaves_nothing(
+    case: str, tiny_clip, pictures, sae, tmp_path, tmp_path_factory, capsys
+) -> None:
+    line, message = BAD[case]
+    aside = tmp_path_factory.mktemp("aside")
+    places = {"tmp": str(tmp_path), "clip": tiny_clip, "pictures": pictures, "sae": sae}
+    places |= {"broken": str(aside / "broken"), "other": str(aside / "other")}
+    if "{broken}" in line:
+        (aside / "broken").mkdir()
+        (aside / "broken" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n, and then nothing of use")
+    if "{other}" in line:
+        _save_another_clip(tiny_clip, aside / "other")
+    assert main(line.format(**places).split()) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vision-plugin ")
+    assert message.format(**places) in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_command_and_no_command_list_what_there_is() -> None:
+    for done in (command("trian"), command()):
+        assert done.returncode == 2
+        assert all(name in done.stdout + done.stderr for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--output-path" in capsys.readouterr().out
+
+
+def _save_another_clip(folder: str, out: Path) -> None:
+    import torch
+    from transformers import AutoProcessor, CLIPModel
+
+    model = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(out)
+    AutoProcessor.from_pretrained(folder).save_pretrained(out)

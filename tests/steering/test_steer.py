@@ -1,0 +1,107 @@
+"""Steering against the formula x + d_k (s - f_k) applied by a plain hook."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from torch import Tensor
+
+import vision_plugin as vp
+from vision_plugin.models import VisionBridge
+from vision_plugin.steering import steer_neurons, steering_effect
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_clip: str) -> VisionBridge:
+    return vp.load_model(tiny_clip)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def make_sae(**options: str) -> StandardSAE:
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48, **options))
+    sae.cfg.metadata.hook_name = HOOK
+    return sae
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", ["all", "cls", "patch"])
+def test_clamping_follows_the_formula(model, pixels, tokens) -> None:
+    sae = make_sae()
+    mask = model.token_layout().mask(tokens)[None, :, None]
+
+    def formula(x: Tensor, hook: object) -> Tensor:
+        return x + mask * (7.0 - sae.encode(x)[..., 5:6]) * sae.W_dec[5]
+
+    expected = model.run_with_hooks(pixels, fwd_hooks=[(HOOK, formula)])
+    with model.steer(sae, {5: 7.0}, tokens=tokens):
+        steered = model(pixels)
+    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-5)
+    assert (model(pixels) - steered).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_nested_steering_adds_up_at_one_hook(model, pixels) -> None:
+    sae = make_sae()
+    with model.steer(sae, {5: 3.0}), model.steer(sae, {9: 4.0}):
+        nested = model(pixels)
+
+    def formula(x: Tensor, hook: object) -> Tensor:
+        x = x + (3.0 - sae.encode(x)[..., 5:6]) * sae.W_dec[5]
+        return x + (4.0 - sae.encode(x)[..., 9:10]) * sae.W_dec[9]
+
+    expected = model.run_with_hooks(pixels, fwd_hooks=[(HOOK, formula)])
+    torch.testing.assert_close(nested, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_sae_that_normalises_its_input_is_steered_in_its_own_units(model, pixels) -> None:
+    sae = make_sae(normalize_activations="layer_norm")
+    x = model(pixels, stop_at_layer=2)
+    std = (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
+    expected = x + std * (7.0 - sae.encode(x)[..., 5:6]) * sae.W_dec[5]
+    with model.steer(sae, {5: 7.0}):
+        steered = model(pixels, stop_at_layer=2)
+    torch.testing.assert_close(steered, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_neurons_are_overwritten(model, pixels) -> None:
+    with steer_neurons(model, HOOK, {4: 9.0}):
+        x = model(pixels, stop_at_layer=2)
+    assert (x[..., 4] == 9.0).all()
+    assert torch.equal(x[..., 5:], model(pixels, stop_at_layer=2)[..., 5:])
+
+
+@torch.no_grad()
+def test_the_effect_is_in_probabilities(model, pixels) -> None:
+    concepts = ["a red circle", "a blue square", "a green star"]
+    texts = model.encode_text(concepts)
+    effect = steering_effect(model, make_sae(), pixels, texts, {5: 50.0}, concepts=concepts)
+    torch.testing.assert_close(effect.after.sum(-1), torch.ones(3))
+    gains = effect.gains(3)
+    assert gains[0][1] > 0 > gains[-1][1]
+    assert math.isclose(sum(gain for _, gain in gains), 0, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [({48: 1.0}, "latent 48 is out of range"), ({1: math.nan}, "cannot be set to nan")],
+)
+def test_bad_targets_are_refused(model, latents, message) -> None:
+    with pytest.raises(ValueError, match=message), model.steer(make_sae(), latents):
+        pass
+
+
+def test_bad_tokens_are_refused(model) -> None:
+    with pytest.raises(ValueError, match=r"tokens='clss' is not a kind"):
+        model.steer(make_sae(), {1: 1.0}, tokens="clss").__enter__()

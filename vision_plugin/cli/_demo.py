@@ -1,0 +1,74 @@
+"""``vision-plugin demo``: the whole job offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vision_plugin.cli._eval import notes, scores_table
+from vision_plugin.cli._flags import parse
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the demo from flags and print what it found."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from vision_plugin.demo.job import DemoConfig, run_demo
+
+    cfg = parse(
+        DemoConfig,
+        arguments,
+        command="demo",
+        description="Draw pictures, train an SAE on the packaged CLIP, score it, steer it, and "
+        "write a report: offline, in a minute or two.",
+    )
+    console = Console()
+    result = run_demo(cfg, lambda line: console.print(f"[bold]{line}[/bold]"))
+    console.print(scores_table(result.evaluation))
+    console.print(truth_table(result))
+    console.print(ladder_table(result))
+    console.print(steering_table(result))
+    for note in notes(result.evaluation):
+        console.print(note, highlight=False)
+    total = sum(result.seconds.values())
+    console.print(
+        f"Done in {total:.0f} s. Results: {cfg.output_path}/results.json", highlight=False
+    )
+    console.print(f"Open {result.report} in a browser.", highlight=False)
+
+
+def truth_table(result: Any) -> Table:
+    """Known factors with their own code as the embedding."""
+    table = Table(title="Is the metric right? Monosemanticity with a factor's own code")
+    for heading in ("factor", "true latents", "rotated at random", "mean similarity"):
+        table.add_column(heading, justify="left" if heading == "factor" else "right")
+    for factor, test in result.own_code.items():
+        numbers = (test.factors, test.rotation, test.mean_similarity)
+        table.add_row(factor, *(f"{number:.3f}" for number in numbers))
+    return table
+
+
+def ladder_table(result: Any) -> Table:
+    """From known truth down to noise, with image embeddings."""
+    table = Table(title="Monosemanticity with image embeddings")
+    table.add_column("latents")
+    table.add_column("mean score", justify="right")
+    for name, score in result.ladder.items():
+        table.add_row(name, f"{score:.3f}")
+    return table
+
+
+def steering_table(result: Any) -> Table:
+    """What steering did."""
+    strength = result.evaluation.config.strength
+    table = Table(title=f"Steering: latents held at {strength:g} on eight pictures")
+    for heading in ("latent", "seen more", "gain", "seen less", "loss"):
+        table.add_column(heading, justify="left" if "seen" in heading else "right")
+    for latent, effect in result.effects.items():
+        gains = effect.gains(len(effect.concepts))
+        (more, gain), (less, loss) = gains[0], gains[-1]
+        table.add_row(str(latent), more, f"{gain:+.3f}", less, f"{loss:+.3f}")
+    return table

@@ -1,0 +1,261 @@
+"""The whole job on drawn pictures: model, activations, SAE, metrics, steering, report.
+
+Everything runs through the code that serves real checkpoints and real pictures. Since the world's
+factors are known, it also shows where the metrics stand between truth and noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import BatchTopKTrainingSAEConfig
+from torch import Tensor
+
+from vision_plugin.activations import open_images
+from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
+from vision_plugin.metrics import MonosemanticityResult, monosemanticity
+from vision_plugin.metrics.evaluation import (
+    EvaluationConfig,
+    evaluate_with,
+    write_json,
+)
+from vision_plugin.models import load_model
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
+from vision_plugin.steering import SteeringEffect, steering_effect
+
+SCHEMA = "vision_plugin.demo/1"
+FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Size and place of the demo run."""
+
+    output_path: str = "demo-results"
+    """Folder of the results."""
+    hook_name: str = "blocks.3.hook_resid_post"
+    """Where the SAE reads."""
+    training_images: int = 4000
+    """Pictures to train on."""
+    training_tokens: int = 600_000
+    """Vectors to train on."""
+    d_sae: int = 512
+    """Latents of the SAE."""
+    k: int = 12
+    """Latents active per token, on average."""
+    images: int = 2000
+    """Other pictures, to score it on."""
+    steered_latents: int = 5
+    """Latents to steer and show."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class TruthTest:
+    """Monosemanticity of known factors, and of the same codes under a random rotation."""
+
+    factors: float
+    rotation: float
+    mean_similarity: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the run found; ``results.json`` is this and the evaluation's numbers."""
+
+    own_code: dict[str, TruthTest]
+    """By factor, with the factor's own one-hot code as the embedding."""
+    ladder: dict[str, float]
+    """Mean score with image embeddings: factors, SAE, neurons, rotation, mean similarity."""
+    evaluation: Any
+    effects: dict[int, SteeringEffect]
+    """By steered latent."""
+    report: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
+    """Do the whole job and write results.json, sae/ and report/ below ``output_path``.
+
+    Args:
+        cfg: The run.
+        announce: Called with a line for each stage.
+    """
+    seconds: dict[str, float] = {}
+    out = Path(cfg.output_path)
+    with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
+        model = load_model("demo")
+    with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
+        runner = VisionSAETrainingRunner(_training(cfg, out), override_model=model)
+        sae = runner.run()
+    with _stage(f"Scoring it on {cfg.images} new pictures, neurons beside it", seconds, announce):
+        world = draw(cfg.images, seed=cfg.seed + 1)
+        pictures = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
+        concepts = [concept.text for concept in concept_vocabulary()]
+        evaluation = evaluate_with(
+            _evaluation(cfg, out), model=model, sae=sae, pictures=pictures, concepts=concepts
+        )
+        embeddings = evaluation.encoded.embeddings["embedder"]
+        own_code = {
+            factor: own_code_test(world.scenes, factor, cfg.seed) for factor in FACTORS_OF_TRUTH
+        }
+        ladder = score_ladder(world.scenes, embeddings, evaluation.monosemanticity, cfg.seed)
+    with _stage("Steering a few features", seconds, announce):
+        effects = _steer(cfg, model, sae, evaluation, pictures, concepts)
+    with _stage("Writing the HTML report", seconds, announce):
+        report = _report(model, sae, pictures, evaluation, out / "report")
+    result = DemoResult(own_code, ladder, evaluation, effects, report, seconds)
+    write_json(to_dict(cfg, result), out / "results.json")
+    return result
+
+
+def own_code_test(scenes: tuple[Scene, ...], factor: str, seed: int) -> TruthTest:
+    """Score a factor's one-hot code with itself as the embedding, then randomly rotated.
+
+    One latent per value of one factor scores 1: the pictures it fires on are all alike in that
+    factor. Rotated with the codes of every other factor, a latent fires on all values alike and
+    tends to the mean similarity of the pictures.
+    """
+    codes, _ = one_hot(scenes, factor)
+    everything = torch.cat([one_hot(scenes, name)[0] for name in FACTORS_OF_TRUTH], dim=1)
+    result = monosemanticity(codes, codes)
+    rotated = monosemanticity(everything @ rotation(everything.shape[1], seed), codes)
+    return TruthTest(
+        result.summary()["mean_score"], rotated.summary()["mean_score"], result.mean_similarity
+    )
+
+
+def score_ladder(
+    scenes: tuple[Scene, ...],
+    embeddings: Tensor,
+    trained: dict[str, MonosemanticityResult],
+    seed: int,
+) -> dict[str, float]:
+    """Mean monosemanticity with image embeddings, from known truth down to noise.
+
+    The true factors are the world's objects, one latent for each combination of shape and colour;
+    the rotation is of these same latents.
+    """
+    truth = true_latents(scenes)
+    rotated = truth @ rotation(truth.shape[1], seed)
+    scores = {
+        "true factors": monosemanticity(truth, embeddings),
+        "trained SAE": trained["sae"],
+        "raw neurons": trained["neurons"],
+        "rotated factors": monosemanticity(rotated, embeddings),
+    }
+    means = {name: result.summary()["mean_score"] for name, result in scores.items()}
+    return {**means, "mean similarity": trained["sae"].mean_similarity}
+
+
+def true_latents(scenes: tuple[Scene, ...]) -> Tensor:
+    """One latent for each pair of shape and colour, 1 on the pictures that show it."""
+    shapes, _ = one_hot(scenes, "shape")
+    colours, _ = one_hot(scenes, "colour")
+    return (shapes[:, :, None] * colours[:, None, :]).flatten(1)
+
+
+def one_hot(scenes: tuple[Scene, ...], factor: str) -> tuple[Tensor, tuple[str, ...]]:
+    """A factor's one-hot code [n, values] as a float64 tensor, and the values' names."""
+    codes, names = factor_codes(scenes, factor)
+    return torch.as_tensor(codes, dtype=torch.float64), tuple(names)
+
+
+def rotation(size: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, Haar-distributed, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * torch.sign(torch.diagonal(r))
+
+
+def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
+    return VisionSAERunnerConfig(
+        model_name="demo",
+        images=f"demo:{cfg.training_images}@{cfg.seed}",
+        hook_name=cfg.hook_name,
+        sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
+        training_tokens=cfg.training_tokens,
+        train_batch_size_tokens=1024,
+        store_batch_size_images=64,
+        lr=1e-3,
+        lr_decay_steps=cfg.training_tokens // 1024 // 4,
+        seed=cfg.seed,
+        output_path=str(out / "sae"),
+        overwrite=True,
+    )
+
+
+def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
+    return EvaluationConfig(
+        sae=str(out / "sae"), images=f"demo:{cfg.images}@{cfg.seed + 1}", steering_images=24
+    )
+
+
+def _steer(
+    cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, pictures: Any, concepts: list[str]
+) -> dict[int, SteeringEffect]:
+    """The latents with the largest steerability, one per top concept, on eight pictures."""
+    steerability = evaluation.steerability["sae"]
+    chosen: dict[int, int] = {}
+    for latent in steerability.score.argsort(descending=True).tolist():
+        chosen.setdefault(int(steerability.top_concept[latent]), latent)
+        if len(chosen) == cfg.steered_latents:
+            break
+    pixels = model.preprocess([pictures[i] for i in range(8)])
+    texts = model.encode_text(concepts)
+    return {
+        latent: steering_effect(
+            model, sae, pixels, texts, {latent: evaluation.config.strength}, concepts=concepts
+        )
+        for latent in chosen.values()
+    }
+
+
+def _report(model: Any, sae: Any, pictures: Any, evaluation: Any, out: Path) -> Path:
+    from vision_plugin.report import report
+
+    steerability = evaluation.steerability["sae"]
+    return report(
+        sae,
+        model,
+        pictures,
+        out,
+        scores={
+            "monosemanticity": evaluation.monosemanticity["sae"].score.tolist(),
+            "steerability": steerability.score.tolist(),
+        },
+        names=[name or "" for name in steerability.top_names],
+        title="Features of the demo CLIP",
+    )
+
+
+def to_dict(cfg: DemoConfig, result: DemoResult) -> dict[str, Any]:
+    """The run as JSON."""
+    return {
+        "schema": SCHEMA,
+        "config": asdict(cfg),
+        "own_code": {factor: asdict(test) for factor, test in result.own_code.items()},
+        "ladder": result.ladder,
+        "steered": {
+            str(latent): [{"concept": c, "gain": g} for c, g in effect.gains()]
+            for latent, effect in result.effects.items()
+        },
+        "evaluation": result.evaluation.to_dict(),
+        "seconds": result.seconds,
+    }
+
+
+@contextmanager
+def _stage(line: str, seconds: dict[str, float], announce: Announce) -> Iterator[None]:
+    announce(line)
+    start = time.perf_counter()
+    yield
+    seconds[line] = round(time.perf_counter() - start, 2)
