@@ -8,3 +8,7 @@ if __name__ != "vision_plugin.hooks":
         f"the adapters are the package 'vision_plugin.hooks', but were imported as {__name__!r}. "
         "Install the project (pip install -e .) and import vision_plugin.hooks."
     )
+
+# TransformerLens first: once imported it loads every adapter, which must not find this package's
+# modules half imported.
+import transformer_lens  # noqa: F401

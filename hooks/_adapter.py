@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import (
-    LinearBridge,
-    MLPBridge,
-    NormalizationBridge,
-)
+from transformer_lens.model_bridge.generalized_components import LinearBridge, MLPBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from vision_plugin.hooks._components import (
     EmbeddingBridge,
     EmbeddingNormBridge,
+    GatedMLPBridge,
+    LayerScaleBridge,
     PositionEmbeddingBridge,
     VisionAttentionBridge,
     VisionBlockBridge,
+    VisionNormBridge,
 )
+from vision_plugin.hooks._sources import norm_sources, split_sources
 from vision_plugin.models import TokenLayout
 from vision_plugin.models._harvest import Source, component_sources
 
@@ -43,6 +43,17 @@ class Dimensions:
     eps: float = 1e-5
     act_fn: str = "gelu"
     n_channels: int = 3
+    d_head: int | None = None
+    """Width of a head, where it is not ``d_model / n_heads``."""
+    any_size: bool = False
+    """Whether the tower takes pictures of any size, so that the preprocessing decides."""
+    rotary: bool = False
+    """Whether queries and keys are rotated by their position."""
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.d_head or self.d_model // self.n_heads
 
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """Which row of the residual stream is which kind of token."""
@@ -55,22 +66,27 @@ class Dimensions:
 class Paths:
     """Where a family keeps its parts: dotted module paths from the module that is wrapped.
 
-    The paths from ``ln1`` to ``mlp_out`` count from the block, those from ``q`` to ``o`` from the
-    attention, ``mlp_in`` and ``mlp_out`` from the MLP.
+    The paths from ``ln1`` to ``ln2_post`` count from the block, those from ``q`` to ``o`` from the
+    attention, those that start with ``mlp_`` from the MLP. What a family does not have is None.
     """
 
     embed: str
     blocks: str
-    ln1: str
     attn: str
     q: str
     k: str
     v: str
     o: str
-    ln2: str
     mlp: str
     mlp_in: str
     mlp_out: str
+    mlp_gate: str | None = None
+    ln1: str | None = None
+    ln1_post: str | None = None
+    """LayerScale, or a normalisation, after the attention."""
+    ln2: str | None = None
+    ln2_post: str | None = None
+    """LayerScale, or a normalisation, after the MLP."""
     ln_final: str | None = None
     pos_embed: str | None = None
     embed_ln: str | None = None
@@ -91,12 +107,12 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
     applicable_phases: ClassVar[list[int]] = [1]
 
     attention: type[VisionAttentionBridge] = VisionAttentionBridge
+    embedding: type[EmbeddingBridge] = EmbeddingBridge
 
     def __init__(self, cfg: TransformerBridgeConfig) -> None:
         super().__init__(cfg)
         cfg.is_visual_model = True
         cfg.normalization_type = "LN"
-        cfg.positional_embedding_type = "standard"
         cfg.attention_dir = "bidirectional"
         cfg.final_rms = False
         cfg.gated_mlp = False
@@ -122,14 +138,6 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         pooled: Tensor = output.pooler_output
         return pooled
 
-    def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the vision part of an untouched native module."""
-        return module(pixel_values=pixels)
-
-    def harvest_sources(self, model: Any) -> dict[str, Source]:
-        """Where the native module shows what each hook point shows, by canonical name."""
-        return component_sources(model)
-
     has_joint_space: bool = False
     """Whether ``logits`` of the output live in a space shared with text."""
 
@@ -150,16 +158,38 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
             )
         return float(scale.detach().exp())
 
+    def logit_bias(self, module: nn.Module) -> float:
+        """What is added to the scaled cosine similarities before the sigmoid; 0 without one."""
+        bias = getattr(module, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """What turns similarities into probabilities: what the model was trained with."""
+
+    text_padding: bool | str = True
+    """How the text tower wants its texts padded; as the transformers tokenizers have it."""
+
+    text_mask: bool = True
+    """Whether the text tower takes an attention mask."""
+
+    def restructure(self, module: nn.Module) -> None:
+        """Rebuild what the component mapping cannot stand on; on the bridge's copy of the module.
+
+        Raises:
+            UnsupportedModelError: a part is of a kind that the hooks' names do not describe.
+        """
+
     def prepare_model(self, hf_model: nn.Module) -> None:
         """Take the sizes from the module and lay out the component mapping."""
         dims = self.dimensions(hf_model)
         set_dimensions(self.cfg, dims)
         self.tower_dimensions = dims
+        self.restructure(hf_model)
         self.component_mapping = self.mapping(self.paths(hf_model))
 
     def mapping(self, paths: Paths) -> dict[str, GeneralizedComponent]:
-        """TransformerLens's component mapping for a pre-LayerNorm vision transformer."""
-        mapping: dict[str, GeneralizedComponent] = {"embed": EmbeddingBridge(name=paths.embed)}
+        """TransformerLens's component mapping for a vision transformer."""
+        mapping: dict[str, GeneralizedComponent] = {"embed": self.embedding(name=paths.embed)}
         if paths.pos_embed is not None:
             mapping["pos_embed"] = PositionEmbeddingBridge(name=paths.pos_embed)
         if paths.embed_ln is not None:
@@ -175,7 +205,10 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
 
     def block(self, paths: Paths) -> VisionBlockBridge:
         """One block of the mapping; TransformerLens copies it for every layer."""
-        attention = self.attention(
+        parts: dict[str, GeneralizedComponent] = {}
+        if paths.ln1 is not None:
+            parts["ln1"] = self.norm(paths.ln1)
+        parts["attn"] = self.attention(
             name=paths.attn,
             config=self.cfg,
             is_causal=False,
@@ -186,46 +219,75 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
                 "o": LinearBridge(name=paths.o),
             },
         )
-        mlp = MLPBridge(
-            name=paths.mlp,
-            config=self.cfg,
-            submodules={
-                "in": LinearBridge(name=paths.mlp_in),
-                "out": LinearBridge(name=paths.mlp_out),
-            },
-        )
+        if paths.ln1_post is not None:
+            parts["ln1_post"] = LayerScaleBridge(name=paths.ln1_post)
+        if paths.ln2 is not None:
+            parts["ln2"] = self.norm(paths.ln2)
+        parts["mlp"] = self.mlp(paths)
+        if paths.ln2_post is not None:
+            parts["ln2_post"] = LayerScaleBridge(name=paths.ln2_post)
+        overrides = None if paths.ln2 is not None else {"hook_resid_mid": "mlp.hook_in"}
         return VisionBlockBridge(
-            name=paths.blocks,
-            submodules={
-                "ln1": self.norm(paths.ln1),
-                "attn": attention,
-                "ln2": self.norm(paths.ln2),
-                "mlp": mlp,
-            },
+            name=paths.blocks, submodules=parts, hook_alias_overrides=overrides
         )
 
-    def norm(self, path: str) -> NormalizationBridge:
-        """A LayerNorm that keeps the native arithmetic."""
-        return NormalizationBridge(name=path, config=self.cfg, use_native_layernorm_autograd=True)
+    def mlp(self, paths: Paths) -> MLPBridge:
+        """The MLP of a block, with its gate if it has one."""
+        self.cfg.gated_mlp = paths.mlp_gate is not None
+        parts: dict[str, GeneralizedComponent] = {
+            "in": LinearBridge(name=paths.mlp_in),
+            "out": LinearBridge(name=paths.mlp_out),
+        }
+        if paths.mlp_gate is None:
+            return MLPBridge(name=paths.mlp, config=self.cfg, submodules=parts)
+        parts["gate"] = LinearBridge(name=paths.mlp_gate)
+        return GatedMLPBridge(name=paths.mlp, config=self.cfg, submodules=parts)
+
+    def norm(self, path: str) -> VisionNormBridge:
+        """A normalisation that keeps the native arithmetic."""
+        return VisionNormBridge(name=path, config=self.cfg, use_native_layernorm_autograd=True)
+
+    # ------------------------------------------------------------------ harvesting
+
+    def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
+        """Run the vision part of an untouched native module."""
+        return module(pixel_values=pixels)
+
+    def native_path(self, path: str) -> str:
+        """Where the native module has what :meth:`restructure` moved to ``path``."""
+        return path
+
+    def harvest_sources(self, model: Any) -> dict[str, Source]:
+        """Where the native module shows what each hook point shows, by canonical name."""
+        native = {path for path, _ in model.native.named_modules()}
+        sources: dict[str, Source] = {}
+        for name, source in component_sources(model).items():
+            path = self.native_path(source.path)
+            if path in native:
+                sources[name] = replace(source, path=path)
+        sources.update(norm_sources(model.original_model, self.native_path))
+        sources.update(split_sources(model.original_model, self.native_path))
+        return sources
 
 
 def set_dimensions(cfg: TransformerBridgeConfig, dims: Dimensions) -> None:
     """Write a tower's sizes into a bridge configuration."""
     cfg.d_model = dims.d_model
     cfg.n_heads = dims.n_heads
-    cfg.d_head = dims.d_model // dims.n_heads
+    cfg.d_head = dims.head_width
     cfg.n_layers = dims.n_layers
     cfg.d_mlp = dims.d_mlp
     cfg.n_ctx = dims.layout().n_tokens
     cfg.eps = dims.eps
     cfg.act_fn = dims.act_fn
+    cfg.positional_embedding_type = "rotary" if dims.rotary else "standard"
 
 
 def bridge_config(dims: Dimensions, architecture: str, model_name: str) -> TransformerBridgeConfig:
     """A bridge configuration from a tower's sizes alone."""
     cfg = TransformerBridgeConfig(
         d_model=dims.d_model,
-        d_head=dims.d_model // dims.n_heads,
+        d_head=dims.head_width,
         n_layers=dims.n_layers,
         n_ctx=dims.layout().n_tokens,
         n_heads=dims.n_heads,

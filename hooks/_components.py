@@ -7,6 +7,7 @@ attention pattern that can be written, and a position embedding with a hook of i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     BlockBridge,
+    MLPBridge,
     NormalizationBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -39,6 +41,8 @@ class VisionBlockBridge(BlockBridge):
         "hook_attn_out": "attn.hook_out",
         "hook_mlp_out": "mlp.hook_out",
     }
+    # LayerScale, where a family has it, is declared as ln1_post and ln2_post: BlockBridge then
+    # moves hook_attn_out and hook_mlp_out behind it, to what is added to the residual stream.
 
     _injected: Tensor | None = None
     _skipped: bool = False
@@ -90,17 +94,28 @@ class VisionAttentionBridge(AttentionBridge):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the native attention, or the explicit one where a hook needs it."""
-        if not self._explicit_needed():
-            return super().forward(*args, **kwargs)
+        if not self.explicit_needed():
+            return self.native_forward(*args, **kwargs)
+        if len(args) > 1:
+            kwargs["attention_mask"] = args[1]
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         output = self.hook_out(self.attend(self.hook_in(hidden), **kwargs))
         return self.pack(output)
 
-    def _explicit_needed(self) -> bool:
-        watched = (self.hook_attn_scores, self.hook_pattern)
-        return bool(getattr(self.config, "use_attn_result", False)) or any(
-            hook.fwd_hooks or hook.bwd_hooks for hook in watched
-        )
+    def native_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The native module between ``hook_in`` and ``hook_out``."""
+        return super().forward(*args, **kwargs)
+
+    def explicit_needed(self) -> bool:
+        """Whether something is to be seen, or edited, that the native module does not show."""
+        if getattr(self.config, "use_attn_result", False):
+            return True
+        return any(hook.fwd_hooks or hook.bwd_hooks for hook in self.watched_hooks())
+
+    def watched_hooks(self) -> list[HookPoint]:
+        """Hook points that only the explicit attention fires."""
+        names = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
+        return [hook for name in names if (hook := self._modules.get(name)) is not None]  # type: ignore[misc]
 
     def pack(self, output: Tensor) -> Any:
         """Shape the output as the native module's caller expects it: ``(output, weights)``."""
@@ -129,27 +144,50 @@ class VisionAttentionBridge(AttentionBridge):
         """[batch, tokens, n_heads * d_head] to [batch, n_heads, tokens, d_head]."""
         return x.view(*x.shape[:-1], -1, self.config.d_head).transpose(1, 2)
 
-    def native_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def rotate(
+        self, q: Tensor, k: Tensor, rotation: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Apply a rotary embedding and show its results, [batch, tokens, n_heads, d_head]."""
+        rotated_q = self.hook_rot_q(rotation(q).transpose(1, 2)).transpose(1, 2)
+        rotated_k = self.hook_rot_k(rotation(k).transpose(1, 2)).transpose(1, 2)
+        return rotated_q, rotated_k
+
+    def native_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The kernel the native module would call; [batch, n_heads, tokens, d_head]."""
         if _attention_implementation(self.original_component) == "eager":
-            return torch.matmul(_softmax(q @ k.transpose(-1, -2) * self.scaling, q.dtype), v)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+            scores = _masked(q @ k.transpose(-1, -2) * self.scaling, mask)
+            return torch.matmul(_softmax(scores, q.dtype), v)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.scaling
+        )
 
-    def attend(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def attend(
+        self, hidden: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Explicit attention, [batch, tokens, d_model] to [batch, tokens, d_model]."""
         q, k, v = self.project(hidden, **kwargs)
-        scores = torch.matmul(q, k.transpose(-1, -2)) * self.scaling
+        scores = _masked(torch.matmul(q, k.transpose(-1, -2)) * self.scaling, attention_mask)
         scores_seen, scores_edited = _fire(self.hook_attn_scores, scores)
         pattern = _softmax(scores_seen, q.dtype)
         pattern_seen, pattern_edited = _fire(self.hook_pattern, pattern)
         if scores_edited or pattern_edited or (torch.is_grad_enabled() and pattern.requires_grad):
             z = torch.matmul(pattern_seen.to(v.dtype), v)
         else:
-            z = self.native_kernel(q, k, v)
-        z = z.transpose(1, 2).flatten(2)
+            z = self.native_kernel(q, k, v, attention_mask)
+        z = self.combine(z, hidden)
         if getattr(self.config, "use_attn_result", False):
             return self._output_by_head(z)
         return self.output_projection(z)
+
+    def combine(self, z: Tensor, hidden: Tensor) -> Tensor:
+        """Join the heads, [batch, n_heads, tokens, d_head] to [batch, tokens, n_heads * d_head].
+
+        Args:
+            z: What each head gathered.
+            hidden: The attention's input, which some families gate the result with.
+        """
+        del hidden
+        return z.transpose(1, 2).flatten(2)
 
     def output_projection(self, z: Tensor) -> Tensor:
         """What follows the heads: the output projection, [batch, tokens, d_model]."""
@@ -177,11 +215,24 @@ class EmbeddingBridge(GeneralizedComponent):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the native embedding, or hand on what replaces it."""
         if self._bypass is not None:
-            return self._bypass
+            return self.pack(self._bypass)
         return super().forward(*args, **kwargs)
 
+    def pack(self, residual: Tensor) -> Any:
+        """Shape the replacement as the native module's caller expects it."""
+        return residual
 
-class EmbeddingNormBridge(NormalizationBridge):
+
+class VisionNormBridge(NormalizationBridge):
+    """A normalisation with the native arithmetic, RMSNorm under any library's spelling."""
+
+    @property
+    def uses_rms_norm(self) -> bool:
+        """Whether the native module leaves the mean in."""
+        return "rms" in type(self.original_component).__name__.lower()
+
+
+class EmbeddingNormBridge(VisionNormBridge):
     """A LayerNorm between the embedding and the first block (CLIP's ``pre_layrnorm``)."""
 
     _bypass: Tensor | None = None
@@ -199,20 +250,38 @@ class PositionEmbeddingBridge(GeneralizedComponent):
 
     _current_batch_size: int = 1
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Look the table up and spread it over the batch."""
+    def forward(self, *args: Any, spread: bool = True, **kwargs: Any) -> Tensor:
+        """Look the table up and spread it over the batch.
+
+        Where the native module resamples the table to the picture's size afterwards, ``spread`` is
+        off and the hook shows the table itself, [1, positions, d_model].
+        """
         table = self.original_component
         assert table is not None
         output: Tensor = table(*args, **kwargs)
         if output.ndim == 2:
             output = output.unsqueeze(0)
-        output = output.expand(self._current_batch_size, -1, -1)
-        if (
-            self.hook_out.fwd_hooks
-        ):  # a hook may write in place, which a view over the batch forbids
+        if spread:
+            output = output.expand(self._current_batch_size, -1, -1)
+        if self.hook_out.fwd_hooks:
+            # A hook may write in place: not into the weights, nor into one row for all images.
             output = output.clone()
         hooked: Tensor = self.hook_out(output)
         return hooked
+
+
+class LayerScaleBridge(GeneralizedComponent):
+    """A LayerScale: what comes out of it is what is added to the residual stream."""
+
+
+class GatedMLPBridge(MLPBridge):
+    """An MLP with a gate: ``hook_pre`` is the gate's input to the activation function."""
+
+    hook_aliases: ClassVar[dict[str, str]] = {  # type: ignore[assignment]
+        "hook_pre": "gate.hook_out",
+        "hook_pre_linear": "in.hook_out",
+        "hook_post": "out.hook_in",
+    }
 
 
 def _replace_input(
@@ -225,9 +294,25 @@ def _replace_input(
 
 def _fire(hook: HookPoint, tensor: Tensor) -> tuple[Tensor, bool]:
     """Fire a hook; say whether it returned, or wrote, something else than it was given."""
-    version = tensor._version
+    version = _version(tensor)
     hooked: Tensor = hook(tensor)
-    return hooked, hooked is not tensor or hooked._version != version
+    return hooked, hooked is not tensor or _version(hooked) != version
+
+
+def _version(tensor: Tensor) -> object:
+    """A number that changes with each write in place; inference mode keeps none.
+
+    Without one a hook that is there at all counts as having written.
+    """
+    return object() if tensor.is_inference() else tensor._version
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask
 
 
 def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:

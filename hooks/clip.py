@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
+from vision_plugin.hooks._transformers import image_result, linear_head, sizes
 
 
 class CLIPVisionAdapter(VisionArchitectureAdapter):
@@ -21,18 +22,7 @@ class CLIPVisionAdapter(VisionArchitectureAdapter):
     @classmethod
     def dimensions(cls, module: nn.Module) -> Dimensions:
         """Read the sizes from the (vision) configuration."""
-        config = getattr(module.config, "vision_config", module.config)
-        return Dimensions(
-            d_model=config.hidden_size,
-            n_heads=config.num_attention_heads,
-            n_layers=config.num_hidden_layers,
-            d_mlp=config.intermediate_size,
-            image_size=(config.image_size, config.image_size),
-            patch_size=(config.patch_size, config.patch_size),
-            eps=config.layer_norm_eps,
-            act_fn=config.hidden_act,
-            n_channels=config.num_channels,
-        )
+        return sizes(getattr(module.config, "vision_config", module.config))
 
     def paths(self, module: nn.Module) -> Paths:
         """The tower stands at the root or below ``vision_model``."""
@@ -53,7 +43,7 @@ class CLIPVisionAdapter(VisionArchitectureAdapter):
             mlp_in="fc1",
             mlp_out="fc2",
             ln_final=f"{tower}post_layernorm",
-            unembed="visual_projection" if hasattr(module, "visual_projection") else None,
+            unembed=linear_head(module, "visual_projection", "classifier"),
         )
 
 
@@ -62,10 +52,9 @@ class CLIPVisionProjectionAdapter(CLIPVisionAdapter):
 
     has_joint_space = True
 
-    def prepare_model(self, hf_model: nn.Module) -> None:
+    def restructure(self, module: nn.Module) -> None:
         """Expose the projected embedding as the forward's ``logits``."""
-        super().prepare_model(hf_model)
-        hf_model.forward = MethodType(_image_forward, hf_model)
+        module.forward = MethodType(_project, module)
 
 
 class CLIPAdapter(CLIPVisionProjectionAdapter):
@@ -82,18 +71,23 @@ class CLIPAdapter(CLIPVisionProjectionAdapter):
         return embedding
 
 
-def _image_forward(
-    self: Any,
-    pixel_values: Tensor,
-    interpolate_pos_encoding: bool = False,
-    **kwargs: Any,
-) -> ImageClassifierOutput:
+class CLIPClassifierAdapter(CLIPVisionAdapter):
+    """``CLIPForImageClassification``: the output is the class scores."""
+
+    def restructure(self, module: nn.Module) -> None:
+        """Keep the hidden state beside the class scores."""
+        module.forward = MethodType(_classify, module)
+
+
+def _project(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
     """The vision tower, pooled and projected; ``pooler_output`` is not projected."""
-    del kwargs
-    output = self.vision_model(
-        pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-    )
-    result = ImageClassifierOutput(logits=self.visual_projection(output.pooler_output))
-    result["last_hidden_state"] = output.last_hidden_state
-    result["pooler_output"] = output.pooler_output
-    return result
+    output = self.vision_model(pixel_values=pixel_values, **kwargs)
+    embedding = self.visual_projection(output.pooler_output)
+    return image_result(embedding, output.last_hidden_state, output.pooler_output)
+
+
+def _classify(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
+    """The patches' mean through the classifier, as the native head has it."""
+    output = self.vision_model(pixel_values=pixel_values, **kwargs)
+    pooled = output.last_hidden_state[:, 1:, :].mean(dim=1)
+    return image_result(self.classifier(pooled), output.last_hidden_state, pooled)

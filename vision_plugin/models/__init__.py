@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision_plugin.models._bridge import VisionBridge
-    from vision_plugin.models._harvest import Harvester
     from vision_plugin.models._errors import UnsupportedModelError
+    from vision_plugin.models._harvest import Harvester
     from vision_plugin.models._hook_names import UnknownHookError
     from vision_plugin.models._loading import load_model, wrap
     from vision_plugin.models._tokens import TokenLayout, TokenSelection

@@ -126,7 +126,8 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
         pixels = data if start is None else self._placeholder(data, image_size)
         if "pos_embed" in self._modules:
             self.pos_embed._current_batch_size = data.shape[0]
-        self._picture_size = tuple(pixels.shape[-2:]) if pixels.ndim == 4 else None
+        height, width = pixels.shape[-2:]
+        self._picture_size = (height, width) if pixels.ndim == 4 else None
         try:
             with self._stretch(data, start, stop):
                 return self.original_model(pixel_values=pixels, **kwargs)

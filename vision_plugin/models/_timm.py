@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import not_found
@@ -23,7 +24,6 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
         UnsupportedModelError: there is no adapter for it.
     """
     import timm
-    from timm.data import create_transform, resolve_model_data_config
 
     if pretrained is not None and not Path(pretrained).is_file():
         raise ValueError(
@@ -38,7 +38,9 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(not_found(f"timm:{name}", error)) from error
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    data: Any = timm.data
+    settings = data.resolve_model_data_config(model)
+    transform = data.create_transform(**settings, is_training=False)
     return wrap(model, name=f"timm:{name}", processor=transform, revision=revision)
 
 

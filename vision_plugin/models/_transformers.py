@@ -116,7 +116,8 @@ def _default_architecture(config: Any) -> str | None:
     from transformers import AutoModel
 
     try:
-        return str(AutoModel._model_mapping[type(config)].__name__)
+        model_class: Any = AutoModel._model_mapping[type(config)]
+        return str(model_class.__name__)
     except (KeyError, AttributeError):
         return None
 

@@ -1,0 +1,166 @@
+"""open_clip's own ``VisionTransformer`` as a tower: sizes, parts, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from vision_plugin.hooks._adapter import Dimensions, Paths
+from vision_plugin.hooks._components import VisionAttentionBridge
+from vision_plugin.hooks._restructure import (
+    FusedWeights,
+    MatrixProduct,
+    SplitLinear,
+    tap_positions,
+)
+from vision_plugin.models import UnsupportedModelError
+
+
+class OpenClipAttentionBridge(VisionAttentionBridge):
+    """``nn.MultiheadAttention`` or open_clip's ``Attention``.
+
+    Both compute everything from bare weights in one call. That call runs as it is, unless a hook
+    on something inside is live; then the attention is formed here, equal up to rounding.
+    """
+
+    def native_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The native attention between ``hook_in`` and ``hook_out``."""
+        native: Any = self.original_component
+        hidden = self.hook_in(args[0])
+        if isinstance(native, nn.MultiheadAttention):
+            return self.pack(self.hook_out(native(hidden, hidden, hidden, **kwargs)[0]))
+        return self.hook_out(native(hidden, **kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the native attention, or the explicit one where a hook needs it."""
+        if not self.explicit_needed():
+            return self.native_forward(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        output = self.attend(self.hook_in(args[0]), attention_mask=mask)
+        return self.pack(self.hook_out(output))
+
+    def pack(self, output: Tensor) -> Any:
+        """``nn.MultiheadAttention`` returns the output and, here always absent, the weights."""
+        is_torch = isinstance(self.original_component, nn.MultiheadAttention)
+        return (output, None) if is_torch else output
+
+    def watched_hooks(self) -> list[HookPoint]:
+        """Nothing inside the native call can be seen from outside."""
+        inside = [getattr(part, side) for part in self._parts() for side in ("hook_in", "hook_out")]
+        return [*super().watched_hooks(), *inside]
+
+    def _parts(self) -> list[Any]:
+        return [self.q, self.k, self.v, self.o]
+
+    def project(self, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, normalised where the block does that."""
+        del kwargs
+        native: Any = self.original_component
+        q, k, v = (self.split_heads(part) for part in native.qkv(hidden).chunk(3, dim=-1))
+        if isinstance(native, nn.MultiheadAttention):
+            return q, k, v
+        return native.ln_q(q), native.ln_k(k), v
+
+    def combine(self, z: Tensor, hidden: Tensor) -> Tensor:
+        """Scale and join the heads, and normalise them where the block does that."""
+        native: Any = self.original_component
+        if isinstance(native, nn.MultiheadAttention):
+            return super().combine(z, hidden)
+        if native.head_scale is not None:
+            z = z * native.head_scale
+        joined: Tensor = native.ln_inner(super().combine(z, hidden))
+        return joined
+
+
+def check(tower: Any) -> None:
+    """Refuse what cannot run natively or has no pattern.
+
+    Raises:
+        UnsupportedModelError: naming the part.
+    """
+    block = tower.transformer.resblocks[0]
+    kind = type(block).__name__
+    if kind not in ("ResidualAttentionBlock", "CustomResidualAttentionBlock"):
+        raise UnsupportedModelError(
+            f"its blocks are {kind}; supported are ResidualAttentionBlock and "
+            "CustomResidualAttentionBlock"
+        )
+    if getattr(block.attn, "logit_scale", None) is not None:
+        raise UnsupportedModelError(
+            "its scaled cosine attention is not supported: open_clip's own forward fails on it"
+        )
+
+
+def dimensions(tower: Any) -> Dimensions:
+    """Sizes of an open_clip tower.
+
+    Raises:
+        UnsupportedModelError: a part is of an unsupported kind.
+    """
+    check(tower)
+    block = tower.transformer.resblocks[0]
+    return Dimensions(
+        d_model=tower.transformer.width,
+        n_heads=block.attn.num_heads,
+        n_layers=len(tower.transformer.resblocks),
+        d_mlp=block.mlp.c_proj.in_features,
+        image_size=tuple(tower.image_size),
+        patch_size=tuple(tower.patch_size),
+        eps=float(block.ln_1.eps),
+        act_fn=type(block.mlp.gelu).__name__.lower(),
+    )
+
+
+def paths(tower: Any, prefix: str = "") -> Paths:
+    """Parts of an open_clip tower that :func:`restructure` has been over."""
+    block = tower.transformer.resblocks[0]
+    has_norm = not isinstance(tower.ln_pre, nn.Identity)
+    return Paths(
+        embed=prefix + ("patch_dropout" if has_norm else "ln_pre"),
+        embed_ln=f"{prefix}ln_pre" if has_norm else None,
+        pos_embed=f"{prefix}position_tap",
+        blocks=f"{prefix}transformer.resblocks",
+        ln1="ln_1",
+        attn="attn",
+        q="qkv.q",
+        k="qkv.k",
+        v="qkv.v",
+        o="out_proj",
+        ln1_post=_last_module(block, "ln_attn", "ls_1"),
+        ln2="ln_2",
+        mlp="mlp",
+        mlp_in="c_fc",
+        mlp_out="c_proj",
+        ln2_post=_last_module(block, "ls_2"),
+        ln_final=f"{prefix}ln_post",
+        unembed=f"{prefix}product" if isinstance(tower.proj, nn.Parameter) else None,
+    )
+
+
+def restructure(tower: Any) -> None:
+    """Give the projections, the positions and the joint projection modules of their own."""
+    for block in tower.transformer.resblocks:
+        attention = block.attn
+        width = attention.in_proj_weight.shape[0] // 3
+        biases = [] if attention.in_proj_bias is None else [attention.in_proj_bias]
+        fused = FusedWeights(attention.in_proj_weight, biases)
+        parts = {"q": width, "k": width, "v": width}
+        attention.qkv = SplitLinear(fused, parts, called=False)
+    tap_positions(tower, "positional_embedding", "_embeds")
+    if tower.proj is not None:
+        tower.product = MatrixProduct(tower.proj)
+
+
+def project_and_pool(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The native forward in its own order: image embedding, last residual stream, pooled."""
+    hidden = tower.transformer(tower._embeds(pixels))
+    pooled, _ = tower._pool(hidden)
+    embedding = tower.product(pooled) if tower.proj is not None else pooled
+    return embedding, hidden, pooled
+
+
+def _last_module(block: Any, *names: str) -> str | None:
+    found = [n for n in names if not isinstance(getattr(block, n, nn.Identity()), nn.Identity)]
+    return found[-1] if found else None

@@ -1,0 +1,70 @@
+"""timm's ``VisionTransformer`` and ``Eva``: ViT, DeiT, DINOv2 and v3, SigLIP, EVA, EVA-02, PE."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from vision_plugin.hooks import _timm_tower
+from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
+from vision_plugin.hooks._timm_tower import TimmAttentionBridge
+from vision_plugin.hooks._transformers import image_result
+from vision_plugin.models._harvest import Source
+
+
+class TimmAdapter(VisionArchitectureAdapter):
+    """A timm tower: class scores where it has a head, else the pooled features."""
+
+    attention = TimmAttentionBridge
+
+    @classmethod
+    def dimensions(cls, module: nn.Module) -> Dimensions:
+        """Read the sizes from the module.
+
+        Raises:
+            UnsupportedModelError: a part is of an unsupported kind.
+        """
+        return _timm_tower.dimensions(module)
+
+    def paths(self, module: nn.Module) -> Paths:
+        """Where the parts are once :meth:`restructure` is through."""
+        return _timm_tower.paths(module)
+
+    def restructure(self, module: nn.Module) -> None:
+        """Give every hook a module to stand on, and keep what the forward drops."""
+        _timm_tower.restructure(module)
+        module.forward = MethodType(_forward, module)
+
+    def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
+        """timm's forward takes its pixels by position."""
+        return module(pixels)
+
+    def native_path(self, path: str) -> str:
+        """The native blocks are not in a stack."""
+        return _timm_tower.native_path(path)
+
+    def harvest_sources(self, model: Any) -> dict[str, Source]:
+        """The scaled branches of Eva's blocks are seen where they enter the stochastic depth."""
+        sources = super().harvest_sources(model)
+        sources.update(scaled_sources(model.native))
+        return sources
+
+
+def scaled_sources(tower: Any, prefix: str = "") -> dict[str, Source]:
+    """Harvest sources of the scaled branches, where the native block keeps bare vectors."""
+    return {
+        f"blocks.{index}.ln{number}_post.hook_out": Source(f"{prefix}{path}", "in")
+        for index, number, path in _timm_tower.scale_places(tower)
+    }
+
+
+def _forward(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
+    features = self.forward_features(pixel_values, **kwargs)
+    pooled = self.forward_head(features, pre_logits=True)
+    # A distilled model averages over two heads; all others end in one.
+    single = not hasattr(self, "head_dist")
+    logits = self.head(pooled) if single else self.forward_head(features)
+    return image_result(logits, features, pooled)
