@@ -1,0 +1,117 @@
+"""Pictures to pixels, batch by batch, in worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vision_plugin.activations._images import ImageSource
+from vision_plugin.activations._picture import BadImageError
+from vision_plugin.activations._plan import ShardTask
+from vision_plugin.activations._records import BadImage
+
+
+@dataclass(frozen=True)
+class BatchTask:
+    """The pictures of one forward pass: some of a shard's."""
+
+    shard: ShardTask
+    start: int
+    stop: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the shard ends with it."""
+        return self.stop == self.shard.stop
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """Pixels of the pictures that could be read, and the others with the reason."""
+
+    task: BatchTask
+    pixels: Float[Tensor, "good channels height width"] | None
+    indices: list[int]
+    labels: list[str] | None
+    bad: list[BadImage]
+
+
+class PixelBatches(Dataset[DecodedBatch]):
+    """What workers do: decode and preprocess a batch. It depends on nothing but its numbers."""
+
+    def __init__(self, source: ImageSource, processor: Any, tasks: Sequence[BatchTask]) -> None:
+        self.source, self.processor, self.tasks = source, processor, tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, number: int) -> DecodedBatch:
+        """Pixels of one batch."""
+        task = self.tasks[number]
+        pictures, indices, bad = [], [], []
+        labels: list[str] | None = None if self.source.label_column is None else []
+        for index in range(task.start, task.stop):
+            try:
+                pictures.append(self.source[index])
+            except BadImageError as error:
+                bad.append(BadImage(index, error.id, error.reason))
+                continue
+            indices.append(index)
+            if labels is not None:
+                labels.append(self.source.label(index) or "")
+        pixels = self.processor(pictures) if pictures else None
+        return DecodedBatch(task, pixels, indices, labels, bad)
+
+
+def batch_tasks(shards: Iterable[ShardTask], batch_size: int) -> list[BatchTask]:
+    """Batches of shards: they never cross from one into the next."""
+    return [
+        BatchTask(shard, start, min(start + batch_size, shard.stop))
+        for shard in shards
+        for start in range(shard.start, shard.stop, batch_size)
+    ]
+
+
+def decode(
+    source: ImageSource, processor: Any, tasks: Sequence[BatchTask], n_workers: int
+) -> Iterable[DecodedBatch]:
+    """Decode batches in order, ahead of their use."""
+    batches = PixelBatches(source, processor, tasks)
+    if n_workers == 0:
+        return (batches[number] for number in range(len(batches)))
+    if not source.sequential:
+        source.labels  # noqa: B018  # read once here, not once per worker
+    # Workers that are forked start at once and need no importable main module.
+    start = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=min(n_workers, len(tasks)),
+        prefetch_factor=2,
+        multiprocessing_context=start,
+    )
+
+
+def default_workers(source: ImageSource, on_gpu: bool) -> int:
+    """Processes that keep the model fed: few beside a model on the CPU, many beside a GPU."""
+    if source.sequential:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    return max(1, min(16, cores - 1) if on_gpu else cores // 4)
+
+
+def probe_pixels(processor: Any) -> Float[Tensor, "1 channels height width"]:
+    """Pixels of an empty picture, to see their shape."""
+    from PIL import Image
+
+    pixels: Tensor = processor([Image.new("RGB", (64, 64))])
+    return pixels.to(torch.float32)

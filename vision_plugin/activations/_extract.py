@@ -1,0 +1,237 @@
+"""``extract``: one command that can be killed at any moment and run again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_plugin.activations._config import ExtractionConfig
+from vision_plugin.activations._decoding import DecodedBatch, default_workers
+from vision_plugin.activations._errors import (
+    StoreError,
+    StoreMismatchError,
+    TooManyBadImagesError,
+)
+from vision_plugin.activations._files import (
+    LOCK,
+    locked,
+    read_capped,
+    remove_partial,
+    to_json,
+    write_content,
+)
+from vision_plugin.activations._images import ImageSource, open_images
+from vision_plugin.activations._making import make_plan
+from vision_plugin.activations._plan import StorePlan
+from vision_plugin.activations._progress import Progress
+from vision_plugin.activations._records import (
+    MANIFEST,
+    PLAN,
+    BadImage,
+    Manifest,
+    ShardRecord,
+    entry_of,
+    read_marker,
+    read_plan,
+)
+from vision_plugin.activations._running import run_tasks
+from vision_plugin.activations._store import ActivationStore
+
+logger = logging.getLogger(__name__)
+
+
+def extract(
+    config: ExtractionConfig, *, model: Any = None, images: ImageSource | Any = None
+) -> ActivationStore:
+    """Run pictures through a model and store the activations at some hook points.
+
+    Killed at any moment, the same call goes on with the shards that are missing, and the store
+    ends with the same bytes as without the interruption.
+
+    Args:
+        config: What to extract, and where to.
+        model: A bridge in place of ``config.model_name``.
+        images: Anything that ``open_images`` takes, in place of ``config.images``.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        StoreMismatchError: the folder holds another extraction.
+        StoreLockedError: another extraction is writing into the folder.
+        StoreFullError: the disk is full; what is finished is kept.
+        TooManyBadImagesError: more pictures than ``config.max_bad_images`` cannot be read.
+        ValueError: the model or the pictures cannot be had, or do not fit the configuration.
+    """
+    source = open_images(
+        config.images if images is None else images,
+        column=config.image_column,
+        split=config.split,
+        label_column=config.label_column,
+        n_images=config.n_images,
+        streaming=config.streaming,
+    )
+    model = _load(config) if model is None else model
+    plan = make_plan(config, model, source)
+    folder = Path(config.output_path).expanduser()
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        remove_partial(folder)
+        plan = settle_plan(folder, plan)
+        _Extraction(config, plan, folder, model, source).run()
+    return ActivationStore(folder)
+
+
+def _load(config: ExtractionConfig) -> Any:
+    from vision_plugin.models import load_model
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(
+        config.model_name, pretrained=config.pretrained, device=device, revision=config.revision
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder with anything in it but a store.
+
+    Raises:
+        StoreError: it is a file, or holds other things.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file: name a folder for the store")
+    if not folder.is_dir() or (folder / PLAN).exists():
+        return
+    others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
+    if others:
+        raise StoreError(
+            f"{folder} holds other things ({', '.join(sorted(others)[:3])}) and no {PLAN}: name a "
+            "new folder for the store"
+        )
+
+
+def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
+    """Write the plan into a new store, or check that the store there has the same.
+
+    Raises:
+        StoreMismatchError: the store there was made another way; every difference is named.
+    """
+    if not (folder / PLAN).exists():
+        write_content(folder / PLAN, to_json(plan.to_json()))
+        return plan
+    there = read_plan(folder)
+    differences = there.differences(plan)
+    if differences:
+        raise StoreMismatchError(
+            f"{folder} holds another extraction, which this one cannot go on with: "
+            f"{'; '.join(differences)}. Name another folder, or use the same settings"
+        )
+    return there
+
+
+@dataclass
+class _Extraction:
+    config: ExtractionConfig
+    plan: StorePlan
+    folder: Path
+    model: Any
+    source: ImageSource
+    bad: dict[int, BadImage] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Do what is missing, then write the manifest."""
+        done = finished(self.folder, self.plan)
+        for record in done.values():
+            self._count(record.bad_images)
+        pending = [task for task in self.plan.tasks() if task.index not in done]
+        if done and pending:
+            logger.info(
+                "going on in %s: %d of %d shards are there",
+                *(self.folder, len(done), len(done) + len(pending)),
+            )
+        n_pending = sum(task.stop - task.start for task in pending)
+        with Progress(n_pending, f"extracting to {self.folder}") as progress:
+            events = run_tasks(
+                self.plan,
+                pending,
+                folder=self.folder,
+                model=self.model,
+                source=self.source,
+                n_workers=self._n_workers(),
+            )
+            # Closed before the lock is released, whatever happens: a shard may be being written.
+            with closing(events):
+                for event in events:
+                    if isinstance(event, DecodedBatch):
+                        self._count(event.bad)
+                        progress.advance(event.task.stop - event.task.start)
+        write_manifest(self.folder, self.plan)
+        if self.bad:
+            logger.warning(
+                "%d of %d pictures could not be read and are not in %s: %s",
+                *(len(self.bad), self.plan.n_images, self.folder, self._first_bad()),
+            )
+
+    def _n_workers(self) -> int:
+        if self.config.n_workers is None:
+            return default_workers(self.source, self.model.device.type != "cpu")
+        return min(self.config.n_workers, 1) if self.source.sequential else self.config.n_workers
+
+    def _count(self, bad: Iterable[BadImage]) -> None:
+        self.bad.update({image.index: image for image in bad})
+        if len(self.bad) > self.config.max_bad_images:
+            raise TooManyBadImagesError(
+                f"{len(self.bad)} pictures cannot be read, more than max_bad_images="
+                f"{self.config.max_bad_images} allows: {self._first_bad()}. Mend or remove them, "
+                "or raise max_bad_images and run again"
+            )
+
+    def _first_bad(self) -> str:
+        first = [f"{bad.id} ({bad.reason})" for bad in list(self.bad.values())[:3]]
+        return ", ".join(first) + (", ..." if len(self.bad) > 3 else "")
+
+
+def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
+    """Records of the shards that are complete: a marker, and a file of the size it tells."""
+    done = {}
+    for task in plan.tasks():
+        if not (folder / task.marker).exists():
+            continue
+        try:
+            record = read_marker(folder, plan, task)
+            size = (folder / task.file).lstat().st_size
+        except (StoreError, FileNotFoundError) as error:
+            logger.warning("%s is made again: %s", task.file, error)
+            continue
+        if size == record.bytes:
+            done[task.index] = record
+        else:
+            logger.warning(
+                "%s is made again: expected %d bytes, found %d", task.file, record.bytes, size
+            )
+    return done
+
+
+def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
+    """Write the manifest of a store whose shards are all complete; the same shards, the same bytes.
+
+    Raises:
+        StoreError: a shard is missing.
+    """
+    entries = []
+    bad: list[BadImage] = []
+    for task in plan.tasks():
+        record = read_marker(folder, plan, task)
+        entries.append(entry_of(record, read_capped(folder, task.marker)))
+        bad += record.bad_images
+    manifest = Manifest(plan, tuple(entries), tuple(bad))
+    content = to_json(manifest.to_json())
+    if not (folder / MANIFEST).is_file() or read_capped(folder, MANIFEST) != content:
+        write_content(folder / MANIFEST, content)
+    return manifest

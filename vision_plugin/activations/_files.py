@@ -1,0 +1,182 @@
+"""Files of a store: written whole or not at all, read with a cap, never outside the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vision_plugin.activations._errors import (
+    ManifestError,
+    ShardError,
+    StoreFullError,
+    StoreLockedError,
+)
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""Cap on the size of every JSON file of a store."""
+TEMPORARY = ".partial-"
+"""Begins the name of a file that is being written."""
+LOCK = ".lock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is seen complete or not at all, and stays after a power cut.
+
+    Args:
+        path: The file; it is replaced if it exists.
+        write: Writes the content to a stream.
+
+    Raises:
+        StoreFullError: the disk is full, a quota or a limit on file sizes is reached.
+    """
+    partial = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with partial.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if error.errno in _NO_ROOM:
+            raise _no_room(path, error) from error
+        raise
+
+
+def write_content(path: Path, content: bytes) -> None:
+    """Write bytes as a whole file, as :func:`write_whole`."""
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(content)
+
+    write_whole(path, write)
+
+
+def _no_room(path: Path, error: OSError) -> StoreFullError:
+    return StoreFullError(
+        error.errno,
+        f"no room to write {path.name} ({os.strerror(error.errno or 0)}). The finished shards are "
+        "kept: free some room and run the same command again to go on",
+        str(path.parent),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed extraction was writing; only with the lock held."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends.
+
+    Raises:
+        StoreLockedError: another process holds it.
+    """
+    with (folder / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreLockedError(
+                f"another extraction is writing into {folder}. Wait for it, or name another folder"
+            ) from error
+        yield
+
+
+def open_regular(folder: Path, name: str) -> int:
+    """A file descriptor of a plain file that lies directly in a folder.
+
+    Raises:
+        ShardError: it is missing, a link, a folder or a device, or the name is not a plain one.
+    """
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise ShardError(repr(name), "expected a plain file name, without a folder")
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise ShardError(name, f"expected in {folder}, but it is missing") from error
+    except OSError as error:
+        found = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+        raise ShardError(name, f"expected a plain file in {folder}, found {found}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ShardError(name, f"expected a plain file in {folder}, found something else")
+    return descriptor
+
+
+def read_capped(folder: Path, name: str) -> bytes:
+    """The bytes of a JSON file.
+
+    Raises:
+        ShardError: as :func:`open_regular`.
+        ManifestError: it is larger than the cap.
+    """
+    with os.fdopen(open_regular(folder, name), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise ManifestError(
+                f"{folder / name}: expected at most {MAX_JSON_BYTES:,} bytes, found {size:,}"
+            )
+        return stream.read(MAX_JSON_BYTES + 1)
+
+
+def parse_json(content: bytes, where: Path) -> dict[str, Any]:
+    """A JSON object; no constant beyond JSON's own, no key twice.
+
+    Raises:
+        ManifestError: it is none.
+    """
+    try:
+        document = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_doubles,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: expected JSON, found something else ({error})") from error
+    if not isinstance(document, dict):
+        raise ManifestError(
+            f"{where}: expected a JSON object, found a {type(document).__name__} at the top"
+        )
+    return document
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def to_json(document: dict[str, Any]) -> bytes:
+    """The bytes that a document is stored as: the same document, the same bytes."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sha256(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,261 @@
+"""The plan of an extraction: what is computed, and the shard tasks that it falls into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_plugin.activations._errors import ManifestError
+from vision_plugin.activations._fields import Fields
+from vision_plugin.activations._files import sha256, to_json
+
+FORMAT = "vision_plugin.activations"
+MAJOR, MINOR = 1, 0
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_IMAGES_PER_SHARD = 10_000_000
+MAX_WIDTH = 10_000_000
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """Activations of one hook point."""
+
+    name: str
+    """Hook name, as in ``model.hook_dict``."""
+    d_in: int
+    """Width of a row."""
+    rows_per_image: int
+    """Rows of each picture: its selected tokens, or 1 for a pooled activation."""
+    per_token: bool
+    """Whether the rows are tokens."""
+
+    def __post_init__(self) -> None:
+        if self.d_in < 1 or self.rows_per_image < 1:
+            raise ValueError(f"{self.name} gives {self.rows_per_image} rows of {self.d_in} values")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model that was run."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    weights: str
+    """Hash of a sample of every parameter; any training step changes it."""
+    signature: tuple[float, ...]
+    """Norms of some weight matrices, the same in every dtype; SAEs carry them too."""
+    device: str
+    """Kind of device: two kinds do not give the same bits."""
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Which tokens were kept, of which there are."""
+
+    selection: str
+    """``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
+    n_cls: int
+    n_registers: int
+    grid: tuple[int, int]
+
+    @property
+    def random(self) -> bool:
+        """Whether the tokens differ from picture to picture."""
+        return self.selection.startswith("random:")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard's share of the pictures: from ``start`` up to ``stop``."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        """Name of the shard."""
+        return f"shard-{self.index:05d}.safetensors"
+
+    @property
+    def marker(self) -> str:
+        """Name of the file that says the shard is complete, and what is in it."""
+        return f"shard-{self.index:05d}.json"
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """Everything that decides a store's bytes. See SPEC.md for each field."""
+
+    model: ModelSpec
+    preprocessing: str
+    image_size: tuple[int, int]
+    hooks: tuple[HookSpec, ...]
+    tokens: TokenSpec
+    dtype: str
+    images: dict[str, Any]
+    seed: int
+    batch_size: int
+    images_per_shard: int
+    images_per_chunk: int
+
+    @property
+    def n_images(self) -> int:
+        """Pictures of the collection, bad ones included."""
+        return int(self.images["n_images"])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The stored type."""
+        return DTYPES[self.dtype]
+
+    def hook(self, name: str) -> HookSpec:
+        """The activations of a hook.
+
+        Raises:
+            ValueError: they are not in the store.
+        """
+        for spec in self.hooks:
+            if spec.name == name:
+                return spec
+        names = ", ".join(spec.name for spec in self.hooks)
+        raise ValueError(f"this store has no activations of {name!r}; it has {names}")
+
+    def tasks(self) -> Iterator[ShardTask]:
+        """The shard tasks; none depends on another."""
+        for index, start in enumerate(range(0, self.n_images, self.images_per_shard)):
+            yield ShardTask(index, start, min(start + self.images_per_shard, self.n_images))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored."""
+        document = asdict(self)
+        document["model"]["signature"] = list(self.model.signature)
+        document["hooks"] = [asdict(spec) for spec in self.hooks]
+        document["image_size"] = list(self.image_size)
+        document["tokens"]["grid"] = list(self.tokens.grid)
+        return {"format": FORMAT, "schema_version": f"{MAJOR}.{MINOR}", **document}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the plan as it is stored, by which shards know that they belong to it."""
+        return sha256(to_json(self.to_json()))
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any], where: Path) -> StorePlan:
+        """Read a plan, strictly.
+
+        Raises:
+            ManifestError: another format or major version, a field missing or of another type.
+        """
+        fields = Fields(document, where)
+        check_version(fields)
+        hooks = tuple(_hook(entry) for entry in fields.objects("hooks"))
+        if not hooks or len({spec.name for spec in hooks}) != len(hooks):
+            raise fields.error("hooks", "at least one hook, each once", f"{len(hooks)}")
+        dtype = fields.text("dtype")
+        if dtype not in DTYPES:
+            raise fields.error("dtype", " or ".join(DTYPES), repr(dtype))
+        images = fields.object("images")
+        images.number("n_images", least=1)
+        images.hash("ids_sha256", 64)
+        return cls(
+            model=_model(fields.object("model")),
+            preprocessing=fields.text("preprocessing"),
+            image_size=_pair(fields, "image_size"),
+            hooks=hooks,
+            tokens=_tokens(fields.object("tokens")),
+            dtype=dtype,
+            images=images.document,
+            seed=fields.number("seed"),
+            batch_size=fields.number("batch_size", least=1),
+            images_per_shard=fields.number("images_per_shard", least=1, most=MAX_IMAGES_PER_SHARD),
+            images_per_chunk=fields.number("images_per_chunk", least=1, most=MAX_IMAGES_PER_SHARD),
+        )
+
+    def differences(self, other: StorePlan) -> list[str]:
+        """What differs, as ``field: mine there, other's here``; the pictures' path may."""
+        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
+        names = dict.fromkeys([*mine, *theirs])
+        return [
+            f"{name}: {mine.get(name)!r} there, {theirs.get(name)!r} here"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+            and name not in ("images.path", "model.signature", "model.name")
+        ]
+
+
+def check_version(fields: Fields) -> None:
+    """Refuse another format, and a major version that this code does not know.
+
+    Raises:
+        ManifestError: naming what was expected and what was found.
+    """
+    if fields.text("format") != FORMAT:
+        raise fields.error("format", repr(FORMAT), repr(fields.document["format"])[:80])
+    version = fields.text("schema_version")
+    major, _, minor = version.partition(".")
+    if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
+        raise fields.error("schema_version", "two numbers like '1.0'", repr(version)[:80])
+    if major != str(MAJOR):
+        raise ManifestError(
+            f"{fields.where}: schema_version: expected {MAJOR}.x, found {version[:20]}. Another "
+            "version of vision_plugin wrote this store: install that one, or extract again"
+        )
+
+
+def _model(fields: Fields) -> ModelSpec:
+    return ModelSpec(
+        name=fields.text("name"),
+        revision=fields.optional_text("revision"),
+        architecture=fields.text("architecture"),
+        weights=fields.text("weights"),
+        signature=tuple(fields.floats("signature")),
+        device=fields.text("device"),
+    )
+
+
+def _hook(fields: Fields) -> HookSpec:
+    return HookSpec(
+        name=fields.text("name"),
+        d_in=fields.number("d_in", least=1, most=MAX_WIDTH),
+        rows_per_image=fields.number("rows_per_image", least=1, most=MAX_WIDTH),
+        per_token=fields.flag("per_token"),
+    )
+
+
+def _tokens(fields: Fields) -> TokenSpec:
+    from vision_plugin.models import TokenSelection
+
+    selection = fields.text("selection")
+    try:
+        TokenSelection.parse(selection)
+    except ValueError as error:
+        raise fields.error("selection", "a kind of token", repr(selection)[:80]) from error
+    return TokenSpec(
+        selection=selection,
+        n_cls=fields.number("n_cls"),
+        n_registers=fields.number("n_registers"),
+        grid=_pair(fields, "grid"),
+    )
+
+
+def _pair(fields: Fields, name: str) -> tuple[int, int]:
+    values = fields.numbers(name)
+    if len(values) != 2:
+        raise fields.error(name, "two numbers", str(values)[:80])
+    return values[0], values[1]
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,66 @@
+"""A bar with rate and time left on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 30.0
+
+
+class Progress:
+    """Counts pictures."""
+
+    def __init__(self, total: int, title: str) -> None:
+        self._total, self._title = total, title
+        self._done = 0
+        self._start = self._logged = time.monotonic()
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, rate="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, n: int) -> None:
+        """Count n more pictures."""
+        self._done += n
+        now = time.monotonic()
+        rate = self._done / max(now - self._start, 1e-9)
+        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} images/s")
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.info(
+                "%s: %d of %d pictures, %.0f a second, %.0f s left",
+                *(self._title, self._done, self._total, rate, (self._total - self._done) / rate),
+            )

@@ -1,0 +1,270 @@
+"""Shards: safetensors files that are written whole and read chunk by checked chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from vision_plugin.activations._errors import ManifestError, ShardError
+from vision_plugin.activations._files import open_regular, parse_json, write_whole
+from vision_plugin.activations._plan import FORMAT, ShardTask, StorePlan
+from vision_plugin.activations._records import ShardEntry, ShardRecord, read_marker, tensor_shapes
+
+_TORCH = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Size and hashes of a shard that was written."""
+
+    bytes: int
+    sha256: str
+    checksums: dict[str, tuple[str, ...]]
+
+
+def header(plan: StorePlan, index: int, n_images: int) -> dict[str, Any]:
+    """The safetensors header of a shard: its tensors one behind the other, and whose it is."""
+    entries: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "plan_sha256": plan.sha256, "shard": str(index)}
+    }
+    offset = 0
+    for name, (code, shape, size) in tensor_shapes(plan, n_images).items():
+        end = offset + prod(shape) * size
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    return entries
+
+
+def write_shard(
+    folder: Path, plan: StorePlan, task: ShardTask, tensors: Mapping[str, Tensor], n_images: int
+) -> Written:
+    """Write a shard, whole or not at all.
+
+    Args:
+        folder: The store.
+        plan: The store's plan.
+        task: Which shard.
+        tensors: Contiguous tensors of the names and shapes that the plan gives.
+        n_images: Pictures in the shard.
+
+    Raises:
+        StoreFullError: there is no room.
+    """
+    digest = hashlib.sha256()
+    written = 0
+
+    def write(stream: BinaryIO) -> None:
+        nonlocal written
+        text = json.dumps(header(plan, task.index, n_images), separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        parts: list[bytes | memoryview] = [struct.pack("<Q", len(text)), text]
+        for part in (*parts, *map(_bytes, tensors.values())):
+            stream.write(part)
+            digest.update(part)
+            written += len(part)
+
+    write_whole(folder / task.file, write)
+    checksums = {
+        name: tuple(
+            checksum(_bytes(tensor[first : first + plan.images_per_chunk]))
+            for first in range(0, n_images, plan.images_per_chunk)
+        )
+        for name, tensor in tensors.items()
+    }
+    return Written(written, digest.hexdigest(), checksums)
+
+
+def checksum(content: bytes | memoryview) -> str:
+    """XXH3-64 in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+class Shard:
+    """A complete shard on disk. Opened when first read; every chunk is checked when read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: StorePlan,
+        task: ShardTask,
+        *,
+        entry: ShardEntry | None = None,
+        record: ShardRecord | None = None,
+    ) -> None:
+        self.folder, self.plan, self.task = folder, plan, task
+        self._entry = entry
+        if record is not None:
+            self.record = record
+        known = entry or self.record
+        self.n_images, self.bytes = known.n_images, known.bytes
+        self._map: mmap.mmap | None = None
+        self._checked: set[tuple[str, int]] = set()
+
+    @cached_property
+    def record(self) -> ShardRecord:
+        """Ids, labels and checksums, from the marker."""
+        return read_marker(self.folder, self.plan, self.task, self._entry)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of pictures, the last of which may be smaller."""
+        return -(-self.n_images // self.plan.images_per_chunk)
+
+    def chunk_images(self, chunk: int) -> range:
+        """The shard's pictures that a chunk holds."""
+        size = self.plan.images_per_chunk
+        return range(chunk * size, min((chunk + 1) * size, self.n_images))
+
+    def open(self) -> int:
+        """A descriptor of the file, once its size and header are what they should be.
+
+        Raises:
+            ShardError: it is missing, a link, of another size, or another shard.
+        """
+        descriptor = open_regular(self.folder, self.task.file)
+        try:
+            self._check_size(os.fstat(descriptor).st_size)
+            self._check_header(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check_size(self, found: int) -> None:
+        if found != self.bytes:
+            raise ShardError(
+                self.task.file, f"expected {self.bytes:,} bytes, found {found:,}. {_REMEDY}"
+            )
+
+    def _check_header(self, descriptor: int) -> None:
+        expected = header(self.plan, self.task.index, self.n_images)
+        room = self.bytes - max(e["data_offsets"][1] for n, e in expected.items() if n[0] != "_")
+        start = os.pread(descriptor, room, 0) if 8 < room < 2**24 else b""
+        length = struct.unpack("<Q", start[:8])[0] if start else -1
+        if length + 8 != room:
+            raise ShardError(
+                self.task.file, f"expected a header of {room - 8} bytes, found {length}. {_REMEDY}"
+            )
+        try:
+            found = parse_json(start[8:], self.folder / self.task.file)
+        except ManifestError as error:
+            raise ShardError(self.task.file, f"its header is damaged ({error})") from error
+        for name in dict.fromkeys([*expected, *found]):
+            if found.get(name) != expected.get(name):
+                raise ShardError(
+                    self.task.file,
+                    f"header entry {name!r}: expected {expected.get(name)}, found "
+                    f"{str(found.get(name))[:200]}. {_REMEDY}",
+                )
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where in the file each tensor begins."""
+        entries = header(self.plan, self.task.index, self.n_images)
+        ends = {n: e["data_offsets"] for n, e in entries.items() if n != "__metadata__"}
+        start = self.bytes - max(end for _, end in ends.values())
+        return {name: start + begin for name, (begin, _) in ends.items()}
+
+    def image_bytes(self, name: str) -> int:
+        """Bytes that a picture takes in a tensor."""
+        _, shape, size = tensor_shapes(self.plan, self.n_images)[name]
+        return prod(shape[1:]) * size
+
+    def read_chunk(self, descriptor: int, name: str, chunk: int, out: Tensor) -> None:
+        """Read a chunk of a tensor from an open descriptor, and check it.
+
+        Args:
+            descriptor: From :meth:`open`.
+            name: Hook name, or ``token_rows``.
+            chunk: Its number.
+            out: Contiguous tensor that takes it: [images, rows, d_in] of the stored type.
+
+        Raises:
+            ShardError: the bytes are not those that were written.
+        """
+        images = self.chunk_images(chunk)
+        buffer = _bytes(out)
+        start = self.offsets[name] + images.start * self.image_bytes(name)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                raise ShardError(self.task.file, f"ends within chunk {chunk} of {name}. {_REMEDY}")
+            done += count
+        self._check_chunk(name, chunk, buffer)
+
+    def tensor(self, name: str, images: range) -> Tensor:
+        """Some consecutive pictures of a tensor, mapped from the file without copying.
+
+        Every chunk they touch is checked the first time.
+
+        Raises:
+            ShardError: the file or a chunk is damaged.
+        """
+        if self._map is None:
+            descriptor = self.open()
+            try:
+                # A private mapping: what a caller writes into the tensor never reaches the file.
+                self._map = mmap.mmap(descriptor, self.bytes, access=mmap.ACCESS_COPY)
+            finally:
+                os.close(descriptor)
+        code, shape, size = tensor_shapes(self.plan, self.n_images)[name]
+        if not len(images):
+            return torch.empty((0, *shape[1:]), dtype=_TORCH[code])
+        step = self.plan.images_per_chunk
+        for chunk in range(images.start // step, (images.stop - 1) // step + 1):
+            self._check_mapped(name, chunk)
+        return torch.frombuffer(
+            self._map,
+            dtype=_TORCH[code],
+            count=len(images) * prod(shape[1:]),
+            offset=self.offsets[name] + images.start * prod(shape[1:]) * size,
+        ).view(len(images), *shape[1:])
+
+    def _check_mapped(self, name: str, chunk: int) -> None:
+        if (name, chunk) in self._checked or self._map is None:
+            return
+        images, size = self.chunk_images(chunk), self.image_bytes(name)
+        start = self.offsets[name] + images.start * size
+        with memoryview(self._map) as view, view[start : start + len(images) * size] as part:
+            self._check_chunk(name, chunk, part)
+        self._checked.add((name, chunk))
+
+    def _check_chunk(self, name: str, chunk: int, content: memoryview) -> None:
+        expected, found = self.record.checksums[name][chunk], checksum(content)
+        if found != expected:
+            images = self.chunk_images(chunk)
+            raise ShardError(
+                self.task.file,
+                f"{name}, pictures {images.start} to {images.stop - 1}: expected checksum "
+                f"{expected}, found {found}. {_REMEDY}",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None, "_checked": set()}
+
+
+_REMEDY = "Delete this shard with its .json and run the same extraction again to mend it"

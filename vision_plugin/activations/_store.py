@@ -1,0 +1,345 @@
+"""``ActivationStore``: a store on disk as activations by hook and picture."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vision_plugin.activations._batches import ShuffledBatches
+from vision_plugin.activations._errors import StoreMismatchError
+from vision_plugin.activations._plan import HookSpec, StorePlan
+from vision_plugin.activations._records import (
+    MANIFEST,
+    PLAN,
+    TOKEN_ROWS,
+    BadImage,
+    read_manifest,
+    read_marker,
+    read_plan,
+)
+from vision_plugin.activations._shards import Shard
+
+logger = logging.getLogger(__name__)
+
+
+class ActivationStore:
+    """Activations that :func:`extract` stored, read when they are asked for and checked then.
+
+    A store whose extraction was interrupted opens to the shards that are complete.
+
+    Example:
+        >>> store = ActivationStore("acts/")  # doctest: +SKIP
+        >>> store.activations("blocks.5.hook_resid_post", [0, 7]).shape  # doctest: +SKIP
+        torch.Size([2, 50, 768])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a store.
+
+        Raises:
+            FileNotFoundError: there is no folder of that name, or no store in it.
+            ManifestError: the manifest is damaged, or of another major version.
+            ShardError: a file that should be plain is a link, or missing.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder that exists")
+        if not (folder / MANIFEST).exists() and not (folder / PLAN).exists():
+            raise FileNotFoundError(
+                f"{folder} holds neither {MANIFEST} nor {PLAN}, so it is no activation store"
+            )
+        self.paths: tuple[Path, ...] = (folder,)
+        self.plan, self._shards, self.complete = _open(folder)
+
+    @classmethod
+    def concatenate(cls, stores: Sequence[ActivationStore]) -> ActivationStore:
+        """Several stores as one, their pictures behind one another.
+
+        Raises:
+            StoreMismatchError: they differ in model, preprocessing, hooks, tokens or dtype.
+            ValueError: there is none.
+        """
+        if not stores:
+            raise ValueError("there are no stores to concatenate")
+        first = stores[0]
+        for other in stores[1:]:
+            differences = [
+                difference
+                for difference in first.plan.differences(other.plan)
+                if difference.startswith(("model.", "preprocessing", "hooks", "tokens", "dtype"))
+                and not difference.startswith("model.device")
+            ]
+            if differences:
+                raise StoreMismatchError(
+                    f"{other.paths[0]} cannot be put behind {first.paths[0]}: "
+                    f"{'; '.join(differences)}"
+                )
+        joined = cls.__new__(cls)
+        joined.paths = tuple(path for store in stores for path in store.paths)
+        joined.plan = first.plan
+        joined._shards = [shard for store in stores for shard in store._shards]
+        joined.complete = all(store.complete for store in stores)
+        return joined
+
+    # ------------------------------------------------------------------ what is inside
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return self._starts[-1]
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Hook points with activations in the store."""
+        return [spec.name for spec in self.plan.hooks]
+
+    def spec(self, hook_name: str) -> HookSpec:
+        """Width and rows per picture of a hook.
+
+        Raises:
+            ValueError: it is not in the store.
+        """
+        return self.plan.hook(hook_name)
+
+    def d_in(self, hook_name: str) -> int:
+        """Width of the activations at a hook."""
+        return self.spec(hook_name).d_in
+
+    def n_rows(self, hook_name: str) -> int:
+        """Number of activation vectors at a hook."""
+        return len(self) * self.spec(hook_name).rows_per_image
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Id of each picture."""
+        return [id for shard in self._shards for id in shard.record.ids]
+
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """Label of each picture, or None where the collection has none."""
+        found: list[str] = []
+        for shard in self._shards:
+            if shard.record.labels is None and shard.n_images:
+                return None
+            found += shard.record.labels or ()
+        return found
+
+    @property
+    def image_indices(self) -> Int[Tensor, "n"]:
+        """Number of each picture in its collection, which bad ones leave gaps in."""
+        found = [i for shard in self._shards for i in shard.record.image_indices(shard.task)]
+        return torch.tensor(found, dtype=torch.long)
+
+    @property
+    def bad_images(self) -> list[BadImage]:
+        """Pictures that are not in the store, with the reason."""
+        return [bad for shard in self._shards for bad in shard.record.bad_images]
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The complete shards."""
+        return tuple(self._shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with the store's content."""
+        from vision_plugin.activations._files import sha256
+
+        parts = [f"{shard.plan.sha256} {shard.task.index} {shard.bytes}" for shard in self._shards]
+        return sha256("\n".join(parts).encode())[:16]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(shard.n_images for shard in self._shards)]
+
+    # ------------------------------------------------------------------ reading
+
+    def activations(
+        self, hook_name: str, images: int | slice | Sequence[int] | Tensor | None = None
+    ) -> Float[Tensor, "n rows d_in"]:
+        """Activations of some pictures, or of all, in the stored type.
+
+        A slice within one shard is mapped from the file and not copied.
+
+        Args:
+            hook_name: One of ``hook_names``.
+            images: Picture, slice, or numbers of pictures.
+
+        Raises:
+            ShardError: a shard that is needed is missing or damaged.
+            IndexError: there is no such picture.
+        """
+        self.spec(hook_name)
+        return self._tensor(hook_name, images)
+
+    def token_rows(
+        self, images: int | slice | Sequence[int] | Tensor | None = None
+    ) -> Int[Tensor, "n rows"]:
+        """Which token of the model each row of a picture is."""
+        if self.plan.tokens.random:
+            return self._tensor(TOKEN_ROWS, images).long()
+        from vision_plugin.models import TokenLayout
+
+        tokens = self.plan.tokens
+        layout = TokenLayout(tokens.n_cls, tokens.n_registers, tokens.grid)
+        return layout.indices(tokens.selection).expand(len(self._numbers(images)), -1)
+
+    def _tensor(self, name: str, images: int | slice | Sequence[int] | Tensor | None) -> Tensor:
+        numbers = self._numbers(images)
+        parts = [shard.tensor(name, part) for shard, part in self._runs(numbers)]
+        if not parts:
+            return self._shards[0].tensor(name, range(0)) if self._shards else torch.empty(0, 0, 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _numbers(self, images: int | slice | Sequence[int] | Tensor | None) -> Sequence[int]:
+        if images is None:
+            return range(len(self))
+        if isinstance(images, int):
+            images = [images]
+        if isinstance(images, slice):
+            return range(len(self))[images]
+        numbers = images.tolist() if isinstance(images, Tensor) else list(images)
+        for number in numbers:
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"picture {number} of a store of {len(self)}")
+        return [number % len(self) for number in numbers]
+
+    def _runs(self, numbers: Sequence[int]) -> Iterator[tuple[Shard, range]]:
+        """Consecutive pictures of one shard, in the order of the numbers."""
+        place = 0
+        while place < len(numbers):
+            shard = bisect.bisect_right(self._starts, numbers[place]) - 1
+            first = numbers[place]
+            length = 1
+            while (
+                place + length < len(numbers)
+                and numbers[place + length] == first + length
+                and first + length < self._starts[shard + 1]
+            ):
+                length += 1
+            start = first - self._starts[shard]
+            yield self._shards[shard], range(start, start + length)
+            place += length
+
+    def batches(
+        self,
+        hook_names: str | Sequence[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        n_batches_in_buffer: int = 20,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> ShuffledBatches:
+        """Endless shuffled batches of exactly ``batch_size`` vectors.
+
+        Every vector is served once before any is served again. The order follows from the seed;
+        the place in it can be saved with ``state_dict``.
+
+        Args:
+            hook_names: One hook, for batches [batch_size, d_in]; or several, for dictionaries of
+                such batches, whose rows belong to the same tokens.
+            batch_size: Vectors per batch.
+            seed: Of the order.
+            n_batches_in_buffer: Bounds the memory, in batches: half is served while half is read.
+            dtype: Type of the batches.
+            device: Where they are put.
+
+        Raises:
+            ValueError: no such hook, an empty store, or a buffer of fewer than two batches.
+        """
+        return ShuffledBatches(
+            self,
+            hook_names,
+            batch_size,
+            seed=seed,
+            n_batches_in_buffer=n_batches_in_buffer,
+            dtype=dtype,
+            device=torch.device(device),
+        )
+
+    # ------------------------------------------------------------------ what it fits
+
+    def metadata(self, hook_name: str) -> dict[str, Any]:
+        """What an SAE that is trained on a hook's activations should know of them."""
+        spec, plan = self.spec(hook_name), self.plan
+        return {
+            "model_name": plan.model.name,
+            "model_revision": plan.model.revision,
+            "model_signature": list(plan.model.signature),
+            "hook_name": hook_name,
+            "d_in": spec.d_in,
+            "tokens": plan.tokens.selection,
+            "preprocessing": plan.preprocessing,
+            "dataset_path": str(plan.images.get("path", plan.images.get("kind"))),
+            "n_images": len(self),
+            "context_size": plan.tokens.n_cls
+            + plan.tokens.n_registers
+            + plan.tokens.grid[0] * plan.tokens.grid[1],
+        }
+
+    def check_fits(self, expected: dict[str, Any]) -> None:
+        """Raise unless the store is what an SAE, or a configuration, is made for.
+
+        Args:
+            expected: Some keys of :meth:`metadata`, ``hook_name`` among them; those that are
+                missing or None are not compared. Names of models are compared only where there
+                is no ``model_signature``.
+
+        Raises:
+            StoreMismatchError: naming both sides of every difference.
+        """
+        from vision_plugin.models._fit import _same_signature
+
+        here = self.metadata(str(expected["hook_name"]))
+        wrong = [
+            f"{name}: {expected[name]!r} expected, {here[name]!r} in the store"
+            for name in ("d_in", "tokens", "preprocessing")
+            if expected.get(name) is not None and expected[name] != here[name]
+        ]
+        trained_on = expected.get("model_signature")
+        if trained_on is not None:
+            same = _same_signature(list(trained_on), here["model_signature"])
+        else:
+            same = expected.get("model_name") in (None, here["model_name"])
+        if not same:
+            wrong.append(
+                f"model: {expected.get('model_name')!r} expected, {here['model_name']!r} (other "
+                "weights) in the store"
+            )
+        if wrong:
+            raise StoreMismatchError(f"{self.paths[0]} does not fit: {'; '.join(wrong)}")
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", incomplete"
+        return (
+            f"ActivationStore({', '.join(map(str, self.paths))}: {len(self):,} pictures at "
+            f"{', '.join(self.hook_names)}, {self.plan.dtype}{state})"
+        )
+
+
+def _open(folder: Path) -> tuple[StorePlan, list[Shard], bool]:
+    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+        manifest = read_manifest(folder)
+        tasks = zip(manifest.plan.tasks(), manifest.shards, strict=True)
+        shards = [Shard(folder, manifest.plan, task, entry=entry) for task, entry in tasks]
+        return manifest.plan, shards, True
+    plan = read_plan(folder)
+    found = [
+        Shard(folder, plan, task, record=read_marker(folder, plan, task))
+        for task in plan.tasks()
+        if (folder / task.marker).exists()
+    ]
+    logger.warning(
+        "%s is incomplete: %d of %d shards are there. Run the same extraction again to go on",
+        *(folder, len(found), -(-plan.n_images // plan.images_per_shard)),
+    )
+    return plan, found, False

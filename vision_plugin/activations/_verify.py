@@ -1,0 +1,227 @@
+"""``verify`` checks everything in a store; ``info`` tells what is inside."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_plugin.activations._errors import ManifestError, ShardError, StoreError
+from vision_plugin.activations._files import LOCK, TEMPORARY, read_capped
+from vision_plugin.activations._plan import StorePlan
+from vision_plugin.activations._records import MANIFEST, PLAN, read_plan
+from vision_plugin.activations._shards import Shard
+from vision_plugin.activations._store import ActivationStore
+
+_BLOCK = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that is not as it should be."""
+
+    file: str
+    message: str
+    """What was expected, and what was found."""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What was checked, and what was found."""
+
+    path: str
+    complete: bool
+    """Whether the manifest is there, so that nothing is missing."""
+    n_shards: int
+    """Shards that were checked."""
+    n_images: int
+    n_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that is there is as it was written."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        """A line per problem, and a summary."""
+        state = "complete" if self.complete else "incomplete (the same extraction goes on with it)"
+        head = (
+            f"{self.path}: {state}, {self.n_shards:,} shards, {self.n_images:,} pictures, "
+            f"{self.n_bytes / 1e9:.2f} GB checked"
+        )
+        found = [f"DAMAGED {problem.file}: {problem.message}" for problem in self.problems]
+        return "\n".join([head, *found, f"{len(found)} problems" if found else "no problem"])
+
+
+def verify(path: str | Path) -> VerificationReport:
+    """Check every byte of a store against what was recorded when it was written.
+
+    Raises:
+        FileNotFoundError: there is no store.
+    """
+    folder = Path(path).expanduser()
+    try:
+        store = ActivationStore(folder)
+    except StoreError as error:
+        return _unreadable(folder, error)
+    problems = _check_plan(folder, store)
+    for shard in store.shards:
+        problems += _check_shard(shard)
+    problems += _check_strays(folder, store)
+    return VerificationReport(
+        path=str(folder),
+        complete=store.complete,
+        n_shards=len(store.shards),
+        n_images=len(store),
+        n_bytes=sum(shard.bytes for shard in store.shards),
+        problems=tuple(problems),
+    )
+
+
+def _unreadable(folder: Path, error: StoreError) -> VerificationReport:
+    """The manifest is damaged: say so, and check the shards by the plan and their markers."""
+    file = MANIFEST if (folder / MANIFEST).exists() else PLAN
+    if isinstance(error, ShardError):
+        file = error.shard
+    problems = [Problem(file, str(error))]
+    n_images = n_bytes = n_shards = 0
+    try:
+        plan = read_plan(folder)
+    except StoreError as second:
+        if file != PLAN:
+            problems.append(Problem(PLAN, str(second)))
+        return VerificationReport(str(folder), False, 0, 0, 0, tuple(problems))
+    for task in plan.tasks():
+        if not (folder / task.marker).exists():
+            continue
+        try:
+            shard = Shard(folder, plan, task)
+        except StoreError as damaged:
+            problems.append(Problem(task.marker, str(damaged)))
+            continue
+        problems += _check_shard(shard)
+        n_shards, n_images, n_bytes = n_shards + 1, n_images + shard.n_images, n_bytes + shard.bytes
+    return VerificationReport(str(folder), False, n_shards, n_images, n_bytes, tuple(problems))
+
+
+def _check_plan(folder: Path, store: ActivationStore) -> list[Problem]:
+    if not (folder / PLAN).exists():
+        return [Problem(PLAN, f"expected in {folder}, but it is missing")]
+    try:
+        plan: StorePlan = read_plan(folder)
+    except StoreError as error:
+        return [Problem(PLAN, str(error))]
+    if plan.sha256 != store.plan.sha256:
+        return [Problem(PLAN, f"expected {store.plan.sha256}, found {plan.sha256}")]
+    return []
+
+
+def _check_shard(shard: Shard) -> list[Problem]:
+    """All problems of one shard: marker, size, header, hash, and each chunk that is damaged."""
+    try:
+        record = shard.record
+    except (ManifestError, ShardError) as error:
+        return [Problem(shard.task.marker, str(error)), *_check_bytes(shard, None)]
+    return _check_bytes(shard, record.sha256)
+
+
+def _check_bytes(shard: Shard, expected: str | None) -> list[Problem]:
+    try:
+        descriptor = shard.open()
+    except (ShardError, ManifestError) as error:
+        return [Problem(shard.task.file, str(error))]
+    try:
+        digest = hashlib.sha256()
+        offset = 0
+        while block := os.pread(descriptor, _BLOCK, offset):
+            digest.update(block)
+            offset += len(block)
+        if expected is None or digest.hexdigest() == expected:
+            return []
+        message = f"expected SHA-256 {expected}, found {digest.hexdigest()}"
+        return [Problem(shard.task.file, f"{message}{_damaged_chunks(shard, descriptor)}")]
+    finally:
+        os.close(descriptor)
+
+
+def _damaged_chunks(shard: Shard, descriptor: int) -> str:
+    """Which pictures of which tensors are hit."""
+    found = []
+    for name in shard.offsets:
+        for chunk in range(shard.n_chunks):
+            images = shard.chunk_images(chunk)
+            n_bytes = len(images) * shard.image_bytes(name)
+            room = torch.empty(n_bytes, dtype=torch.uint8)
+            try:
+                shard.read_chunk(descriptor, name, chunk, room)
+            except ShardError:
+                found.append(f"{name} of pictures {images.start} to {images.stop - 1}")
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more places" if len(found) > 3 else ""
+    return f"; damaged: {', '.join(found[:3])}{more}"
+
+
+def _check_strays(folder: Path, store: ActivationStore) -> list[Problem]:
+    """Files that look like a part of the store and are not."""
+    known = {PLAN, MANIFEST, LOCK}
+    for task in store.plan.tasks():
+        known |= {task.file, task.marker}
+    return [
+        Problem(path.name, "expected no such file in a store of this plan, found one")
+        for path in sorted(folder.iterdir())
+        if path.name not in known
+        and path.name.startswith("shard-")
+        and not path.name.startswith(TEMPORARY)
+    ]
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """What is inside a store, as JSON values.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        StoreError: it cannot be read.
+    """
+    folder = Path(path).expanduser()
+    store = ActivationStore(folder)
+    plan = store.plan
+    file = MANIFEST if store.complete else PLAN
+    return {
+        "path": str(folder),
+        "complete": store.complete,
+        "schema_version": str(_version(folder, file)),
+        "model": plan.to_json()["model"],
+        "preprocessing": plan.preprocessing,
+        "image_size": list(plan.image_size),
+        "hooks": {
+            spec.name: {
+                "d_in": spec.d_in,
+                "rows_per_image": spec.rows_per_image,
+                "rows": store.n_rows(spec.name),
+            }
+            for spec in plan.hooks
+        },
+        "tokens": plan.to_json()["tokens"],
+        "dtype": plan.dtype,
+        "images": plan.images,
+        "n_images": len(store),
+        "n_labels": len(set(store.labels or [])),
+        "bad_images": [{"id": bad.id, "reason": bad.reason} for bad in store.bad_images],
+        "shards": len(store.shards),
+        "bytes": sum(shard.bytes for shard in store.shards),
+        "seed": plan.seed,
+        "batch_size": plan.batch_size,
+        "images_per_shard": plan.images_per_shard,
+    }
+
+
+def _version(folder: Path, file: str) -> Any:
+    from vision_plugin.activations._files import parse_json
+
+    return parse_json(read_capped(folder, file), folder / file)["schema_version"]
