@@ -36,6 +36,23 @@ def scores(rank: int, world: int) -> dict[str, Tensor]:
         if rank == world - 1:
             starved.update(latents, embeddings)
         found[f"one process without data {images}"] = starved.compute().score
+    labels = torch.arange(N)[share] % 2
+    top = metrics.TopImages(n_features=K, n_top=3)
+    top.update(latents[share])
+    found["top images"] = top.compute().images
+    sparsity = metrics.Sparsity(n_features=K)
+    sparsity.update(latents[share].to_sparse_csr())
+    found["firing counts"] = sparsity.compute().n_active
+    fidelity = metrics.FVU(d_in=D)
+    fidelity.update(embeddings[share], 0.9 * embeddings[share])
+    found["explained variance"] = torch.tensor(fidelity.compute().explained_variance)
+    probing = metrics.SparseProbing(n_features=K, k_values=(1, 3))
+    if rank == world - 1:
+        probing.update(latents, torch.arange(N) % 2)
+    found["probe accuracy"] = torch.tensor(list(probing.compute().accuracy.values()))
+    preservation = metrics.DownstreamPreservation(d_in=D)
+    preservation.update(embeddings[share], embeddings[share].roll(1, 1), labels)
+    found["preservation"] = torch.tensor(preservation.compute().preservation)
     return found
 
 

@@ -1,0 +1,165 @@
+"""Hierarchy: how deep in a taxonomy do a latent's top images meet? (arXiv 2504.02821)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vision_plugin.metrics._result import MetricResult, mean_of_defined
+from vision_plugin.metrics._taxonomy import TaxonomyPaths, prefix_numbers
+from vision_plugin.metrics._topimages import TopImages
+
+LATENTS_AT_ONCE = 2**14
+
+
+@dataclass(frozen=True)
+class HierarchyResult(MetricResult):
+    """Depth of the lowest common ancestors of top images.
+
+    Attributes:
+        depth: each latent's mean depth over pairs of its top images; 0 when they share nothing
+            but the root, NaN for a latent left out.
+        group_depth: mean over the latents of each group.
+        group_size: latents of each group that are in the mean.
+        chance_depth: mean depth over all pairs of images, what random images give.
+        n_left_out: latents with fewer positive images than the list is long.
+    """
+
+    depth: Float[Tensor, " k"]
+    group_depth: dict[int, float]
+    group_size: dict[int, int]
+    chance_depth: float
+    n_left_out: int
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the mean depth, by group where there are groups, and the counts."""
+        groups = {f"depth_group_{group}": depth for group, depth in self.group_depth.items()}
+        return {
+            "mean_depth": mean_of_defined(self.depth),
+            **(groups if len(groups) > 1 else {}),
+            "chance_depth": self.chance_depth,
+            "n_features": self.depth.numel(),
+            "n_left_out": self.n_left_out,
+        }
+
+
+def hierarchy(
+    top_images: Int[Tensor, "k n_top"],
+    taxonomy_paths: TaxonomyPaths,
+    groups: Int[Tensor, " groups"] | None = None,
+) -> HierarchyResult:
+    """Return the mean depth at which the paths of each latent's top images part.
+
+    The depth of the lowest common ancestor of two images is the number of leading steps that their
+    paths share. In a Matryoshka SAE the early groups should meet high up, the late ones deep down.
+
+    Args:
+        top_images: image numbers ``[k, n_top]``, -1 for none, as :func:`top_images` returns them. A
+            latent with a -1 is left out: its list holds images it does not fire on.
+        taxonomy_paths: a path per image, broadest step first; lengths may differ.
+        groups: a group number per latent, from :func:`matryoshka_groups` or
+            :func:`frequency_groups`; one group by default.
+
+    Raises:
+        ValueError: an image has no path, or ``groups`` has another length.
+    """
+    k, n_top = top_images.shape
+    if n_top < 2:
+        raise ValueError(f"pairs of top images are needed, and the lists have length {n_top}")
+    if int(top_images.max()) >= len(taxonomy_paths):
+        raise ValueError(
+            f"image {int(top_images.max())} is among the top images, but there are only "
+            f"{len(taxonomy_paths)} taxonomy paths; pass one per image, in the same order"
+        )
+    if groups is None:
+        groups = torch.zeros(k, dtype=torch.int64)
+    if groups.shape != (k,):
+        raise ValueError(f"groups has shape {tuple(groups.shape)}, but there are {k} latents")
+    nodes = prefix_numbers(taxonomy_paths)
+    full = (top_images >= 0).all(1).cpu()
+    depth = torch.full((k,), math.nan, dtype=torch.float64)
+    for part in torch.split(full.nonzero().squeeze(1), LATENTS_AT_ONCE):
+        depth[part] = _mean_shared_steps(nodes[top_images.cpu()[part]])
+    means, sizes = {}, {}
+    for group in sorted(set(groups.tolist())):
+        members = depth[groups.cpu() == group]
+        means[group] = mean_of_defined(members)
+        sizes[group] = int((~members.isnan()).sum())
+    return HierarchyResult(
+        depth=depth,
+        group_depth=means,
+        group_size=sizes,
+        chance_depth=_chance_depth(nodes),
+        n_left_out=int((~full).sum()),
+    )
+
+
+def matryoshka_groups(widths: Sequence[int]) -> Int[Tensor, " k"]:
+    """Number the latents by Matryoshka group, from the cumulative widths of the nested SAEs.
+
+    Example:
+        >>> matryoshka_groups([2, 5]).tolist()
+        [0, 0, 1, 1, 1]
+    """
+    steps = [stop - start for start, stop in zip([0, *widths], widths, strict=False)]
+    if not steps or min(steps) < 1:
+        raise ValueError(f"widths {list(widths)} must be positive and growing")
+    return torch.arange(len(steps)).repeat_interleave(torch.tensor(steps))
+
+
+def frequency_groups(frequency: Float[Tensor, " k"]) -> Int[Tensor, " k"]:
+    """Number the latents by the power of ten of their firing frequency (dead ones: -99)."""
+    decade = frequency.double().log10().floor().clamp(min=-99)
+    return decade.long()
+
+
+class Hierarchy(TopImages):
+    """Depth at which the paths of each latent's top images part, streamed; see :func:`hierarchy`.
+
+    Args:
+        n_features: number of latents.
+        taxonomy_paths: a path per image, in the order in which the images come.
+        groups: a group number per latent.
+        n_top: top images per latent, 16 in the paper.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_features: int,
+        taxonomy_paths: TaxonomyPaths,
+        groups: Int[Tensor, " k"] | None = None,
+        n_top: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(n_features=n_features, n_top=n_top, **kwargs)
+        self.taxonomy_paths, self.groups = taxonomy_paths, groups
+
+    def compute(self) -> HierarchyResult:
+        """Return the depths for the top images of all data seen, by all processes."""
+        return hierarchy(self.top().images, self.taxonomy_paths, self.groups)
+
+
+def _mean_shared_steps(nodes: Tensor) -> Tensor:
+    """Return the mean number of shared leading steps over pairs; nodes ``[k, n_top, depth]``."""
+    n_top = nodes.shape[1]
+    shared = torch.zeros(nodes.shape[0], dtype=torch.int64)
+    for level in range(nodes.shape[2]):
+        at = nodes[:, :, level]
+        same = (at[:, :, None] == at[:, None, :]) & (at >= 0)[:, :, None]
+        shared += (same.sum((1, 2)) - (at >= 0).sum(1)) // 2
+    return shared.double() / (n_top * (n_top - 1) / 2)
+
+
+def _chance_depth(nodes: Tensor) -> float:
+    n_images = nodes.shape[0]
+    if n_images < 2:
+        return math.nan
+    members = torch.bincount(nodes[nodes >= 0])
+    return float((members * (members - 1)).sum()) / (n_images * (n_images - 1))

@@ -1,0 +1,165 @@
+"""The open list of metrics: every installed package may add to it.
+
+A package lists its metric classes under the entry-point group ``vision_plugin.metrics``:
+
+    [project.entry-points."vision_plugin.metrics"]
+    my_metric = "my_package.metrics:MyMetric"
+
+A metric is a ``torchmetrics.Metric``. It says what it needs by the names of its parameters: those
+of the constructor are taken from what is known before the data (``n_features``, ``d_embed``,
+``grid_size``, ...), those of ``update`` from each batch (``latents``, ``embeddings``, ``labels``,
+...). :func:`build` and :func:`feed` do that matching.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from torchmetrics import Metric
+
+logger = logging.getLogger(__name__)
+
+GROUP = "vision_plugin.metrics"
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """One registered metric.
+
+    Attributes:
+        name: what :func:`get` takes.
+        target: ``module:Class``.
+        package: the distribution that registered it, and its version.
+        error: why it cannot be used, None when it can.
+    """
+
+    name: str
+    target: str
+    package: str
+    error: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether :func:`get` will return a class."""
+        return self.error is None
+
+
+def available() -> dict[str, MetricInfo]:
+    """Return every registered metric by name, ours and other packages'.
+
+    A metric that cannot be imported, is no ``torchmetrics.Metric``, or shares its name with another
+    one is listed with its ``error``, which is also logged; it breaks nothing else.
+    """
+    found: dict[str, MetricInfo] = {}
+    for name, points in sorted(_points().items()):
+        _, error = _load(name, points)
+        found[name] = MetricInfo(
+            name, points[0].value, ", ".join(_package(point) for point in points), error
+        )
+        if error is not None:
+            logger.warning("metric %r cannot be used: %s", name, error)
+    return found
+
+
+def get(name: str) -> type[Metric]:
+    """Return the metric class registered under a name.
+
+    Raises:
+        ValueError: no metric has this name; the message lists near ones.
+        ImportError: the metric is registered, but broken.
+    """
+    points = _points()
+    if name not in points:
+        near = difflib.get_close_matches(name, points, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is near;"
+        raise ValueError(f"no metric is named {name!r}: {hint} installed are {sorted(points)}")
+    metric, error = _load(name, points[name])
+    if metric is None:
+        raise ImportError(f"metric {name!r} of {_package(points[name][0])} is broken: {error}")
+    return metric
+
+
+def build(name: str, known: Mapping[str, Any]) -> Metric:
+    """Construct a metric from whatever its constructor names.
+
+    Args:
+        name: a registered name.
+        known: values by parameter name; those that the constructor does not name are ignored.
+
+    Raises:
+        ValueError: a required parameter is not known.
+    """
+    metric = get(name)
+    return metric(**_arguments(metric.__init__, known, f"metric {name!r}"))
+
+
+def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
+    """Update a metric with whatever its ``update`` names.
+
+    Args:
+        metric: any metric.
+        batch: values by name; those that ``update`` does not name are ignored.
+
+    Raises:
+        ValueError: a required value is not in the batch.
+    """
+    metric.update(**_arguments(type(metric).update, batch, f"{type(metric).__name__}.update"))
+
+
+def needs(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the required parameters of a metric's constructor and of its ``update``."""
+    metric = get(name)
+    return _required(metric.__init__), _required(metric.update)
+
+
+def _points() -> dict[str, list[EntryPoint]]:
+    points: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        same = points.setdefault(point.name, [])
+        # A path that lists a distribution twice (an editable install beside its metadata) is no
+        # clash.
+        if all(point.value != other.value for other in same):
+            same.append(point)
+    return points
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
+
+
+def _load(name: str, points: list[EntryPoint]) -> tuple[type[Metric] | None, str | None]:
+    if len(points) > 1:
+        owners = " and ".join(f"{point.value} of {_package(point)}" for point in points)
+        return None, f"two packages register {name!r}: {owners}; uninstall one"
+    try:
+        loaded = points[0].load()
+    except Exception as error:
+        # Another package's code runs here, and whatever it raises must not take ours down.
+        return None, f"importing {points[0].value} raised {type(error).__name__}: {error}"
+    if not (isinstance(loaded, type) and issubclass(loaded, Metric)):
+        return None, f"{points[0].value} is {loaded!r}, not a subclass of torchmetrics.Metric"
+    return loaded, None
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [item for item in parameters if item.kind in named and item.name != "self"]
+
+
+def _required(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = _parameters(function)
+    return tuple(item.name for item in parameters if item.default is inspect.Parameter.empty)
+
+
+def _arguments(function: Callable[..., Any], known: Mapping[str, Any], who: str) -> dict[str, Any]:
+    missing = [name for name in _required(function) if name not in known]
+    if missing:
+        raise ValueError(f"{who} needs {missing}, and only {sorted(known)} are at hand")
+    return {item.name: known[item.name] for item in _parameters(function) if item.name in known}

@@ -1,0 +1,159 @@
+"""Stability: do two dictionaries, from two seeds say, hold the same directions?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin.metrics._latents import check_finite
+from vision_plugin.metrics._result import MetricResult, mean_of_defined
+from vision_plugin.metrics._streaming import StreamingMetric
+
+ROWS_AT_ONCE = 2**12
+LARGEST_ASSIGNMENT = 2**13
+"""Above this many directions the assignment takes minutes: it is cubic."""
+
+
+@dataclass(frozen=True)
+class StabilityResult(MetricResult):
+    """Match of the decoder directions of a first dictionary with those of a second.
+
+    Attributes:
+        max_cosine: of each direction of the first with its nearest of the second; several
+            directions may share one. NaN for a direction of norm 0.
+        max_cosine_back: the same for the second's directions.
+        matched_cosine: cosine with the partner in the best one-to-one assignment (Hungarian), NaN
+            for those left without a partner; None where no assignment was asked for.
+        n_zero: directions of norm 0, left out of both.
+    """
+
+    max_cosine: Float[Tensor, " k1"]
+    max_cosine_back: Float[Tensor, " k2"]
+    matched_cosine: Float[Tensor, " k1"] | None
+    n_zero: int
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the means, the share of directions found again, and the counts."""
+        matched = self.matched_cosine
+        defined = self.max_cosine[~self.max_cosine.isnan()]
+        return {
+            "mean_max_cosine": mean_of_defined(self.max_cosine),
+            "mean_max_cosine_back": mean_of_defined(self.max_cosine_back),
+            "mean_matched_cosine": math.nan if matched is None else mean_of_defined(matched),
+            "share_above_0.7": mean_of_defined((defined > 0.7).double()),
+            "share_above_0.9": mean_of_defined((defined > 0.9).double()),
+            "n_directions": self.max_cosine.numel(),
+            "n_zero": self.n_zero,
+        }
+
+
+def stability(
+    decoder: Float[Tensor, "k1 d"],
+    other: Float[Tensor, "k2 d_other"],
+    *,
+    assign: bool | None = None,
+) -> StabilityResult:
+    """Match the decoder directions of two SAEs by cosine.
+
+    What chance gives is ``stability(decoder, random_dictionary(...).directions)``.
+
+    Args:
+        decoder: rows ``[k1, d]`` of the first SAE's ``W_dec``.
+        other: rows ``[k2, d]`` of the second's.
+        assign: whether to solve the one-to-one assignment, cubic in the number of directions; by
+            default up to 8,192 of them.
+
+    Raises:
+        ValueError: widths differ, there is no direction, or a value is NaN or infinite.
+    """
+    if decoder.ndim != 2 or other.ndim != 2 or decoder.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"decoders {tuple(decoder.shape)} and {tuple(other.shape)} must be [directions, d] "
+            "with the same d"
+        )
+    check_finite(decoder, "decoder")
+    check_finite(other, "other decoder")
+    first_keep, second_keep = ((rows != 0).any(1) for rows in (decoder, other))
+    if not bool(first_keep.any()) or not bool(second_keep.any()):
+        raise ValueError("one of the decoders has no direction: every row has norm 0")
+    first = F.normalize(decoder.detach().double()[first_keep], dim=1)
+    second = F.normalize(other.detach().double()[second_keep], dim=1)
+    forth, back = _nearest(first, second)
+    if assign is None:
+        assign = max(len(first), len(second)) <= LARGEST_ASSIGNMENT
+    matched = _spread_out(_assigned(first, second), first_keep) if assign else None
+    return StabilityResult(
+        max_cosine=_spread_out(forth, first_keep),
+        max_cosine_back=_spread_out(back, second_keep),
+        matched_cosine=matched,
+        n_zero=int((~first_keep).sum() + (~second_keep).sum()),
+    )
+
+
+class Stability(StreamingMetric):
+    """Stability over one or several pairs of dictionaries; see :func:`stability`.
+
+    Args:
+        assign: whether to solve the one-to-one assignment of each pair.
+    """
+
+    higher_is_better = True
+
+    n_zero: Tensor
+
+    def __init__(self, *, assign: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.assign = assign
+        for name in ("forth", "back", "matched"):
+            self.add_rows_state(name, torch.zeros(0, dtype=torch.float64))
+        self.add_state("n_zero", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, decoder: Float[Tensor, "k1 d"], other: Float[Tensor, "k2 d_other"]) -> None:
+        """Add a pair of decoders, ``[directions, d]`` each."""
+        result = stability(decoder, other, assign=self.assign)
+        self.add_rows("forth", result.max_cosine)
+        self.add_rows("back", result.max_cosine_back)
+        if result.matched_cosine is not None:
+            self.add_rows("matched", result.matched_cosine)
+        self.n_zero += result.n_zero
+
+    def compute(self) -> StabilityResult:
+        """Return the cosines of all pairs seen, one after the other."""
+        return StabilityResult(
+            self.rows("forth"),
+            self.rows("back"),
+            self.rows("matched") if self.assign else None,
+            int(self.n_zero),
+        )
+
+
+def _nearest(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    forth = first.new_empty(len(first))
+    back = second.new_full((len(second),), -torch.inf)
+    for start in range(0, len(first), ROWS_AT_ONCE):
+        cosines = first[start : start + ROWS_AT_ONCE] @ second.T
+        forth[start : start + ROWS_AT_ONCE] = cosines.amax(1)
+        back = torch.maximum(back, cosines.amax(0))
+    return forth, back
+
+
+def _assigned(first: Tensor, second: Tensor) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = first @ second.T
+    rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    matched = torch.full_like(first[:, 0], math.nan)
+    matched[rows] = cosines[rows, columns]
+    return matched
+
+
+def _spread_out(values: Tensor, keep: Tensor) -> Tensor:
+    spread = values.new_full((len(keep),), math.nan)
+    spread[keep] = values
+    return spread
