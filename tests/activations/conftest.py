@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -24,3 +26,12 @@ def folder(tmp_path: Path) -> Path:
         for i in range(3):
             picture(10 * place + i).save(root / label / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: the same bits in this process and in those forked from it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
