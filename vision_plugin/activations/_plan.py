@@ -142,8 +142,10 @@ class StorePlan:
 
     @property
     def sha256(self) -> str:
-        """Hash of the plan as it is stored, by which shards know that they belong to it."""
-        return sha256(to_json(self.to_json()))
+        """Hash of all but the version, by which shards know that they belong to the plan."""
+        document = self.to_json()
+        del document["schema_version"]
+        return sha256(to_json(document))
 
     @classmethod
     def from_json(cls, document: dict[str, Any], where: Path) -> StorePlan:

@@ -1,0 +1,282 @@
+"""Speed and memory of extraction and of reading back, with SAELens's cached format beside it.
+
+    python -m benchmarks.extraction            # everything; some twenty minutes on two cores
+    python -m benchmarks.extraction --small    # the same with few pictures, to see that it works
+
+Writes ``benchmarks/results/extraction.json``. Figures of time come from one run each, on a machine
+that should have nothing else to do; the share of the model is the native forward's time on pixels
+that are ready, against the time of the whole extraction of the same pictures, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import torch
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.mixing_buffer import mixing_buffer
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import vision_plugin as vp
+from benchmarks._extraction_memory import write_parquet
+from vision_plugin.activations import (
+    ActivationStore,
+    ExtractionConfig,
+    ImageSource,
+    extract,
+    open_images,
+)
+
+logger = logging.getLogger("benchmarks.extraction")
+
+RESULTS = Path(__file__).parent / "results" / "extraction.json"
+SHARED = Path(__file__).parents[2] / "shared"
+BATCH_ROWS = 4096
+
+
+def main() -> None:
+    """Run what is asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="few pictures, to see that it works")
+    parser.add_argument("--images", default=str(SHARED / "data" / "noto.parquet"))
+    parser.add_argument("--model", default=str(SHARED / "models" / "emoji-clip"))
+    parser.add_argument("--repeats", type=int, default=3, help="of each timed pair")
+    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    n_images, n_vit = (64, 32) if options.small else (1906, 256)
+    repeats = 1 if options.small else options.repeats
+    models = {
+        "emoji CLIP": (vp.load_model(options.model), n_images),
+        "ViT-B/32, random": (vit_b_32(), n_vit),
+    }
+    found: dict[str, Any] = {"machine": machine(), "small": options.small, "models": {}}
+    for name, (model, n) in models.items():
+        source = open_images(options.images, n_images=n)
+        with tempfile.TemporaryDirectory() as folder:
+            found["models"][name] = one_model(model, source, Path(folder), repeats)
+        logger.info("%s: %s", name, json.dumps(found["models"][name], indent=1))
+    if not options.skip_memory:
+        found["memory"] = memory((200, 2000) if options.small else (10_000, 100_000))
+        logger.info("memory: %s", json.dumps(found["memory"], indent=1))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def vit_b_32() -> vp.VisionBridge:
+    """CLIP's ViT-B/32 with random weights."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=32,
+        projection_dim=512,
+    )
+    module = CLIPVisionModelWithProjection(config).eval()
+    return vp.wrap(module, name="ViT-B/32 (random)", processor=CLIPImageProcessor())
+
+
+def one_model(
+    model: vp.VisionBridge, source: ImageSource, folder: Path, repeats: int
+) -> dict[str, Any]:
+    """All figures of one model."""
+    hook_name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    config = ExtractionConfig(
+        model_name=str(model.cfg.model_name),
+        images="benchmark",
+        hook_names=[hook_name],
+        output_path="",
+    )
+    pixels = [
+        model.images([source[i] for i in range(start, min(start + config.batch_size, len(source)))])
+        for start in range(0, len(source), config.batch_size)
+    ]
+    native, whole = [], []
+    for repeat in range(repeats):
+        native.append(timed(lambda: native_forward(model, pixels)))
+        path = folder / f"store{repeat}"
+        settings = {**vars(config), "output_path": str(path)}
+        run = ExtractionConfig(**settings)
+        whole.append(timed(lambda run=run: extract(run, model=model, images=source)))
+    store = ActivationStore(folder / "store0")
+    native_s, whole_s = statistics.median(native), statistics.median(whole)
+    return {
+        "pictures": len(source),
+        "hook_name": hook_name,
+        "gigabytes": store.n_rows(hook_name) * store.d_in(hook_name) * 4 / 1e9,
+        "extraction": {
+            "native_forward_s": native,
+            "extraction_s": whole,
+            "images_per_s": len(source) / whole_s,
+            "share_in_model": native_s / whole_s,
+            "share_in_model_per_pair": [n / w for n, w in zip(native, whole, strict=True)],
+        },
+        "reading": reading(store, hook_name, folder, whole_s, repeats),
+    }
+
+
+@torch.no_grad()
+def native_forward(model: vp.VisionBridge, pixels: list[torch.Tensor]) -> None:
+    """The native module alone, on pixels that are ready."""
+    for batch in pixels:
+        model.adapter.native_forward(model.native, batch)
+
+
+def reading(
+    store: ActivationStore, hook_name: str, folder: Path, recompute_s: float, repeats: int
+) -> dict[str, Any]:
+    """Seconds for one epoch of shuffled batches, and for what it is compared with."""
+    n_batches = store.n_rows(hook_name) // BATCH_ROWS or 1
+    batch_rows = min(BATCH_ROWS, store.n_rows(hook_name))
+
+    def ours() -> None:
+        batches = store.batches(hook_name, batch_rows)
+        for _ in range(n_batches):
+            next(batches)
+        batches.close()
+
+    written_s = timed(lambda: write_saelens(store, hook_name, folder / "saelens"))
+    cached = datasets.load_from_disk(str(folder / "saelens"))
+    cached.set_format(type="torch", columns=[hook_name], dtype=torch.float32)
+
+    def theirs() -> None:
+        batches = saelens_batches(cached, store, hook_name, batch_rows)
+        for _ in range(max(1, n_batches - 1)):
+            if next(batches, None) is None:
+                break
+
+    seconds = {
+        "raw_sequential": best(lambda: read_raw(store), repeats),
+        "shuffled_batches": best(ours, repeats),
+        "saelens_cached_batches": best(theirs, repeats),
+    }
+    return {
+        "rows": store.n_rows(hook_name),
+        "batch_rows": batch_rows,
+        "seconds_per_epoch": seconds,
+        "recompute_s": recompute_s,
+        "times_as_fast_as_recomputing": recompute_s / seconds["shuffled_batches"],
+        "times_raw_sequential_read": seconds["shuffled_batches"] / seconds["raw_sequential"],
+        "saelens_write_s": written_s,
+        "saelens_seconds_over_ours": seconds["saelens_cached_batches"]
+        / seconds["shuffled_batches"],
+    }
+
+
+def read_raw(store: ActivationStore) -> None:
+    """Every byte of the shards, in order, into one buffer."""
+    buffer = bytearray(8 * 1024 * 1024)
+    for shard in store.shards:
+        with (shard.folder / shard.task.file).open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                continue
+
+
+def write_saelens(store: ActivationStore, hook_name: str, path: Path) -> None:
+    """The same activations as SAELens's CacheActivationsRunner lays them out."""
+    spec = store.spec(hook_name)
+    shape = (spec.rows_per_image, spec.d_in)
+    features = datasets.Features({hook_name: datasets.Array2D(shape=shape, dtype="float32")})
+    parts = [
+        datasets.Dataset.from_dict(
+            {hook_name: store.activations(hook_name, slice(start, start + 256))}, features=features
+        )
+        for start in range(0, len(store), 256)
+    ]
+    datasets.concatenate_datasets(parts).save_to_disk(str(path))
+
+
+def saelens_batches(
+    cached: datasets.Dataset, store: ActivationStore, hook_name: str, batch_rows: int
+) -> Iterator[torch.Tensor]:
+    """SAELens's own reading of its format, and its own mixing buffer of as many batches as ours."""
+    spec = store.spec(hook_name)
+    reader = SimpleNamespace(
+        cached_activation_dataset=cached,
+        context_size=spec.rows_per_image,
+        store_batch_size_prompts=min(32, len(store)),
+        d_in=spec.d_in,
+        hook_name=hook_name,
+        current_row_idx=0,
+    )
+
+    def loader() -> Iterator[torch.Tensor]:
+        while True:
+            yield ActivationsStore._load_raw_llm_batch_from_cached(reader, False)[0]
+
+    return mixing_buffer(20 * batch_rows, batch_rows, loader())
+
+
+def memory(sizes: tuple[int, int]) -> dict[str, Any]:
+    """Peak resident memory of extractions that differ in the number of pictures alone."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        parquet = Path(folder) / "pictures.parquet"
+        write_parquet(parquet, max(sizes))
+        for n_images in (0, *sizes):
+            command = [sys.executable, "-m", "benchmarks._extraction_memory", str(parquet)]
+            store = Path(folder) / f"store{n_images}"
+            output = subprocess.run(
+                [*command, str(n_images), str(store)],
+                check=True,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).stdout
+            found[str(n_images)] = json.loads(output.splitlines()[-1])
+    small, large = (found[str(n)]["peak_rss_mb"] for n in sizes)
+    return {"by_number_of_pictures": found, "ratio": large / small}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def best(work: Callable[[], object], repeats: int) -> float:
+    """Least seconds of a few calls, the first of which also warms the page cache."""
+    return min(timed(work) for _ in range(repeats + 1))
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")},
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
