@@ -184,6 +184,7 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         dims = self.dimensions(hf_model)
         set_dimensions(self.cfg, dims)
         self.tower_dimensions = dims
+        self._sources: dict[str, Source] | None = None
         self.restructure(hf_model)
         self.component_mapping = self.mapping(self.paths(hf_model))
 
@@ -259,6 +260,12 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
 
     def harvest_sources(self, model: Any) -> dict[str, Source]:
         """Where the native module shows what each hook point shows, by canonical name."""
+        if self._sources is None:
+            self._sources = self.find_sources(model)
+        return self._sources
+
+    def find_sources(self, model: Any) -> dict[str, Source]:
+        """What :meth:`harvest_sources` keeps; a family with sources of its own adds them here."""
         native = {path for path, _ in model.native.named_modules()}
         sources: dict[str, Source] = {}
         for name, source in component_sources(model).items():

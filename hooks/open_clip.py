@@ -99,9 +99,9 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         """Undo the moves that a timm tower needs."""
         return _timm_tower.native_path(path) if self.has_timm_tower else path
 
-    def harvest_sources(self, model: Any) -> dict[str, Source]:
+    def find_sources(self, model: Any) -> dict[str, Source]:
         """Less what the native attention computes from bare weights."""
-        sources = super().harvest_sources(model)
+        sources = super().find_sources(model)
         tower, prefix = picture_tower(model.native)
         if self.has_timm_tower:
             sources.update(scaled_sources(tower, prefix))

@@ -46,9 +46,9 @@ class TimmAdapter(VisionArchitectureAdapter):
         """The native blocks are not in a stack."""
         return _timm_tower.native_path(path)
 
-    def harvest_sources(self, model: Any) -> dict[str, Source]:
+    def find_sources(self, model: Any) -> dict[str, Source]:
         """The scaled branches of Eva's blocks are seen where they enter the stochastic depth."""
-        sources = super().harvest_sources(model)
+        sources = super().find_sources(model)
         sources.update(scaled_sources(model.native))
         return sources
 

@@ -95,13 +95,12 @@ class MAEAdapter(ViTAdapter):
         """Give the position table a hook, and keep every patch in its order."""
         super().restructure(module)
         module.config.mask_ratio = 0.0
-        n_patches = self.tower_dimensions.layout().n_patches
         module.native_forward = module.forward
-        module.forward = MethodType(_forward_unmasked(n_patches), module)
+        module.forward = MethodType(_forward_unmasked(self.tower_dimensions), module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
         """Run the encoder on whole pictures, whatever its configuration says of masking."""
-        order = _order(pixels, self.tower_dimensions.layout().n_patches)
+        order = _order(pixels, self.tower_dimensions)
         with _unmasked(module.config):
             return module(pixel_values=pixels, noise=order)
 
@@ -133,16 +132,18 @@ def _classify_with_teacher(self: Any, pixel_values: Tensor, **kwargs: Any) -> Im
     return image_result((scores + distilled) / 2, hidden, hidden[:, 0, :])
 
 
-def _order(pixels: Tensor, n_patches: int) -> Tensor:
+def _order(pixels: Tensor, dims: Dimensions) -> Tensor:
     """The noise whose order keeps the patches where they are."""
+    height, width = pixels.shape[-2:]
+    n_patches = dims.layout((height, width)).n_patches
     order = torch.arange(n_patches, device=pixels.device, dtype=torch.float32)
     return order.expand(len(pixels), n_patches)
 
 
-def _forward_unmasked(n_patches: int) -> Any:
+def _forward_unmasked(dims: Dimensions) -> Any:
     def forward(self: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
         return self.native_forward(
-            pixel_values=pixel_values, noise=_order(pixel_values, n_patches), **kwargs
+            pixel_values=pixel_values, noise=_order(pixel_values, dims), **kwargs
         )
 
     return forward

@@ -12,8 +12,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("vision_plugin", "beartype.beartype")
 
-import pytest
-import torch
+import pytest  # noqa: E402  # the import hook has to stand before what it hooks
+import torch  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEXTS = ("a red circle", "a blue square", "a green star")

@@ -175,10 +175,14 @@ class TestSameBytes:
         assert streamed.labels == plain.labels == ["0", "1", "2"] * 3
 
     def test_a_finished_store_is_left_alone(self, tmp_path: Path) -> None:
+        def times() -> dict[str, int]:
+            return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("[!.]*")}
+
         make_store(tmp_path / "s", 20)
-        before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("[!.]*")}
-        make_store(tmp_path / "s", 20)
-        assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("[!.]*")} == before
+        before = times()
+        for n_workers in (0, 1):
+            make_store(tmp_path / "s", 20, n_workers=n_workers)
+        assert times() == before
 
 
 class TestBadImages:
@@ -341,3 +345,16 @@ def test_shuffled_task_lists_are_the_same_plan(tmp_path: Path) -> None:
     assert tasks[-1].stop == 50
     random.Random(0).shuffle(tasks)
     assert sorted(tasks, key=lambda t: t.index) == list(plan.tasks())
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_an_error_in_a_worker_comes_as_it_is(tmp_path: Path, n_workers: int) -> None:
+    short = datasets.Dataset.from_dict(
+        {"image": [None]}, features=datasets.Features(image=datasets.Image())
+    ).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"^the stream IterableDataset ends before row 1 of the 3"):
+        extract(
+            config(tmp_path / "s", n_images=3, n_workers=n_workers),
+            model=tiny_model(),
+            images=short,
+        )

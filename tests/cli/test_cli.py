@@ -66,7 +66,7 @@ def test_eval_prints_a_table_and_writes_every_number(sae: str, pictures: str, tm
     done = command(
         *f"eval --sae {sae} --images {pictures} --output-path {out} --steering-images 4".split(),
         "--concepts",
-        "column:label",
+        "labels",
     )
     assert done.returncode == 0, done.stderr
     assert "monosemanticity, mean" in done.stdout
@@ -85,7 +85,7 @@ def test_steer_says_what_is_seen_before_and_while(sae: str, pictures: str, tmp_p
     out = tmp_path / "steered.json"
     done = command(
         *f"steer --sae {sae} --images {pictures} --latents 3 7 --strength 60 --n-images 2".split(),
-        *("--concepts", "column:label", "--output-path", str(out)),
+        *("--concepts", "labels", "--output-path", str(out)),
     )
     assert done.returncode == 0, done.stderr
     assert "latent 3, 7 held at 60" in done.stdout
@@ -131,7 +131,7 @@ BAD = {
         "whose weights are not those of",
     ),
     "latent": (
-        "steer --sae {sae} --images {pictures} --latents 4000 --concepts column:label "
+        "steer --sae {sae} --images {pictures} --latents 4000 --concepts labels "
         "--output-path {tmp}/out",
         "latent 4000 is out of range",
     ),

@@ -131,3 +131,35 @@ def test_fidelity_refuses_what_does_not_fit():
         metric.update(torch.ones(1, 3), torch.tensor([[1.0, math.nan, 1.0]]))
     with pytest.raises(ValueError, match="none was seen"):
         metric.compute()
+
+
+def test_loss_recovered_is_the_share_of_the_window():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 4
+    clean = 8 * torch.eye(4)[labels] + torch.randn(40, 4, generator=generator)
+    spliced, ablated = clean / 2, torch.zeros(40, 4)
+    metric = metrics.LossRecovered()
+    for part in torch.split(torch.arange(40), 15):
+        metric.update(clean[part], spliced[part], ablated[part], labels[part])
+    result = metric.compute()
+
+    def loss(logits):
+        shifted = logits.double().numpy()
+        chosen = shifted[np.arange(40), labels.numpy()]
+        return float((np.log(np.exp(shifted).sum(1)) - chosen).mean())
+
+    expected = (loss(ablated) - loss(spliced)) / (loss(ablated) - loss(clean))
+    assert result.recovered == pytest.approx(expected)
+    assert 0 < result.recovered < 1
+    assert result.ablated == pytest.approx(math.log(4))
+    assert result.window == pytest.approx(loss(ablated) - loss(clean))
+    assert result.accuracy_clean == result.accuracy_spliced == 1
+
+
+def test_loss_recovered_is_undefined_where_ablating_costs_nothing():
+    metric = metrics.LossRecovered()
+    logits, labels = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+    metric.update(logits, logits, logits, labels)
+    assert math.isnan(metric.compute().recovered)
+    with pytest.raises(ValueError, match="must have one shape"):
+        metric.update(logits, logits, logits[:2], labels)

@@ -313,9 +313,21 @@ def test_screening_is_used_by_the_closed_form_too(world: SimpleNamespace) -> Non
         finished = screened.n_seen == 40
         assert 0 < int(finished.sum()) < 30
         assert torch.equal(screened.steerable, full.steerable)
+        assert not screened.steerable[~finished].any()
+        assert float((screened.score - full.score)[~finished].abs().max()) < 0.05
         torch.testing.assert_close(
             screened.score[finished], full.score[finished], rtol=0, atol=1e-6
         )
+
+
+def test_screening_image_by_image_keeps_its_margin(world: SimpleNamespace) -> None:
+    pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    sae = standard_sae("blocks.1.hook_resid_post", 16, d_sae=30)
+    arguments: dict[str, Any] = {"strength": 3.0, "threshold": 0.05, "batch_size": 1}
+    full = steerability(world.model, sae, pixels, world.texts, **arguments)
+    screened = steerability(world.model, sae, pixels, world.texts, adaptive=True, **arguments)
+    assert 0 < int(full.steerable.sum()) < 30
+    assert torch.equal(screened.steerable, full.steerable)
 
 
 def test_steering_refuses_random_tokens(world: SimpleNamespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class DecodedBatch:
     bad: list[BadImage]
 
 
-class PixelBatches(Dataset[DecodedBatch]):
+class PixelBatches(Dataset[DecodedBatch | Exception]):
     """What workers do: decode and preprocess a batch. It depends on nothing but its numbers."""
 
     def __init__(self, source: ImageSource, processor: Any, tasks: Sequence[BatchTask]) -> None:
@@ -53,9 +53,14 @@ class PixelBatches(Dataset[DecodedBatch]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, number: int) -> DecodedBatch:
-        """Pixels of one batch."""
-        task = self.tasks[number]
+    def __getitem__(self, number: int) -> DecodedBatch | Exception:
+        """Pixels of one batch, or what went wrong: an error that a worker raises loses its type."""
+        try:
+            return self._decoded(self.tasks[number])
+        except Exception as error:
+            return error
+
+    def _decoded(self, task: BatchTask) -> DecodedBatch:
         pictures, indices, bad = [], [], []
         labels: list[str] | None = None if self.source.label_column is None else []
         for index in range(task.start, task.stop):
@@ -82,19 +87,29 @@ def batch_tasks(shards: Iterable[ShardTask], batch_size: int) -> list[BatchTask]
 
 def decode(
     source: ImageSource, processor: Any, tasks: Sequence[BatchTask], n_workers: int
-) -> Iterable[DecodedBatch]:
-    """Decode batches in order, ahead of their use."""
-    batches = PixelBatches(source, processor, tasks)
-    if n_workers == 0:
+) -> Iterator[DecodedBatch]:
+    """Decode batches in order, ahead of their use.
+
+    Raises:
+        ValueError: whatever the pictures or the preprocessing raise.
+    """
+    for batch in _batches(PixelBatches(source, processor, tasks), n_workers):
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _batches(batches: PixelBatches, n_workers: int) -> Iterable[DecodedBatch | Exception]:
+    if n_workers == 0 or len(batches) == 0:
         return (batches[number] for number in range(len(batches)))
-    if not source.sequential:
-        source.labels  # noqa: B018  # read once here, not once per worker
+    if not batches.source.sequential:
+        batches.source.labels  # noqa: B018  # read once here, not once per worker
     # Workers that are forked start at once and need no importable main module.
     start = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=min(n_workers, len(tasks)),
+        num_workers=min(n_workers, len(batches)),
         prefetch_factor=2,
         multiprocessing_context=start,
     )

@@ -119,7 +119,7 @@ class Shard:
         if record is not None:
             self.record = record
         known = entry or self.record
-        self.n_images, self.bytes = known.n_images, known.bytes
+        self.n_images, self.bytes, self.sha256 = known.n_images, known.bytes, known.sha256
         self._map: mmap.mmap | None = None
         self._checked: set[tuple[str, int]] = set()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vision_plugin.activations._batches import ShuffledBatches
 from vision_plugin.activations._errors import StoreMismatchError
+from vision_plugin.activations._files import sha256
 from vision_plugin.activations._plan import HookSpec, StorePlan
 from vision_plugin.activations._records import (
     MANIFEST,
@@ -151,10 +152,8 @@ class ActivationStore:
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with the store's content."""
-        from vision_plugin.activations._files import sha256
-
-        parts = [f"{shard.plan.sha256} {shard.task.index} {shard.bytes}" for shard in self._shards]
-        return sha256("\n".join(parts).encode())[:16]
+        parts = [f"{shard.plan.sha256} {shard.sha256}\n" for shard in self._shards]
+        return sha256("".join(parts).encode())[:16]
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -93,10 +93,19 @@ class ActivationStream:
 
     def __next__(self) -> Float[Tensor, "batch d_in"]:
         """The next batch; there always is one."""
-        if self._buffer is None or len(self._buffer) < self.buffer_size // 2 + self.batch_size:
-            self._buffer = self._refilled()
+        self.fill()
+        assert self._buffer is not None
         batch, self._buffer = self._buffer[: self.batch_size], self._buffer[self.batch_size :]
         return batch.to(self.dtype)
+
+    def fill(self) -> None:
+        """Fill the buffer where it is half empty; the first call finds what is wrong with the data.
+
+        Raises:
+            ValueError: too many pictures cannot be read, or activations are not finite.
+        """
+        if self._buffer is None or len(self._buffer) < self.buffer_size // 2 + self.batch_size:
+            self._buffer = self._refilled()
 
     def _refilled(self) -> Tensor:
         parts = [] if self._buffer is None else [self._buffer]

@@ -84,29 +84,33 @@ def verify(path: str | Path) -> VerificationReport:
 
 
 def _unreadable(folder: Path, error: StoreError) -> VerificationReport:
-    """The manifest is damaged: say so, and check the shards by the plan and their markers."""
-    file = MANIFEST if (folder / MANIFEST).exists() else PLAN
-    if isinstance(error, ShardError):
-        file = error.shard
-    problems = [Problem(file, str(error))]
-    n_images = n_bytes = n_shards = 0
+    """The manifest, the plan or a marker is damaged: check all that can be without it."""
+    problems = []
+    if os.path.lexists(folder / MANIFEST):
+        problems.append(Problem(MANIFEST, str(error)))
     try:
         plan = read_plan(folder)
     except StoreError as second:
-        if file != PLAN:
-            problems.append(Problem(PLAN, str(second)))
+        problems.append(Problem(PLAN, str(second)))
         return VerificationReport(str(folder), False, 0, 0, 0, tuple(problems))
+    shards = []
     for task in plan.tasks():
-        if not (folder / task.marker).exists():
+        if not os.path.lexists(folder / task.marker):
             continue
         try:
-            shard = Shard(folder, plan, task)
+            shards.append(Shard(folder, plan, task))
         except StoreError as damaged:
             problems.append(Problem(task.marker, str(damaged)))
             continue
-        problems += _check_shard(shard)
-        n_shards, n_images, n_bytes = n_shards + 1, n_images + shard.n_images, n_bytes + shard.bytes
-    return VerificationReport(str(folder), False, n_shards, n_images, n_bytes, tuple(problems))
+        problems += _check_shard(shards[-1])
+    return VerificationReport(
+        path=str(folder),
+        complete=False,
+        n_shards=len(shards),
+        n_images=sum(shard.n_images for shard in shards),
+        n_bytes=sum(shard.bytes for shard in shards),
+        problems=tuple(problems),
+    )
 
 
 def _check_plan(folder: Path, store: ActivationStore) -> list[Problem]:

@@ -69,7 +69,9 @@ def notes(result: Any) -> list[str]:
             "Similarities are the model's own embeddings; --embedder names an outside encoder."
         )
     if result.steerability is None:
-        lines.append("Steerability was left out: --concepts column:NAME or a file gives concepts.")
+        lines.append(
+            "Steerability was left out: --concepts labels, column:NAME or a file names concepts."
+        )
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
     path = result.config.output_path or f"{result.config.sae}/evaluation.json"

@@ -26,7 +26,8 @@ class SteerConfig:
     strength: float = 150.0
     """Value to hold them at; 0 suppresses them."""
     concepts: str
-    """What to look for: ``column:NAME`` of the images, or a text file with a concept a line."""
+    """What to look for: ``labels`` or ``column:NAME`` of the images, or a text file, a concept a
+    line."""
     concept_template: str = "{}"
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8

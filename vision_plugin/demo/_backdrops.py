@@ -16,6 +16,8 @@ from vision_plugin.demo._factors import Scene
 
 LETTER_SIZE = 0.158
 MARGIN = 0.016
+# A label hangs at one of this many places along a side.
+PLACES = 16
 
 
 def backdrop(scene: Scene, image_size: int) -> Float32[np.ndarray, "size size 3"]:
@@ -45,7 +47,9 @@ def hang_label(picture: Image.Image, scene: Scene) -> None:
     height = ascent + descent + max(0, pad - descent)
     random = np.random.default_rng([scene.variation, 2])
     margin = round(MARGIN * size)
-    left = int(random.integers(margin, size - margin - width, endpoint=True))
+    step = max(1, size // PLACES)
+    columns = range(margin, size - margin - width + 1, step)
+    left = int(columns[random.integers(len(columns))])
     top = _free_row(scene, size, height, margin, random)
     draw = ImageDraw.Draw(picture)
     draw.rounded_rectangle(
@@ -64,11 +68,16 @@ def hang_label(picture: Image.Image, scene: Scene) -> None:
 def _free_row(
     scene: Scene, size: int, height: int, margin: int, random: np.random.Generator
 ) -> int:
-    """A top row for a label of that height, all of it above or below the object."""
+    """A top row for a label of that height, all of it above or below the object.
+
+    Rows are counted in even steps from the upper edge and from the lower edge.
+    """
     rows = np.concatenate(contours(scene.shape, place(scene)))[:, 1] * size
-    above = range(margin, int(np.floor(rows.min())) - height + 1)
-    below = range(int(np.ceil(rows.max())), size - margin - height + 1)
-    free = [*above, *below]
+    first, last = margin, size - margin - height
+    step = max(1, size // PLACES)
+    above, below = int(np.floor(rows.min())) - height, int(np.ceil(rows.max()))
+    steps = sorted({*range(first, last + 1, step), *range(last, first - 1, -step)})
+    free = [row for row in steps if row <= above or row >= below]
     assert free, f"no room for a label of {height} pixels beside {scene}"
     return int(free[random.integers(len(free))])
 

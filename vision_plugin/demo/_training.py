@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from vision_plugin.demo._captions import WebCaption, phrase, web_caption, zero_shot_prompts
+from vision_plugin.demo._captions import phrase, web_caption, zero_shot_prompts
 from vision_plugin.demo._factors import (
     FACTORS,
     NO_WORD,
@@ -60,7 +60,7 @@ class ClipTraining:
     """Muon's peak rate, for the blocks' matrices."""
     text_steps: int = 400
     """Steps of the text tower's own training, at four times the batch size."""
-    words: float = 0.4
+    words: float = 0.5
     """The share of pictures with a printed word."""
     fooled: float = 0.65
     """The share of captions of such pictures that take the word for the object."""
@@ -151,14 +151,20 @@ def _train_images(
     for step, (indices, random) in enumerate(_batches(len(scenes), config)):
         captions = [web_caption(scenes[i], random, fooled=config.fooled) for i in indices]
         features = encode_images(model, pixels[indices])
-        loss = _contrast(model, tokenizer, features, [said.text for said in captions])
+        losses = {"contrast": _contrast(model, tokenizer, features, [s.text for s in captions])}
         for factor, (_, names) in prompts.items():
-            loss = loss + _choice(model, features, captions, asked[factor], factor, names)
-        steps.take(loss)
+            # Taken for an object or not, a printed word is still there to be read.
+            seen = [
+                scenes[index].value(factor) if factor == "word" else said.believed[factor]
+                for index, said in zip(indices, captions, strict=True)
+            ]
+            losses[factor] = _choice(model, features, asked[factor], names, seen)
+        steps.take(torch.stack(list(losses.values())).sum())
         model.logit_scale.data.clamp_(max=math.log(100))
         if step % 50 == 0 or step == total - 1:
             elapsed = time.monotonic() - started
-            logger.info("step %d of %d, loss %.3f, %.0f s", step, total, loss.item(), elapsed)
+            shown = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            logger.info("step %d of %d, %.0f s: %s", step, total, elapsed, shown)
 
 
 def _contrast(
@@ -181,21 +187,20 @@ def _contrast(
 def _choice(
     model: CLIPModel,
     features: Float[Tensor, "batch d_embed"],
-    captions: Sequence[WebCaption],
     prompts: Float[Tensor, "v d_embed"],
-    factor: str,
     names: Sequence[str],
+    seen: Sequence[str],
 ) -> Float[Tensor, ""]:
     """Which value of one factor fits the picture, among one prompt per value.
 
     These are the hard negatives, captions that differ in one thing, that a small batch lacks.
     """
-    rows = [row for row, said in enumerate(captions) if said.believed.get(factor) in names]
+    rows = [row for row, value in enumerate(seen) if value in names]
     if not rows:
         return features.new_zeros(())
-    target = torch.tensor([names.index(captions[row].believed[factor]) for row in rows])
+    target = torch.tensor([names.index(seen[row]) for row in rows])
     logits = model.logit_scale.exp() * features[rows] @ prompts.T
-    return functional.cross_entropy(logits, target) * (len(rows) / len(captions))
+    return functional.cross_entropy(logits, target) * (len(rows) / len(seen))
 
 
 def encode_images(

@@ -40,7 +40,7 @@ class DemoConfig:
 
     output_path: str = "demo-results"
     """Folder of the results."""
-    hook_name: str = "blocks.3.hook_resid_post"
+    hook_name: str = "blocks.2.hook_resid_post"
     """Where the SAE reads."""
     training_images: int = 4000
     """Pictures to train on."""

@@ -86,6 +86,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, config: ClipTraining, folde
     tokenizer.save_pretrained(folder)
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     side = {"height": config.image_size, "width": config.image_size}
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",

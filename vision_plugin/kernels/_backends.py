@@ -197,11 +197,13 @@ def choose(device_type: str, name: str = AUTO) -> str:
     for candidate in _candidates():
         if candidate == REFERENCE:
             break
+        if candidate == "triton" and device_type == "cpu":
+            continue  # where it can at best be interpreted, when asked for by name
         reason = _unusable(candidate, device_type)
         if reason is None:
             return candidate
-        # Triton is for GPUs: that it does not serve the CPU is no news.
-        if device_type != "cpu":
+        # That a backend for GPUs does not serve the CPU is no news; that one is broken is.
+        if device_type != "cpu" or isinstance(_load(candidate), Exception):
             _warn_once(candidate, device_type, reason)
     return REFERENCE
 

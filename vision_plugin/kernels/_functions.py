@@ -87,22 +87,23 @@ def sparse_decode(
             f"values and indices need one shape [..., k], got {list(values.shape)} "
             f"and {list(indices.shape)}"
         )
-    k = values.shape[-1]
-    batch = values.shape[:-1].numel()
-    latents = SparseLatents(
-        values.reshape(-1),
-        indices.reshape(-1).int(),
-        row_offsets(batch, k, device=values.device),
-        W_dec.shape[0],
+    if W_dec.ndim != 2:
+        raise ValueError(f"W_dec must be [d_sae, d_in], got {list(W_dec.shape)}")
+    d_in = W_dec.shape[1]
+    _check_bias("b_dec", b_dec, d_in)
+    offsets = row_offsets(values.shape[:-1].numel(), values.shape[-1], device=values.device)
+    decoded: Tensor = _operators.gather_sum(
+        W_dec, indices.reshape(-1).int(), offsets, values.reshape(-1), _name(backend)
     )
-    return csr_decode(latents, W_dec, b_dec, backend=backend).view(*values.shape[:-1], -1)
+    decoded = decoded.view(*values.shape[:-1], d_in)
+    return decoded if b_dec is None else decoded + b_dec
 
 
 def batch_topk_encode(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
-    k: float,
+    k: float | int,
     *,
     b_in: Tensor | None = None,
     scale: Tensor | None = None,

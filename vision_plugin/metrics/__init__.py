@@ -40,6 +40,7 @@ from vision_plugin.metrics._hierarchy import (
 )
 from vision_plugin.metrics._imagecodes import pool_latents
 from vision_plugin.metrics._localization import Localization, LocalizationResult, morans_i
+from vision_plugin.metrics._lossrecovered import LossRecovered, LossRecoveredResult
 from vision_plugin.metrics._monosemanticity import (
     Monosemanticity,
     MonosemanticityResult,
@@ -96,6 +97,8 @@ __all__ = [
     "HookedDictionary",
     "Localization",
     "LocalizationResult",
+    "LossRecovered",
+    "LossRecoveredResult",
     "MetricInfo",
     "MetricResult",
     "Monosemanticity",

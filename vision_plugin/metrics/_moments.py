@@ -97,7 +97,9 @@ def _add_sparse(state: State, columns: LatentColumns, unit: Tensor) -> None:
     offsets = (counts.cumsum(0) - counts)[present]
     if present.numel():
         sums = F.embedding_bag(columns.rows, unit, offsets, mode="sum", per_sample_weights=values)
-        if present.numel() == columns.n_features:
+        if int(state["n_images"]) == 0 and present.numel() == columns.n_features:
+            state["weighted"] = sums
+        elif present.numel() == columns.n_features:
             state["weighted"] += sums
         else:
             state["weighted"].index_add_(0, present, sums)
@@ -108,7 +110,8 @@ def _add_sparse(state: State, columns: LatentColumns, unit: Tensor) -> None:
         power *= values
     delta = torch.where(explicit, torch.zeros_like(minimum), -minimum)
     state["powers"] += shift_powers(powers, columns.n_rows, delta)
-    _add_outer(state["weighted"], delta, unit.sum(0))
+    if bool(delta.any()):
+        _add_outer(state["weighted"], delta, unit.sum(0))
 
 
 def move_minimum(state: State, minimum: Tensor) -> None:

@@ -10,7 +10,6 @@ from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,15 +29,13 @@ from vision_plugin.metrics._result import (
     median_of_defined,
 )
 from vision_plugin.metrics._streaming import State, StreamingMetric
-from vision_plugin.metrics._top import VOID, merge_top, top_values
+from vision_plugin.metrics._top import N_TOP, VOID, TopRange, merge_top, top_values, top_weight_sums
 
 logger = logging.getLogger(__name__)
 
 Images = Literal["all", "top16"]
-TopRange = Literal["dataset", "top"]
 Reason = Literal["ok", "dead", "constant", "one_image"]
 
-N_TOP = 16
 SMALLEST_SHARE = 1e-10
 """A denominator below this share of (sum of weights)^2 is one image's weight and rounding."""
 
@@ -188,20 +185,17 @@ class Monosemanticity(StreamingMetric):
         columns = read_latents(latents.detach().to(self.device), n_features=self.n_features)
         n_rows = latents.shape[0]
         read = read_embeddings(embeddings.detach(), n_rows=n_rows, d_embed=self.d_embed)
-        double = read.to(self.device, torch.float64)
-        keep = (double != 0).any(dim=1)
+        unit, keep = _unit_rows(read.to(self.device, torch.float64))
         n_excluded = n_rows - int(keep.sum())
         if n_excluded:
             logger.warning(
                 "%d of %d images have an embedding of norm 0 and are left out", n_excluded, n_rows
             )
-            double = double[keep]
+            unit = unit[keep]
             columns = (
                 columns.keep_rows(keep) if isinstance(columns, LatentColumns) else columns[keep]
             )
-        # Scaling by the largest entry first keeps tiny and huge embeddings from under- or overflow.
-        double = double / double.abs().amax(dim=1, keepdim=True) if len(double) else double
-        return columns, F.normalize(double, dim=1), n_excluded
+        return columns, unit, n_excluded
 
     def _add(self, latents: Latents, unit: Tensor, n_excluded: int) -> None:
         state = {name: getattr(self, name) for name in self._coupled}
@@ -286,7 +280,9 @@ class Monosemanticity(StreamingMetric):
             powers = state["powers"]
             squared_norm = torch.einsum("kd,kd->k", state["weighted"], state["weighted"])
         else:
-            powers, squared_norm = _top_sums(state, self.rows("embeddings"), self.top_range)
+            powers, squared_norm = top_weight_sums(
+                state, self.rows("embeddings"), n_powers=moments.N_POWERS, top_range=self.top_range
+            )
         return (squared_norm - powers[1]) / 2, (powers[0] ** 2 - powers[1]) / 2, powers
 
 
@@ -349,27 +345,16 @@ def monosemanticity(
     return metric._result(state, error, confidence)
 
 
-def _top_sums(state: State, embeddings: Tensor, top_range: TopRange) -> tuple[Tensor, Tensor]:
-    """Return power sums of the top images' weights, and the squared norm of the weighted sum."""
-    n_top = min(N_TOP, int(state["n_images"]))
-    value, image = state["top_value"][:, :n_top], state["top_image"][:, :n_top]
-    implicit = value == VOID
-    if bool((implicit.any(1) & (state["minimum"] < 0)).any()):
-        raise ValueError(
-            "images='top16' with negative latents needs to know which images are at zero, which "
-            "sparse latents do not say; pass these latents as dense tensors"
-        )
-    value = torch.where(implicit, torch.zeros_like(value), value)
-    low = state["minimum"] if top_range == "dataset" else value.amin(1)
-    weight = value - low[:, None]
-    powers = torch.stack([(weight**power).sum(1) for power in range(1, moments.N_POWERS + 1)])
-    step = max(1, 2**24 // (n_top * embeddings.shape[1]))
-    squared_norm = [
-        torch.einsum("kt,ktd->kd", weight[start : start + step], embeddings[chosen]).square().sum(1)
-        for start in range(0, value.shape[0], step)
-        for chosen in [image[start : start + step].clamp(min=0)]
-    ]
-    return powers, torch.cat(squared_norm)
+def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale rows to norm 1, and say which have a direction."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if bool(((norm < 1e-100) | (norm > 1e100)).any()):
+        # Squares of such entries leave the range of float64; the largest entry comes out first.
+        largest = rows.abs().amax(dim=1, keepdim=True) if rows.numel() else norm
+        rows = rows / torch.where(largest > 0, largest, 1.0)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    keep = norm.squeeze(1) > 0
+    return rows / torch.where(norm > 0, norm, 1.0), keep
 
 
 def _reasons(state: State, total: Tensor, denominator: Tensor) -> tuple[Tensor, tuple[Reason, ...]]:

@@ -231,7 +231,13 @@ def steerability(
         threshold=options.threshold,
         screening=screening,
     )
-    result = options.result(screened.delta, steering.texts, len(pixels), n_seen=screened.n_seen)
+    result = options.result(
+        screened.delta,
+        steering.texts,
+        len(pixels),
+        n_seen=screened.n_seen,
+        estimate=screened.score,
+    )
     return result if keep_delta else replace(result, delta=None)
 
 

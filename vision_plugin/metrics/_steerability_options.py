@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -70,12 +70,34 @@ class Options:
         )
 
     def result(
-        self, delta: Tensor, texts: Tensor, n_images: int, *, n_seen: Tensor | None = None
+        self,
+        delta: Tensor,
+        texts: Tensor,
+        n_images: int,
+        *,
+        n_seen: Tensor | None = None,
+        estimate: Tensor | None = None,
     ) -> SteerabilityResult:
-        """Score mean changes ``[k, c]``; every latent was steered on all images by default."""
+        """Score mean changes ``[k, c]``.
+
+        Args:
+            delta: the changes.
+            texts: unit text embeddings.
+            n_images: images there were.
+            n_seen: images behind each latent; all of them by default.
+            estimate: the sum of squares, for latents that did not see every image.
+        """
+        scores = score_changes(delta, texts.to(delta.device))
+        if n_seen is None:
+            n_seen = torch.full((len(self.latents),), n_images)
+        finished = (n_seen == n_images).to(delta.device)
+        if estimate is not None:
+            squares = torch.where(finished, scores.sum_of_squares, estimate.to(delta.device))
+            scores = replace(scores, sum_of_squares=squares)
         return assemble(
-            score_changes(delta, texts.to(delta.device)),
+            scores,
             delta=delta,
+            finished=finished,
             n_concepts=len(texts),
             latents=self.latents.clone(),
             strength=self.strength,
@@ -83,7 +105,7 @@ class Options:
             threshold=self.threshold,
             tokens=self.tokens,
             n_images=n_images,
-            n_seen=torch.full((len(self.latents),), n_images) if n_seen is None else n_seen,
+            n_seen=n_seen,
             concepts=self.concepts,
         )
 

@@ -43,8 +43,10 @@ class SteerabilityResult(MetricResult):
         threshold: of ``steerable``.
         tokens: kind of token that was steered.
         n_images: images there were.
-        n_seen: images each latent was steered on: fewer than ``n_images`` where screening ended
-            early, and then the numbers of that latent are estimates.
+        n_seen: images each latent was steered on: fewer than ``n_images`` where screening gave it
+            up. Such a latent is not steerable; its score is an estimate without bias for all
+            images (not the sum of squares of its ``delta``), and its other numbers are those of
+            the images seen.
         concepts: names of the concepts, where they were given.
     """
 
@@ -174,6 +176,7 @@ def assemble(
     scores: Scores,
     *,
     delta: Tensor | None,
+    finished: Tensor,
     n_concepts: int,
     latents: Tensor,
     strength: float,
@@ -186,7 +189,7 @@ def assemble(
 ) -> SteerabilityResult:
     """Make the result from the numbers per latent."""
     score = scores.sum_of_squares / (n_concepts if definition == "mean" else 1)
-    steerable = scores.sum_of_squares > threshold
+    steerable = finished & (scores.sum_of_squares > threshold)
     moved = scores.top_concept >= 0
     nan = torch.full_like(score, math.nan)
     return SteerabilityResult(

@@ -61,10 +61,17 @@ class Screening:
 
 @dataclass(frozen=True)
 class Screened:
-    """Mean changes ``[k, c]`` and the number of images behind each, ``[k]``."""
+    """What is known of each latent.
+
+    Attributes:
+        delta: mean changes over the images seen, ``[k, c]``.
+        n_seen: number of those images, ``[k]``.
+        score: estimate, without bias, of the sum of squares over all images, ``[k]``, float64.
+    """
 
     delta: Tensor
     n_seen: Tensor
+    score: Tensor
 
 
 def screen(
@@ -91,7 +98,9 @@ def screen(
         logger.info("%d of %d latents left after %d images", len(alive), len(latents), stop)
         if not len(alive):
             break
-    return Screened(sums.total / sums.n_seen.to(sums.total)[:, None], sums.n_seen)
+    delta = sums.total / sums.n_seen.to(sums.total)[:, None]
+    score = sums.upper_bound(torch.arange(len(latents)), n_images, 0.0)
+    return Screened(delta, sums.n_seen, score.clamp(min=0))
 
 
 @dataclass
@@ -126,5 +135,8 @@ class _Sums:
         score = chosen.square().sum(1).cpu() / seen.square()
         left = 1 / seen - 1 / n_images
         variance = (self.squares[latents] - seen * score).clamp(min=0) / (seen - 1)
-        agreement = self.agreement[latents] / self.freedom[latents].clamp(min=1)
+        freedom = self.freedom[latents]
+        measured = self.agreement[latents] / freedom.clamp(min=1)
+        # Batches of one image say nothing about h, whose variance cannot exceed |delta|^2 V.
+        agreement = torch.where(freedom > 0, measured, score * variance)
         return score - variance * left + margin * 2 * (agreement * left).sqrt()

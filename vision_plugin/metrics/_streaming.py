@@ -38,8 +38,15 @@ class StreamingMetric(Metric):
         self._empty_rows: dict[str, Tensor] = {}
 
     def add_coupled_state(self, name: str, default: Tensor) -> None:
-        """Declare a tensor state merged by :meth:`merge_coupled`; a sync stacks it per process."""
-        self.add_state(name, default=default, dist_reduce_fx=None)
+        """Declare a tensor state merged by :meth:`merge_coupled`; a sync stacks it per process.
+
+        torchmetrics keeps the default beside the state. A default that repeats one number is kept
+        as that number, which halves the memory of a large state.
+        """
+        constant = default.flatten()[:1].expand(default.numel()).view(default.shape)
+        repeats = default.numel() > 1 and bool((default == constant).all())
+        self.add_state(name, default=constant if repeats else default, dist_reduce_fx=None)
+        setattr(self, name, default)
         self._coupled.append(name)
 
     def add_rows_state(self, name: str, empty: Tensor) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vision_plugin.metrics._latents import LatentColumns, Latents
+from vision_plugin.metrics._streaming import State
+
+TopRange = Literal["dataset", "top"]
+
+N_TOP = 16
+"""Images per latent in the top-image definition."""
 
 VOID = -torch.inf
 """Marks a place that no stored value took: an implicit zero, or an image that does not exist."""
@@ -62,3 +70,38 @@ def _top_dense(latents: Tensor, n_top: int) -> tuple[Tensor, Tensor]:
         values[start : start + step, :found] = ranked[:, :found].double()
         rows[start : start + step, :found] = order[:, :found]
     return values, rows
+
+
+def top_weight_sums(
+    state: State, embeddings: Tensor, *, n_powers: int, top_range: TopRange
+) -> tuple[Tensor, Tensor]:
+    """Return power sums of the top images' weights, and the squared norm of the weighted sum.
+
+    Args:
+        state: with ``top_value``, ``top_image``, ``minimum`` and ``n_images``.
+        embeddings: unit embeddings of all images, ``[n, d]``.
+        n_powers: number of power sums.
+        top_range: whether weights start at the minimum of the data set or of the top images.
+
+    Raises:
+        ValueError: an implicit zero has a weight, and which image it stands for is not known.
+    """
+    n_top = min(N_TOP, int(state["n_images"]))
+    value, image = state["top_value"][:, :n_top], state["top_image"][:, :n_top]
+    implicit = value == VOID
+    if bool((implicit.any(1) & (state["minimum"] < 0)).any()):
+        raise ValueError(
+            "images='top16' with negative latents needs to know which images are at zero, which "
+            "sparse latents do not say; pass these latents as dense tensors"
+        )
+    value = torch.where(implicit, torch.zeros_like(value), value)
+    low = state["minimum"] if top_range == "dataset" else value.amin(1)
+    weight = value - low[:, None]
+    powers = torch.stack([(weight**power).sum(1) for power in range(1, n_powers + 1)])
+    step = max(1, 2**24 // (n_top * embeddings.shape[1]))
+    squared_norm = [
+        torch.einsum("kt,ktd->kd", weight[start : start + step], embeddings[chosen]).square().sum(1)
+        for start in range(0, value.shape[0], step)
+        for chosen in [image[start : start + step].clamp(min=0)]
+    ]
+    return powers, torch.cat(squared_norm)

@@ -41,7 +41,8 @@ class EvaluationConfig:
     """Model whose embeddings say which images are alike; by default the model itself, which the
     result then marks, since an outside encoder is the stricter judge."""
     concepts: str | None = None
-    """For steerability: ``column:NAME`` of the images, or a text file with a concept a line."""
+    """For steerability: ``labels`` or ``column:NAME`` of the images, or a text file, a concept a
+    line."""
     concept_template: str = "{}"
     """Sentence around a concept, for example ``a picture of {}``."""
     output_path: str | None = None
@@ -232,13 +233,17 @@ def read_concepts(concepts: str | None, pictures: Any) -> list[str]:
     if concepts is None:
         return []
     kind, _, column = concepts.partition(":")
+    if concepts == "labels":
+        if pictures.labels is None:
+            raise ValueError("--concepts labels: these images have no labels")
+        return list(dict.fromkeys(pictures.labels))
     if kind == "column":
         return list(dict.fromkeys(str(value) for value in pictures.column(column)))
     path = Path(concepts)
     if not path.is_file():
         raise FileNotFoundError(
             f"--concepts {concepts}: there is no such file; a column of the images is written "
-            "column:NAME"
+            "column:NAME, their labels are written labels"
         )
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     found = list(dict.fromkeys(line for line in lines if line))

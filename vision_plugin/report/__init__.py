@@ -1,0 +1,26 @@
+"""Static HTML in which an SAE's features can be browsed.
+
+``vision_plugin.report(...)`` writes one. The package itself can be called too, since importing it
+puts it where the function's short name is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vision_plugin.report._report import report
+
+__all__ = ["report"]
+
+
+class _CallablePackage(ModuleType):
+    """This package; calling it writes a report."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Path:
+        return report(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -77,6 +77,7 @@ class VisionSAETrainingRunner:
     def run(self) -> SAE[Any]:
         """Train, save, and return the trained SAE as its stock inference class."""
         record_origin(self.sae, self.cfg, self.model, self.images)
+        self.stream.fill()
         with _wandb_run(self.cfg):
             trainer = SAETrainer(
                 cfg=self.cfg.to_sae_trainer_config(), sae=self.sae, data_provider=self.stream

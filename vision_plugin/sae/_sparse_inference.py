@@ -72,7 +72,7 @@ def sparse_reconstruct(
         return unchanged
     shape = x.shape[:-2] if sae.hook_z_reshaping_mode else x.shape[:-1]
     decoded = kernels.csr_decode(_unscale(sae, latents), sae.W_dec, sae.b_dec)
-    out = sae.hook_sae_recons(decoded.view(*shape, -1))
+    out = sae.hook_sae_recons(decoded.view(*shape, decoded.shape[-1]))
     out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
     result: Tensor = sae.hook_sae_output(out)
     return result

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import fields
+
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
 
 from ._sparse_training import (
     SparseBatchTopKTrainingSAE,
@@ -18,6 +22,24 @@ CLASSES = (
     (SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig),
     (SparseMatryoshkaBatchTopKTrainingSAE, SparseMatryoshkaBatchTopKTrainingSAEConfig),
 )
+
+
+def sparse_config(config: TrainingSAEConfig) -> TrainingSAEConfig:
+    """The sparse counterpart of a stock training configuration, with the same settings.
+
+    Args:
+        config: any SAELens training configuration.
+
+    Returns:
+        A new configuration for the sparse class, if ``config`` is exactly SAELens's TopK,
+        BatchTopK or Matryoshka BatchTopK; otherwise ``config`` itself.
+    """
+    for _, sparse in CLASSES:
+        if type(config) is sparse.__mro__[1]:
+            settings = {field.name: getattr(config, field.name) for field in fields(config)}
+            # A configuration writes its own architecture's name into its metadata.
+            return sparse(**settings | {"metadata": copy.deepcopy(config.metadata)})
+    return config
 
 
 def register() -> None:

@@ -80,6 +80,8 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEC
 class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     """The sparse training step that the three classes share; mixed in before SAELens's class."""
 
+    W_enc: nn.Parameter
+
     def initialize_weights(self) -> None:
         """SAELens's initial weights, with W_enc stored latent-major (same shape, other strides)."""
         super().initialize_weights()

@@ -1,0 +1,115 @@
+"""Put what was measured into the README: every figure there comes from ``benchmarks/results/``.
+
+``python -m benchmarks.readme`` fills the README from the result files. With ``--run`` it first runs
+the README's own commands again and keeps what they print: the demo, and training, scoring and
+steering on real pictures where the data folder is beside the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COMMAND = Path(sys.executable).with_name("vision-plugin")
+
+DEMO = "vision-plugin demo"
+NOTO = (
+    "vision-plugin train --model-name ../shared/models/emoji-clip "
+    "--images ../shared/data/noto.parquet --hook-name blocks.4.hook_resid_post "
+    "--architecture batchtopk --d-sae 1536 --k 16 --training-tokens 1_000_000 "
+    "--train-batch-size-tokens 2048 --lr 0.001 --output-path runs/noto",
+    "vision-plugin eval --sae runs/noto --images ../shared/data/noto.parquet "
+    "--concepts column:name --concept-template 'a picture of {}'",
+    "vision-plugin steer --sae runs/noto --images ../shared/data/noto.parquet "
+    "--concepts column:name --concept-template 'a picture of {}' --n-images 6 --latents LATENT",
+    "vision-plugin report --sae runs/noto --images ../shared/data/noto.parquet "
+    "--output-path runs/noto-report",
+)
+WRAP = 96
+
+
+def main() -> None:
+    """Run the commands if asked to, then fill the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", choices=("demo", "noto", "all"), help="run the commands first")
+    run = parser.parse_args().run
+    if run in ("demo", "all"):
+        keep("demo.txt", [DEMO])
+    if run in ("noto", "all"):
+        shutil.rmtree(ROOT / "runs" / "noto", ignore_errors=True)
+        keep("noto.txt", noto_commands())
+    fill(ROOT / "README.md", sections())
+
+
+def noto_commands() -> list[str]:
+    """The commands, the steered latent being the most steerable one of the evaluation."""
+    import json
+
+    commands = list(NOTO[:2])
+    for command in commands:
+        execute(command)
+    scores = json.loads((ROOT / "runs" / "noto" / "evaluation.json").read_text())
+    steerability = scores["per_latent"]["steerability"]["sae"]["score"]
+    latent = max(range(len(steerability)), key=lambda i: steerability[i] or 0.0)
+    shutil.rmtree(ROOT / "runs" / "noto")
+    return [command.replace("LATENT", str(latent)) for command in NOTO]
+
+
+def keep(file: str, commands: list[str]) -> None:
+    """Run commands and keep them with what they print."""
+    parts = [f"$ {folded(command)}\n{execute(command)}" for command in commands]
+    RESULTS.joinpath(file).write_text("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def execute(command: str) -> str:
+    """What a command prints."""
+    words = [str(COMMAND), *shlex.split(command)[1:]]
+    environment = {**os.environ, "COLUMNS": str(WRAP), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.splitlines())
+
+
+def folded(command: str) -> str:
+    """A command on lines that fit a page."""
+    lines, line = [], ""
+    for word in re.findall(r"(?:'[^']*'|\S)+", command):
+        if len(line) + len(word) > WRAP - 8 and word.startswith("--"):
+            lines.append(line.rstrip())
+            line = "    "
+        line += word + " "
+    return " \\\n".join([*lines, line.rstrip()])
+
+
+def sections() -> dict[str, str]:
+    """The README's generated sections, of the result files that are there."""
+    found = {}
+    for name, file in (("demo", "demo.txt"), ("noto", "noto.txt")):
+        if (RESULTS / file).is_file():
+            found[name] = "```\n" + (RESULTS / file).read_text().strip() + "\n```"
+    for name, file in (("families", "families.md"), ("measured", "measured.md")):
+        if (RESULTS / file).is_file():
+            found[name] = (RESULTS / file).read_text().strip()
+    return found
+
+
+def fill(readme: Path, found: dict[str, str]) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    text = readme.read_text()
+    for name, content in found.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, c=content: f"{match[1]}{c}\n{match[2]}", text)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Steerability against one full forward per latent, and adaptive against complete runs.
+
+    python benchmarks/steerability.py [--small] [--output benchmarks/results/steerability.json]
+
+Speed is measured on a ViT-B/32 of random weights with 5,000 concepts; the slow side is the plain
+transformers model with a PyTorch hook, on a sample of latents, interleaved with the fast side. The
+adaptive mode is measured on the emoji CLIP beside the checkout (left out, with a line saying so,
+where it is missing), with an SAE trained here by SAELens's trainer.
+
+Seconds are CPU seconds of this process, on one thread by default: other work on the machine then
+changes them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+import vision_plugin as vp
+from vision_plugin.metrics import (
+    HookedDictionary,
+    Screening,
+    random_dictionary,
+    steerability,
+)
+from vision_plugin.metrics._steerability_engine import Steering
+
+logger = logging.getLogger("benchmarks.steerability")
+
+SHARED = Path(__file__).parents[2] / "shared"
+N_CONCEPTS = 5000
+STRENGTH = 150.0
+
+
+def vit_b_32() -> CLIPModel:
+    """A CLIP ViT-B/32 with random weights and a one-layer text tower that is not used."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        vision_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 32,
+        },
+        text_config={"num_hidden_layers": 1},
+        projection_dim=512,
+    )
+    model = CLIPModel(config).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100.0))
+    return model
+
+
+@torch.no_grad()
+def full_forward(
+    native: CLIPModel, dictionary: Any, pixels: Tensor, texts: Tensor, layer: int, latent: int
+) -> Tensor:
+    """Probabilities ``[n, concepts]`` of one latent by one native forward with a plain hook."""
+
+    def edit(module: nn.Module, args: Any, output: Any) -> Any:
+        del module, args
+        x = output[0] if isinstance(output, tuple) else output
+        direction = dictionary.W_dec[latent]
+        value = (x @ direction).unsqueeze(-1)
+        edited = x + (STRENGTH - value) * direction
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    handle = native.vision_model.encoder.layers[layer].register_forward_hook(edit)
+    try:
+        return plain_forward(native, pixels, texts)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def plain_forward(native: CLIPModel, pixels: Tensor, texts: Tensor) -> Tensor:
+    """Probabilities ``[n, concepts]`` of the native model as it is."""
+    pooled = native.vision_model(pixel_values=pixels).pooler_output
+    image = nn.functional.normalize(native.visual_projection(pooled), dim=-1)
+    return torch.softmax(native.logit_scale.exp() * image @ texts.T, dim=-1)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds that a call took, and what it returned."""
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, least and most of repeated timings."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def last_layer(
+    native: CLIPModel, model: Any, texts: Tensor, *, n_images: int, n_latents: int, n_slow: int
+) -> dict[str, Any]:
+    """The closed form for every latent against full forwards for a few of them."""
+    pixels = torch.randn(n_images, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    control = random_dictionary(768, n_latents, k=None, seed=0)
+    dictionary = HookedDictionary(control, "blocks.11.hook_resid_post")
+    fast_seconds, result = timed(
+        lambda: steerability(model, dictionary, pixels, texts, keep_delta=True)
+    )
+    before = plain_forward(native, pixels, texts)
+    slow_seconds, worst = [], 0.0
+    for latent in range(n_slow):
+        seconds, after = timed(
+            lambda latent=latent: full_forward(native, dictionary, pixels, texts, 11, latent)
+        )
+        slow_seconds.append(seconds)
+        expected = (after - before).double().mean(0)
+        worst = max(worst, float((result.delta[latent].double() - expected).abs().max()))
+    slow = statistics.median(slow_seconds)
+    per_latent = fast_seconds / n_latents
+    row = {
+        "n_images": n_images,
+        "n_latents": n_latents,
+        "n_concepts": len(texts),
+        "seconds_all_latents": fast_seconds,
+        "seconds_per_latent": per_latent,
+        "full_forward_seconds_per_latent": spread(slow_seconds),
+        "speedup": slow / per_latent,
+        "target_speedup": 200,
+        "largest_delta": float(result.delta.abs().max()),
+        "largest_difference_of_delta": worst,
+    }
+    logger.info("last layer: %.0f times faster, difference %.1e", row["speedup"], worst)
+    return row
+
+
+def middle_layers(
+    native: CLIPModel, model: Any, texts: Tensor, *, layers: list[int], n_images: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Steered passes against full forwards of as many sequences, interleaved."""
+    pixels = torch.randn(n_images, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    runs = {}
+    for layer in layers:
+        control = random_dictionary(768, 64, k=None, seed=0)
+        dictionary = HookedDictionary(control, f"blocks.{layer}.hook_resid_post")
+        steering = Steering(model, dictionary, texts, batch_size=n_images)
+        (prepared,) = steering.prepare(pixels)
+        latent = torch.tensor([0])
+        steering.shift(prepared, latent, STRENGTH)
+        runs[layer] = (dictionary, steering, prepared, latent)
+    slow: list[float] = []
+    fast: dict[int, list[float]] = {layer: [] for layer in layers}
+    before, worst = plain_forward(native, pixels, texts), dict.fromkeys(layers, 0.0)
+    for _ in range(repeats):
+        for layer, (dictionary, steering, prepared, latent) in runs.items():
+            seconds, after = timed(
+                lambda d=dictionary, where=layer: full_forward(native, d, pixels, texts, where, 0)
+            )
+            slow.append(seconds)
+            seconds, shift = timed(lambda s=steering, p=prepared, k=latent: s.shift(p, k, STRENGTH))
+            fast[layer].append(seconds)
+            error = shift.total[0] / n_images - (after - before).mean(0)
+            worst[layer] = max(worst[layer], float(error.abs().max()))
+    rows = []
+    for layer in layers:
+        # Noise of a shared machine only ever adds time, so the least of the runs is compared.
+        share, measured = (11 - layer) / 12, min(fast[layer]) / min(slow)
+        rows.append(
+            {
+                "layer": layer,
+                "share_of_layers_that_remain": share,
+                "share_of_time": measured,
+                "time_over_share": measured / share,
+                "target_time_over_share": 1.15,
+                "seconds": spread(fast[layer]),
+                "full_forward_seconds": spread(slow),
+                "n_images": n_images,
+                "largest_difference_of_delta": worst[layer],
+            }
+        )
+        logger.info(
+            "layer %d: %.3f of a full forward, %.3f of the layers remain, difference %.1e",
+            layer,
+            measured,
+            share,
+            worst[layer],
+        )
+    return rows
+
+
+def emoji_pictures(model: Any, every: int) -> tuple[Tensor, list[str]]:
+    """Pictures on white, prepared, and every name."""
+    import datasets
+    from PIL import Image
+
+    path = str(SHARED / "data" / "noto.parquet")
+    data = datasets.load_dataset("parquet", data_files=path)["train"]
+    pictures = []
+    for number in range(0, len(data), every):
+        picture = data[number]["image"].convert("RGBA")
+        page = Image.new("RGBA", picture.size, "white")
+        page.alpha_composite(picture)
+        pictures.append(page.convert("RGB"))
+    return model.preprocess(pictures), list(data["name"])
+
+
+def train_sae(model: Any, pixels: Tensor, hook_layer: int, *, d_sae: int, steps: int) -> Any:
+    """A TopK SAE by SAELens's trainer on all tokens of the pictures."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    with torch.no_grad():
+        batches = torch.split(pixels, 128)
+        acts = torch.cat([model(x, stop_at_layer=hook_layer + 1).flatten(0, 1) for x in batches])
+    generator = torch.Generator().manual_seed(0)
+    batch_size = 1024
+
+    def stream() -> Iterator[Tensor]:
+        while True:
+            yield acts[torch.randint(len(acts), (batch_size,), generator=generator)]
+
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=acts.shape[1], d_sae=d_sae, k=16))
+    sae.cfg.metadata.hook_name = f"blocks.{hook_layer}.hook_resid_post"
+    with torch.no_grad():
+        sae.b_dec.copy_(acts.mean(0))
+    config = SAETrainerConfig(
+        total_training_samples=batch_size * steps,
+        train_batch_size_samples=batch_size,
+        lr=2e-3,
+        lr_end=2e-4,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    SAETrainer(config, sae, stream()).fit()
+    return sae.eval()
+
+
+def adaptive(*, n_images: int, d_sae: int, steps: int, layer: int = 2) -> dict[str, Any] | None:
+    """Time and misses of the adaptive mode against the complete run."""
+    folder = SHARED / "models" / "emoji-clip"
+    if not folder.exists():
+        logger.warning("adaptive: left out, %s is not there", folder)
+        return None
+    model = vp.load_model(str(folder))
+    everything, names = emoji_pictures(model, every=1)
+    texts = model.encode_text([f"a picture of {name}" for name in names])
+    sae = train_sae(model, everything, layer, d_sae=d_sae, steps=steps)
+    chosen = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))[:n_images]
+    pixels = everything[chosen]
+    full_seconds, full = timed(lambda: steerability(model, sae, pixels, texts))
+    # Beside the papers' threshold, one that makes a tenth of the latents steerable.
+    tenth = float(full.score.quantile(0.9))
+    rows = []
+    for threshold in (0.10, tenth):
+        seconds, screened = timed(
+            lambda t=threshold: steerability(
+                model, sae, pixels, texts, threshold=t, adaptive=Screening()
+            )
+        )
+        steerable = full.score > threshold
+        missed = int((steerable & ~screened.steerable).sum())
+        wrong = int((~steerable & screened.steerable).sum())
+        n_steerable = int(steerable.sum())
+        row = {
+            "threshold": threshold,
+            "n_steerable": n_steerable,
+            "share_steerable": n_steerable / d_sae,
+            "seconds": seconds,
+            "speedup": full_seconds / seconds,
+            "target_speedup": 5,
+            "share_of_passes": float(screened.n_seen.double().mean()) / n_images,
+            "missed": missed,
+            "share_missed": missed / n_steerable if n_steerable else 0.0,
+            "target_share_missed": 0.01,
+            "wrongly_steerable": wrong,
+        }
+        rows.append(row)
+        logger.info(
+            "adaptive at threshold %.3f: %.1f times faster, %d of %d steerable latents missed",
+            threshold,
+            row["speedup"],
+            missed,
+            n_steerable,
+        )
+    return {
+        "layer": layer,
+        "n_layers": int(model.cfg.n_layers),
+        "n_images": n_images,
+        "n_latents": d_sae,
+        "n_concepts": len(names),
+        "strength": STRENGTH,
+        "screening": vars(Screening()),
+        "full_seconds": full_seconds,
+        "score_quantiles": {
+            str(q): float(full.score.quantile(q)) for q in (0.1, 0.5, 0.9, 0.99, 1.0)
+        },
+        "thresholds": rows,
+    }
+
+
+def main() -> None:
+    """Run the benchmark and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="minutes, to see that it works")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "steerability.json"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(arguments.threads)
+    small = arguments.small
+    native = vit_b_32()
+    model = vp.wrap(native)
+    generator = torch.Generator().manual_seed(1)
+    texts = nn.functional.normalize(torch.randn(N_CONCEPTS, 512, generator=generator), dim=1)
+    sizes: dict[str, Any] = (
+        {"n_images": 4, "n_latents": 256, "n_slow": 2}
+        if small
+        else {"n_images": 32, "n_latents": 4096, "n_slow": 8}
+    )
+    results = {
+        "device": "cpu",
+        "clock": "process CPU seconds",
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "small": small,
+        "last_layer": last_layer(native, model, texts, **sizes),
+        "middle_layers": middle_layers(
+            native,
+            model,
+            texts,
+            layers=[5] if small else [2, 5, 8],
+            n_images=8 if small else 16,
+            repeats=2 if small else 5,
+        ),
+        "adaptive": adaptive(
+            n_images=64 if small else 192, d_sae=48 if small else 768, steps=20 if small else 200
+        ),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    logger.info("wrote %s", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The demo job, small; and the truths it rests on, on the demo world's own factors."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_plugin.demo import draw
+from vision_plugin.demo.job import (
+    FACTORS_OF_TRUTH,
+    DemoConfig,
+    one_hot,
+    own_code_test,
+    rotation,
+    run_demo,
+    true_latents,
+)
+from vision_plugin.metrics import monosemanticity
+
+
+@pytest.mark.parametrize("factor", FACTORS_OF_TRUTH)
+def test_a_factor_scores_one_with_its_own_code_and_its_rotation_the_mean(factor: str) -> None:
+    test = own_code_test(draw(1500, seed=5).scenes, factor, seed=0)
+    assert test.factors == pytest.approx(1, abs=1e-12)
+    assert test.rotation == pytest.approx(test.mean_similarity, abs=0.03)
+    assert test.mean_similarity < 0.5
+
+
+def test_mixing_a_factor_with_others_lowers_its_score_step_by_step() -> None:
+    scenes = draw(800, seed=6).scenes
+    code, _ = one_hot(scenes, "shape")
+    other, _ = one_hot(scenes, "colour")
+    other = other[:, : code.shape[1]]
+    scores = [
+        monosemanticity((1 - t) * code + t * other, code).summary()["mean_score"]
+        for t in torch.linspace(0, 0.9, 10).tolist()
+    ]
+    assert all(later < earlier for earlier, later in pairwise(scores))
+
+
+def test_true_latents_fire_for_one_shape_in_one_colour() -> None:
+    latents = true_latents(draw(200, seed=7).scenes)
+    assert torch.equal(latents.sum(dim=1), torch.ones(200, dtype=torch.float64))
+
+
+def test_a_rotation_is_orthogonal() -> None:
+    q = rotation(12, seed=3)
+    torch.testing.assert_close(q @ q.T, torch.eye(12, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_the_whole_job_runs_and_orders_truth_above_sae_above_neurons_above_noise(
+    tmp_path: Path,
+) -> None:
+    lines: list[str] = []
+    cfg = DemoConfig(
+        output_path=str(tmp_path / "demo"),
+        training_images=600,
+        training_tokens=120_000,
+        d_sae=256,
+        images=500,
+        steered_latents=2,
+    )
+    result = run_demo(cfg, lines.append)
+    ladder = result.ladder
+    order = ["true factors", "trained SAE", "raw neurons", "rotated factors"]
+    assert sorted(order, key=lambda name: -ladder[name]) == order, ladder
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert written["ladder"] == ladder
+    assert len(written["evaluation"]["per_latent"]["monosemanticity"]["sae"]["score"]) == 256
+    assert result.report is not None
+    assert result.report.is_file()
+    assert (tmp_path / "demo" / "sae" / "sae_weights.safetensors").is_file()
+    assert len(lines) == 5
+    gains = [effect.gains(1)[0][1] for effect in result.effects.values()]
+    assert max(gains) > 0.1

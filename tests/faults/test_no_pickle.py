@@ -1,0 +1,74 @@
+"""No pickle is written or read: the source has none, and a payload in a store does nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+import vision_plugin.activations
+from tests.activations._stores import RESID, config, tiny_model
+from vision_plugin.activations import ActivationStore, StoreError, extract, open_images, verify
+
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SOURCES = sorted(Path(vision_plugin.activations.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_the_source_neither_imports_nor_calls_it(source: Path) -> None:
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            assert not FORBIDDEN & {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in FORBIDDEN
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save", "np.load", "np.save", "eval", "exec")
+            assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_the_payload_would_leave_a_trace(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "trace")))  # noqa: S301
+    assert (tmp_path / "trace").is_dir()
+
+
+@pytest.mark.parametrize(
+    "file", ["manifest.json", "plan.json", "shard-00000.json", "shard-00000.safetensors"]
+)
+def test_a_payload_in_a_store_leaves_none(store_path: Path, tmp_path: Path, file: str) -> None:
+    trace = tmp_path / "trace"
+    (store_path / file).write_bytes(pickle.dumps(Payload(trace)))
+    if file == "plan.json":
+        (store_path / "manifest.json").unlink()
+    with pytest.raises(StoreError):
+        ActivationStore(store_path).activations(RESID)
+    assert not verify(store_path).ok
+    assert not trace.exists()
+
+
+def test_a_payload_among_pictures_leaves_none(tmp_path: Path, folder: Path) -> None:
+    trace = tmp_path / "trace"
+    (folder / "cat" / "0.png").write_bytes(pickle.dumps(Payload(trace)))
+    store = extract(config(tmp_path / "s"), model=tiny_model(), images=open_images(folder))
+    assert [bad.id for bad in store.bad_images] == ["cat/0.png"]
+    assert not trace.exists()
+
+
+def test_nothing_in_a_store_is_a_pickle(sound_store: Path) -> None:
+    for path in sound_store.iterdir():
+        assert path.suffix in (".json", ".safetensors") or path.name == ".lock"
+        with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError)):
+            pickle.loads(path.read_bytes())  # noqa: S301

@@ -1,0 +1,203 @@
+"""The folder: the same bytes every time, whole or not at all, and nobody else's files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+import vision_plugin as vp
+from tests.report.conftest import draw_pictures, topk_sae
+from tests.report.test_content import read_data
+from vision_plugin.report._folder import new_folder, write_marker
+
+
+def digest(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def small_report(folder, text):
+    with new_folder(folder) as made:
+        (made / "index.html").write_text(text)
+        write_marker(made, {})
+
+
+def test_two_builds_are_the_same_byte_for_byte(tmp_path, model, sae, pictures):
+    for name in "ab":
+        vp.report(
+            sae,
+            model,
+            pictures,
+            tmp_path / name,
+            scores={"s": range(40)},
+            concepts=["a red circle", "a blue square"],
+        )
+    first, second = digest(tmp_path / "a"), digest(tmp_path / "b")
+    assert len(first) > 40
+    assert first == second
+
+
+def test_batches_do_not_change_the_report(tmp_path, model, sae, pictures, monkeypatch):
+    vp.report(sae, model, pictures, tmp_path / "a")
+    monkeypatch.setattr("vision_plugin.report._encoding.CHUNK_ELEMENTS", 1)
+    vp.report(sae, model, pictures, tmp_path / "b")
+    whole, parts = read_data(tmp_path / "a"), read_data(tmp_path / "b")
+    assert whole["pictures"] == parts["pictures"]
+    for first, second in zip(whole["values"], parts["values"], strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_an_earlier_report_is_replaced(tmp_path, model, sae, pictures):
+    out = tmp_path / "r"
+    vp.report(sae, model, pictures, out, features=range(20))
+    vp.report(sae, model, pictures, out, features=[1])
+    assert [p.name for p in (out / "features").iterdir()] == ["1.html"]
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    assert not (out / ".building").exists()
+    assert not (out / "heat.part").exists()
+
+
+def test_an_empty_folder_and_missing_parents_will_do(tmp_path, model, sae, pictures):
+    (tmp_path / "empty").mkdir()
+    vp.report(sae, model, pictures[:4], tmp_path / "empty", features=[1])
+    vp.report(sae, model, pictures[:4], tmp_path / "a" / "b" / "c", features=[1])
+    assert (tmp_path / "a/b/c/index.html").is_file()
+    assert stat.S_IMODE((tmp_path / "a/b/c").stat().st_mode) & 0o500 == 0o500
+    assert (tmp_path / "a/b/c").stat().st_mode == (tmp_path / "a/b").stat().st_mode
+
+
+@pytest.mark.parametrize("marker", [None, "{}", '{"kind": "other"}', "not json", "[" * 9000])
+def test_a_folder_that_is_no_report_is_left_alone(tmp_path, model, sae, pictures, marker):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("years of work")
+    if marker is not None:
+        (out / "report.json").write_text(marker)
+    before = digest(out)
+    with pytest.raises(FileExistsError, match="not a report of vision_plugin"):
+        vp.report(sae, model, pictures, out)
+    assert digest(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_notes_inside_a_report_are_not_lost(tmp_path):
+    out = tmp_path / "r"
+    small_report(out, "one")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"'notes\.txt' in it was not written by"):
+        small_report(out, "two")
+    assert (out / "index.html").read_text() == "one"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "r").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        small_report(tmp_path / "r", "two")
+    assert (tmp_path / "r").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    small_report(tmp_path / "link", "one")
+    small_report(tmp_path / "link", "two")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/index.html").read_text() == "two"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_build_leaves_the_earlier_report_and_no_litter(tmp_path, error):
+    out = tmp_path / "r"
+    small_report(out, "one")
+    with pytest.raises(error), new_folder(out) as made:
+        (made / "index.html").write_text("half")
+        raise error
+    assert (out / "index.html").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
+    out = tmp_path / "r"
+    small_report(out, "one")
+    out.rename(tmp_path / ".r.earlier")
+    with pytest.raises(RuntimeError), new_folder(out):
+        assert (out / "index.html").read_text() == "one"
+        raise RuntimeError
+    assert (out / "index.html").read_text() == "one"
+
+
+def test_a_running_build_beside_it_is_not_swept_away(tmp_path):
+    out = tmp_path / "r"
+    with new_folder(out) as slow:
+        (slow / "index.html").write_text("slow")
+        write_marker(slow, {})
+        small_report(out, "quick")
+        assert (slow / "index.html").read_text() == "slow"
+    assert (out / "index.html").read_text() == "slow"
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+KILLED = """
+    import sys, time
+    import torch
+    torch.set_num_threads(1)
+    import vision_plugin as vp
+    from tests.report.conftest import draw_pictures, topk_sae
+    from vision_plugin.report import _report
+
+    write = _report.write_features
+
+    def stall(folder, pages):
+        write(folder, pages)
+        print("HALFWAY", flush=True)
+        time.sleep(600)
+
+    _report.write_features = stall
+    model = vp.load_model(sys.argv[1])
+    vp.report(topk_sae(dead=(3, 17)), model, draw_pictures(12), sys.argv[2])
+"""
+
+
+def test_a_killed_build_leaves_the_earlier_report(tmp_path, tiny_clip, model, sae):
+    out = tmp_path / "r"
+    vp.report(sae, model, draw_pictures(12), out, features=[1, 2])
+    before = digest(out)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), tiny_clip, str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=os.fspath(vp.__path__[0] + "/.."),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "HALFWAY"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert digest(out) == before
+    left = [p.name for p in tmp_path.iterdir()]
+    assert len(left) == 2
+    vp.report(sae, model, draw_pictures(12), out, features=[4])
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    assert [p.name for p in (out / "features").iterdir()] == ["4.html"]
+
+
+def test_a_hundred_features_are_quick_and_small(tmp_path, model, pictures):
+    start = time.perf_counter()
+    vp.report(topk_sae(d_sae=100), model, pictures, tmp_path / "r")
+    assert time.perf_counter() - start < 20
+    sizes = {str(p.relative_to(tmp_path / "r")): p.stat().st_size for p in (tmp_path / "r").rglob("*")}
+    assert len(list((tmp_path / "r/pictures").iterdir())) <= len(pictures)
+    assert max(s for n, s in sizes.items() if n.startswith("features/")) < 40_000
+    assert sizes["data.js"] < 20_000
+    assert sizes["index.html"] < 40_000

@@ -1,0 +1,27 @@
+"""``vision-plugin extract``: activations into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from vision_plugin.cli._flags import parse
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Extract from flags and say what is in the store."""
+    from vision_plugin.activations import ExtractionConfig, extract, info
+
+    cfg = parse(
+        ExtractionConfig,
+        arguments,
+        command="extract",
+        description="Run images through a model and keep the activations at some hooks in a "
+        "store of checked shards. An interrupted run goes on where it stopped.",
+    )
+    extract(cfg)
+    facts = info(cfg.output_path)
+    console = Console()
+    for name, value in facts.items():
+        console.print(f"{name}: {value}", highlight=False)

@@ -1,0 +1,67 @@
+"""``vision-plugin info``: what is installed, or what is inside a store or an SAE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from vision_plugin.cli._flags import parse
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """What to look into."""
+
+    path: tyro.conf.Positional[str | None] = None
+    """Folder of an activation store or of an SAE; without it, what this installation can do."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print the facts, one a line."""
+    cfg = parse(
+        InfoConfig,
+        arguments,
+        command="info",
+        description="Say what is inside an activation store or an SAE, or, without a path, which "
+        "models, metrics and kernels this installation has.",
+    )
+    facts = installation() if cfg.path is None else inside(cfg.path)
+    console = Console()
+    for name, value in facts:
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+
+def installation() -> Iterator[tuple[str, Any]]:
+    """Versions, supported architectures, metrics and kernel backends."""
+    from importlib.metadata import version
+
+    from vision_plugin import __version__, kernels, metrics
+    from vision_plugin.models._loading import adapters
+
+    yield "vision_plugin", __version__
+    for name in ("torch", "transformer-lens", "sae-lens", "transformers"):
+        yield name, version(name)
+    yield "architectures", ", ".join(sorted(adapters()))
+    yield "metrics", ", ".join(sorted(metrics.available()))
+    for status in kernels.available():
+        yield f"kernel backend {status.name}", status.reason or "usable"
+
+
+def inside(path: str) -> Iterator[tuple[str, Any]]:
+    """Facts of an SAE's folder, or of a store."""
+    from vision_plugin.activations import info
+
+    config = Path(path) / "cfg.json"
+    if not config.is_file():
+        yield from info(path).items()
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    metadata = content.pop("metadata", {})
+    yield from content.items()
+    yield from metadata.items()

@@ -1,0 +1,96 @@
+"""``vision-plugin report``: the HTML feature browser."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vision_plugin.cli._flags import parse
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to report on."""
+
+    sae: str
+    """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
+    images: str
+    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
+    output_path: str = "report"
+    """Folder of the pages; an earlier report in it is replaced."""
+    evaluation: str | None = None
+    """JSON of ``vision-plugin eval``; ``evaluation.json`` beside the SAE where there is one."""
+    model_name: str | None = None
+    """The model; by default the one the SAE's metadata names."""
+    features: tuple[int, ...] = ()
+    """Latents to report; all by default."""
+    title: str | None = None
+    """Heading of the pages."""
+    image_column: str | None = None
+    """Column of pictures, where a data set has several."""
+    split: str | None = None
+    """Split of a data set."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write a report from flags and say where it is."""
+    from vision_plugin.activations import open_images
+    from vision_plugin.metrics.evaluation import model_of
+    from vision_plugin.models import load_model
+    from vision_plugin.report import report
+    from vision_plugin.sae import load_sae
+
+    cfg = parse(
+        ReportConfig,
+        arguments,
+        command="report",
+        description="Write static HTML pages in which an SAE's features can be browsed.",
+    )
+    sae = load_sae(cfg.sae, device=cfg.device)
+    model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
+    index = report(
+        sae,
+        model,
+        open_images(cfg.images, column=cfg.image_column, split=cfg.split),
+        cfg.output_path,
+        features=list(cfg.features) or None,
+        title=cfg.title,
+        **read_scores(cfg.evaluation, cfg.sae),
+    )
+    Console().print(f"Open {index} in a browser.", highlight=False)
+
+
+def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
+    """Score columns and names from an evaluation's JSON; nothing where there is none.
+
+    Raises:
+        ValueError: the file was named and is not an evaluation.
+    """
+    path = Path(evaluation) if evaluation else Path(sae) / "evaluation.json"
+    if not evaluation and not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not str(content.get("schema", "")).startswith("vision_plugin.evaluation/"):
+        raise ValueError(f"{path} is not what vision-plugin eval writes")
+    latents = content["per_latent"]
+    columns = {name: results["sae"]["score"] for name, results in latents.items()}
+    scores = {
+        name: [float("nan") if value is None else value for value in column]
+        for name, column in columns.items()
+    }
+    names = {}
+    if "steerability" in latents:
+        concepts = content["concepts"]
+        top = latents["steerability"]["sae"]["top_concept"]
+        names = {"names": [concepts[i] if i >= 0 else "" for i in top]}
+    return {"scores": scores, **names}

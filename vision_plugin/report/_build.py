@@ -1,0 +1,199 @@
+"""What a report is built from, and the building."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vision_plugin.report._content import Content, feature_pages
+from vision_plugin.report._encoding import TokenEncoder
+from vision_plugin.report._folder import write_marker
+from vision_plugin.report._inputs import clean
+from vision_plugin.report._neighbours import decoder_neighbours
+from vision_plugin.report._pages import write_assets, write_features, write_index
+from vision_plugin.report._passes import (
+    HeatMaps,
+    map_heat,
+    show_pictures,
+    summarise,
+    summarise_given,
+    watch,
+)
+from vision_plugin.report._pictures import LOSSLESS_BELOW, ModelView, PictureReader, PictureWriter
+from vision_plugin.report._statistics import LatentStatistics, LatentSummary
+from vision_plugin.report._steering import Steerer, effects
+from vision_plugin.steering import SteeringEffect
+
+logger = logging.getLogger(__name__)
+
+_SCRATCH = "heat.part"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything a report shows."""
+
+    n_top: int
+    n_sample: int
+    n_neighbours: int
+    n_steered_pictures: int
+    picture_size: int
+
+    def __post_init__(self) -> None:
+        least = {"n_top": 1, "n_steered_pictures": 1, "picture_size": 8}
+        for name, value in asdict(self).items():
+            if value < least.get(name, 0):
+                raise ValueError(f"{name}={value}: use a whole number from {least.get(name, 0)} up")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one report needs, checked."""
+
+    sae: Any
+    reader: PictureReader
+    encoder: TokenEncoder | None
+    """Model and SAE; None where only given latents are shown."""
+    latents: Any
+    scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+    names: list[str] | None
+    features: list[int]
+    steering: Mapping[int, SteeringEffect] | None
+    steerer: Steerer | None
+    title: str | None
+    sizes: Sizes
+    progress: bool
+
+
+def build(job: Job, folder: Path) -> None:
+    """Write the whole report into an empty folder."""
+    summary = _summarise(job)
+    shown = torch.cat([summary.top.pictures, summary.sample.pictures], dim=1)[job.features].numpy()
+    writer, heat = _write_pictures(job, shown, folder)
+    content = Content(
+        title=clean(job.title or _title(job.sae)),
+        facts=tuple(clean(fact) for fact in _facts(job, summary)),
+        tokens=None if job.encoder is None or job.latents is not None else job.encoder.tokens,
+        features=job.features,
+        names=job.names,
+        scores=job.scores,
+        summary=summary,
+        shown=shown,
+        n_top=job.sizes.n_top,
+        reader=job.reader,
+        writer=writer,
+        heat=heat,
+        neighbours=decoder_neighbours(job.sae, job.features, job.sizes.n_neighbours),
+    )
+    effect_of = effects(job.steering, job.steerer, job.features)
+    n_pages = len(job.features)
+    pages = watch(
+        feature_pages(content, effect_of), "Writing pages", progress=job.progress, total=n_pages
+    )
+    write_assets(folder)
+    write_features(folder, pages)
+    write_index(folder, content)
+    write_marker(folder, _about(content))
+    (folder / _SCRATCH).unlink(missing_ok=True)
+
+
+def make_steerer(
+    concepts: Mapping[str, Tensor] | Sequence[str] | None,
+    encoder: TokenEncoder | None,
+    reader: PictureReader,
+    strength: float,
+    n_pictures: int,
+) -> Steerer | None:
+    """A steerer over pictures spread over the source; None where there is nothing to steer for."""
+    if concepts is None or encoder is None:
+        return None
+    # Of a stream only what comes first is cheap to read.
+    step = 1 if reader.sequential else max(1, len(reader) // n_pictures)
+    numbers = range(0, len(reader), step)[:n_pictures]
+    pictures = [picture for n in numbers if (picture := reader.read(n)) is not None]
+    if not pictures:
+        raise ValueError(
+            f"none of the {len(numbers)} pictures to be steered could be read: raise "
+            "n_steered_pictures, or mend the source"
+        )
+    return Steerer(
+        encoder.model,
+        encoder.sae,
+        encoder.pixels(pictures),
+        concepts,
+        strength=strength,
+        tokens=encoder.tokens,
+    )
+
+
+def _summarise(job: Job) -> LatentSummary:
+    d_sae, sizes = int(job.sae.cfg.d_sae), job.sizes
+    statistics = LatentStatistics(d_sae, n_top=sizes.n_top, n_sample=sizes.n_sample)
+    if job.latents is not None or job.encoder is None:
+        return summarise_given(job.latents, statistics)
+    summary = summarise(job.reader, job.encoder, statistics, progress=job.progress)
+    if summary.n_pictures == 0:
+        raise ValueError(f"none of the {len(job.reader)} pictures could be read")
+    return summary
+
+
+def _write_pictures(
+    job: Job, shown: np.ndarray[Any, np.dtype[np.int64]], folder: Path
+) -> tuple[PictureWriter, HeatMaps | None]:
+    """Small copies of the pictures shown, and heat maps where the model can be run on them."""
+    pictures, size = folder / "pictures", job.sizes.picture_size
+    view = None if job.encoder is None else ModelView(job.encoder.model)
+    if job.encoder is None or view is None or not view.usable:
+        if view is not None:
+            logger.warning("the model's pixels are not colours: the report has no heat maps")
+        writer = PictureWriter(pictures, size=size, lossless=False)
+        show_pictures(job.reader, writer, shown, progress=job.progress)
+        return writer, None
+    writer = PictureWriter(pictures, size=size, lossless=max(view.size) <= LOSSLESS_BELOW)
+    heat = map_heat(
+        job.reader,
+        job.encoder,
+        view,
+        writer,
+        shown,
+        job.features,
+        folder / _SCRATCH,
+        progress=job.progress,
+    )
+    return writer, heat
+
+
+def _title(sae: Any) -> str:
+    return f"Features at {sae.cfg.metadata.get('hook_name') or 'an unnamed hook'}"
+
+
+def _facts(job: Job, summary: LatentSummary) -> list[str]:
+    cfg = job.sae.cfg
+    architecture = cfg.architecture() if callable(getattr(cfg, "architecture", None)) else "SAE"
+    facts = [f"{architecture}, {int(cfg.d_in):,} → {summary.d_sae:,}"]
+    facts.append(cfg.metadata.get("hook_name"))
+    if job.encoder is None:
+        facts.append(cfg.metadata.get("model_name"))
+    else:
+        tokens = job.encoder.tokens
+        facts.append(job.encoder.model.cfg.model_name)
+        facts.append("all tokens" if tokens == "all" else f"{tokens} tokens")
+    facts.append(f"{summary.n_pictures:,} pictures")
+    return [str(fact) for fact in facts if fact]
+
+
+def _about(content: Content) -> dict[str, Any]:
+    return {
+        "title": content.title,
+        "facts": list(content.facts),
+        "n_features": len(content.features),
+        "n_pictures": content.n_pictures,
+        "n_bad_pictures": len(content.reader.bad),
+    }

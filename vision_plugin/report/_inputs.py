@@ -1,0 +1,111 @@
+"""What users hand in, checked and brought to one form."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+MAX_TEXT = 300
+
+
+def clean(text: object) -> str:
+    """Text that any file and page can hold: no control characters, no lone surrogates."""
+    kept = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in str(text)[: MAX_TEXT + 1]
+    )
+    return kept if len(kept) <= MAX_TEXT else kept[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def read_scores(
+    scores: Mapping[str, Any] | None, d_sae: int
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Scores as float64 arrays of d_sae numbers, NaN where there is none.
+
+    Raises:
+        ValueError: a column has another length, or holds what is no number.
+    """
+    columns = {}
+    for name, values in (scores or {}).items():
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().double().numpy()
+        try:
+            column = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"scores[{name!r}] holds something that is no number: {error}"
+            ) from None
+        if column.shape != (d_sae,):
+            raise ValueError(
+                f"scores[{name!r}] has shape {column.shape}, but the SAE has {d_sae} latents: give "
+                "one number per latent, NaN where there is none"
+            )
+        if clean(name) in columns:
+            raise ValueError(f"scores has two columns that read {clean(name)!r}: rename one")
+        columns[clean(name)] = column
+    return columns
+
+
+def read_names(names: Any, d_sae: int) -> list[str] | None:
+    """One text per latent, empty where there is none; None where no latent has a name.
+
+    Args:
+        names: A sequence of d_sae texts or None, or a mapping from latents to texts.
+        d_sae: Number of latents.
+
+    Raises:
+        ValueError: a sequence of another length, or a latent out of range.
+    """
+    if names is None:
+        return None
+    texts = [""] * d_sae
+    if isinstance(names, Mapping):
+        for latent, text in names.items():
+            check_latent(latent, d_sae, "names")
+            texts[latent] = clean("" if text is None else text)
+    else:
+        if isinstance(names, str) or len(names) != d_sae:
+            raise ValueError(
+                f"names has {len(names)} entries, but the SAE has {d_sae} latents: give one text "
+                "per latent, or a mapping from latents to texts"
+            )
+        texts = [clean("" if text is None else text) for text in names]
+    return texts if any(texts) else None
+
+
+def read_features(features: Sequence[int] | Tensor | None, d_sae: int) -> list[int]:
+    """The latents to report, ascending and without repeats.
+
+    Raises:
+        ValueError: there are none, or one is out of range.
+    """
+    if features is None:
+        return list(range(d_sae))
+    chosen = features.tolist() if isinstance(features, Tensor) else list(features)
+    if not chosen:
+        raise ValueError("features is empty: name at least one latent, or leave it out for all")
+    for latent in chosen:
+        check_latent(latent, d_sae, "features")
+    return sorted({int(latent) for latent in chosen})
+
+
+def check_latent(latent: Any, d_sae: int, where: str) -> None:
+    """Raise ValueError for what is no latent of the SAE."""
+    if isinstance(latent, bool) or not isinstance(latent, (int, np.integer)):
+        raise ValueError(f"{where} names {latent!r}, which is not the number of a latent")
+    if not 0 <= latent < d_sae:
+        raise ValueError(f"{where} names latent {latent}: the SAE has {d_sae}, from 0")
+
+
+def check_latents(latents: Any, n_pictures: int, d_sae: int) -> None:
+    """Raise ValueError where precomputed latents do not belong to the pictures and the SAE."""
+    shape = tuple(getattr(latents, "shape", ()))
+    if shape != (n_pictures, d_sae):
+        raise ValueError(
+            f"latents has shape {shape}, but there are {n_pictures} pictures and {d_sae} latents: "
+            "give one row per picture (the largest, or mean, over its tokens)"
+        )

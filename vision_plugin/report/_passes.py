@@ -1,0 +1,193 @@
+"""The two passes over the pictures: every one for the ranking, the shown ones for heat maps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vision_plugin.report._encoding import CHUNK_ELEMENTS, TokenEncoder
+from vision_plugin.report._pictures import ModelView, PictureReader, PictureWriter
+from vision_plugin.report._statistics import LatentStatistics, LatentSummary
+
+BATCH = 32
+_FLOAT16_MAX = 65504.0
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class HeatMaps:
+    """Patch latents of the shown pictures, on disk while the report is built."""
+
+    values: np.memmap[Any, np.dtype[np.float16]]
+    """[features, places, patches]."""
+    elsewhere: np.ndarray[Any, np.dtype[np.bool_]]
+    """[features, places]: the latent is largest on a token that is no patch."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
+def summarise(
+    reader: PictureReader, encoder: TokenEncoder, statistics: LatentStatistics, *, progress: bool
+) -> LatentSummary:
+    """Stream all pictures once; a picture's latent is the largest over its tokens."""
+    for numbers, pictures in _batches(reader, range(len(reader)), "Encoding pictures", progress):
+        for part in encoder.encode(encoder.pixels(pictures)):
+            n_pictures, n_tokens, _ = part.values.shape
+            rows = numbers[part.start : part.start + n_pictures]
+            statistics.update(part.values.amax(dim=1), rows)
+            statistics.count_tokens((part.values > 0).sum((0, 1)), n_pictures * n_tokens)
+    return statistics.summary()
+
+
+def summarise_given(latents: Any, statistics: LatentStatistics) -> LatentSummary:
+    """The same from image-level latents [n_images, d_sae], dense, COO or CSR."""
+    rows = _row_reader(latents)
+    step = max(1, CHUNK_ELEMENTS // max(1, statistics.d_sae))
+    for start in range(0, latents.shape[0], step):
+        part = rows(start, min(start + step, latents.shape[0]))
+        statistics.update(part.float(), torch.arange(start, start + len(part)))
+    return statistics.summary()
+
+
+def _row_reader(latents: Any) -> Any:
+    if not isinstance(latents, Tensor):
+        return lambda start, stop: torch.as_tensor(np.asarray(latents[start:stop]))
+    latents = latents.detach()
+    if latents.layout == torch.sparse_coo:
+        latents = latents.to_sparse_csr()
+    if latents.layout == torch.strided:
+        return lambda start, stop: latents[start:stop]
+    first, columns, values = latents.crow_indices(), latents.col_indices(), latents.values()
+
+    def rows(start: int, stop: int) -> Tensor:
+        low, high = int(first[start]), int(first[stop])
+        counts = first[start : stop + 1].diff()
+        where = torch.arange(stop - start, device=first.device).repeat_interleave(counts)
+        shape = (stop - start, latents.shape[1])
+        dense: Tensor = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        dense[where, columns[low:high].long()] = values[low:high]
+        return dense
+
+    return rows
+
+
+def show_pictures(
+    reader: PictureReader,
+    writer: PictureWriter,
+    shown: np.ndarray[Any, np.dtype[np.int64]],
+    *,
+    progress: bool,
+) -> None:
+    """Write the small copies of the pictures shown, [features, places] with -1 for none."""
+    numbers = _distinct(shown)
+    for rows, pictures in _batches(reader, numbers, "Writing pictures", progress):
+        for number, picture in zip(rows.tolist(), pictures, strict=True):
+            writer.write(number, picture)
+
+
+def map_heat(
+    reader: PictureReader,
+    encoder: TokenEncoder,
+    view: ModelView,
+    writer: PictureWriter,
+    shown: np.ndarray[Any, np.dtype[np.int64]],
+    features: Sequence[int],
+    scratch: Path,
+    *,
+    progress: bool,
+) -> HeatMaps | None:
+    """Write the shown pictures as the model sees them, and their latents patch by patch.
+
+    Args:
+        reader: The source.
+        encoder: Model and SAE.
+        view: Pixels to pictures.
+        writer: Takes the small copies.
+        shown: [features, places], picture numbers or -1.
+        features: The latents of the rows of ``shown``.
+        scratch: File for the heat maps.
+        progress: Show a bar.
+
+    Returns:
+        None where the activation has no patches.
+    """
+    n_patches = encoder.layout.n_patches
+    values = np.memmap(scratch, dtype=np.float16, mode="w+", shape=(*shown.shape, n_patches))
+    elsewhere = np.zeros(shown.shape, dtype=bool)
+    places = _places_by_picture(shown)
+    latent_of = torch.as_tensor(np.asarray(features, dtype=np.int64))
+    columns = encoder.patch_columns if encoder.has_patches else None
+    for rows, pictures in _batches(reader, _distinct(shown), "Mapping patches", progress):
+        pixels = encoder.pixels(pictures)
+        covered = _covered(pixels, encoder.layout.grid)
+        for number, picture in zip(rows.tolist(), view(covered), strict=True):
+            writer.write(number, picture)
+        for part in encoder.encode(pixels) if encoder.has_patches else ():
+            if columns is None or not encoder.has_patches:
+                break
+            numbers = rows[part.start : part.start + len(part.values)].tolist()
+            flat = np.concatenate([places[number] for number in numbers])
+            row = np.repeat(np.arange(len(numbers)), [len(places[n]) for n in numbers])
+            feature, place = np.divmod(flat, shown.shape[1])
+            device = part.values.device
+            picked = part.values[
+                torch.as_tensor(row, device=device), :, latent_of[feature].to(device)
+            ]
+            patches = picked[:, columns.to(device)].float().clamp(0, _FLOAT16_MAX)
+            values[feature, place] = patches.cpu().numpy().astype(np.float16)
+            is_elsewhere = picked.amax(1) > picked[:, columns.to(device)].amax(1)
+            elsewhere[feature, place] = is_elsewhere.cpu().numpy()
+    if not encoder.has_patches:
+        return None
+    return HeatMaps(values, elsewhere, encoder.layout.grid)
+
+
+def watch(
+    items: Iterable[_Item], what: str, *, progress: bool, total: int | None = None
+) -> Iterator[_Item]:
+    """The items, with a bar on the error stream."""
+    console = Console(file=sys.stderr)
+    yield from track(items, what, total, disable=not progress, transient=True, console=console)
+
+
+def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The part of the pixels that the patches lie on; a remainder at the far edges has none."""
+    rows, columns = grid
+    height, width = pixels.shape[-2:]
+    return pixels[..., : height // rows * rows, : width // columns * columns]
+
+
+def _batches(
+    reader: PictureReader, numbers: Sequence[int], what: str, progress: bool
+) -> Iterator[tuple[Tensor, list[Image.Image]]]:
+    """Readable pictures with their numbers."""
+    for start in watch(range(0, len(numbers), BATCH), what, progress=progress):
+        found = {n: reader.read(n) for n in numbers[start : start + BATCH]}
+        readable = {n: picture for n, picture in found.items() if picture is not None}
+        if readable:
+            yield torch.tensor(list(readable)), list(readable.values())
+
+
+def _distinct(shown: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+    return [int(number) for number in np.unique(shown) if number >= 0]
+
+
+def _places_by_picture(
+    shown: np.ndarray[Any, np.dtype[np.int64]],
+) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
+    """Flat places of ``shown`` by the picture that is there."""
+    flat = shown.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    numbers, starts = np.unique(flat[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {int(number): part for number, part in zip(numbers, parts, strict=True)}

@@ -1,0 +1,165 @@
+"""What one pass over the pictures leaves of each latent: top pictures, a sample, counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BINS_PER_OCTAVE = 2
+LOWEST_OCTAVE, HIGHEST_OCTAVE = -16, 16
+N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+"""Bins of the activation histograms: half octaves from 2^-16 to 2^16, the outer two open."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Some pictures per latent, [d_sae, n] each; a free place has picture -1 and value 0."""
+
+    pictures: Int[Tensor, "d_sae n"]
+    values: Float[Tensor, "d_sae n"]
+
+
+@dataclass(frozen=True)
+class LatentSummary:
+    """What the report knows of every latent."""
+
+    n_pictures: int
+    top: Ranking
+    """The pictures on which the latent is largest, largest first."""
+    sample: Ranking
+    """Pictures drawn evenly from those on which it fires, largest first."""
+    n_fired: Int[Tensor, " d_sae"]
+    """Pictures on which it fires."""
+    histogram: Int[Tensor, "d_sae n_bins"]
+    """Its positive values on pictures, counted in half octaves."""
+    token_frequency: Float[Tensor, " d_sae"] | None
+    """Share of tokens on which it fires, where tokens were seen."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.n_fired)
+
+    @property
+    def frequency(self) -> Float[Tensor, " d_sae"]:
+        """Share of pictures on which each latent fires, in float64."""
+        return self.n_fired.double() / max(1, self.n_pictures)
+
+
+class LatentStatistics:
+    """Collects a :class:`LatentSummary` from image-level latents, a few pictures at a time.
+
+    Memory is d_sae x (n_top + n_sample + 64) numbers, whatever the number of pictures. A latent
+    fires where it is above 0. Ties go to the earlier picture.
+    """
+
+    def __init__(self, d_sae: int, *, n_top: int, n_sample: int, seed: int = 0) -> None:
+        self.d_sae, self.seed = d_sae, seed
+        self._top = _Running(d_sae, n_top)
+        self._sample = _Running(d_sae, n_sample)
+        self._n_fired = torch.zeros(d_sae, dtype=torch.int64)
+        self._histogram = torch.zeros(d_sae * N_BINS, dtype=torch.int32)
+        self._token_fired = torch.zeros(d_sae, dtype=torch.int64)
+        self._n_tokens = 0
+        self._n_pictures = 0
+
+    def update(self, latents: Float[Tensor, "b d_sae"], pictures: Int[Tensor, " b"]) -> None:
+        """Add the latents of some pictures.
+
+        Args:
+            latents: Image-level latents.
+            pictures: The pictures' numbers in the source; those of later calls are larger.
+        """
+        rows, features = (latents > 0).nonzero(as_tuple=True)
+        values = latents[rows, features].float().cpu()
+        rows, features = rows.cpu(), features.cpu()
+        self._n_pictures += len(pictures)
+        self._n_fired += torch.bincount(features, minlength=self.d_sae)
+        self._count(features, values)
+        numbers = pictures[rows]
+        self._top.merge(features, values, values, numbers)
+        keys = _sampling_keys(pictures, self.seed)[rows]
+        self._sample.merge(features, keys, values, numbers)
+
+    def count_tokens(self, fired: Int[Tensor, " d_sae"], n_tokens: int) -> None:
+        """Add the number of tokens on which each latent fired, of ``n_tokens``."""
+        self._token_fired += fired.cpu()
+        self._n_tokens += n_tokens
+
+    def summary(self) -> LatentSummary:
+        """What has been collected."""
+        share = self._token_fired.double() / self._n_tokens if self._n_tokens else None
+        return LatentSummary(
+            n_pictures=self._n_pictures,
+            top=self._top.ranking(),
+            sample=self._sample.ranking(by_value=True),
+            n_fired=self._n_fired,
+            histogram=self._histogram.reshape(self.d_sae, N_BINS),
+            token_frequency=share,
+        )
+
+    def _count(self, features: Tensor, values: Tensor) -> None:
+        octave = torch.log2(values.double()) - LOWEST_OCTAVE
+        bins = (octave * BINS_PER_OCTAVE).floor().long().clamp(0, N_BINS - 1)
+        ones = torch.ones(1, dtype=torch.int32).expand(len(bins))
+        self._histogram.scatter_add_(0, features * N_BINS + bins, ones)
+
+
+class _Running:
+    """The n entries of highest priority per latent, of all seen so far."""
+
+    def __init__(self, d_sae: int, n: int) -> None:
+        self.n = n
+        self.priorities = torch.zeros(d_sae, n)
+        self.values = torch.zeros(d_sae, n)
+        self.pictures = torch.full((d_sae, n), -1, dtype=torch.int64)
+
+    def merge(self, features: Tensor, priorities: Tensor, values: Tensor, pictures: Tensor) -> None:
+        """Take in entries [m] with priorities above 0."""
+        if self.n == 0:
+            return
+        # Only what beats the last place can enter, which soon is next to nothing.
+        strong = priorities > self.priorities[features, -1]
+        features, priorities = features[strong], priorities[strong]
+        values, pictures = values[strong], pictures[strong]
+        touched = features.unique()
+        places = self.pictures[touched] >= 0
+        held = touched[:, None].expand(-1, self.n)[places]
+        features = torch.cat([held, features])
+        priorities = torch.cat([self.priorities[touched][places], priorities])
+        values = torch.cat([self.values[touched][places], values])
+        pictures = torch.cat([self.pictures[touched][places], pictures])
+        order = torch.sort(priorities, descending=True, stable=True).indices
+        order = order[torch.sort(features[order], stable=True).indices]
+        features = features[order]
+        counts = torch.bincount(features, minlength=len(self.pictures))
+        place = torch.arange(len(features)) - (counts.cumsum(0) - counts)[features]
+        kept = place < self.n
+        where, order = (features[kept], place[kept]), order[kept]
+        self.priorities[where] = priorities[order]
+        self.values[where] = values[order]
+        self.pictures[where] = pictures[order]
+
+    def ranking(self, *, by_value: bool = False) -> Ranking:
+        """The entries by priority, or by value, highest first."""
+        if not by_value:
+            return Ranking(self.pictures, self.values)
+        values, order = torch.sort(self.values, dim=1, descending=True, stable=True)
+        return Ranking(self.pictures.gather(1, order), values)
+
+
+def _sampling_keys(pictures: Tensor, seed: int) -> Tensor:
+    """A number in (0, 1] per picture that looks random and is the same in every run.
+
+    The same pictures rank high for all latents, so that they share thumbnails; within one latent
+    the sample is even.
+    """
+    x = (pictures + 1) * 0x9E3779B1 + seed * 0x85EBCA6B
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    # 24 bits are what float32 holds exactly.
+    return ((x & 0xFFFFFF) + 1).float() / (1 << 24)
