@@ -1,7 +1,8 @@
 """What harvesting activations costs, side by side with the native forward and the bridge.
 
     python -m benchmarks.harvest                    # ViT-B/32, batch 16
-    python -m benchmarks.harvest --layers 4 --width 128 --repeats 3 --out /elsewhere   # a quick look
+    python -m benchmarks.harvest --layers 4 --width 128 --repeats 3 --out /elsewhere   # a quick
+look
 
 Writes ``benchmarks/results/harvest.json``. All variants take turns in every round, so that what
 else the machine does falls on all of them; figures are medians with minimum and quartiles. Peak
@@ -46,9 +47,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then take its results in."""
         outputs = func(*args, **(kwargs or {}))
         for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):

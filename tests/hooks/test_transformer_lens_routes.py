@@ -24,11 +24,9 @@ def test_a_module_in_hand_by_architecture_name(name: str) -> None:
     with torch.no_grad():
         expected = case.native(copy.deepcopy(module), pixels)
         bridge = build_bridge_from_module(module, name, hf_config=module.config)
-        output = bridge(pixel_values=pixels, return_type=None) or bridge.original_model(
-            pixel_values=pixels
-        )
+        output = bridge.original_model(pixel_values=pixels)
         assert torch.equal(output.last_hidden_state, expected)
-        _, cache = bridge.run_with_cache(pixels)
+        _, cache = bridge.run_with_cache(pixel_values=pixels, return_type=None)
     assert cache["blocks.1.hook_resid_post"].shape[0] == 2
 
 
@@ -41,7 +39,8 @@ def test_boot_transformers_finds_the_adapter(name: str, tmp_path: Path) -> None:
     bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
     with torch.no_grad():
         output = bridge.original_model(pixel_values=pixels)
-        assert torch.equal(output.last_hidden_state, case.native(module, pixels))
+        # TransformerLens asks for eager attention, which rounds differently.
+        torch.testing.assert_close(output.last_hidden_state, case.native(module, pixels))
 
 
 def test_a_timm_module_by_architecture_name() -> None:

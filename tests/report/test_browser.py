@@ -31,9 +31,8 @@ def test_the_index_opens_sorted_by_the_first_score_with_pictures(index, built):
     assert index.rows() == ranked(data, "monosemanticity")
     first = index.page.locator("#rows tr").first
     assert first.locator("img").count() == len(data["pictures"][index.rows()[0]]) > 0
-    assert index.page.evaluate(
-        "[...document.querySelectorAll('#rows tr:first-child img')].every((i) => i.naturalWidth > 0)"
-    )
+    shown = "[...document.querySelectorAll('#rows tr:first-child img')]"
+    assert index.page.evaluate(f"{shown}.every((i) => i.naturalWidth > 0)")
 
 
 @pytest.mark.parametrize("title", ["steerability", "Pictures", "Max"])
@@ -218,6 +217,9 @@ def test_real_features_of_a_real_model_are_shown(shared, emoji_clip, visit, tmp_
     page.locator("#rows th a").first.click()
     page.wait_for_selector("h1")
     page.wait_for_function("document.querySelector('.picture').naturalWidth === 64")
-    assert page.locator(".heat").first.evaluate("(e) => [e.naturalWidth, e.naturalHeight]") == [8, 8]
+    assert page.locator(".heat").first.evaluate("(e) => [e.naturalWidth, e.naturalHeight]") == [
+        8,
+        8,
+    ]
     assert page.get_by_text("Labels of the top pictures").is_visible()
     assert page.get_by_role("heading", name="Steering").is_visible()

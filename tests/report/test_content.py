@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -164,7 +165,9 @@ def test_an_effect_computed_before_is_shown_as_it_is(tmp_path, model, sae, pictu
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr", "coo", "numpy"])
-def test_given_latents_rank_as_computed_ones(tmp_path, built, model, sae, pictures, layout, token_latents):
+def test_given_latents_rank_as_computed_ones(
+    tmp_path, built, model, sae, pictures, layout, token_latents
+):
     dense = token_latents.amax(1)
     given = {
         "dense": lambda: dense,
@@ -244,7 +247,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_listed(tmp_path, model, s
     assert "the file is &lt;cut&gt; off" in index
     shown = {p for row in read_data(out)["pictures"] for p in row}
     assert shown.isdisjoint({2, 5})
-    with pytest.raises(ValueError, match="cannot be read.*max_bad_images"):
+    with pytest.raises(ValueError, match=r"cannot be read.*max_bad_images"):
         vp.report(sae, model, source, tmp_path / "s", max_bad_images=1)
     assert not (tmp_path / "s").exists()
 
@@ -252,7 +255,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_listed(tmp_path, model, s
 def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
     class Stream(Drawn):
         sequential = True
-        read = []
+        read: ClassVar[list[int]] = []
 
         def __getitem__(self, index):
             self.read.append(index)

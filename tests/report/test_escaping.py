@@ -56,7 +56,9 @@ def hostile(tmp_path_factory, model, sae):
         folder / "report",
         names=texts,
         scores={text: range(40) for text in HOSTILE[:5]},
-        concepts={text: model.encode_text(["a red circle"])[0] + i for i, text in enumerate(HOSTILE)},
+        concepts={
+            text: model.encode_text(["a red circle"])[0] + i for i, text in enumerate(HOSTILE)
+        },
         title="".join(HOSTILE[:4]),
         n_top=5,
         n_sample=2,

@@ -21,9 +21,7 @@ from vision_plugin.report._folder import new_folder, write_marker
 
 def digest(folder):
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def small_report(folder, text):
@@ -196,7 +194,9 @@ def test_a_hundred_features_are_quick_and_small(tmp_path, model, pictures):
     start = time.perf_counter()
     vp.report(topk_sae(d_sae=100), model, pictures, tmp_path / "r")
     assert time.perf_counter() - start < 20
-    sizes = {str(p.relative_to(tmp_path / "r")): p.stat().st_size for p in (tmp_path / "r").rglob("*")}
+    sizes = {
+        str(p.relative_to(tmp_path / "r")): p.stat().st_size for p in (tmp_path / "r").rglob("*")
+    }
     assert len(list((tmp_path / "r/pictures").iterdir())) <= len(pictures)
     assert max(s for n, s in sizes.items() if n.startswith("features/")) < 40_000
     assert sizes["data.js"] < 20_000

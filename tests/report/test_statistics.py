@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,7 @@ def summarise(latents, cuts, n_top=3, n_sample=2, numbers=None):
     statistics = LatentStatistics(latents.shape[1], n_top=n_top, n_sample=n_sample)
     numbers = torch.arange(len(latents)) if numbers is None else numbers
     edges = [0, *cuts, len(latents)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         statistics.update(latents[start:stop], numbers[start:stop])
     return statistics.summary()
 
@@ -46,7 +47,9 @@ def test_the_top_is_that_of_sorting_all_pictures(case):
     latents, cuts = case
     summary = summarise(latents, cuts)
     for k, values in enumerate(latents.T.tolist()):
-        order = sorted((i for i, v in enumerate(values) if v > 0), key=lambda i: (-values[i], i))[:3]
+        order = sorted((i for i, v in enumerate(values) if v > 0), key=lambda i: (-values[i], i))[
+            :3
+        ]
         free = 3 - len(order)
         assert summary.top.pictures[k].tolist() == order + [-1] * free
         assert summary.top.values[k].tolist() == [values[i] for i in order] + [0.0] * free

@@ -67,9 +67,7 @@ class Content:
         return [number for number in numbers if number in self.writer.written][:n]
 
 
-def feature_pages(
-    content: Content, effects: Iterator[Steered | None]
-) -> Iterator[dict[str, Any]]:
+def feature_pages(content: Content, effects: Iterator[Steered | None]) -> Iterator[dict[str, Any]]:
     """What each feature's page is rendered from, in order."""
     rows = {latent: row for row, latent in enumerate(content.features)}
     for row, (latent, effect) in enumerate(zip(content.features, effects, strict=True)):
@@ -88,7 +86,10 @@ def feature_pages(
 def _figures(content: Content, latent: int) -> dict[str, Any]:
     summary = content.summary
     n_fired = int(summary.n_fired[latent])
-    share, count = percent(float(summary.frequency[latent])), f"{n_fired:,} of {content.n_pictures:,}"
+    share, count = (
+        percent(float(summary.frequency[latent])),
+        f"{n_fired:,} of {content.n_pictures:,}",
+    )
     tiles = [_tile("Fires on pictures", share, count)]
     if summary.token_frequency is not None:
         tiles.append(_tile("Fires on tokens", percent(float(summary.token_frequency[latent]))))

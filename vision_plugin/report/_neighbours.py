@@ -31,8 +31,8 @@ def decoder_neighbours(sae: Any, features: list[int], n: int) -> Neighbours | No
         n: How many.
 
     Returns:
-        None where the SAE has no decoder matrix, or no neighbour is wanted. A latent whose decoder row is zero has cosine 0
-        with all others.
+        None where the SAE has no decoder matrix, or no neighbour is wanted. A latent whose decoder
+        row is zero has cosine 0 with all others.
     """
     decoder = getattr(sae, "W_dec", None)
     if not isinstance(decoder, Tensor) or decoder.ndim != 2 or len(decoder) != sae.cfg.d_sae:
