@@ -117,10 +117,9 @@ def test_a_link_in_place_of_the_manifest(store_path: Path, tmp_path: Path) -> No
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Path of every value of a document."""
     found = [path] if path else []
-    items = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, (dict, list)):
-        for key, inner in items:
-            found += leaves(inner, (*path, key))
+        for key in value if isinstance(value, dict) else range(len(value)):
+            found += leaves(value[key], (*path, key))
     return found
 
 

@@ -26,7 +26,7 @@ def test_a_module_in_hand_by_architecture_name(name: str) -> None:
         bridge = build_bridge_from_module(module, name, hf_config=module.config)
         output = bridge.original_model(pixel_values=pixels)
         assert torch.equal(output.last_hidden_state, expected)
-        _, cache = bridge.run_with_cache(pixel_values=pixels, return_type=None)
+        _, cache = bridge.run_with_cache(pixels, return_type=None)
     assert cache["blocks.1.hook_resid_post"].shape[0] == 2
 
 

@@ -321,12 +321,12 @@ def test_screening_is_used_by_the_closed_form_too(world: SimpleNamespace) -> Non
 
 
 def test_screening_image_by_image_keeps_its_margin(world: SimpleNamespace) -> None:
-    pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(4))
-    sae = standard_sae("blocks.1.hook_resid_post", 16, d_sae=30)
+    pixels = torch.randn(14, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    sae = standard_sae("blocks.1.hook_resid_post", 16, d_sae=12)
     arguments: dict[str, Any] = {"strength": 3.0, "threshold": 0.05, "batch_size": 1}
     full = steerability(world.model, sae, pixels, world.texts, **arguments)
     screened = steerability(world.model, sae, pixels, world.texts, adaptive=True, **arguments)
-    assert 0 < int(full.steerable.sum()) < 30
+    assert 0 < int(full.steerable.sum()) < 12
     assert torch.equal(screened.steerable, full.steerable)
 
 

@@ -49,7 +49,7 @@ def installation() -> Iterator[tuple[str, Any]]:
         yield name, version(name)
     yield "architectures", ", ".join(sorted(adapters()))
     yield "metrics", ", ".join(sorted(metrics.available()))
-    for status in kernels.available():
+    for status in kernels.available().values():
         yield f"kernel backend {status.name}", status.reason or "usable"
 
 

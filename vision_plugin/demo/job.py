@@ -173,7 +173,8 @@ def rotation(size: int, seed: int) -> Tensor:
     """A random orthogonal matrix, Haar-distributed, float64."""
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * torch.sign(torch.diagonal(r))
+    rotated: Tensor = q * torch.sign(torch.diagonal(r))
+    return rotated
 
 
 def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:

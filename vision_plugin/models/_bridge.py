@@ -25,7 +25,7 @@ NamesFilter = str | list[str] | Callable[[str], bool] | None
 HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
+class VisionBridge(Splicing, TransformerBridge):
     """A vision transformer as a TransformerLens bridge, with SAEs and steering.
 
     Made by :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap`. The numerics are the
@@ -60,7 +60,7 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ forward
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Tensor | None = None,
         return_type: str | None = "logits",
@@ -251,7 +251,7 @@ class VisionBridge(Splicing, TransformerBridge):  # type: ignore[misc]
     ) -> AbstractContextManager[Any]:
         """Hooks for the length of a ``with`` block; unknown names are errors."""
         self.check_hook_names([name for name, _ in (*fwd_hooks, *bwd_hooks)])
-        context: AbstractContextManager[Any] = super().hooks(
+        context: AbstractContextManager[Any] = super().hooks(  # type: ignore[no-untyped-call]
             fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
         )
         return context

@@ -97,7 +97,7 @@ def latent_change(sae: Any, activation: Tensor, index: Tensor, values: Tensor) -
     """
     with silent_hooks(sae):
         # Some SAEs keep the input's scale from encode to decode, so each decode has its encode.
-        before = sae.decode(sae.encode(activation))
+        before: Tensor = sae.decode(sae.encode(activation))
         latents = sae.encode(activation).clone()
         latents[..., index.to(latents.device)] = values.to(latents)
         after: Tensor = sae.decode(latents)
