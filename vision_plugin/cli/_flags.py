@@ -49,7 +49,7 @@ def flat_class(
             if field.name in left_out or field.name in fields or not field.init:
                 continue
             hint, help_text = hints[field.name], tyro.conf.arg(help=docs.get(field.name, ""))
-            explained: Any = Annotated[hint, help_text]  # type: ignore[valid-type]
+            explained: Any = Annotated[hint, help_text]
             fields[field.name] = (field.name, explained, _default(field, defaults))
     required = [f for f in fields.values() if f[2] is dataclasses.MISSING]
     optional = [f for f in fields.values() if f[2] is not dataclasses.MISSING]
