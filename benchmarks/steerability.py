@@ -31,7 +31,6 @@ from transformers import CLIPConfig, CLIPModel
 
 import vision_plugin as vp
 from vision_plugin.metrics import (
-    HookedDictionary,
     Screening,
     random_dictionary,
     steerability,
@@ -113,7 +112,7 @@ def last_layer(
     """The closed form for every latent against full forwards for a few of them."""
     pixels = torch.randn(n_images, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     control = random_dictionary(768, n_latents, k=None, seed=0)
-    dictionary = HookedDictionary(control, "blocks.11.hook_resid_post")
+    dictionary = control.at("blocks.11.hook_resid_post")
     fast_seconds, result = timed(
         lambda: steerability(model, dictionary, pixels, texts, keep_delta=True)
     )
@@ -152,7 +151,7 @@ def middle_layers(
     runs = {}
     for layer in layers:
         control = random_dictionary(768, 64, k=None, seed=0)
-        dictionary = HookedDictionary(control, f"blocks.{layer}.hook_resid_post")
+        dictionary = control.at(f"blocks.{layer}.hook_resid_post")
         steering = Steering(model, dictionary, texts, batch_size=n_images)
         (prepared,) = steering.prepare(pixels)
         latent = torch.tensor([0])

@@ -19,10 +19,9 @@ from tests.metrics._steerability_reference import (
     topk_sae,
 )
 from vision_plugin.metrics import (
-    HookedDictionary,
-    NeuronDictionary,
     Screening,
     Steerability,
+    neuron_dictionary,
     random_dictionary,
     steerability,
     steerability_curve,
@@ -123,8 +122,8 @@ def test_token_kinds_steer_those_tokens_only(
         lambda hook: topk_sae(hook, 16),
         lambda hook: topk_sae(hook, 16, rescale_acts_by_decoder_norm=True),
         lambda hook: topk_sae(hook, 16, normalize_activations="layer_norm"),
-        lambda hook: NeuronDictionary(hook, d_in=16),
-        lambda hook: HookedDictionary(random_dictionary(16, 9, k=3, seed=0), hook),
+        lambda hook: neuron_dictionary(16).at(hook),
+        lambda hook: random_dictionary(16, 9, k=3, seed=0).at(hook),
     ],
 )
 def test_rescaling_decoders_and_controls_equal_a_native_forward(
@@ -323,10 +322,12 @@ def test_screening_is_used_by_the_closed_form_too(world: SimpleNamespace) -> Non
 def test_screening_image_by_image_keeps_its_margin(world: SimpleNamespace) -> None:
     pixels = torch.randn(14, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     sae = standard_sae("blocks.1.hook_resid_post", 16, d_sae=12)
-    arguments: dict[str, Any] = {"strength": 3.0, "threshold": 0.05, "batch_size": 1}
+    arguments: dict[str, Any] = {"strength": 3.0, "batch_size": 1}
+    scores = steerability(world.model, sae, pixels, world.texts, **arguments).score.sort().values
+    arguments["threshold"] = float(scores[5] + scores[6]) / 2
     full = steerability(world.model, sae, pixels, world.texts, **arguments)
     screened = steerability(world.model, sae, pixels, world.texts, adaptive=True, **arguments)
-    assert 0 < int(full.steerable.sum()) < 12
+    assert int(full.steerable.sum()) == 6
     assert torch.equal(screened.steerable, full.steerable)
 
 

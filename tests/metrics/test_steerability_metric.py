@@ -17,9 +17,9 @@ from torch import nn
 import vision_plugin as vp
 from tests.metrics._steerability_reference import standard_sae, tiny_clip
 from vision_plugin.metrics import (
-    NeuronDictionary,
     Screening,
     Steerability,
+    neuron_dictionary,
     steerability,
     steerability_curve,
 )
@@ -211,8 +211,8 @@ def _bad_text(row: int, value: float) -> torch.Tensor:
         ({"batch_size": 0}, "batch_size=0"),
         ({"pixels": torch.zeros(0, 3, 8, 8)}, "at least one image"),
         ({"pixels": torch.full((2, 3, 8, 8), math.nan)}, "image 0 .2 of 2 images."),
-        ({"sae": NeuronDictionary(HOOK, d_in=20)}, "works on 20 dimensions"),
-        ({"sae": NeuronDictionary("blocks.9.hook_resid_post", d_in=16)}, "no hook named"),
+        ({"sae": neuron_dictionary(20).at(HOOK)}, "works on 20 dimensions"),
+        ({"sae": neuron_dictionary(16).at("blocks.9.hook_resid_post")}, "no hook named"),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -63,13 +63,10 @@ from vision_plugin.metrics._uniqueness import Uniqueness, UniquenessResult, uniq
 
 if TYPE_CHECKING:
     from vision_plugin.metrics._steerability import Steerability, steerability, steerability_curve
-    from vision_plugin.metrics._steerability_dictionaries import HookedDictionary, NeuronDictionary
     from vision_plugin.metrics._steerability_result import SteerabilityCurve, SteerabilityResult
     from vision_plugin.metrics._steerability_screening import Screening
 
 _HOMES = {
-    "HookedDictionary": "_steerability_dictionaries",
-    "NeuronDictionary": "_steerability_dictionaries",
     "Screening": "_steerability_screening",
     "Steerability": "_steerability",
     "SteerabilityCurve": "_steerability_result",
@@ -94,7 +91,6 @@ __all__ = [
     "FVUResult",
     "Hierarchy",
     "HierarchyResult",
-    "HookedDictionary",
     "Localization",
     "LocalizationResult",
     "LossRecovered",
@@ -103,7 +99,6 @@ __all__ = [
     "MetricResult",
     "Monosemanticity",
     "MonosemanticityResult",
-    "NeuronDictionary",
     "Screening",
     "SparseProbing",
     "SparseProbingResult",

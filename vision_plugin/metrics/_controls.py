@@ -1,55 +1,136 @@
 """What a score is compared with: the neurons themselves, random directions, principal components.
 
-Each control is a dictionary with ``encode`` and ``decode``, so it goes wherever an SAE goes:
+Each control is a dictionary with ``encode`` and ``decode``, so it goes wherever an SAE goes, and
+placed at a hook it is steered and spliced like one:
 
     monosemanticity(neuron_dictionary(768).encode(activations), embeddings)
+    steerability(model, neuron_dictionary(768).at("blocks.11.hook_resid_post"), pixels, texts)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_plugin.metrics._latents import check_finite
 
 
-@dataclass(frozen=True)
-class ControlDictionary:
+@dataclass
+class DictionaryConfig:
+    """The part of a SAELens configuration that steering, splicing and metrics read."""
+
+    d_in: int
+    d_sae: int
+    hook_name: str | None = None
+    tokens: str = "all"
+
+    @cached_property
+    def metadata(self) -> Any:
+        """SAELens's metadata: the hook and the kind of token.
+
+        Raises:
+            ValueError: the dictionary has no place in a model yet.
+        """
+        if self.hook_name is None:
+            raise ValueError(
+                "this dictionary has no hook: dictionary.at('blocks.11.hook_resid_post') puts it "
+                "at one"
+            )
+        # Importing SAELens takes seconds; importing this module should not.
+        from sae_lens.saes.sae import SAEMetadata
+
+        return SAEMetadata(hook_name=self.hook_name, tokens=self.tokens)
+
+
+class ControlDictionary(nn.Module):
     """A fixed dictionary: latents are dot products with unit directions, the largest ``k`` kept.
 
-    Attributes:
+    Args:
         name: what a table calls it.
-        directions: unit rows ``[n_features, d_in]``.
-        offset: subtracted before encoding and added after decoding, ``[d_in]``.
+        directions: unit rows ``[d_sae, d_in]``; the module keeps them as ``W_dec``.
+        offset: subtracted before encoding and added after decoding, ``[d_in]``; 0 by default. The
+            module keeps it as ``b_dec``.
         k: latents kept per activation, after a ReLU; None keeps every latent, signed.
+        hook_name: where its activations are taken; see :meth:`at`.
+        tokens: the kind of token it stands for.
     """
 
-    name: str
-    directions: Float[Tensor, "n_features d_in"]
-    offset: Float[Tensor, " d_in"]
-    k: int | None = None
+    use_error_term = False
+    W_dec: Tensor
+    b_dec: Tensor
 
-    def encode(self, activations: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch k"]:
-        """Return latents ``[..., n_features]`` of activations ``[..., d_in]``."""
-        offset, directions = self.offset.to(activations), self.directions.to(activations)
-        latents = (activations - offset) @ directions.T
+    def __init__(
+        self,
+        name: str,
+        directions: Float[Tensor, "d_sae d_in"],
+        offset: Float[Tensor, " d_in"] | None = None,
+        *,
+        k: int | None = None,
+        hook_name: str | None = None,
+        tokens: str = "all",
+    ) -> None:
+        super().__init__()
+        d_sae, d_in = directions.shape
+        if k is not None and not 1 <= k <= d_sae:
+            raise ValueError(f"k={k} must lie between 1 and the number of directions, {d_sae}")
+        self.name, self.k = name, k
+        self.cfg = DictionaryConfig(d_in, d_sae, hook_name, tokens)
+        self.hook_dict: dict[str, Any] = {}
+        self.register_buffer("W_dec", directions, persistent=False)
+        offset = torch.zeros(d_in) if offset is None else offset
+        self.register_buffer("b_dec", offset, persistent=False)
+
+    def at(self, hook_name: str, *, tokens: str = "all") -> ControlDictionary:
+        """The same dictionary at a hook of a model: what takes an SAE takes it.
+
+        Example:
+            >>> control = random_dictionary(4, 8, k=2, seed=0).at("blocks.11.hook_resid_post")
+            >>> control.cfg.metadata["hook_name"]
+            'blocks.11.hook_resid_post'
+        """
+        return ControlDictionary(
+            self.name, self.W_dec, self.b_dec, k=self.k, hook_name=hook_name, tokens=tokens
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the directions."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the directions."""
+        return self.W_dec.dtype
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return latents ``[..., d_sae]`` of activations ``[..., d_in]``."""
+        latents = (x - self.b_dec.to(x)) @ self.W_dec.to(x).T
         if self.k is None:
             return latents
         values, indices = latents.relu().topk(self.k, dim=-1)
         return torch.zeros_like(latents).scatter(-1, indices, values)
 
-    def decode(self, latents: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the sum of directions weighted by latents ``[..., n_features]``."""
-        return latents @ self.directions.to(latents) + self.offset.to(latents)
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Return the sum of directions weighted by latents ``[..., d_sae]``, and the offset."""
+        return feature_acts @ self.W_dec.to(feature_acts) + self.b_dec.to(feature_acts)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Encode and decode."""
+        return self.decode(self.encode(x))
 
 
 def neuron_dictionary(d_in: int) -> ControlDictionary:
-    """Return the identity dictionary: its latents are the neurons, the baseline of every metric."""
-    return ControlDictionary("neurons", torch.eye(d_in), torch.zeros(d_in))
+    """Return the identity dictionary: its latents are the neurons, the baseline of every metric.
+
+    Setting its latent ``j`` overwrites dimension ``j`` of the activation.
+    """
+    return ControlDictionary("neurons", torch.eye(d_in))
 
 
 def random_dictionary(d_in: int, n_features: int, *, k: int | None, seed: int) -> ControlDictionary:
@@ -61,13 +142,9 @@ def random_dictionary(d_in: int, n_features: int, *, k: int | None, seed: int) -
         k: latents kept per activation; give it the SAE's own L0.
         seed: of the draw.
     """
-    if k is not None and not 1 <= k <= n_features:
-        raise ValueError(f"k={k} must lie between 1 and n_features={n_features}")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_features, d_in, generator=generator)
-    return ControlDictionary(
-        f"random (seed {seed})", torch.nn.functional.normalize(drawn, dim=1), torch.zeros(d_in), k
-    )
+    return ControlDictionary(f"random (seed {seed})", nn.functional.normalize(drawn, dim=1), k=k)
 
 
 def pca_dictionary(
@@ -89,7 +166,7 @@ def pca_dictionary(
     mean = double.mean(0)
     covariance = (double - mean).T @ (double - mean)
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T[:n_features]
-    return ControlDictionary("pca", directions.float(), mean.float(), k)
+    return ControlDictionary("pca", directions.float(), mean.float(), k=k)
 
 
 def with_controls(

@@ -61,7 +61,7 @@ def stability(
 ) -> StabilityResult:
     """Match the decoder directions of two SAEs by cosine.
 
-    What chance gives is ``stability(decoder, random_dictionary(...).directions)``.
+    What chance gives is ``stability(decoder, random_dictionary(...).W_dec)``.
 
     Args:
         decoder: rows ``[k1, d]`` of the first SAE's ``W_dec``.

@@ -50,8 +50,8 @@ class Steerability(StreamingMetric):
 
     Args:
         model: a VisionBridge with a text space.
-        sae: a ``sae_lens.SAE``, a transcoder, or a dictionary such as :class:`NeuronDictionary`,
-            whose metadata names a hook of the model.
+        sae: a ``sae_lens.SAE``, a transcoder, or a dictionary such as
+            ``neuron_dictionary(768).at(hook_name)``, whose metadata names a hook of the model.
         text_embeddings: one embedding per concept, ``[c, d_embed]``, of any norm but 0.
         strength: what a latent is set to, in units of the SAE's latents.
         latents: which latents; all of them by default.

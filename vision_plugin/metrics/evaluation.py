@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vision_plugin.activations import open_images
+from vision_plugin.metrics._controls import neuron_dictionary
 from vision_plugin.metrics._monosemanticity import MonosemanticityResult, monosemanticity
 from vision_plugin.metrics._result import to_json
 from vision_plugin.metrics._steerability import steerability
-from vision_plugin.metrics._steerability_dictionaries import NeuronDictionary
 from vision_plugin.metrics._steerability_result import SteerabilityResult
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models._fit import check_fit
@@ -194,7 +194,7 @@ def _score_steerability(
     chosen = encoded.indices[::step][: cfg.steering_images]
     pixels = model.preprocess([pictures[i] for i in chosen])
     hook_name = sae.cfg.metadata["hook_name"]
-    neurons = NeuronDictionary(hook_name, d_in=int(sae.cfg.d_in))
+    neurons = neuron_dictionary(int(sae.cfg.d_in)).at(hook_name)
     with torch.no_grad():
         return {
             name: steerability(
