@@ -11,7 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vision_plugin.activations._errors import StoreMismatchError
 from vision_plugin.activations._picture import BadImageError
+from vision_plugin.activations._source import hash_ids
 from vision_plugin.models import Harvester, TokenSelection
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class ActivationStream:
     Pictures go through the model in a new order every epoch. The vectors of their selected tokens
     enter a buffer; batches are drawn from it at random without replacement, and it is filled up
     again when half of it is gone, so that a batch mixes many pictures. Everything follows from
-    the seed.
+    the seed, and the place in it can be saved with :meth:`state_dict`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ActivationStream:
         seed: int = 42,
         dtype: torch.dtype = torch.float32,
         max_bad_images: int = 100,
+        by_hook: bool = False,
     ) -> None:
         """Check that the pictures and the hooks can serve.
 
@@ -68,6 +71,8 @@ class ActivationStream:
             seed: Order of the pictures, of the vectors, and the random tokens.
             dtype: Type of the batches.
             max_bad_images: Unreadable pictures to leave out, with a warning each, before giving up.
+            by_hook: Serve dictionaries of batches by hook name instead, whose rows belong to the
+                same tokens. Each hook's batches are those of a stream of that hook alone.
 
         Raises:
             ValueError: no pictures, or a buffer of fewer than two batches.
@@ -79,6 +84,7 @@ class ActivationStream:
         self.model, self.pictures = model, pictures
         self.harvester = Harvester(model, hook_names)
         self.selection = TokenSelection.parse(tokens)
+        self.tokens, self.seed, self.by_hook = tokens, seed, by_hook
         self.batch_size, self.images_per_forward = batch_size, images_per_forward
         self.buffer_size = n_batches_in_buffer * batch_size
         self.dtype, self.max_bad_images = dtype, max_bad_images
@@ -86,43 +92,105 @@ class ActivationStream:
         self.generator = torch.Generator().manual_seed(seed)
         self._pixels: dict[int, Tensor] = {}
         self._order: list[int] = []
-        self._buffer: Tensor | None = None
+        self._buffer: dict[str, Tensor] = {}
+        self._enough = False
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Float[Tensor, "batch d_in"]:
-        """The next batch; there always is one."""
+    def __next__(self) -> Any:
+        """The next batch, [batch, d_in], or such by hook name; there always is one."""
         self.fill()
-        assert self._buffer is not None
-        batch, self._buffer = self._buffer[: self.batch_size], self._buffer[self.batch_size :]
-        return batch.to(self.dtype)
+        size = self.batch_size
+        batch = {name: rows[:size].to(self.dtype) for name, rows in self._buffer.items()}
+        self._buffer = {name: rows[size:] for name, rows in self._buffer.items()}
+        return batch if self.by_hook else _side_by_side(batch)
+
+    def sample(self) -> Any:
+        """What the buffer holds, as one large batch, without taking it out."""
+        self.fill()
+        rows = {name: rows.to(self.dtype) for name, rows in self._buffer.items()}
+        return rows if self.by_hook else _side_by_side(rows)
 
     def fill(self) -> None:
         """Fill the buffer where it is half empty; the first call finds what is wrong with the data.
 
         Raises:
-            ValueError: too many pictures cannot be read, or activations are not finite.
+            ValueError: too many pictures cannot be read, activations are not finite, or all
+                pictures together make less than a batch.
         """
-        if self._buffer is None or len(self._buffer) < self.buffer_size // 2 + self.batch_size:
-            self._buffer = self._refilled()
+        if self._n_buffered() < self.buffer_size // 2 + self.batch_size:
+            self._refill()
 
-    def _refilled(self) -> Tensor:
-        parts = [] if self._buffer is None else [self._buffer]
-        n_rows = sum(len(part) for part in parts)
+    # ------------------------------------------------------------------ the place
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch: tensors (the buffer among them) and JSON values."""
+        return {
+            "identity": self._identity(),
+            "generator": self.generator.get_state(),
+            "order": torch.tensor(self._order, dtype=torch.long),
+            "buffer": dict(self._buffer),
+            "bad_images": {str(i): error.reason for i, error in self.bad_images.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place that :meth:`state_dict` gave; the batches from there on are the same.
+
+        Raises:
+            StoreMismatchError: it belongs to other pictures, hooks, tokens, seed or sizes.
+        """
+        here = self._identity()
+        wrong = [
+            f"{name}: {state['identity'].get(name)!r} saved, {value!r} here"
+            for name, value in here.items()
+            if state["identity"].get(name) != value
+        ]
+        if wrong:
+            raise StoreMismatchError(f"the saved place is of other batches: {'; '.join(wrong)}")
+        self.generator.set_state(state["generator"])
+        self._order = state["order"].tolist()
+        self._buffer = dict(state["buffer"])
+        self.bad_images = {
+            int(i): BadImageError(self.pictures.ids[int(i)], reason)
+            for i, reason in state["bad_images"].items()
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "pictures": hash_ids(self.pictures.ids)[:16],
+            "hook_names": list(self.harvester.sources),
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "images_per_forward": self.images_per_forward,
+            "buffer_size": self.buffer_size,
+        }
+
+    # ------------------------------------------------------------------ filling
+
+    def _n_buffered(self) -> int:
+        return len(next(iter(self._buffer.values()))) if self._buffer else 0
+
+    def _refill(self) -> None:
+        parts = [self._buffer] if self._buffer else []
+        n_rows = self._n_buffered()
         while n_rows < self.buffer_size:
             rows = self._next_rows()
             parts.append(rows)
-            n_rows += len(rows)
-        rows = torch.cat(parts)
-        return rows[torch.randperm(len(rows), generator=self.generator)]
+            n_rows += len(next(iter(rows.values())))
+        order = torch.randperm(n_rows, generator=self.generator)
+        self._buffer = {
+            name: torch.cat([part[name] for part in parts])[order]
+            for name in self.harvester.sources
+        }
 
-    def _next_rows(self) -> Tensor:
-        """Vectors of the next pictures' selected tokens, [n, d_in]."""
+    def _next_rows(self) -> dict[str, Tensor]:
+        """Vectors of the next pictures' selected tokens, [n, d_in] by hook."""
         pixels = self._next_pixels()
         harvested = self.harvester(torch.stack(list(pixels.values())))
-        rows = torch.cat([self._select(tensor) for tensor in harvested.values()], dim=-1)
-        finite = torch.isfinite(rows).all(dim=-1)
+        rows = self._selected(harvested)
+        finite = torch.stack([torch.isfinite(part).all(dim=-1) for part in rows.values()]).all(0)
         if not bool(finite.all()):
             ids = ", ".join(self.pictures.ids[i] for i in list(pixels)[:3])
             raise ValueError(
@@ -130,17 +198,41 @@ class ActivationStream:
                 f"{', '.join(self.harvester.sources)} are not finite (pictures {ids}, ...). "
                 "Check the model's weights and dtype."
             )
-        return rows.cpu()
+        if not self._enough:
+            self._check_enough(len(finite) // len(pixels))
+        return {name: part.cpu() for name, part in rows.items()}
 
-    def _select(self, activation: Tensor) -> Tensor:
-        if activation.ndim == 2:  # one vector per picture: a pooled activation
-            return activation
-        if activation.ndim == 4:  # one vector per head
-            activation = activation.flatten(-2)
-        layout = self.model.token_layout()
-        rows = self.selection.rows(layout, len(activation), self.generator)
-        batch = torch.arange(len(activation))[:, None]
-        return activation[batch, rows.to(activation.device)].flatten(0, 1)
+    def _check_enough(self, rows_per_picture: int) -> None:
+        readable = len(self.pictures) - len(self.bad_images)
+        if readable * rows_per_picture < self.batch_size:
+            raise ValueError(
+                f"{readable} images give {readable * rows_per_picture} vectors, which is less "
+                f"than one batch of {self.batch_size}: add images, or make the batch smaller "
+                "(train_batch_size_tokens)"
+            )
+        self._enough = True
+
+    def _selected(self, harvested: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[n, d_in] of each hook; the tokens are drawn once for all of them."""
+        n_pictures = len(next(iter(harvested.values())))
+        layout, drawn = self.model.token_layout(), None
+        rows: dict[str, Tensor] = {}
+        for name, activation in harvested.items():
+            if activation.ndim == 2:  # one vector per picture: a pooled activation
+                rows[name] = activation
+                continue
+            if activation.ndim == 4:  # one vector per head
+                activation = activation.flatten(-2)
+            if drawn is None:
+                drawn = self.selection.rows(layout, n_pictures, self.generator)
+            batch = torch.arange(n_pictures)[:, None]
+            rows[name] = activation[batch, drawn.to(activation.device)].flatten(0, 1)
+        if len({len(part) for part in rows.values()}) > 1:
+            counts = {name: len(part) // n_pictures for name, part in rows.items()}
+            raise ValueError(
+                f"these hooks differ in vectors per picture: {counts}. Read them apart"
+            )
+        return rows
 
     def _next_pixels(self) -> dict[int, Tensor]:
         """Pixels of the next readable pictures, by index; at least one picture."""
@@ -182,3 +274,8 @@ class ActivationStream:
                 f"of them: {self.bad_images[index]}. Mend or remove them."
             )
         return None
+
+
+def _side_by_side(batch: dict[str, Tensor]) -> Float[Tensor, "batch d_in"]:
+    parts = list(batch.values())
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

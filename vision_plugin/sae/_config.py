@@ -14,7 +14,15 @@ from sae_lens.config import SAETrainerConfig
 from vision_plugin.models import TokenSelection
 
 D_IN_OF_MODEL = 0
-"""``sae.d_in`` of this value is replaced by the width of the model at the hook."""
+"""``sae.d_in``, or a transcoder's ``d_out``, of this value is replaced by the width at the hook."""
+B_DEC_INIT_METHODS = ("zeros", "mean", "geometric_median")
+DECODER_INIT_METHODS = ("random", "data")
+NOT_OF_THE_RESULT = (
+    *("output_path", "overwrite", "n_checkpoints", "logger", "device"),
+    *("validation_images", "validation_split", "n_validation_images", "n_validations"),
+    *("validation_metrics", "validation_embedder", "validation_template"),
+)
+"""Fields that leave the trained weights as they are."""
 
 
 def _no_wandb() -> LoggingConfig:
@@ -34,7 +42,9 @@ class VisionSAERunnerConfig:
     model_name: str
     """Hugging Face id, local folder, ``open_clip:...``, ``timm:...`` or ``demo``."""
     images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
+    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``; or the
+    folder of an activation store that ``vision-plugin extract`` wrote for this model, hook and
+    kind of token."""
     hook_name: str
     """Where the SAE reads, for example ``blocks.10.hook_resid_post``."""
     hook_name_out: str | None = None
@@ -46,7 +56,13 @@ class VisionSAERunnerConfig:
     output_path: str | None = "output"
     """Folder for the trained SAE; it must not exist, or be empty, unless ``overwrite`` is set."""
     overwrite: bool = False
-    """Replace what is in ``output_path``."""
+    """Replace what is in ``output_path``, and begin anew where a killed run left checkpoints."""
+    dense: bool = False
+    """Compute TopK, BatchTopK and Matryoshka with SAELens's dense arithmetic in place of the sparse
+    kernel, which does the same several times faster."""
+    n_checkpoints: int = 10
+    """Checkpoints on the way, in ``<output_path>.checkpoints``, from which the same command goes on
+    after it was killed; the last two are kept, and all removed when the SAE is saved."""
 
     image_column: str | None = None
     """Column of pictures, where a data set has several."""
@@ -88,10 +104,33 @@ class VisionSAERunnerConfig:
     seed: int = 42
     """Seed of everything random."""
 
+    b_dec_init_method: str = "zeros"
+    """Decoder bias to begin with: ``zeros``, or the ``mean`` or ``geometric_median`` of the first
+    buffer of activations."""
+    decoder_init_method: str = "random"
+    """Decoder directions to begin with: ``random``, or centred activations of the first buffer
+    (``data``)."""
+
     dead_feature_window: int = 1000
     """Steps without firing after which a latent counts as dead."""
     feature_sampling_window: int = 2000
     """Steps over which firing frequencies are counted."""
+
+    validation_images: str | None = None
+    """Held-out images to look at while training, as for ``images``; none by default. What is found
+    goes into ``validation.jsonl`` beside the SAE, and to wandb where that is on."""
+    validation_split: str | None = None
+    """Split of the held-out data set."""
+    n_validation_images: int = 256
+    """The first so many of them."""
+    n_validations: int = 10
+    """Looks at them, evenly over the run, the last at its end."""
+    validation_metrics: tuple[str, ...] = ()
+    """Further metrics by their names in ``vp.metrics.available()``."""
+    validation_embedder: str | None = None
+    """Model whose embeddings say which images are alike; by default the model itself."""
+    validation_template: str = "a photo of a {}"
+    """Sentence around a label, for the loss recovered in zero-shot classification."""
 
     logger: LoggingConfig = field(default_factory=_no_wandb)
     """Weights & Biases; off by default."""
@@ -99,13 +138,21 @@ class VisionSAERunnerConfig:
     def __post_init__(self) -> None:
         TokenSelection.parse(self.tokens)
         for name in (
-            "training_tokens",
-            "train_batch_size_tokens",
-            "store_batch_size_images",
-            "lr",
+            *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
+            *("n_validation_images", "n_validations", "n_batches_for_norm_estimate"),
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it has to be above 0")
+        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it cannot be below 0")
+        choices = {
+            "b_dec_init_method": B_DEC_INIT_METHODS,
+            "decoder_init_method": DECODER_INIT_METHODS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(allowed)}")
         if self.training_tokens < self.train_batch_size_tokens:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch of "
@@ -117,10 +164,30 @@ class VisionSAERunnerConfig:
         """Optimiser steps of the run."""
         return -(-self.training_tokens // self.train_batch_size_tokens)
 
+    @property
+    def hook_names(self) -> list[str]:
+        """Hooks whose activations a training step takes: one, or a transcoder's two."""
+        out = self.hook_name_out
+        return [self.hook_name] if out is None else [self.hook_name, out]
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        """Folder of the checkpoints; None where nothing is saved."""
+        if self.output_path is None:
+            return None
+        out = Path(self.output_path)
+        return out.with_name(f"{out.name}.checkpoints")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that the trained weights follow from, as JSON has them."""
+        fields: dict[str, Any] = json.loads(json.dumps(self.to_dict(), default=str))
+        return {name: fields[name] for name in sorted(fields) if name not in NOT_OF_THE_RESULT}
+
     def to_sae_trainer_config(self) -> SAETrainerConfig:
         """What SAELens's trainer takes of this."""
         shared = {f.name for f in dataclasses.fields(SAETrainerConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared}
+        del mine["n_checkpoints"]  # SAELens's are pickles, and cannot be gone on with bit for bit
         mine["lr_end"] = self.lr / 10 if self.lr_end is None else self.lr_end
         return SAETrainerConfig(
             total_training_samples=self.training_tokens,
@@ -153,4 +220,5 @@ class VisionSAERunnerConfig:
         fields = dict(fields)
         fields["sae"] = TrainingSAEConfig.from_dict(dict(fields["sae"]))
         fields["logger"] = LoggingConfig(**fields["logger"])
+        fields["validation_metrics"] = tuple(fields.get("validation_metrics", ()))
         return cls(**fields)

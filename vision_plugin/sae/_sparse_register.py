@@ -1,13 +1,15 @@
-"""Enter the sparse training classes in SAELens's registry."""
+"""Enter the plugin's training classes in SAELens's registry."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import Field, fields
+from typing import Any
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from . import _transcoder
 from ._sparse_training import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
@@ -36,14 +38,20 @@ def sparse_config(config: TrainingSAEConfig) -> TrainingSAEConfig:
     """
     for _, sparse in CLASSES:
         if type(config) is sparse.__mro__[1]:
-            settings = {field.name: getattr(config, field.name) for field in fields(config)}
+            settings = {field.name: _as_declared(field, config) for field in fields(config)}
             # A configuration writes its own architecture's name into its metadata.
             return sparse(**settings | {"metadata": copy.deepcopy(config.metadata)})
     return config
 
 
+def _as_declared(field: Field[Any], config: TrainingSAEConfig) -> Any:
+    """A setting; a whole number where the field holds a float becomes one (BatchTopK's ``k``)."""
+    value = getattr(config, field.name)
+    return float(value) if field.type in (float, "float") and isinstance(value, int) else value
+
+
 def register() -> None:
-    """Register the sparse classes with SAELens; calling it again changes nothing.
+    """Register the sparse classes and the transcoders; calling it again changes nothing.
 
     Raises:
         ValueError: another package has taken one of the names.
@@ -53,3 +61,4 @@ def register() -> None:
         entry = (sae_class, config_class)
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != entry:
             register_sae_training_class(name, *entry)
+    _transcoder.register()

@@ -1,0 +1,139 @@
+"""What a run takes from the data before its first step: scales, and weights to begin with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._sources import Batches
+
+logger = logging.getLogger(__name__)
+
+_SCALE, _WHITEN = "expected_average_only_in", "covariance_whitening"
+_DECODER_NORM = 0.1
+
+
+def estimate_scalers(
+    trainers: Mapping[str, SAETrainer], batches: Batches, *, n_batches: int
+) -> None:
+    """Estimate the activation scales that the SAEs ask for, with SAELens's estimators.
+
+    The batches that it takes come again in training: SAEs that want a scale and SAEs that want
+    none are trained on the same ones.
+
+    Args:
+        trainers: By the SAE's name.
+        batches: By the SAE's name, or one tensor for a single SAE.
+        n_batches: How many to look at.
+    """
+    wanted = {
+        name: kind
+        for name, trainer in trainers.items()
+        if (kind := trainer.sae.cfg.normalize_activations) in (_SCALE, _WHITEN)
+    }
+    if not wanted:
+        return
+    place = batches.state_dict()
+    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for _ in range(n_batches):
+        batch = next(batches)
+        for name, kind in wanted.items():
+            rows = batch[name] if isinstance(batch, dict) else batch
+            # Of rows of one value, SAELens takes the norm of each to be that value.
+            kept[name].append(rows.norm(dim=-1, keepdim=True) if kind == _SCALE else rows)
+    batches.load_state_dict(place)
+    for name, kind in wanted.items():
+        scaler, cfg = trainers[name].activation_scaler, trainers[name].sae.cfg
+        estimate = scaler.estimate_scaling_factor if kind == _SCALE else scaler.estimate_whitening
+        estimate(
+            d_in=cfg.d_in, data_provider=iter(kept[name]), n_batches_for_norm_estimate=n_batches
+        )
+
+
+@torch.no_grad()
+def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) -> None:
+    """Give an SAE its first decoder bias and directions as the configuration says.
+
+    Args:
+        trainer: Its scaler has been estimated: weights live in scaled activations.
+        rows: Activations, [n, d_in]; of a transcoder [n, d_in + d_out].
+        cfg: The run.
+
+    Raises:
+        ValueError: the activations are of another width than the SAE.
+    """
+    sae = trainer.sae
+    width = sae.cfg.d_in + getattr(sae.cfg, "d_out", 0)
+    if rows.shape[1] != width:
+        raise ValueError(
+            f"the SAE takes {width} dimensions, but {' and '.join(cfg.hook_names)} of "
+            f"{cfg.model_name} give {rows.shape[1]}"
+        )
+    if cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random":
+        return
+    rows = trainer.activation_scaler(rows.to(sae.device))[:, -sae.W_dec.shape[1] :]
+    centre = geometric_median(rows) if cfg.b_dec_init_method == "geometric_median" else rows.mean(0)
+    if cfg.b_dec_init_method != "zeros":
+        sae.b_dec.copy_(centre)
+    if cfg.decoder_init_method == "data":
+        _decoder_from(rows - centre, sae, cfg)
+
+
+def _decoder_from(rows: Tensor, sae: Any, cfg: VisionSAERunnerConfig) -> None:
+    """Random rows as directions, and their transpose as encoder, a transcoder's excepted."""
+    rows = rows[rows.norm(dim=-1) > 0]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    chosen = torch.randperm(len(rows), generator=generator)[: sae.cfg.d_sae]
+    if len(chosen) < sae.cfg.d_sae:
+        logger.warning(
+            "the buffer holds %d activations for %d latents: the other decoder directions stay "
+            "random. A larger n_batches_in_buffer gives more",
+            *(len(chosen), sae.cfg.d_sae),
+        )
+    norm = sae.cfg.decoder_init_norm or _DECODER_NORM
+    directions = torch.nn.functional.normalize(rows[chosen.to(rows.device)], dim=-1) * norm
+    sae.W_dec[: len(chosen)] = directions.to(sae.W_dec.dtype)
+    if not hasattr(sae.cfg, "d_out"):
+        sae.W_enc[:, : len(chosen)] = sae.W_dec[: len(chosen)].T
+
+
+def geometric_median(
+    rows: Float[Tensor, "n d_in"], *, tolerance: float = 1e-6, max_iterations: int = 200
+) -> Float[Tensor, " d_in"]:
+    """The point with the least sum of distances to the rows, by Weiszfeld's iteration.
+
+    A few activations of enormous norm, which vision transformers have, move it far less than the
+    mean. Computed in float64.
+
+    Args:
+        rows: At least one.
+        tolerance: Ends the iteration once a step is shorter, relative to the mean distance.
+        max_iterations: Ends it in any case.
+
+    Source: E. Weiszfeld, "Sur le point pour lequel la somme des distances de n points donnés est
+    minimum" (1937).
+    """
+    points = rows.double()
+    median = points.mean(0)
+    for _ in range(max_iterations):
+        distances = (points - median).norm(dim=1)
+        weights = 1 / distances.clamp(min=1e-12)
+        following = (weights @ points) / weights.sum()
+        step = (following - median).norm()
+        median = following
+        if step <= tolerance * distances.mean():
+            break
+    return median.to(rows.dtype)
+
+
+def by_name(batch: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """A batch, or batches by name, with the name of each SAE that takes it."""
+    for name in names:
+        yield name, batch[name] if isinstance(batch, dict) else batch

@@ -1,0 +1,52 @@
+"""The features that fire most, with the pictures they fire on, as a table in wandb."""
+
+from __future__ import annotations
+
+from vision_plugin import metrics
+from vision_plugin.sae._validation import Validator
+from vision_plugin.sae._wandb import WandbRun
+
+N_FEATURES, N_PICTURES, PICTURE_SIZE = 20, 8, 96
+TABLE = "validation/top_features"
+
+
+def log_top_features(run: WandbRun, validator: Validator) -> None:
+    """Log the latents of the last look with the highest monosemanticity that fire on ten pictures.
+
+    Latents that fire on fewer come behind them. Nothing happens where wandb is off.
+
+    Args:
+        run: Where to.
+        validator: Has looked at least once.
+    """
+    latents = validator.latents
+    if not run.cfg.log_to_wandb or latents is None:
+        return
+    import wandb
+
+    held = validator.held_out
+    scores = metrics.monosemanticity(latents, held.embeddings)
+    counts = scores.n_active
+    order = (scores.score.nan_to_num(-1) + 2.0 * (counts >= 10)).argsort(descending=True)
+    top = metrics.top_images(latents, n_top=N_PICTURES)
+    pictures = [f"picture {place + 1}" for place in range(N_PICTURES)]
+    table = wandb.Table(columns=["latent", "monosemanticity", "fires on", *pictures])
+    for latent in order[:N_FEATURES].tolist():
+        if int(counts[latent]) == 0:
+            continue
+        shown = [
+            _picture(validator, held.indices[image], float(latents[image, latent]))
+            for image in top.images[latent].tolist()
+            if image >= 0 and float(latents[image, latent]) > 0
+        ]
+        shown += [None] * (N_PICTURES - len(shown))
+        table.add_data(latent, float(scores.score[latent]), int(counts[latent]), *shown)
+    run.log({TABLE: table}, step=None)
+
+
+def _picture(validator: Validator, index: int, activation: float) -> object:
+    import wandb
+
+    picture = validator.pictures[index].copy()
+    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+    return wandb.Image(picture, caption=f"{validator.pictures.ids[index]}: {activation:.2f}")

@@ -1,0 +1,53 @@
+"""Weights & Biases: a run for the length of a ``with`` block, or nothing at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_lens import LoggingConfig
+
+
+class WandbRun:
+    """A run where one is asked for; otherwise every method does nothing.
+
+    ``WANDB_MODE`` is wandb's to read: ``offline`` writes below ``WANDB_DIR``.
+    """
+
+    def __init__(self, cfg: LoggingConfig, settings: dict[str, Any], run_id: str | None) -> None:
+        """Remember what to begin.
+
+        Args:
+            cfg: Project, name, and whether to log at all.
+            settings: What the run is told of its configuration.
+            run_id: Of the run to go on with.
+        """
+        self.cfg, self.settings = cfg, settings
+        self.id = cfg.wandb_id or run_id
+
+    def __enter__(self) -> WandbRun:
+        if self.cfg.log_to_wandb:
+            import wandb
+
+            run = wandb.init(
+                project=self.cfg.wandb_project,
+                entity=self.cfg.wandb_entity,
+                config=self.settings,
+                name=self.cfg.run_name,
+                id=self.id,
+                resume=None if self.id is None else "allow",
+            )
+            self.id = run.id
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.cfg.log_to_wandb:
+            import wandb
+
+            wandb.finish(exit_code=0 if error[0] is None else 1)
+
+    def log(self, values: dict[str, Any], *, step: int | None) -> None:
+        """Log values of a step; None is the last one that was logged."""
+        if self.cfg.log_to_wandb:
+            import wandb
+
+            wandb.log(values, step=step)
