@@ -33,8 +33,7 @@ def test_a_factor_scores_one_with_its_own_code_and_its_rotation_the_mean(factor:
 def test_mixing_a_factor_with_others_lowers_its_score_step_by_step() -> None:
     scenes = draw(800, seed=6).scenes
     code, _ = one_hot(scenes, "shape")
-    other, _ = one_hot(scenes, "colour")
-    other = other[:, : code.shape[1]]
+    other = code[torch.randperm(len(code), generator=torch.Generator().manual_seed(0))]
     scores = [
         monosemanticity((1 - t) * code + t * other, code).summary()["mean_score"]
         for t in torch.linspace(0, 0.9, 10).tolist()

@@ -170,10 +170,11 @@ def test_the_kernels_need_torch_alone():
         class Refuse:
             def find_spec(self, name, path=None, target=None):
                 if name.partition(".")[0] in REFUSED:
-                    raise ImportError(f"{name} is refused")
+                    raise ModuleNotFoundError(f"{name} is refused", name=name)
 
         REFUSED = {"sae_lens", "transformer_lens", "jaxtyping", "beartype", "wrapt", "rich",
-                   "transformers", "triton", "einops", "safetensors"}
+                   "transformers", "einops", "safetensors", "datasets", "torchmetrics",
+                   "PIL", "tyro", "jinja2"}
         import torch  # which looks for some of these itself
         sys.meta_path.insert(0, Refuse())
         from vision_plugin import kernels

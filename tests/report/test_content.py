@@ -290,7 +290,7 @@ def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
         ({"names": {40: "a"}}, "names names latent 40.*40, from 0"),
         ({"features": []}, "features is empty"),
         ({"features": [-1]}, "latent -1"),
-        ({"features": [1.5]}, "1.5, which is not the number"),
+        ({"features": torch.tensor([1.5])}, "1.5, which is not the number"),
         ({"latents": torch.zeros(3, 40)}, r"\(3, 40\).*60 pictures"),
         ({"tokens": "register"}, "no 'register' token"),
         ({"tokens": "cats"}, "not a kind of token"),

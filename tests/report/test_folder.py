@@ -152,16 +152,16 @@ KILLED = """
     torch.set_num_threads(1)
     import vision_plugin as vp
     from tests.report.conftest import draw_pictures, topk_sae
-    from vision_plugin.report import _report
+    from vision_plugin.report import _build
 
-    write = _report.write_features
+    write = _build.write_features
 
     def stall(folder, pages):
         write(folder, pages)
         print("HALFWAY", flush=True)
         time.sleep(600)
 
-    _report.write_features = stall
+    _build.write_features = stall
     model = vp.load_model(sys.argv[1])
     vp.report(topk_sae(dead=(3, 17)), model, draw_pictures(12), sys.argv[2])
 """

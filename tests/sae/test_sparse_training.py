@@ -116,7 +116,7 @@ def test_200_steps_give_the_same_sae_with_dead_latents_revived(architecture, res
     if architecture == "matryoshka_batchtopk":
         changes["use_matryoshka_aux_loss"] = centre
     data = _mixture(5000)
-    dense, sparse = _pair(architecture, **changes)
+    dense, sparse = _pair(architecture, dtype="float64", **changes)
     expected = _train(dense, data, steps=200)
     found = _train(sparse, data, steps=200)
     assert expected.dead_neurons.any(), "no latent died: the auxiliary loss was not exercised"

@@ -142,7 +142,7 @@ def _bars(counts: Sequence[int], edges: Sequence[float], noun: str) -> tuple[Bar
 
 def _ticks(edges: Sequence[float]) -> tuple[Tick, ...]:
     middle = len(edges) // 2
-    ticks = [Tick(0, compact(edges[0]), "start"), Tick(WIDTH, compact(edges[-1]), "end")]
+    ticks = [Tick(0.0, compact(edges[0]), "start"), Tick(float(WIDTH), compact(edges[-1]), "end")]
     if len(edges) > 4:
         x = round(middle / (len(edges) - 1) * WIDTH, 2)
         ticks.insert(1, Tick(x, compact(edges[middle]), "middle"))

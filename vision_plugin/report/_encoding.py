@@ -69,7 +69,6 @@ class TokenEncoder:
         pixels: Tensor = self.model.preprocess(pictures)
         return pixels
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Iterator[TokenLatents]:
         """Latents of a batch, in parts that fit in memory."""
         activation = self._select(self.harvester(pixels)[self.hook_name])
@@ -77,7 +76,7 @@ class TokenEncoder:
         per_picture = activation.shape[1] * int(self.sae.cfg.d_sae)
         step = max(1, CHUNK_ELEMENTS // per_picture)
         for start in range(0, len(activation), step):
-            with silent_hooks(self.sae):
+            with torch.no_grad(), silent_hooks(self.sae):
                 values = self.sae.encode(activation[start : start + step])
             yield TokenLatents(start, values.to_dense() if values.is_sparse else values)
 
