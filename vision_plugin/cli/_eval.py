@@ -1,7 +1,8 @@
-"""``vision-plugin eval``: score an SAE beside the neurons."""
+"""``vision-plugin eval``: score an SAE beside its controls."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ def run(arguments: Sequence[str]) -> None:
         EvaluationConfig,
         arguments,
         command="eval",
-        description="Score an SAE for fidelity, monosemanticity and steerability, beside the "
-        "raw neurons at the same hook.",
+        description="Score an SAE by any of the registered metrics, beside the raw neurons at the "
+        "same hook and other controls, in one table. `vision-plugin info` lists the metrics.",
     )
     console = Console()
     result = evaluate(cfg, progress=console.is_terminal)
@@ -29,50 +30,75 @@ def run(arguments: Sequence[str]) -> None:
         console.print(note, highlight=False)
 
 
+HEADINGS = {
+    "sae": "SAE",
+    "pca": "PCA",
+    "random": "random directions",
+    "random_model": "random model's neurons",
+}
+
+LABELS = {
+    "fvu/explained_variance": "explained variance",
+    "sparsity/l0": "L0 per token",
+    "monosemanticity/mean_score": "monosemanticity, mean",
+    "monosemanticity/median_score": "monosemanticity, median",
+    "steerability/mean_score": "steerability, mean",
+    "steerability/max_score": "steerability, largest",
+    "steerability/n_steerable": "steerable latents",
+    "steerability/coverage": "distinct concepts",
+}
+
+
 def scores_table(result: Any) -> Table:
-    """SAE and neurons side by side."""
+    """The SAE and its controls side by side, a row for each number of each metric."""
+    from vision_plugin.metrics import headline_of
+
     table = Table(title=f"{len(result.encoded.ids)} images, {result.encoded.tokens} tokens")
     table.add_column("")
-    table.add_column("SAE", justify="right")
-    table.add_column("neurons", justify="right")
-    fidelity = result.encoded.fidelity
-    table.add_row("explained variance", f"{fidelity['explained_variance']:.3f}", "1.000")
-    table.add_row("L0 per token", f"{fidelity['l0']:.1f}", str(result.encoded.neurons.shape[1]))
-    for label, metric, key, form in _ROWS:
-        results = getattr(result, metric)
-        if results is not None:
-            summaries = [results[name].summary() for name in ("sae", "neurons")]
-            table.add_row(label, *(form.format(summary[key]) for summary in summaries))
+    columns = result.dictionaries
+    for key in columns:
+        table.add_column(HEADINGS.get(key, key), justify="right")
+    for metric, by_dictionary in result.results.items():
+        numbers = {key: headline_of(found) for key, found in by_dictionary.items()}
+        names = dict.fromkeys(name for found in numbers.values() for name in found)
+        for name in names:
+            cells = [_cell(numbers.get(key, {}).get(name)) for key in columns]
+            table.add_row(row_label(metric, name, result.embedders), *cells)
     return table
 
 
-_ROWS = (
-    ("latents", "monosemanticity", "n_features", "{}"),
-    ("dead", "monosemanticity", "n_dead", "{}"),
-    ("monosemanticity, mean", "monosemanticity", "mean_score", "{:.3f}"),
-    ("monosemanticity, median", "monosemanticity", "median_score", "{:.3f}"),
-    ("steerability, mean", "steerability", "mean_score", "{:.4f}"),
-    ("steerable latents", "steerability", "n_steerable", "{}"),
-    ("distinct concepts", "steerability", "coverage", "{}"),
-)
+def row_label(metric: str, name: str, embedders: dict[str, bool]) -> str:
+    """What a row is called; an embedder that is the model under study itself is marked."""
+    metric, _, embedder = metric.partition("@")
+    label = LABELS.get(f"{metric}/{name}", f"{metric.replace('_', ' ')}, {name.replace('_', ' ')}")
+    if not embedder:
+        return label
+    return f"{label} ({'the model itself' if embedders[embedder] else embedder})"
 
 
 def notes(result: Any) -> list[str]:
     """What a reader has to know beside the table."""
-    similarity = result.monosemanticity["sae"].mean_similarity
-    lines = [
-        f"Mean similarity of the images: {similarity:.3f}, the score of a latent that fires at "
-        "random."
-    ]
-    if result.own_embeddings:
+    lines = []
+    if result.monosemanticity:
+        similarity = next(iter(result.monosemanticity.values())).mean_similarity
         lines.append(
-            "Similarities are the model's own embeddings; --embedder names an outside encoder."
+            f"Mean similarity of the images: {similarity:.3f}, the score of a latent that fires "
+            "at random."
         )
-    if result.steerability is None:
-        lines.append(
-            "Steerability was left out: --concepts labels, column:NAME or a file names concepts."
-        )
+        if result.own_embeddings:
+            lines.append(
+                "Similarities are the model's own embeddings; --embedder names an outside encoder."
+            )
+    lines += [f"Left out: {name}: {reason}" for name, reason in result.left_out.items()]
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
     path = result.config.output_path or f"{result.config.sae}/evaluation.json"
     return [*lines, f"All numbers, per latent as well: {path}"]
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"

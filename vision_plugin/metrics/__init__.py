@@ -41,6 +41,7 @@ from vision_plugin.metrics._hierarchy import (
 from vision_plugin.metrics._imagecodes import pool_latents
 from vision_plugin.metrics._localization import Localization, LocalizationResult, morans_i
 from vision_plugin.metrics._lossrecovered import LossRecovered, LossRecoveredResult
+from vision_plugin.metrics._metricset import MetricSet
 from vision_plugin.metrics._monosemanticity import (
     Monosemanticity,
     MonosemanticityResult,
@@ -52,8 +53,8 @@ from vision_plugin.metrics._probing import (
     SparseProbing,
     SparseProbingResult,
 )
-from vision_plugin.metrics._registry import MetricInfo, available, build, feed, get, needs
-from vision_plugin.metrics._result import MetricResult
+from vision_plugin.metrics._registry import MetricInfo, available, build, feed, get, needs, takes
+from vision_plugin.metrics._result import MetricResult, headline_of, summary_of
 from vision_plugin.metrics._sparsity import Sparsity, SparsityResult, l0_map
 from vision_plugin.metrics._stability import Stability, StabilityResult, stability
 from vision_plugin.metrics._streaming import StreamingMetric
@@ -97,6 +98,7 @@ __all__ = [
     "LossRecoveredResult",
     "MetricInfo",
     "MetricResult",
+    "MetricSet",
     "Monosemanticity",
     "MonosemanticityResult",
     "Screening",
@@ -120,6 +122,7 @@ __all__ = [
     "feed",
     "frequency_groups",
     "get",
+    "headline_of",
     "hierarchy",
     "l0_map",
     "matryoshka_groups",
@@ -136,6 +139,8 @@ __all__ = [
     "stability",
     "steerability",
     "steerability_curve",
+    "summary_of",
+    "takes",
     "taxonomy_from_columns",
     "top_images",
     "uniqueness",

@@ -63,6 +63,8 @@ class AbsorptionResult(MetricResult):
         n_pairs: pairs tested.
     """
 
+    headline = ("rate", "mean_overlap", "mean_f1_gap", "n_pairs")
+
     rate: float
     mean_overlap: float
     mean_f1_gap: float

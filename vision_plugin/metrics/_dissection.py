@@ -39,6 +39,8 @@ class DissectionResult(MetricResult):
         n_images: images seen.
     """
 
+    headline = ("mean_best_iou", "mean_pointing_at_best", "n_detectors", "n_concepts_found")
+
     iou: Float[Tensor, "k c"]
     pointing: Float[Tensor, "k c"]
     n_trials: Int[Tensor, "k c"]
@@ -76,6 +78,7 @@ class Dissection(StreamingMetric):
     """
 
     higher_is_better = True
+    latents_per = "patch"
 
     intersection: Tensor
     active_area: Tensor

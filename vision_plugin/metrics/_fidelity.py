@@ -34,6 +34,8 @@ class FVUResult(MetricResult):
         definition: of ``fvu``.
     """
 
+    headline = ("explained_variance", "cosine", "fvu")
+
     fvu: float
     explained_variance: float
     cosine: float

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin.metrics._latents import read_latents
 from vision_plugin.metrics._result import MetricResult, mean_of_defined
 from vision_plugin.metrics._taxonomy import TaxonomyPaths, prefix_numbers
 from vision_plugin.metrics._topimages import TopImages
@@ -27,6 +28,9 @@ class HierarchyResult(MetricResult):
             but the root, NaN for a latent left out.
         group_depth: mean over the latents of each group.
         group_size: latents of each group that are in the mean.
+        frequency_depth: mean over the latents that fire equally often, by the power of ten of
+            their firing frequency; empty where that is not known.
+        frequency_size: latents of each of these that are in the mean.
         chance_depth: mean depth over all pairs of images, what random images give.
         n_left_out: latents with fewer positive images than the list is long.
     """
@@ -34,15 +38,19 @@ class HierarchyResult(MetricResult):
     depth: Float[Tensor, " k"]
     group_depth: dict[int, float]
     group_size: dict[int, int]
+    frequency_depth: dict[int, float]
+    frequency_size: dict[int, int]
     chance_depth: float
     n_left_out: int
 
     def summary(self) -> dict[str, float | int]:
-        """Return the mean depth, by group where there are groups, and the counts."""
+        """Return the mean depth, by group and frequency where known, and the counts."""
         groups = {f"depth_group_{group}": depth for group, depth in self.group_depth.items()}
+        rates = {f"depth_1e{power}": depth for power, depth in self.frequency_depth.items()}
         return {
             "mean_depth": mean_of_defined(self.depth),
             **(groups if len(groups) > 1 else {}),
+            **{name: depth for name, depth in rates.items() if not math.isnan(depth)},
             "chance_depth": self.chance_depth,
             "n_features": self.depth.numel(),
             "n_left_out": self.n_left_out,
@@ -53,6 +61,8 @@ def hierarchy(
     top_images: Int[Tensor, "k n_top"],
     taxonomy_paths: TaxonomyPaths,
     groups: Int[Tensor, " groups"] | None = None,
+    *,
+    frequency: Float[Tensor, " k"] | None = None,
 ) -> HierarchyResult:
     """Return the mean depth at which the paths of each latent's top images part.
 
@@ -65,6 +75,7 @@ def hierarchy(
         taxonomy_paths: a path per image, broadest step first; lengths may differ.
         groups: a group number per latent, from :func:`matryoshka_groups` or
             :func:`frequency_groups`; one group by default.
+        frequency: share of the images on which each latent fires, for the depth by frequency.
 
     Raises:
         ValueError: an image has no path, or ``groups`` has another length.
@@ -86,15 +97,14 @@ def hierarchy(
     depth = torch.full((k,), math.nan, dtype=torch.float64)
     for part in torch.split(full.nonzero().squeeze(1), LATENTS_AT_ONCE):
         depth[part] = _mean_shared_steps(nodes[top_images.cpu()[part]])
-    means, sizes = {}, {}
-    for group in sorted(set(groups.tolist())):
-        members = depth[groups.cpu() == group]
-        means[group] = mean_of_defined(members)
-        sizes[group] = int((~members.isnan()).sum())
+    means, sizes = _by_group(depth, groups)
+    rates = ({}, {}) if frequency is None else _by_group(depth, frequency_groups(frequency))
     return HierarchyResult(
         depth=depth,
         group_depth=means,
         group_size=sizes,
+        frequency_depth=rates[0],
+        frequency_size=rates[1],
         chance_depth=_chance_depth(nodes),
         n_left_out=int((~full).sum()),
     )
@@ -129,6 +139,8 @@ class Hierarchy(TopImages):
         n_top: top images per latent, 16 in the paper.
     """
 
+    n_active: Tensor
+
     def __init__(
         self,
         *,
@@ -140,10 +152,29 @@ class Hierarchy(TopImages):
     ) -> None:
         super().__init__(n_features=n_features, n_top=n_top, **kwargs)
         self.taxonomy_paths, self.groups = taxonomy_paths, groups
+        self.add_state("n_active", torch.zeros(n_features).long(), dist_reduce_fx="sum")
+
+    def update(self, latents: Tensor) -> None:
+        """Add images by their latents ``[n, n_features]``, dense, sparse COO or sparse CSR."""
+        read = read_latents(latents.detach().to(self.device), n_features=self.n_features)
+        self.n_active += (read != 0).sum(0) if isinstance(read, Tensor) else read.counts()
+        super().update(latents)
 
     def compute(self) -> HierarchyResult:
         """Return the depths for the top images of all data seen, by all processes."""
-        return hierarchy(self.top().images, self.taxonomy_paths, self.groups)
+        top = self.top()
+        frequency = self.n_active.double() / max(1, top.n_images)
+        return hierarchy(top.images, self.taxonomy_paths, self.groups, frequency=frequency)
+
+
+def _by_group(depth: Tensor, groups: Tensor) -> tuple[dict[int, float], dict[int, int]]:
+    """Return the mean of the defined depths of each group, and how many there are."""
+    means, sizes = {}, {}
+    for group in sorted(set(groups.tolist())):
+        members = depth[groups.cpu() == group]
+        means[group] = mean_of_defined(members)
+        sizes[group] = int((~members.isnan()).sum())
+    return means, sizes
 
 
 def _mean_shared_steps(nodes: Tensor) -> Tensor:

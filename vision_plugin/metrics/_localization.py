@@ -36,6 +36,8 @@ class LocalizationResult(MetricResult):
         min_images: images below which a latent has no score.
     """
 
+    headline = ("mean_score", "share_non_localized", "n_defined")
+
     score: Float[Tensor, " k"]
     n_valid: Int[Tensor, " k"]
     min_images: int
@@ -76,6 +78,7 @@ class Localization(StreamingMetric):
     """
 
     higher_is_better = True
+    latents_per = "patch"
 
     total: Tensor
     n_valid: Tensor

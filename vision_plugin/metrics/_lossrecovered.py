@@ -32,6 +32,8 @@ class LossRecoveredResult(MetricResult):
         n_images: images seen.
     """
 
+    headline = ("recovered", "window", "accuracy_clean", "accuracy_spliced")
+
     recovered: float
     clean: float
     spliced: float

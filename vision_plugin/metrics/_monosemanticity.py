@@ -65,6 +65,8 @@ class MonosemanticityResult(MetricResult):
         images: which definition this is; scores of different definitions do not compare.
     """
 
+    headline = ("mean_score", "median_score", "share_z_above_3", "n_dead", "n_constant", "n_rare")
+
     score: Float[Tensor, " k"]
     n_active: Int[Tensor, " k"]
     reason: tuple[Reason, ...]

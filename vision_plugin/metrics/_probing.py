@@ -49,6 +49,8 @@ class SparseProbingResult(MetricResult):
         n_classes: classes among them.
     """
 
+    headline = ("auc", "majority")
+
     auc: float
     accuracy: dict[int, float]
     majority: float
@@ -139,6 +141,8 @@ class DownstreamPreservationResult(MetricResult):
         n_images: images seen.
         n_sparse_classes: classes with fewer than five held-out images.
     """
+
+    headline = ("preservation", "accuracy_original", "accuracy_reconstructed")
 
     preservation: float
     accuracy_original: float

@@ -5,10 +5,33 @@ A package lists its metric classes under the entry-point group ``vision_plugin.m
     [project.entry-points."vision_plugin.metrics"]
     my_metric = "my_package.metrics:MyMetric"
 
-A metric is a ``torchmetrics.Metric``. It says what it needs by the names of its parameters: those
-of the constructor are taken from what is known before the data (``n_features``, ``d_embed``,
-``grid_size``, ...), those of ``update`` from each batch (``latents``, ``embeddings``, ``labels``,
-...). :func:`build` and :func:`feed` do that matching.
+A metric is a ``torchmetrics.Metric``. It says what it needs by the names of its parameters, and
+leaves out what it does not need. Whoever runs it (``vision-plugin eval``, an evaluator during
+training, :class:`MetricSet`) matches those names. The constructor's come from what is known before
+the data:
+
+    n_features, d_in, d_embed    latents, width of the activations, width of the embeddings
+    grid_size, token_kinds       rows and columns of patches; kind of each token of an image
+    model, sae, tokens           what is under study, and the kind of token
+    text_embeddings, concepts    a vocabulary; class_names: the classes behind the labels
+    taxonomy_paths, groups, sibling_groups, domains, n_concepts
+
+and those of ``update`` from each batch of ``n`` images:
+
+    latents                      image-level ``[n, n_features]``; see below
+    activations, reconstruction  ``[n, tokens, d_in]``
+    embeddings                   ``[n, d_embed]`` by an outside encoder
+    labels, masks, pixels, image_ids
+    logits, spliced_logits, ablated_logits    zero-shot, ``[n, classes]``
+    decoder, other               directions of two dictionaries, without any image
+
+A class that wants its latents before they are reduced to one row per image says so by a class
+attribute: ``latents_per = "token"`` for ``[n, tokens, n_features]`` or ``latents_per = "patch"``
+for ``[n, patches, n_features]``, patches alone. Batches carry these as ``token_latents`` and
+``patch_latents``.
+
+``compute`` returns a :class:`MetricResult`, a mapping of numbers, a number, or a tensor with an
+entry per latent.
 """
 
 from __future__ import annotations
@@ -85,18 +108,19 @@ def get(name: str) -> type[Metric]:
     return metric
 
 
-def build(name: str, known: Mapping[str, Any]) -> Metric:
+def build(metric: str | type[Metric], known: Mapping[str, Any]) -> Metric:
     """Construct a metric from whatever its constructor names.
 
     Args:
-        name: a registered name.
+        metric: a registered name, or a class.
         known: values by parameter name; those that the constructor does not name are ignored.
 
     Raises:
         ValueError: a required parameter is not known.
     """
-    metric = get(name)
-    return metric(**_arguments(metric.__init__, known, f"metric {name!r}"))
+    found = get(metric) if isinstance(metric, str) else metric
+    who = f"metric {metric!r}" if isinstance(metric, str) else metric.__name__
+    return found(**_arguments(found.__init__, known, who))
 
 
 def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
@@ -109,13 +133,41 @@ def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a required value is not in the batch.
     """
-    metric.update(**_arguments(type(metric).update, batch, f"{type(metric).__name__}.update"))
+    who = f"{type(metric).__name__}.update"
+    names = _batch_names(type(metric))
+    metric.update(**_arguments(type(metric).update, batch, who, names))
 
 
-def needs(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the required parameters of a metric's constructor and of its ``update``."""
-    metric = get(name)
-    return _required(metric.__init__), _required(metric.update)
+def needs(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what a metric cannot do without: parameters of its constructor, entries of a batch.
+
+    Args:
+        metric: a registered name, or a class.
+    """
+    metric = get(metric) if isinstance(metric, str) else metric
+    names = _batch_names(metric)
+    wanted = tuple(names.get(item, item) for item in _required(metric.update))
+    return _required(metric.__init__), wanted
+
+
+def takes(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return all that a metric makes use of, what it can do without included; see :func:`needs`."""
+    metric = get(metric) if isinstance(metric, str) else metric
+    names = _batch_names(metric)
+    used = tuple(names.get(item.name, item.name) for item in _parameters(metric.update))
+    return tuple(item.name for item in _parameters(metric.__init__)), used
+
+
+def _batch_names(metric: type[Metric]) -> dict[str, str]:
+    """Which entry of a batch stands for a parameter of another name."""
+    level = getattr(metric, "latents_per", "image")
+    levels = {"image": {}, "token": {"latents": "token_latents"}}
+    levels["patch"] = {"latents": "patch_latents"}
+    if level not in levels:
+        raise ValueError(
+            f"{metric.__name__}.latents_per is {level!r}; it must be one of {sorted(levels)}"
+        )
+    return levels[level]
 
 
 def _points() -> dict[str, list[EntryPoint]]:
@@ -158,8 +210,17 @@ def _required(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(item.name for item in parameters if item.default is inspect.Parameter.empty)
 
 
-def _arguments(function: Callable[..., Any], known: Mapping[str, Any], who: str) -> dict[str, Any]:
-    missing = [name for name in _required(function) if name not in known]
+def _arguments(
+    function: Callable[..., Any],
+    known: Mapping[str, Any],
+    who: str,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    names = names or {}
+    missing = [
+        names.get(name, name) for name in _required(function) if names.get(name, name) not in known
+    ]
     if missing:
         raise ValueError(f"{who} needs {missing}, and only {sorted(known)} are at hand")
-    return {item.name: known[item.name] for item in _parameters(function) if item.name in known}
+    pairs = ((item.name, names.get(item.name, item.name)) for item in _parameters(function))
+    return {name: known[source] for name, source in pairs if source in known}

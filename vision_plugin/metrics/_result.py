@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,9 +16,13 @@ RARE_BELOW = 10
 class MetricResult:
     """Base of the result records. Subclasses are frozen dataclasses.
 
-    A subclass says what a table shows by overriding :meth:`summary`. NaN stands for "undefined" in
-    tensors and summaries; how many entries are undefined is always reported beside it.
+    A subclass says what a table shows by overriding :meth:`summary`, and may name in ``headline``
+    the few of those numbers that stand for the rest. NaN stands for "undefined" in tensors and
+    summaries; how many entries are undefined is always reported beside it.
     """
+
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Entries of the summary that a table with many metrics shows; all of them by default."""
 
     def summary(self) -> dict[str, float | int]:
         """Return the scalars worth a row in a table, by name."""
@@ -32,6 +36,47 @@ class MetricResult:
         """Return every field as plain JSON types; NaN and infinities become ``None``."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return {field.name: to_json(getattr(self, field.name)) for field in fields}
+
+
+def summary_of(result: Any) -> dict[str, float | int]:
+    """Return the scalars of whatever a metric computed: a record, a mapping, a number, a tensor.
+
+    A tensor with an entry per latent is summarised by ``mean_score`` over the entries that are not
+    NaN and ``n_undefined``.
+
+    Raises:
+        TypeError: there is no number in it.
+    """
+    if isinstance(result, MetricResult):
+        return result.summary()
+    if isinstance(result, Mapping):
+        numbers = {str(name): _number(value) for name, value in result.items()}
+        found = {name: value for name, value in numbers.items() if value is not None}
+    elif isinstance(result, Tensor) and result.numel() != 1:
+        values = result.detach().double().flatten()
+        found = {"mean_score": mean_of_defined(values), "n_undefined": int(values.isnan().sum())}
+    else:
+        number = _number(result)
+        found = {} if number is None else {"value": number}
+    if not found:
+        raise TypeError(
+            f"a metric returned {type(result).__name__}, in which there is no number: return a "
+            "MetricResult, a mapping of numbers, a number or a tensor"
+        )
+    return found
+
+
+def headline_of(result: Any) -> dict[str, float | int]:
+    """Return the few entries of the summary that a table shows."""
+    numbers = summary_of(result)
+    names = getattr(result, "headline", ())
+    return {name: numbers[name] for name in names if name in numbers} or numbers
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, (bool, int, float)) else None
 
 
 def to_json(value: Any) -> Any:

@@ -39,6 +39,8 @@ class SparsityResult(MetricResult):
         n_tokens: tokens seen.
     """
 
+    headline = ("l0", "n_dead", "n_rare", "n_dense")
+
     l0: float
     l0_by_kind: dict[str, float]
     l0_by_position: Float[Tensor, " n_positions"]
@@ -69,6 +71,7 @@ class Sparsity(StreamingMetric):
     """
 
     higher_is_better = False
+    latents_per = "token"
 
     n_images: Tensor
     n_active: Tensor

@@ -33,6 +33,8 @@ class StabilityResult(MetricResult):
         n_zero: directions of norm 0, left out of both.
     """
 
+    headline = ("mean_max_cosine", "mean_matched_cosine", "share_above_0.9")
+
     max_cosine: Float[Tensor, " k1"]
     max_cosine_back: Float[Tensor, " k2"]
     matched_cosine: Float[Tensor, " k1"] | None

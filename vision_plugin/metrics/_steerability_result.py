@@ -50,6 +50,8 @@ class SteerabilityResult(MetricResult):
         concepts: names of the concepts, where they were given.
     """
 
+    headline = ("mean_score", "max_score", "n_steerable", "coverage")
+
     score: Float[Tensor, " k"]
     power: Float[Tensor, " k"]
     ratio: Float[Tensor, " k"]

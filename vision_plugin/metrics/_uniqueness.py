@@ -35,6 +35,8 @@ class UniquenessResult(MetricResult):
         n_left_out: latents without a top image (dead): their index is 0/0.
     """
 
+    headline = ("mean_jaccard", "share_above_0", "share_above_0.5", "n_left_out")
+
     thresholds: tuple[float, ...]
     share_above: tuple[float, ...]
     max_jaccard: Float[Tensor, " k"]

@@ -1,127 +1,123 @@
-"""``vision-plugin eval``: a trained SAE beside the raw neurons, on pictures and concepts."""
+"""``vision-plugin eval``: a trained SAE beside its controls, by any of the registered metrics."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vision_plugin.activations import open_images
-from vision_plugin.metrics._controls import neuron_dictionary
-from vision_plugin.metrics._monosemanticity import MonosemanticityResult, monosemanticity
-from vision_plugin.metrics._result import to_json
-from vision_plugin.metrics._steerability import steerability
+from vision_plugin.metrics._evaluation_config import USUAL_METRICS, Control, EvaluationConfig
+from vision_plugin.metrics._evaluation_facts import Facts, read_concepts
+from vision_plugin.metrics._evaluation_pass import OWN, Run
+from vision_plugin.metrics._evaluation_subjects import choose_metrics, make_subjects
+from vision_plugin.metrics._monosemanticity import MonosemanticityResult
+from vision_plugin.metrics._result import summary_of, to_json
 from vision_plugin.metrics._steerability_result import SteerabilityResult
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models._fit import check_fit
-from vision_plugin.sae._encoding import EncodedImages, encode_images
+from vision_plugin.sae._encoding import EncodedImages
 from vision_plugin.sae.foreign import load_sae
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "vision_plugin.evaluation/1"
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What to score an SAE on."""
-
-    sae: str
-    """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
-    model_name: str | None = None
-    """The model; by default the one the SAE's metadata names."""
-    embedder: str | None = None
-    """Model whose embeddings say which images are alike; by default the model itself, which the
-    result then marks, since an outside encoder is the stricter judge."""
-    concepts: str | None = None
-    """For steerability: ``labels`` or ``column:NAME`` of the images, or a text file, a concept a
-    line."""
-    concept_template: str = "{}"
-    """Sentence around a concept, for example ``a picture of {}``."""
-    output_path: str | None = None
-    """JSON file of the results; ``evaluation.json`` beside the SAE by default."""
-    tokens: str | None = None
-    """Which tokens to encode and steer; by default those the SAE was trained on."""
-    pooling: str = "max"
-    """Image-level latents are the ``max`` or the ``mean`` over tokens."""
-    monosemanticity_images: str = "all"
-    """``all`` or ``top16``: the two definitions in use."""
-    steering_images: int = 32
-    """Images to steer on; 0 leaves steerability out."""
-    strength: float = 150.0
-    """Value that a latent, or neuron, is set to."""
-    batch_size: int = 64
-    """Images per forward pass."""
-    image_column: str | None = None
-    """Column of pictures, where a data set has several."""
-    split: str | None = None
-    """Split of a data set."""
-    device: str = "cpu"
-    """Where to compute."""
-
-    def __post_init__(self) -> None:
-        choices = {"pooling": ("max", "mean"), "monosemanticity_images": ("all", "top16")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use {' or '.join(allowed)}")
+__all__ = [
+    "USUAL_METRICS",
+    "Control",
+    "Evaluation",
+    "EvaluationConfig",
+    "evaluate",
+    "evaluate_with",
+    "model_of",
+    "read_concepts",
+    "write_json",
+]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An SAE's scores, and the neurons' beside them."""
+    """An SAE's scores, and those of its controls beside them."""
 
     config: EvaluationConfig
     encoded: EncodedImages
-    monosemanticity: dict[str, MonosemanticityResult]
-    """By dictionary: ``sae`` and ``neurons``."""
-    steerability: dict[str, SteerabilityResult] | None
-    """Likewise; None where no concepts were given."""
+    """Image-level latents, neurons and embeddings."""
+    results: dict[str, dict[str, Any]]
+    """By metric and then by dictionary: ``sae``, and the controls by name. With several embedders
+    a metric that uses embeddings is there once for each, as ``metric@embedder``."""
     concepts: list[str]
-    own_embeddings: bool
-    """Whether the similarities are the model's own."""
+    embedders: dict[str, bool]
+    """By name, whether it is the model under study itself."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why a metric, or ``metric/dictionary``, has no result."""
+
+    @property
+    def monosemanticity(self) -> dict[str, MonosemanticityResult]:
+        """By dictionary, with the first embedder; empty where it was not asked for."""
+        first = next(iter(self.embedders))
+        found = self.results.get("monosemanticity")
+        return found or self.results.get(f"monosemanticity@{first}", {})
+
+    @property
+    def steerability(self) -> dict[str, SteerabilityResult] | None:
+        """By dictionary; None where there were no concepts or it was not asked for."""
+        return self.results.get("steerability")
+
+    @property
+    def dictionaries(self) -> list[str]:
+        """What was scored: ``sae`` first."""
+        return list(dict.fromkeys(["sae", *(key for by in self.results.values() for key in by)]))
+
+    @property
+    def own_embeddings(self) -> bool:
+        """Whether the similarities are the model's own throughout."""
+        return all(self.embedders.values())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the configuration, summaries, and every number per latent."""
-        per_latent: dict[str, Any] = {
-            "monosemanticity": {k: v.to_dict() for k, v in self.monosemanticity.items()}
-        }
-        if self.steerability is not None:
-            per_latent["steerability"] = {
-                name: {k: v for k, v in result.to_dict().items() if k not in ("delta", "concepts")}
-                for name, result in self.steerability.items()
-            }
+        per_latent: dict[str, Any] = {}
+        details: dict[str, Any] = {}
+        for name, by_dictionary in self.results.items():
+            has_scores = isinstance(getattr(by_dictionary.get("sae"), "score", None), Tensor)
+            place = per_latent if has_scores else details
+            place[name] = {key: _plain(result) for key, result in by_dictionary.items()}
         return {
             "schema": SCHEMA,
             "config": asdict(self.config),
             "embeddings": "model" if self.own_embeddings else "external",
+            "embedders": {
+                name: "model" if is_own else "external" for name, is_own in self.embedders.items()
+            },
             "n_images": len(self.encoded.ids),
             "bad_images": self.encoded.bad_images,
             "fidelity": to_json(self.encoded.fidelity),
             "summary": to_json(self.summaries()),
+            "left_out": self.left_out,
             "concepts": self.concepts,
             "per_latent": per_latent,
+            "details": details,
         }
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """Summaries of each metric by dictionary."""
-        table = {f"monosemanticity/{name}": r.summary() for name, r in self.monosemanticity.items()}
-        if self.steerability is not None:
-            table |= {f"steerability/{n}": r.summary() for n, r in self.steerability.items()}
-        return table
+        """Summaries as ``metric/dictionary``."""
+        return {
+            f"{name}/{key}": summary_of(result)
+            for name, by_dictionary in self.results.items()
+            for key, result in by_dictionary.items()
+        }
 
 
 def evaluate(cfg: EvaluationConfig, *, progress: bool = False) -> Evaluation:
-    """Score an SAE and the neurons it reads, and write the results as JSON.
+    """Score an SAE and its controls, and write the results as JSON.
 
     Raises:
-        ValueError: the SAE, model, images or concepts are not there or do not fit together.
+        ValueError: the SAE, model, images, concepts or metrics are not there or do not fit
+            together.
     """
     sae = load_sae(cfg.sae, device=cfg.device)
     model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
@@ -143,72 +139,35 @@ def evaluate_with(
     progress: bool = False,
 ) -> Evaluation:
     """:func:`evaluate` for a model, an SAE, pictures and concepts in hand."""
-    embedder = model if cfg.embedder is None else load_model(cfg.embedder, device=cfg.device)
-    encoded = encode_images(
-        model,
-        sae,
-        pictures,
-        tokens=cfg.tokens,
-        pooling=cfg.pooling,  # type: ignore[arg-type]  # checked in __post_init__
-        embedders={"embedder": embedder},
-        batch_size=cfg.batch_size,
-        progress=progress,
-    )
+    facts = Facts(cfg, pictures, concepts)
+    embedders = _embedders(cfg, model, sae)
+    paths: list[Any] = []
+    subjects = make_subjects(cfg, model, sae, facts, paths)
+    chosen, left_out = choose_metrics(cfg, subjects[0], facts)
+    # Steering has a way of its own, which runs the model below the hook once for all latents.
+    of_pass = [name for name in chosen if name != "steerability"]
+    run = Run(cfg, facts, subjects, of_pass, embedders, paths)
+    encoded = run.score_images(progress=progress)
+    run.score_domains(progress=progress)
+    run.compare_weights()
+    results, failures = run.compute()
+    if "steerability" in chosen:
+        steered, unsteered = run.steer(encoded.indices)
+        failures |= unsteered
+        results |= {"steerability": steered} if steered else {}
+    if not results and chosen:
+        raise ValueError(f"no metric could be computed: {next(iter(failures.values()))}")
+    encoded.fidelity.update(_fidelity(results))
     result = Evaluation(
         config=cfg,
         encoded=encoded,
-        monosemanticity=score_monosemanticity(encoded, cfg.monosemanticity_images),
-        steerability=_score_steerability(cfg, model, sae, pictures, encoded, concepts),
+        results={name: results[name] for name in _order(cfg, results)},
         concepts=concepts,
-        own_embeddings=cfg.embedder is None,
+        embedders={name: name == OWN for name in embedders},
+        left_out=left_out | failures,
     )
     write_json(result.to_dict(), Path(cfg.output_path or Path(cfg.sae) / "evaluation.json"))
     return result
-
-
-def score_monosemanticity(
-    encoded: EncodedImages, images: str = "all"
-) -> dict[str, MonosemanticityResult]:
-    """Monosemanticity of the SAE's latents and of the neurons, on the same images."""
-    embeddings = encoded.embeddings["embedder"]
-    dictionaries: dict[str, Tensor] = {"sae": encoded.latents, "neurons": encoded.neurons}
-    return {
-        name: monosemanticity(latents, embeddings, images=images)  # type: ignore[arg-type]
-        for name, latents in dictionaries.items()
-    }
-
-
-def _score_steerability(
-    cfg: EvaluationConfig,
-    model: VisionBridge,
-    sae: Any,
-    pictures: Any,
-    encoded: EncodedImages,
-    concepts: list[str],
-) -> dict[str, SteerabilityResult] | None:
-    if not concepts:
-        logger.info("no concepts were given: steerability is left out")
-        return None
-    texts = model.encode_text([cfg.concept_template.format(concept) for concept in concepts])
-    step = max(1, len(encoded.indices) // cfg.steering_images)
-    chosen = encoded.indices[::step][: cfg.steering_images]
-    pixels = model.preprocess([pictures[i] for i in chosen])
-    hook_name = sae.cfg.metadata["hook_name"]
-    neurons = neuron_dictionary(int(sae.cfg.d_in)).at(hook_name)
-    with torch.no_grad():
-        return {
-            name: steerability(
-                model,
-                dictionary,
-                pixels,
-                texts,
-                strength=cfg.strength,
-                tokens=encoded.tokens,
-                concepts=concepts,
-                keep_delta=False,
-            )
-            for name, dictionary in {"sae": sae, "neurons": neurons}.items()
-        }
 
 
 def model_of(sae: Any, path: str) -> str:
@@ -223,35 +182,6 @@ def model_of(sae: Any, path: str) -> str:
     return str(name)
 
 
-def read_concepts(concepts: str | None, pictures: Any) -> list[str]:
-    """Distinct concepts, from a column of the images or a text file; none where None.
-
-    Raises:
-        ValueError: there is no such column, or the file is empty.
-        FileNotFoundError: there is no such file.
-    """
-    if concepts is None:
-        return []
-    kind, _, column = concepts.partition(":")
-    if concepts == "labels":
-        if pictures.labels is None:
-            raise ValueError("--concepts labels: these images have no labels")
-        return list(dict.fromkeys(pictures.labels))
-    if kind == "column":
-        return list(dict.fromkeys(str(value) for value in pictures.column(column)))
-    path = Path(concepts)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--concepts {concepts}: there is no such file; a column of the images is written "
-            "column:NAME, their labels are written labels"
-        )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = list(dict.fromkeys(line for line in lines if line))
-    if not found:
-        raise ValueError(f"{concepts} has no concepts: write one a line")
-    return found
-
-
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write strict JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,3 +191,36 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _embedders(cfg: EvaluationConfig, model: VisionBridge, sae: Any) -> dict[str, VisionBridge]:
+    """Models by name; the model under study is called ``model`` however it was named."""
+    itself = {OWN, cfg.model_name, sae.cfg.metadata.get("model_name")}
+    names = dict.fromkeys(OWN if name in itself else name for name in cfg.embedder or (OWN,))
+    return {name: model if name == OWN else load_model(name, device=cfg.device) for name in names}
+
+
+def _fidelity(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The numbers that every reader looks for first, where they were computed."""
+    found: dict[str, float] = {}
+    if "fvu" in results:
+        fvu = results["fvu"]["sae"]
+        found |= {"explained_variance": fvu.explained_variance, "cosine": fvu.cosine}
+    if "sparsity" in results:
+        found["l0"] = results["sparsity"]["sae"].l0
+    return found
+
+
+def _order(cfg: EvaluationConfig, results: dict[str, Any]) -> list[str]:
+    """Metrics in the order in which they were asked for."""
+    wanted = list(cfg.metrics or USUAL_METRICS)
+    place = {name: index for index, name in enumerate(wanted)}
+    return sorted(results, key=lambda name: place.get(name.partition("@")[0], len(place)))
+
+
+def _plain(result: Any) -> Any:
+    """A result as JSON, without what is as large as the vocabulary times the latents."""
+    plain = to_json(result)
+    if isinstance(result, SteerabilityResult):
+        plain = {name: value for name, value in plain.items() if name not in ("delta", "concepts")}
+    return plain

@@ -1,0 +1,217 @@
+"""What one batch of images offers to the metrics, computed only where a metric asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_plugin.metrics._evaluation_facts import Facts
+from vision_plugin.models import Harvester, TokenSelection, VisionBridge
+from vision_plugin.models._splicing import run
+
+LATENT_ELEMENTS = 2**27
+"""Largest latent tensor of a batch (512 MiB in float32)."""
+
+
+class LazyBatch(Mapping[str, Any]):
+    """Values by name that are made when they are first read."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
+        self._makers = dict(makers)
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def plus(self, **values: Any) -> LazyBatch:
+        """The same with more values; each of the others is still made once for both."""
+        same = {name: partial(self.__getitem__, name) for name in self._makers}
+        more = LazyBatch(same | dict.fromkeys(values, dict))
+        more._made = values
+        return more
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model, the hook that is read, and the tokens that are selected there."""
+
+    model: VisionBridge
+    hook_name: str
+    hook_out: str
+    """Where the decoder writes: the same hook, but for a transcoder."""
+    tokens: str
+
+    @property
+    def selection(self) -> TokenSelection:
+        """The selected tokens."""
+        return TokenSelection.parse(self.tokens)
+
+    @property
+    def token_kinds(self) -> tuple[str, ...] | None:
+        """Kind of each selected token of an image; None for random tokens."""
+        if self.selection.n_random is not None:
+            return None
+        layout = self.model.token_layout()
+        kinds = ["cls"] * layout.n_cls + ["register"] * layout.n_registers
+        kinds += ["patch"] * layout.n_patches
+        return tuple(kinds[row] for row in layout.indices(self.selection.kind).tolist())
+
+    @property
+    def patch_rows(self) -> Tensor | None:
+        """Places of the patches among the selected tokens; None where they are not all there."""
+        kinds = self.token_kinds or ()
+        rows = torch.tensor([row for row, kind in enumerate(kinds) if kind == "patch"])
+        return rows if len(rows) == self.model.token_layout().n_patches else None
+
+    def images_at_once(self, d_sae: int, batch_size: int) -> int:
+        """Images whose token-level latents fit in memory together."""
+        n_tokens = self.selection.n_random or len(self.token_kinds or ())
+        return min(batch_size, max(1, LATENT_ELEMENTS // (max(1, n_tokens) * d_sae)))
+
+    def reader(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """A function from pixels to the selected activations and what they are decoded to."""
+        names = list(dict.fromkeys([self.hook_name, self.hook_out]))
+        harvester, layout = Harvester(self.model, names), self.model.token_layout()
+        selection = self.selection
+
+        def read(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            found = harvester(pixels)
+            rows = selection.rows(layout, len(pixels))
+            source, target = (
+                _select(found[name], rows, keep_all=selection == TokenSelection("all"))
+                for name in (self.hook_name, self.hook_out)
+            )
+            return source, target
+
+        return read
+
+
+def _select(activation: Tensor, rows: Tensor, *, keep_all: bool) -> Tensor:
+    """Activations of the selected tokens, ``[n, tokens, d]``; one token where there is no axis."""
+    if activation.ndim == 4:
+        activation = activation.flatten(-2)
+    if activation.ndim == 2:
+        return activation.unsqueeze(1)
+    if keep_all:
+        return activation
+    rows = rows.to(activation.device)
+    return activation.gather(1, rows[..., None].expand(-1, -1, activation.shape[-1]))
+
+
+def offered(site: Site, facts: Facts) -> set[str]:
+    """Names of what a batch will hold, embeddings included."""
+    names = {"latents", "token_latents", "activations", "reconstruction", "embeddings"}
+    names |= {"pixels", "image_ids"}
+    if site.patch_rows is not None:
+        names.add("patch_latents")
+    if facts.has_labels:
+        names.add("labels")
+        if site.model.texts is not None and site.model.adapter.has_joint_space:
+            names |= {"logits", "spliced_logits", "ablated_logits"}
+    if facts.cfg.masks is not None:
+        names.add("masks")
+    if facts.cfg.domain_images:
+        names.add("domain")
+    return names
+
+
+def make_batch(
+    site: Site,
+    dictionary: Any,
+    facts: Facts,
+    indices: list[int],
+    pixels: Tensor,
+    activations: tuple[Tensor, Tensor],
+    class_texts: Tensor | None,
+) -> LazyBatch:
+    """Everything that one batch of images offers for one dictionary but the embeddings."""
+    source, target = activations
+    with torch.no_grad():
+        latents = dictionary.encode(source)
+    makers: dict[str, Callable[[], Any]] = {
+        "latents": lambda: pool(latents, facts.cfg.pooling),
+        "token_latents": lambda: latents,
+        "activations": lambda: target,
+        "reconstruction": lambda: _reconstruction(dictionary, source, latents),
+        "pixels": lambda: pixels,
+        "image_ids": lambda: [facts.pictures.ids[index] for index in indices],
+    }
+    rows = site.patch_rows
+    if rows is not None:
+        makers["patch_latents"] = lambda: latents[:, rows.to(latents.device)]
+    if facts.has_labels:
+        makers["labels"] = lambda: facts.labels[indices]
+    if class_texts is not None:
+        model = site.model
+        makers["logits"] = lambda: _logits(model, pixels, class_texts)
+        makers["spliced_logits"] = lambda: _spliced(site, dictionary, pixels, class_texts)
+        makers["ablated_logits"] = lambda: _spliced(site, _Zeros(dictionary), pixels, class_texts)
+    masks = facts.masks
+    if masks is not None:
+        makers["masks"] = lambda: masks.batch(site.model, indices)
+    batch = LazyBatch(makers)
+    if getattr(dictionary.cfg, "normalize_activations", None) not in (None, "none"):
+        # An SAE that rescales its input keeps the scale from an encode to the next decode only.
+        batch["reconstruction"]
+    return batch
+
+
+def pool(latents: Tensor, pooling: str) -> Tensor:
+    """Image-level latents ``[n, k]`` from ``[n, tokens, k]``."""
+    return latents.amax(dim=1) if pooling == "max" else latents.mean(dim=1)
+
+
+@torch.no_grad()
+def _reconstruction(dictionary: Any, source: Tensor, latents: Tensor) -> Tensor:
+    if getattr(dictionary, "W_skip", None) is not None:
+        return run(dictionary, source)
+    decoded: Tensor = dictionary.decode(latents)
+    return decoded
+
+
+class _Zeros(nn.Module):
+    """A dictionary that reconstructs nothing, for ablation."""
+
+    use_error_term = False
+
+    def __init__(self, dictionary: Any) -> None:
+        super().__init__()
+        self.cfg = dictionary.cfg
+        self.hook_dict: dict[str, Any] = {}
+        self.device, self.dtype = dictionary.device, dictionary.dtype
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The activation itself."""
+        return x
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Zeros."""
+        width = getattr(self.cfg, "d_out", None) or self.cfg.d_in
+        return feature_acts.new_zeros(*feature_acts.shape[:-1], width)
+
+
+@torch.no_grad()
+def _logits(model: VisionBridge, pixels: Tensor, class_texts: Tensor) -> Tensor:
+    return model.logit_scale * model.encode_image(pixels) @ class_texts.T + model.logit_bias
+
+
+@torch.no_grad()
+def _spliced(site: Site, dictionary: Any, pixels: Tensor, class_texts: Tensor) -> Tensor:
+    with site.model.saes([dictionary], use_error_term=False, tokens=site.tokens):
+        return _logits(site.model, pixels, class_texts)

@@ -1,0 +1,263 @@
+"""One pass of the images through the model, the dictionaries and the embedders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_plugin.metrics._evaluation_batch import LazyBatch, Site, make_batch, pool
+from vision_plugin.metrics._evaluation_config import EvaluationConfig
+from vision_plugin.metrics._evaluation_facts import Facts
+from vision_plugin.metrics._evaluation_subjects import WEIGHTS, Subject, read_batches
+from vision_plugin.metrics._metricset import MetricSet
+from vision_plugin.metrics._registry import feed, needs, takes
+from vision_plugin.metrics._steerability import steerability
+from vision_plugin.metrics._steerability_result import SteerabilityResult
+from vision_plugin.models import VisionBridge
+from vision_plugin.sae._encoding import EncodedImages
+from vision_plugin.sae.foreign import load_sae
+
+logger = logging.getLogger(__name__)
+
+OWN = "model"
+"""Name of the model under study among the embedders."""
+
+
+@dataclass
+class Run:
+    """An evaluation under way.
+
+    Attributes:
+        cfg: what was asked for.
+        facts: of the images.
+        subjects: the SAE first.
+        metrics: names of the metrics that see the images, and of those that see weights alone.
+        embedders: models by name.
+        paths: taxonomy paths of the images read so far, shared with the metrics.
+    """
+
+    cfg: EvaluationConfig
+    facts: Facts
+    subjects: list[Subject]
+    metrics: list[str]
+    embedders: dict[str, VisionBridge]
+    paths: list[Any]
+
+    @property
+    def site(self) -> Site:
+        """Where the SAE reads."""
+        return self.subjects[0].site
+
+    def score_images(self, *, progress: bool = False) -> EncodedImages:
+        """Feed every metric with every image.
+
+        Raises:
+            ValueError: no image could be read, or a metric refused its input.
+        """
+        cfg, facts, model = self.cfg, self.facts, self.site.model
+        of_images = [n for n in self.metrics if not WEIGHTS & set(needs(n)[1])]
+        class_texts = self._class_texts(of_images)
+        keep = _Keeper()
+        bad: dict[str, str] = {}
+        feeder = _Feeder(self.subjects, facts, class_texts)
+        for batch in read_batches(facts.pictures, self._at_once(), bad, progress=progress):
+            indices, images = list(batch), list(batch.values())
+            pixels = model.preprocess(images)
+            embeddings = {name: self._embed(name, images, pixels) for name in self.embedders}
+            if not self.subjects[0].sets:
+                widths = {name: embedded.shape[1] for name, embedded in embeddings.items()}
+                for subject in self.subjects:
+                    subject.build(of_images, widths, cfg.options())
+            if facts.taxonomy_paths is not None:
+                self.paths += [facts.taxonomy_paths[index] for index in indices]
+            extra = {"domain": "home"} if cfg.domain_images else {}
+            for subject, source, offer in feeder(indices, pixels):
+                with_domain = offer.plus(**extra) if extra else offer
+                for embedder, metrics in subject.sets.items():
+                    one = with_domain
+                    if embedder is not None:
+                        one = with_domain.plus(embeddings=embeddings[embedder])
+                    metrics.update(one)
+                if subject is self.subjects[0]:
+                    keep.add(indices, offer["latents"], pool(source, cfg.pooling), embeddings)
+        if not keep.indices:
+            raise ValueError("none of the images could be read")
+        return keep.finish(facts.pictures, bad, self.site.tokens, cfg)
+
+    def score_domains(self, *, progress: bool = False) -> None:
+        """Feed the images of other domains to the metrics that ask for a domain."""
+        model = self.site.model
+        bare = replace(self.cfg, labels=None, taxonomy=None, masks=None)
+        for name, pictures in self.facts.domains.items():
+            feeder = _Feeder(self.subjects, Facts(bare, pictures, []), None)
+            for batch in read_batches(pictures, self._at_once(), {}, progress=progress):
+                pixels = model.preprocess(list(batch.values()))
+                for subject, _, offer in feeder(list(batch), pixels):
+                    one = offer.plus(domain=name)
+                    for metric in subject.sets[None].metrics.values():
+                        if "domain" in takes(type(metric))[1]:
+                            feed(metric, one)
+
+    def compare_weights(self) -> None:
+        """Feed pairs of decoders to the metrics that ask for them."""
+        names = [name for name in self.metrics if WEIGHTS & set(needs(name)[1])]
+        if not names:
+            return
+        others = [load_sae(path, device=self.cfg.device) for path in self.cfg.other_saes]
+        for subject in self.subjects:
+            subject.pairs = MetricSet(names, subject.known, options=self.cfg.options())
+            for other in others:
+                decoder = subject.dictionary.W_dec.detach()
+                subject.pairs.update({"decoder": decoder, "other": other.W_dec.detach()})
+
+    def compute(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """What the metrics make of all they were fed.
+
+        Returns:
+            Results by metric (and embedder, where there are several) and subject, and why others
+            have none.
+        """
+        results: dict[str, dict[str, Any]] = {}
+        failures = {}
+        for subject in self.subjects:
+            parts = [*subject.sets.items(), (None, subject.pairs)]
+            for embedder, name, metric in (
+                (embedder, name, metric)
+                for embedder, part in parts
+                if part is not None
+                for name, metric in part.metrics.items()
+            ):
+                key = name if embedder is None or len(self.embedders) == 1 else f"{name}@{embedder}"
+                try:
+                    results.setdefault(key, {})[subject.key] = metric.compute()
+                except (ValueError, RuntimeError, ImportError) as error:
+                    # After a long pass, one metric that cannot answer must not cost the others.
+                    logger.warning("%s of %s: %s", key, subject.key, error)
+                    failures[f"{key}/{subject.key}"] = str(error)
+        return {key: found for key, found in results.items() if found}, failures
+
+    def steer(self, indices: list[int]) -> tuple[dict[str, SteerabilityResult], dict[str, str]]:
+        """Steerability of every subject on images spread over those that could be read.
+
+        Returns:
+            Results by subject, and why others have none.
+        """
+        cfg, model = self.cfg, self.site.model
+        texts = self._texts(self.facts.concepts)
+        step = max(1, len(indices) // cfg.steering_images)
+        chosen = indices[::step][: cfg.steering_images]
+        pixels = model.preprocess([self.facts.pictures[i] for i in chosen])
+        results, failures = {}, {}
+        for subject in self.subjects:
+            options: dict[str, Any] = {
+                "strength": cfg.strength,
+                "adaptive": cfg.adaptive,
+                "keep_delta": False,
+            }
+            options |= {"tokens": subject.site.tokens, "concepts": self.facts.concepts}
+            options |= cfg.options().get("steerability", {})
+            try:
+                with torch.no_grad():
+                    results[subject.key] = steerability(
+                        subject.site.model, subject.dictionary, pixels, texts, **options
+                    )
+            except ValueError as error:
+                failures[f"steerability/{subject.key}"] = str(error)
+        return results, failures
+
+    def _texts(self, texts: list[str]) -> Tensor:
+        template = self.cfg.concept_template
+        return self.site.model.encode_text([template.format(text) for text in texts])
+
+    def _class_texts(self, names: list[str]) -> Tensor | None:
+        wanted = {"logits", "spliced_logits", "ablated_logits"}
+        if not any(wanted & set(takes(name)[1]) for name in names):
+            return None
+        return self._texts(self.facts.class_names)
+
+    def _embed(self, name: str, images: list[Any], pixels: Tensor) -> Tensor:
+        embedder = self.embedders[name]
+        own = pixels if name == OWN else embedder.preprocess(images)
+        with torch.no_grad():
+            return embedder.image_features(own).float().cpu()
+
+    def _at_once(self) -> int:
+        widest = max(int(subject.dictionary.cfg.d_sae) for subject in self.subjects)
+        return self.site.images_at_once(widest, self.cfg.batch_size)
+
+
+class _Feeder:
+    """What a batch of images offers for each subject; each model runs once for all of them."""
+
+    def __init__(self, subjects: list[Subject], facts: Any, class_texts: Tensor | None) -> None:
+        self.subjects, self.facts, self.class_texts = subjects, facts, class_texts
+        sites = {subject.site for subject in subjects}
+        self.readers: Mapping[Site, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+            site: site.reader() for site in sites
+        }
+
+    def __call__(
+        self, indices: list[int], pixels: Tensor
+    ) -> Iterator[tuple[Subject, Tensor, LazyBatch]]:
+        read = {}
+        for subject in self.subjects:
+            site = subject.site
+            if site not in read:
+                read[site] = self.readers[site](pixels)
+            offer = make_batch(
+                site, subject.dictionary, self.facts, indices, pixels, read[site], self.class_texts
+            )
+            yield subject, read[site][0], offer
+
+
+class _Keeper:
+    """Keeps the SAE's latents, the neurons and the embeddings of each image."""
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+        self.neurons: list[Tensor] = []
+        self.embeddings: dict[str, list[Tensor]] = {}
+        self.lengths: list[Tensor] = []
+        self.columns: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.width = 0
+
+    def add(
+        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: dict[str, Tensor]
+    ) -> None:
+        latents = latents.detach().cpu()
+        rows, columns = latents.nonzero(as_tuple=True)
+        self.width = latents.shape[1]
+        self.indices += indices
+        self.lengths.append(torch.bincount(rows, minlength=len(indices)))
+        self.columns.append(columns)
+        self.values.append(latents[rows, columns])
+        self.neurons.append(neurons.detach().float().cpu())
+        for name, embedded in embeddings.items():
+            self.embeddings.setdefault(name, []).append(embedded)
+
+    def finish(
+        self, pictures: Any, bad: dict[str, str], tokens: str, cfg: EvaluationConfig
+    ) -> EncodedImages:
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self.lengths).cumsum(0)])
+        latents = torch.sparse_csr_tensor(
+            ends, torch.cat(self.columns), torch.cat(self.values), (len(ends) - 1, self.width)
+        )
+        embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
+        first = next(iter(embeddings.values()))
+        return EncodedImages(
+            ids=[pictures.ids[index] for index in self.indices],
+            indices=self.indices,
+            bad_images=bad,
+            latents=latents,
+            neurons=torch.cat(self.neurons),
+            embeddings={"embedder": first, **embeddings},
+            fidelity={},
+            tokens=tokens,
+            pooling="max" if cfg.pooling == "max" else "mean",
+        )

@@ -1,0 +1,95 @@
+"""Several metrics of the registry, fed with the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchmetrics import Metric
+
+from vision_plugin.metrics._registry import build, feed, get, needs, takes
+from vision_plugin.metrics._result import summary_of
+
+
+class MetricSet:
+    """Metrics by name: each takes from a batch what its ``update`` names.
+
+    This is all that an evaluator needs, after training or during it.
+
+    Args:
+        names: registered names; see :func:`available`.
+        known: constructor arguments by name, such as ``n_features``; each metric takes its own.
+        options: further constructor arguments for single metrics, by the metric's name.
+
+    Raises:
+        ValueError: a metric is unknown or lacks something, or an option is none of its parameters.
+
+    Example:
+        >>> scores = MetricSet(["monosemanticity"], {"n_features": 2, "d_embed": 2})
+        >>> three = torch.eye(2)[[0, 0, 1]]
+        >>> scores.update({"latents": three, "embeddings": three})
+        >>> scores.scalars()["monosemanticity/n_rare"]
+        2
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        known: Mapping[str, Any],
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        options = options or {}
+        self.metrics: dict[str, Metric] = {}
+        for name in names:
+            own, metric = options.get(name, {}), get(name)
+            parameters, _ = takes(metric)
+            unknown = sorted(set(own) - set(parameters))
+            if unknown:
+                raise ValueError(
+                    f"metric {name!r} has no option {unknown[0]!r}; it takes {list(parameters)}"
+                )
+            lacking = [item for item in needs(metric)[0] if item not in known and item not in own]
+            if lacking:
+                raise ValueError(f"metric {name!r} needs {lacking}; known are {sorted(known)}")
+            self.metrics[name] = build(metric, {**known, **own})
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Feed every metric from one batch.
+
+        Args:
+            batch: values by name; the module of the registry lists the names in use.
+
+        Raises:
+            ValueError: a metric needs what the batch does not have, or refuses it.
+        """
+        for metric in self.metrics.values():
+            feed(metric, batch)
+
+    def merge_state(self, other: MetricSet) -> None:
+        """Add another set's states, as if its data had come after this one's.
+
+        Raises:
+            ValueError: the other set holds other metrics.
+        """
+        if self.metrics.keys() != other.metrics.keys():
+            raise ValueError(f"cannot merge {sorted(other.metrics)} into {sorted(self.metrics)}")
+        for name, metric in self.metrics.items():
+            metric.merge_state(other.metrics[name])
+
+    def reset(self) -> None:
+        """Forget all data."""
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def compute(self) -> dict[str, Any]:
+        """Return each metric's result by name."""
+        return {name: metric.compute() for name, metric in self.metrics.items()}
+
+    def scalars(self) -> dict[str, float | int]:
+        """Return the numbers of all summaries as ``metric/number``, for a table or a logger."""
+        return {
+            f"{name}/{key}": value
+            for name, result in self.compute().items()
+            for key, value in summary_of(result).items()
+        }
