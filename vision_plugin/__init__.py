@@ -13,25 +13,31 @@ from vision_plugin import _hosts
 
 if TYPE_CHECKING:
     from vision_plugin import activations, demo, kernels, metrics, models, sae, steering
+    from vision_plugin.activations import extract
     from vision_plugin.models import VisionBridge, load_model, wrap
     from vision_plugin.report import report
     from vision_plugin.sae import (
+        VisionMultiSAETrainingRunner,
         VisionSAERunnerConfig,
         VisionSAETrainingRunner,
         load_sae,
         train,
+        train_many,
     )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "VisionBridge": "models",
+    "VisionMultiSAETrainingRunner": "sae",
     "VisionSAERunnerConfig": "sae",
     "VisionSAETrainingRunner": "sae",
+    "extract": "activations",
     "load_model": "models",
     "load_sae": "sae",
     "report": "report",
     "train": "sae",
+    "train_many": "sae",
     "wrap": "models",
 }
 """Public names to the packages that define them."""
@@ -48,10 +54,12 @@ _PACKAGES = (
 
 __all__ = [
     "VisionBridge",
+    "VisionMultiSAETrainingRunner",
     "VisionSAERunnerConfig",
     "VisionSAETrainingRunner",
     "activations",
     "demo",
+    "extract",
     "kernels",
     "load_model",
     "load_sae",
@@ -61,6 +69,7 @@ __all__ = [
     "sae",
     "steering",
     "train",
+    "train_many",
     "wrap",
 ]
 

@@ -11,27 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vision_plugin.sae._config import VisionSAERunnerConfig
     from vision_plugin.sae._encoding import EncodedImages, encode_images
+    from vision_plugin.sae._multi import VisionMultiSAETrainingRunner, train_many
     from vision_plugin.sae._runner import VisionSAETrainingRunner, train
+    from vision_plugin.sae._transcoder import (
+        SkipTranscoderTrainingConfig,
+        TranscoderTrainingConfig,
+    )
+    from vision_plugin.sae._validation import Validator
     from vision_plugin.sae.foreign import convert, load_sae
 
 _HOMES = {
     "EncodedImages": "_encoding",
+    "SkipTranscoderTrainingConfig": "_transcoder",
+    "TranscoderTrainingConfig": "_transcoder",
+    "Validator": "_validation",
+    "VisionMultiSAETrainingRunner": "_multi",
     "VisionSAERunnerConfig": "_config",
     "VisionSAETrainingRunner": "_runner",
     "convert": "foreign",
     "encode_images": "_encoding",
     "load_sae": "foreign",
     "train": "_runner",
+    "train_many": "_multi",
 }
 
 __all__ = [
     "EncodedImages",
+    "SkipTranscoderTrainingConfig",
+    "TranscoderTrainingConfig",
+    "Validator",
+    "VisionMultiSAETrainingRunner",
     "VisionSAERunnerConfig",
     "VisionSAETrainingRunner",
     "convert",
     "encode_images",
     "load_sae",
     "train",
+    "train_many",
 ]
 
 

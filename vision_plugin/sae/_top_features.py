@@ -10,7 +10,7 @@ N_FEATURES, N_PICTURES, PICTURE_SIZE = 20, 8, 96
 TABLE = "validation/top_features"
 
 
-def log_top_features(run: WandbRun, validator: Validator) -> None:
+def log_top_features(run: WandbRun, validator: Validator, *, prefix: str = "") -> None:
     """Log the latents of the last look with the highest monosemanticity that fire on ten pictures.
 
     Latents that fire on fewer come behind them. Nothing happens where wandb is off.
@@ -18,6 +18,7 @@ def log_top_features(run: WandbRun, validator: Validator) -> None:
     Args:
         run: Where to.
         validator: Has looked at least once.
+        prefix: Of the table's name.
     """
     latents = validator.latents
     if not run.cfg.log_to_wandb or latents is None:
@@ -41,7 +42,7 @@ def log_top_features(run: WandbRun, validator: Validator) -> None:
         ]
         shown += [None] * (N_PICTURES - len(shown))
         table.add_data(latent, float(scores.score[latent]), int(counts[latent]), *shown)
-    run.log({TABLE: table}, step=None)
+    run.log({f"{prefix}{TABLE}": table}, step=None)
 
 
 def _picture(validator: Validator, index: int, activation: float) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vision_plugin import metrics
 from vision_plugin.activations import BadImageError
-from vision_plugin.metrics._result import summary_of, to_json
+from vision_plugin.metrics._result import to_json
 from vision_plugin.models import Harvester, TokenSelection, VisionBridge
 from vision_plugin.models._splicing import run, token_mask
 from vision_plugin.sae._saving import inference_sae
@@ -87,8 +86,8 @@ class Validator:
     - ``monosemanticity``: the mean score over all held-out images, and ``n_undefined`` beside it;
     - ``loss_recovered``, with its window and accuracies, where the pictures have labels and the
       model a text tower: zero-shot cross-entropy at the model's own logit scale;
-    - every metric that ``names`` adds, as ``validation/<metric>/<entry of its summary>``. It gets
-      latents max-pooled over tokens, or patch by patch if its constructor takes ``grid_size``.
+    - every metric that ``names`` adds, as ``validation/<metric>/<entry of its summary>``; those of
+      whole images get latents max-pooled over tokens.
     """
 
     model: VisionBridge
@@ -149,8 +148,11 @@ class Validator:
             "d_embed": held.embeddings.shape[1],
             "grid_size": self.model.token_layout().grid,
             "token_kinds": held.kinds,
+            "model": self.model,
+            "sae": sae,
+            "tokens": self.tokens,
         }
-        more = {name: metrics.build(name, known) for name in self.names}
+        more = metrics.MetricSet(self.names, known)
         pooled, spliced = [], []
         for place, pixels in self._batches(held.pixels):
             x, target = self._activations(pixels)
@@ -161,26 +163,31 @@ class Validator:
             image_latents = latents.amax(1) if latents.ndim == 3 else latents
             pooled.append(image_latents.float().cpu())
             batch: dict[str, Any] = {
+                "latents": image_latents,
+                "token_latents": latents,
+                "pixels": pixels,
                 "activations": target,
                 "reconstruction": reconstruction.to(target.dtype),
                 "embeddings": held.embeddings[place],
             }
+            patches = [row for row, kind in enumerate(held.kinds or ()) if kind == "patch"]
+            if patches:
+                batch["patch_latents"] = latents[:, patches]
             if held.labels is not None:
                 batch["labels"] = held.labels[place]
             if held.logits is not None and held.ablated is not None:
                 spliced.append(self._spliced_logits(sae, pixels))
                 batch |= {"logits": held.logits[place], "ablated_logits": held.ablated[place]}
                 batch["spliced_logits"] = spliced[-1]
-            for metric in more.values():
-                metrics.feed(metric, {**batch, "latents": self._for(metric, latents)})
+            if self.names:
+                more.update(batch)
         self.latents = torch.cat(pooled)
         scores = _sparsity_scores(sparsity.compute()) | _fidelity_scores(fidelity.compute())
         scores |= self._monosemanticity(self.latents, held.embeddings)
         if spliced:
             scores |= _loss_scores(held, torch.cat(spliced))
-        for name, metric in more.items():
-            summary = summary_of(metric.compute())
-            scores |= {f"{name}/{entry}": float(value) for entry, value in summary.items()}
+        if self.names:
+            scores |= {name: float(value) for name, value in more.scalars().items()}
         return scores
 
     # ------------------------------------------------------------------ the pictures
@@ -263,14 +270,6 @@ class Validator:
         counts = (layout.n_cls, layout.n_registers, layout.n_patches)
         kinds = [kind for kind, n in zip(_KINDS, counts, strict=True) for _ in range(n)]
         return [kinds[row] for row in layout.indices(self.selection.kind).tolist()]
-
-    def _for(self, metric: Any, latents: Tensor) -> Tensor:
-        if latents.ndim == 2:
-            return latents
-        if "grid_size" not in inspect.signature(type(metric).__init__).parameters:
-            return latents.amax(1)
-        patches = torch.tensor([kind == "patch" for kind in self.held_out.kinds or ()])
-        return latents[:, patches.to(latents.device)]
 
     def _logits(self, pixels: Tensor, texts: Tensor, hooks: Sequence[Any] = ()) -> Tensor:
         with self.model.hooks(fwd_hooks=list(hooks)):
