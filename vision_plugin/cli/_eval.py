@@ -45,6 +45,7 @@ LABELS = {
     "steerability/mean_score": "steerability, mean",
     "steerability/max_score": "steerability, largest",
     "steerability/n_steerable": "steerable latents",
+    "steerability/share_steerable": "steerable latents, share",
     "steerability/coverage": "distinct concepts",
 }
 

@@ -144,6 +144,9 @@ class Run:
     def steer(self, indices: list[int]) -> tuple[dict[str, SteerabilityResult], dict[str, str]]:
         """Steerability of every subject on images spread over those that could be read.
 
+        Every latent of the SAE is steered. Of a control that has more latents than there are
+        neurons, random directions, as many as there are neurons tell as much.
+
         Returns:
             Results by subject, and why others have none.
         """
@@ -160,6 +163,7 @@ class Run:
                 "keep_delta": False,
             }
             options |= {"tokens": subject.site.tokens, "concepts": self.facts.concepts}
+            options["latents"] = _steered_latents(subject)
             options |= cfg.options().get("steerability", {})
             try:
                 with torch.no_grad():
@@ -189,6 +193,11 @@ class Run:
     def _at_once(self) -> int:
         widest = max(int(subject.dictionary.cfg.d_sae) for subject in self.subjects)
         return self.site.images_at_once(widest, self.cfg.batch_size)
+
+
+def _steered_latents(subject: Subject) -> list[int] | None:
+    d_in, d_sae = int(subject.dictionary.cfg.d_in), int(subject.dictionary.cfg.d_sae)
+    return None if subject.key == "sae" or d_sae <= d_in else list(range(d_in))
 
 
 class _Feeder:

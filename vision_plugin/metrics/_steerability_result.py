@@ -50,7 +50,7 @@ class SteerabilityResult(MetricResult):
         concepts: names of the concepts, where they were given.
     """
 
-    headline = ("mean_score", "max_score", "n_steerable", "coverage")
+    headline = ("mean_score", "max_score", "n_steerable", "share_steerable", "coverage")
 
     score: Float[Tensor, " k"]
     power: Float[Tensor, " k"]
