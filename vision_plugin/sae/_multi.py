@@ -90,14 +90,12 @@ class VisionMultiSAETrainingRunner:
         self.saes: dict[str, TrainingSAE[Any]] = {n: make_sae(c) for n, c in self.cfgs.items()}
         for sae in self.saes.values():
             sae.to(first.device)
+        validator, self.model = make_validator(first, model, override_validation_images)
         self.validators: dict[str, Validator] = {}
-        for name, cfg in self.cfgs.items():
-            validator, model = make_validator(cfg, model, override_validation_images)
-            if validator is not None:
-                self.validators[name] = validator
-        self.model = model
+        if validator is not None:
+            self.validators = {n: validator.at(cfg.hook_names) for n, cfg in self.cfgs.items()}
         runs = list(self.cfgs.values())
-        batches = open_batches(runs[0], self.images, model, hook_names=all_hooks(runs))
+        batches = open_batches(runs[0], self.images, self.model, hook_names=all_hooks(runs))
         self.batches = SplitBatches(batches, {n: c.hook_names for n, c in self.cfgs.items()})
 
     def run(self) -> dict[str, SAE[Any]]:

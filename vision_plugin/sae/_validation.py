@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vision_plugin import metrics
 from vision_plugin.activations import BadImageError
 from vision_plugin.metrics._result import to_json
 from vision_plugin.models import Harvester, TokenSelection, VisionBridge
-from vision_plugin.models._splicing import run, token_mask
+from vision_plugin.models._splicing import token_mask
 from vision_plugin.sae._saving import inference_sae
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,13 @@ class ValidationLog:
 
 
 @dataclass(frozen=True)
-class _HeldOut:
-    """What stays the same from one look to the next."""
+class HeldOut:
+    """What stays the same from one look to the next, wherever the SAE reads."""
 
     pixels: Tensor
     """[n, channels, height, width], on the CPU."""
     indices: list[int]
     """Places of the pictures in the collection; bad ones are left out."""
-    kinds: list[str] | None
-    """Kind of each token that the SAE takes; None at a hook with one vector per picture."""
     embeddings: Tensor
     """[n, d_embed], of unit norm."""
     labels: Tensor | None
@@ -69,8 +67,16 @@ class _HeldOut:
     """[classes, d_embed], where the model can classify by text."""
     logits: Tensor | None
     """[n, classes] of the untouched model, at its own scale."""
+
+
+@dataclass(frozen=True)
+class _AtHook:
+    """What stays the same at one hook."""
+
+    kinds: list[str] | None
+    """Kind of each token that the SAE takes; None at a hook with one vector per picture."""
     ablated: Tensor | None
-    """The same with zeros in place of what the SAE reconstructs."""
+    """Logits with zeros in place of what the SAE reconstructs, [n, classes]."""
 
 
 @dataclass
@@ -114,7 +120,8 @@ class Validator:
         kind = "all" if self.tokens.startswith("random:") else self.tokens
         self.selection = TokenSelection.parse(kind)
         self.tokens = kind
-        self._held_out: _HeldOut | None = None
+        self._shared: list[HeldOut] = []
+        self._at_hook: _AtHook | None = None
         for name in self.names:
             metrics.get(name)  # an unknown name is found before training begins
 
@@ -139,15 +146,18 @@ class Validator:
     def score(self, sae: Any) -> dict[str, float]:
         """Scores of an inference SAE whose metadata names its hook."""
         held = self.held_out
+        if self._at_hook is None:
+            self._at_hook = self._prepare_hook()
+        kinds, ablated = self._at_hook.kinds, self._at_hook.ablated
         d_sae, d_in = int(sae.cfg.d_sae), int(getattr(sae.cfg, "d_out", sae.cfg.d_in))
-        sparsity = metrics.Sparsity(n_features=d_sae, token_kinds=held.kinds)
+        sparsity = metrics.Sparsity(n_features=d_sae, token_kinds=kinds)
         fidelity = metrics.FVU(d_in=d_in, definition="per_dimension")
         known = {
             "n_features": d_sae,
             "d_in": d_in,
             "d_embed": held.embeddings.shape[1],
             "grid_size": self.model.token_layout().grid,
-            "token_kinds": held.kinds,
+            "token_kinds": kinds,
             "model": self.model,
             "sae": sae,
             "tokens": self.tokens,
@@ -157,9 +167,9 @@ class Validator:
         for place, pixels in self._batches(held.pixels):
             x, target = self._activations(pixels)
             latents = sae.encode(x)
-            reconstruction = run(sae, x)
+            reconstruction = _decode(sae, x, latents).to(target.dtype)
             sparsity.update(latents if latents.ndim == 3 else latents[:, None])
-            fidelity.update(target, reconstruction.to(target.dtype))
+            fidelity.update(target, reconstruction)
             image_latents = latents.amax(1) if latents.ndim == 3 else latents
             pooled.append(image_latents.float().cpu())
             batch: dict[str, Any] = {
@@ -167,25 +177,25 @@ class Validator:
                 "token_latents": latents,
                 "pixels": pixels,
                 "activations": target,
-                "reconstruction": reconstruction.to(target.dtype),
+                "reconstruction": reconstruction,
                 "embeddings": held.embeddings[place],
             }
-            patches = [row for row, kind in enumerate(held.kinds or ()) if kind == "patch"]
+            patches = [row for row, kind in enumerate(kinds or ()) if kind == "patch"]
             if patches:
                 batch["patch_latents"] = latents[:, patches]
             if held.labels is not None:
                 batch["labels"] = held.labels[place]
-            if held.logits is not None and held.ablated is not None:
+            if held.logits is not None and ablated is not None:
                 spliced.append(self._spliced_logits(sae, pixels))
-                batch |= {"logits": held.logits[place], "ablated_logits": held.ablated[place]}
+                batch |= {"logits": held.logits[place], "ablated_logits": ablated[place]}
                 batch["spliced_logits"] = spliced[-1]
             if self.names:
                 more.update(batch)
         self.latents = torch.cat(pooled)
         scores = _sparsity_scores(sparsity.compute()) | _fidelity_scores(fidelity.compute())
         scores |= self._monosemanticity(self.latents, held.embeddings)
-        if spliced:
-            scores |= _loss_scores(held, torch.cat(spliced))
+        if spliced and ablated is not None:
+            scores |= _loss_scores(held, torch.cat(spliced), ablated)
         if self.names:
             scores |= {name: float(value) for name, value in more.scalars().items()}
         return scores
@@ -193,18 +203,24 @@ class Validator:
     # ------------------------------------------------------------------ the pictures
 
     @property
-    def held_out(self) -> _HeldOut:
+    def held_out(self) -> HeldOut:
         """Pixels, embeddings, labels and clean logits, made at the first look.
 
         Raises:
             ValueError: no picture can be read.
         """
-        if self._held_out is None:
-            self._held_out = self._prepare()
-        return self._held_out
+        if not self._shared:
+            self._shared.append(self._prepare())
+        return self._shared[0]
+
+    def at(self, hook_names: Sequence[str]) -> Validator:
+        """The same for another hook; pixels, embeddings and logits are kept once for both."""
+        other = replace(self, hook_names=hook_names)
+        other._shared = self._shared
+        return other
 
     @torch.no_grad()
-    def _prepare(self) -> _HeldOut:
+    def _prepare(self) -> HeldOut:
         indices, pixels, embeddings = [], [], []
         embedder = self.embedder or self.model
         wanted = min(self.n_images, len(self.pictures))
@@ -222,16 +238,21 @@ class Validator:
         if not indices:
             raise ValueError("none of the validation images can be read")
         every = torch.cat(pixels)
-        kinds = self._token_kinds() if self._activations(every[:1])[0].ndim == 3 else None
         labels, texts = self._classes(indices)
-        logits = ablated = None
+        logits = None
         if texts is not None:
-            hook = [(self.hook_names[-1], self._zeros)]
             logits = torch.cat([self._logits(p, texts) for _, p in self._batches(every)])
-            ablated = torch.cat([self._logits(p, texts, hook) for _, p in self._batches(every)])
-        return _HeldOut(
-            every, indices, kinds, torch.cat(embeddings).float(), labels, texts, logits, ablated
-        )
+        return HeldOut(every, indices, torch.cat(embeddings).float(), labels, texts, logits)
+
+    def _prepare_hook(self) -> _AtHook:
+        held = self.held_out
+        kinds = self._token_kinds() if self._activations(held.pixels[:1])[0].ndim == 3 else None
+        if held.texts is None:
+            return _AtHook(kinds, None)
+        hooks = [(self.hook_names[-1], self._zeros)]
+        batches = self._batches(held.pixels)
+        ablated = torch.cat([self._logits(pixels, held.texts, hooks) for _, pixels in batches])
+        return _AtHook(kinds, ablated)
 
     def _classes(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """Class numbers of the pictures and text embeddings of the classes, where there are any."""
@@ -298,6 +319,13 @@ class Validator:
         }
 
 
+def _decode(sae: Any, x: Tensor, latents: Tensor) -> Tensor:
+    """The reconstruction, of a skip transcoder with what goes past the latents."""
+    out: Tensor = sae.decode(latents)
+    skip = getattr(sae, "W_skip", None)
+    return out if skip is None else out + x.to(sae.dtype) @ skip.T
+
+
 def _sparsity_scores(result: metrics.SparsityResult) -> dict[str, float]:
     by_kind = {f"l0_{kind}": value for kind, value in result.l0_by_kind.items()}
     counts = {name: float(getattr(result, name)) for name in ("n_dead", "n_rare", "n_dense")}
@@ -308,12 +336,11 @@ def _fidelity_scores(result: metrics.FVUResult) -> dict[str, float]:
     return {name: getattr(result, name) for name in ("explained_variance", "cosine", "mse")}
 
 
-def _loss_scores(held: _HeldOut, spliced: Tensor) -> dict[str, float]:
+def _loss_scores(held: HeldOut, spliced: Tensor, ablated: Tensor) -> dict[str, float]:
     assert held.logits is not None
-    assert held.ablated is not None
     assert held.labels is not None
     metric = metrics.LossRecovered()
-    metric.update(held.logits, spliced, held.ablated, held.labels)
+    metric.update(held.logits, spliced, ablated, held.labels)
     result = metric.compute()
     return {
         "loss_recovered": result.recovered,
