@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,6 @@ import torch
 from PIL import Image
 from sae_lens import (
     SAE,
-    BatchTopKTrainingSAEConfig,
     LoggingConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
@@ -84,40 +79,6 @@ def test_a_run_follows_from_its_seed(cfg, tmp_path) -> None:
     other = train(dataclasses.replace(cfg, output_path=str(tmp_path / "c"), seed=1))
     assert torch.equal(first.W_enc, again.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)
-
-
-@pytest.mark.slow
-def test_the_saved_sae_loads_where_this_package_is_not_installed(cfg, tmp_path) -> None:
-    sae = train(dataclasses.replace(cfg, sae=BatchTopKTrainingSAEConfig(d_in=32, d_sae=64, k=4)))
-    x = torch.randn(5, 32)
-    with torch.no_grad():
-        expected = sae.decode(sae.encode(x))
-    torch.save({"x": x, "expected": expected}, tmp_path / "numbers.pt")
-    elsewhere = tmp_path / "site-packages"
-    elsewhere.mkdir()
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if "vision_plugin" not in entry.name and not entry.name.endswith(".pth"):
-            (elsewhere / entry.name).symlink_to(entry)
-    script = """
-import importlib.util, sys, torch
-assert importlib.util.find_spec("vision_plugin") is None, "the package is importable here"
-from sae_lens import SAE
-numbers = torch.load(sys.argv[2])
-sae = SAE.load_from_disk(sys.argv[1])
-with torch.no_grad():
-    assert torch.equal(sae.decode(sae.encode(numbers["x"])), numbers["expected"])
-print(sae.cfg.architecture(), sae.cfg.metadata.hook_name)
-"""
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script, cfg.output_path, str(tmp_path / "numbers.pt")],
-        env={**os.environ, "PYTHONPATH": str(elsewhere)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["jumprelu", HOOK]
 
 
 def test_activation_scaling_folds_without_changing_the_function(cfg) -> None:

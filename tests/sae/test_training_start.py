@@ -1,0 +1,154 @@
+"""How a run begins: scales, decoder biases and directions from the data, warm-up and decay."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from tests.activations.conftest import one_thread
+from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, runner
+from vision_plugin.sae._initialise import geometric_median
+from vision_plugin.sae._session import TrainingSession
+from vision_plugin.sae._trainer import SteppedTrainer
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(3, 12), outlier=st.sampled_from([0.0, 1e3]))
+def test_the_geometric_median_has_the_least_sum_of_distances(
+    seed: int, n: int, outlier: float
+) -> None:
+    points = np.random.default_rng(seed).normal(size=(n, 3))
+    points[0] += outlier
+
+    def total(place: Any) -> float:
+        return float(np.linalg.norm(points - place, axis=1).sum())
+
+    starts = [np.median(points, axis=0), *points]
+    best = min(
+        minimize(total, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9}).fun
+        for start in starts[:3]
+    )
+    found = geometric_median(torch.from_numpy(points), tolerance=1e-10, max_iterations=5000)
+    assert total(found.numpy()) <= best * (1 + 1e-4) + 1e-9
+
+
+def first_weights(monkeypatch: Any, architecture: str = "topk", **changes: Any) -> dict[str, Any]:
+    """Weights, scaler and buffer of a run right before its first step."""
+    seen: dict[str, Any] = {}
+    before = SteppedTrainer.step
+
+    def step(self: Any, batch: torch.Tensor) -> Any:
+        if not seen:
+            seen.update({n: p.detach().clone() for n, p in self.sae.named_parameters()})
+            seen["scale"] = self.activation_scaler.scaling_factor
+            seen["first"] = batch.clone()
+        return before(self, batch)
+
+    monkeypatch.setattr(SteppedTrainer, "step", step)
+    run = runner(config(None, architecture, **changes))
+    seen_buffer = run.batches.sample().clone()
+    run.run()
+    return {**seen, "buffer": seen_buffer}
+
+
+def test_sae_lens_s_own_start_is_the_default(monkeypatch) -> None:
+    start = first_weights(monkeypatch)
+    assert not start["b_dec"].any()
+
+
+@pytest.mark.parametrize("method", ["mean", "geometric_median"])
+def test_the_decoder_bias_begins_at_the_centre_of_the_first_buffer(method, monkeypatch) -> None:
+    start = first_weights(monkeypatch, b_dec_init_method=method)
+    buffer = start["buffer"]
+    expected = buffer.mean(0) if method == "mean" else geometric_median(buffer)
+    torch.testing.assert_close(start["b_dec"], expected)
+    assert torch.equal(start["first"], buffer[:BATCH]), "the first batch was taken out"
+
+
+def test_the_centre_is_that_of_scaled_activations(monkeypatch) -> None:
+    scaled = ARCHITECTURES["topk"](normalize_activations="expected_average_only_in")
+    start = first_weights(monkeypatch, sae=scaled, b_dec_init_method="mean")
+    assert start["scale"] is not None
+    torch.testing.assert_close(start["b_dec"], (start["buffer"] * start["scale"]).mean(0))
+    assert torch.equal(start["first"], start["buffer"][:BATCH]), "the estimate took batches"
+
+
+def test_directions_begin_as_centred_activations(monkeypatch) -> None:
+    start = first_weights(monkeypatch, b_dec_init_method="mean", decoder_init_method="data")
+    centred = start["buffer"] - start["buffer"].mean(0)
+    cosines = (
+        torch.nn.functional.normalize(start["W_dec"], dim=1)
+        @ torch.nn.functional.normalize(centred, dim=1).T
+    )
+    assert (cosines.max(dim=1).values > 1 - 1e-5).all()
+    assert len(cosines.argmax(dim=1).unique()) == 32
+    torch.testing.assert_close(start["W_dec"].norm(dim=1), torch.full((32,), 0.1))
+    torch.testing.assert_close(start["W_enc"], start["W_dec"].T)
+
+
+def test_too_few_activations_leave_the_rest_random(monkeypatch, caplog) -> None:
+    wide = dataclasses.replace(ARCHITECTURES["topk"](), d_sae=500)
+    start = first_weights(monkeypatch, sae=wide, decoder_init_method="data")
+    n = len(start["buffer"])
+    assert f"the buffer holds {n} activations for 500 latents" in caplog.text
+    torch.testing.assert_close(start["W_dec"].norm(dim=1), torch.full((500,), 0.1))
+
+
+def test_a_transcoder_begins_at_the_centre_of_what_it_writes(monkeypatch) -> None:
+    start = first_weights(monkeypatch, "transcoder", b_dec_init_method="mean")
+    torch.testing.assert_close(start["b_dec"], start["buffer"][:, 16:].mean(0))
+    assert MLP_OUT.endswith("mlp_out")
+
+
+def test_the_learning_rate_warms_up_and_decays(monkeypatch) -> None:
+    rates: list[float] = []
+    plain = TrainingSession._between_steps
+
+    def note(self: TrainingSession) -> None:
+        rates.append(self.first.optimizer.param_groups[0]["lr"])
+        plain(self)
+
+    monkeypatch.setattr(TrainingSession, "_between_steps", note)
+    runner(config(None, lr=1e-3, lr_warm_up_steps=4, lr_decay_steps=8)).run()
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[4:17] == pytest.approx([1e-3] * 13)
+    assert rates[17:24] == pytest.approx([1e-3 * (1 - i / 8) for i in range(1, 8)])
+
+
+def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
+    masks: list[int] = []
+    plain = SteppedTrainer.step
+
+    def step(self: Any, batch: torch.Tensor) -> Any:
+        masks.append(int(self.dead_neurons.sum()))
+        return plain(self, batch)
+
+    monkeypatch.setattr(SteppedTrainer, "step", step)
+    wide = dataclasses.replace(ARCHITECTURES["topk"](), d_sae=512, k=1)
+    runner(config(None, sae=wide, dead_feature_window=5)).run()
+    assert masks[:6] == [0] * 6
+    assert masks[6] > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("b_dec_init_method", "median", "use zeros, mean, geometric_median"),
+        ("decoder_init_method", "pca", "use random, data"),
+        ("n_checkpoints", -1, "cannot be below 0"),
+        ("lr_warm_up_steps", -1, "cannot be below 0"),
+    ],
+)
+def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(None, **{field: value})
