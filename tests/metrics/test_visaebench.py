@@ -7,6 +7,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sae_lens import SAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from vision_plugin import metrics
@@ -210,3 +214,77 @@ def test_absorption(world):
 def test_every_key_of_the_benchmark_is_registered_here():
     ours = metrics.available()
     assert all(ours[key].usable for key in visaebench.METRIC_REGISTRY)
+
+
+def test_an_sae_of_ours_goes_through_the_benchmark_as_it_is(world, tmp_path, monkeypatch, capsys):
+    """Trained on our kernel, saved, loaded as SAELens does; all seven metrics, ours beside them."""
+    monkeypatch.setattr("visaebench.backbones.load_backbone", lambda *_, **__: Embedder())
+    sae = SAE.load_from_disk(str(trained_sae(world["activations"], tmp_path)), device="cpu")
+    labels, activations = world["labels"].numpy(), world["activations"]
+    # Of one tensor [images, patches, d] its FVU counts images for tokens; of shards it does not.
+    torch.save(activations, tmp_path / "shard.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = visaebench.evaluate(
+            sae,
+            activations=[tmp_path / "shard.pt"],
+            labels=labels,
+            images=list(world["embeddings"]),
+            ood_datasets={"far": {"activations": 2 * activations, "labels": labels}},
+            sibling_groups={"first": {"class_indices": [0, 1, 2], "hierarchy_depth": 1}},
+            device="cpu",
+        )
+    assert "FAILED" not in capsys.readouterr().out
+    found = {result.metric_name: result.value for result in results}
+    assert len(found) == len(visaebench.METRIC_REGISTRY) == 7
+    with torch.no_grad():
+        latents = sae.encode(activations)
+        reconstruction = sae.decode(latents)
+    codes = latents.amax(1)
+    ours = metrics.MetricSet(
+        ["fvu", "sparse_probing", "downstream_preservation", "localization", "monosemanticity"],
+        {"n_features": K, "d_in": D, "d_embed": 9, "grid_size": GRID},
+        options={"monosemanticity": {"images": "top16"}},
+    )
+    ours.update(
+        {
+            "latents": codes,
+            "patch_latents": latents,
+            "activations": activations,
+            "reconstruction": reconstruction,
+            "embeddings": world["embeddings"],
+            "labels": world["labels"],
+        }
+    )
+    scores = ours.scalars()
+    pairs = {
+        "fvu": "fvu/fvu",
+        "sparse_probing_auc": "sparse_probing/auc",
+        "downstream_preservation": "downstream_preservation/preservation",
+        "feature_localization": "localization/mean_score",
+        "monosemanticity": "monosemanticity/mean_score",
+    }
+    for theirs_name, our_name in pairs.items():
+        assert scores[our_name] == pytest.approx(found[theirs_name], abs=1e-5), our_name
+
+
+def trained_sae(activations, folder):
+    """A TopK SAE trained for a few steps by SAELens's trainer on our sparse class."""
+    sae_class, config_class = get_sae_training_class("vision_plugin_topk")
+    torch.manual_seed(0)
+    sae = sae_class(config_class(d_in=D, d_sae=K, k=4))
+    tokens = activations.flatten(0, 1)
+
+    def batches():
+        while True:
+            yield tokens[torch.randint(len(tokens), (256,))]
+
+    config = SAETrainerConfig(
+        total_training_samples=256 * 40,
+        train_batch_size_samples=256,
+        lr=3e-3,
+        lr_end=3e-4,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    SAETrainer(config, sae, batches()).fit().save_inference_model(str(folder / "sae"))
+    return folder / "sae"
