@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test check clean
 

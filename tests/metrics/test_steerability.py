@@ -211,14 +211,19 @@ def test_a_transcoder_reads_one_hook_and_steers_another(world: SimpleNamespace) 
 
 
 @pytest.mark.parametrize("strength", [-20.0, 0.0, 5.0, 150.0])
-def test_the_closed_form_after_the_last_block_equals_running_the_head(
-    world: SimpleNamespace, strength: float
+@pytest.mark.parametrize("tokens", ["cls", "all", "patch"])
+@pytest.mark.parametrize(
+    ("hook", "width"), [("hook_resid_post", 16), ("hook_mlp_out", 16), ("mlp.hook_post", 24)]
+)
+def test_the_closed_form_from_the_last_mlp_on_equals_running_the_rest(
+    world: SimpleNamespace, hook: str, width: int, tokens: str, strength: float
 ) -> None:
-    sae = standard_sae("blocks.2.hook_resid_post", 16, d_sae=40)
-    fast = Steerability(world.model, sae, world.texts, strength=strength)
+    sae = standard_sae(f"blocks.2.{hook}", width, d_sae=40)
+    settings = {"strength": strength, "tokens": tokens}
+    fast = Steerability(world.model, sae, world.texts, **settings)
     fast.update(world.pixels)
     assert fast.steering.uses_closed_form
-    slow = Steerability(world.model, sae, world.texts, strength=strength, closed_form=False)
+    slow = Steerability(world.model, sae, world.texts, closed_form=False, **settings)
     slow.update(world.pixels)
     assert not slow.steering.uses_closed_form
     torch.testing.assert_close(fast.compute().delta, slow.compute().delta, rtol=0, atol=2e-6)

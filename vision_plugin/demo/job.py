@@ -6,6 +6,7 @@ factors are known, it also shows where the metrics stand between truth and noise
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from sae_lens import BatchTopKTrainingSAEConfig
 from torch import Tensor
 
-from vision_plugin.activations import open_images
+from vision_plugin.activations import ExtractionConfig, extract, open_images
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
 from vision_plugin.metrics.evaluation import (
@@ -27,10 +28,13 @@ from vision_plugin.metrics.evaluation import (
 )
 from vision_plugin.models import load_model
 from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
+from vision_plugin.sae._sources import is_store
 from vision_plugin.steering import SteeringEffect, steering_effect
 
 SCHEMA = "vision_plugin.demo/1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
+OBJECT = FACTORS_OF_TRUTH[:3]
+TRAINING_BATCH = 512
 Announce = Callable[[str], None]
 
 
@@ -40,15 +44,17 @@ class DemoConfig:
 
     output_path: str = "demo-results"
     """Folder of the results."""
-    hook_name: str = "blocks.2.hook_resid_post"
-    """Where the SAE reads."""
+    hook_name: str = "blocks.3.mlp.hook_post"
+    """Where the SAE reads: the neurons of the last block's MLP."""
+    tokens: str = "cls"
+    """Which tokens it reads: the one that becomes the image embedding."""
     training_images: int = 4000
     """Pictures to train on."""
-    training_tokens: int = 600_000
-    """Vectors to train on."""
+    training_tokens: int = 150_000
+    """Vectors to train on, with repetition."""
     d_sae: int = 512
     """Latents of the SAE."""
-    k: int = 12
+    k: int = 8
     """Latents active per token, on average."""
     images: int = 2000
     """Other pictures, to score it on."""
@@ -83,7 +89,9 @@ class DemoResult:
 
 
 def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
-    """Do the whole job and write results.json, sae/ and report/ below ``output_path``.
+    """Do the whole job.
+
+    Below ``output_path`` are then results.json, activations/, sae/ and report/.
 
     Args:
         cfg: The run.
@@ -93,9 +101,12 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     out = Path(cfg.output_path)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
+    with _stage(f"Extracting activations of {cfg.training_images} pictures", seconds, announce):
+        if is_store(out / "activations"):
+            shutil.rmtree(out / "activations")  # of an earlier run, perhaps with other settings
+        extract(_extraction(cfg, out), model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
-        runner = VisionSAETrainingRunner(_training(cfg, out), override_model=model)
-        sae = runner.run()
+        sae = VisionSAETrainingRunner(_training(cfg, out), override_model=model).run()
     with _stage(f"Scoring it on {cfg.images} new pictures, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
         pictures = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
@@ -141,8 +152,8 @@ def score_ladder(
 ) -> dict[str, float]:
     """Mean monosemanticity with image embeddings, from known truth down to noise.
 
-    The true factors are the world's objects, one latent for each combination of shape and colour;
-    the rotation is of these same latents.
+    The true factors are the world's objects, one latent for each combination of shape, colour and
+    texture; the rotation is of these same latents.
     """
     truth = true_latents(scenes)
     rotated = truth @ rotation(truth.shape[1], seed)
@@ -157,10 +168,9 @@ def score_ladder(
 
 
 def true_latents(scenes: tuple[Scene, ...]) -> Tensor:
-    """One latent for each pair of shape and colour, 1 on the pictures that show it."""
-    shapes, _ = one_hot(scenes, "shape")
-    colours, _ = one_hot(scenes, "colour")
-    return (shapes[:, :, None] * colours[:, None, :]).flatten(1)
+    """One latent for each shape, colour and texture together, 1 on the pictures that show it."""
+    shapes, colours, textures = (one_hot(scenes, name)[0] for name in OBJECT)
+    return torch.einsum("ns,nc,nt->nsct", shapes, colours, textures).flatten(1)
 
 
 def one_hot(scenes: tuple[Scene, ...], factor: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -177,17 +187,32 @@ def rotation(size: int, seed: int) -> Tensor:
     return rotated
 
 
-def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
-    return VisionSAERunnerConfig(
+def _extraction(cfg: DemoConfig, out: Path) -> ExtractionConfig:
+    return ExtractionConfig(
         model_name="demo",
         images=f"demo:{cfg.training_images}@{cfg.seed}",
+        hook_names=(cfg.hook_name,),
+        tokens=cfg.tokens,
+        output_path=str(out / "activations"),
+        batch_size=64,
+    )
+
+
+def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
+    steps = cfg.training_tokens // TRAINING_BATCH
+    return VisionSAERunnerConfig(
+        model_name="demo",
+        images=str(out / "activations"),
         hook_name=cfg.hook_name,
+        tokens=cfg.tokens,
         sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
         training_tokens=cfg.training_tokens,
-        train_batch_size_tokens=1024,
-        store_batch_size_images=64,
+        train_batch_size_tokens=TRAINING_BATCH,
+        n_batches_in_buffer=4,
         lr=1e-3,
-        lr_decay_steps=cfg.training_tokens // 1024 // 4,
+        lr_decay_steps=steps // 4,
+        dead_feature_window=max(1, steps // 5),
+        b_dec_init_method="mean",
         seed=cfg.seed,
         output_path=str(out / "sae"),
         overwrite=True,
@@ -196,7 +221,10 @@ def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
 
 def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
     return EvaluationConfig(
-        sae=str(out / "sae"), images=f"demo:{cfg.images}@{cfg.seed + 1}", steering_images=24
+        sae=str(out / "sae"),
+        images=f"demo:{cfg.images}@{cfg.seed + 1}",
+        controls=("neurons",),
+        steering_images=24,
     )
 
 

@@ -17,6 +17,7 @@ from vision_plugin.metrics._steerability_site import (
     check_images,
     finish_edited,
     flatten_heads,
+    into_final_stream,
     locate,
     prepare,
     repeat,
@@ -81,7 +82,7 @@ class Steering:
         tokens: kind of token to steer.
         scale: what cosine similarities are multiplied by; None for the model's own.
         batch_size: sequences run at once.
-        closed_form: use the algebra after the last block where it applies.
+        closed_form: use the algebra from the last block's MLP on where it applies.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ class Steering:
         self.scale = float(model.logit_scale if scale is None else scale)
         self.batch_size = batch_size
         self.editor = LatentEditor(sae)
-        self._wants_head = (
-            closed_form and self.site.is_stream and self.site.start == int(model.cfg.n_layers)
-        )
+        behind_all = self.site.is_stream and self.site.start == int(model.cfg.n_layers)
+        self._into_stream = None if behind_all else into_final_stream(model, self.site)
+        self._wants_head = closed_form and (behind_all or self._into_stream is not None)
         self._head: ClassTokenHead | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steering:
@@ -138,13 +139,27 @@ class Steering:
 
     @torch.no_grad()
     def _prepare(self, batch: Tensor) -> Prepared:
-        prepared = prepare(self.model, self.site, batch)
+        head_is_of_use = self._wants_head or self._head is not None
+        prepared = prepare(self.model, self.site, batch, keep_final=head_is_of_use)
         self._check_width(prepared.embedding)
         if self._wants_head:
             self._wants_head = False
-            few = slice(0, 2)
-            self._head = ClassTokenHead.of(self.model, prepared.entry[few], prepared.embedding[few])
+            self._head = self._checked_head(prepared)
         return prepared
+
+    def _checked_head(self, prepared: Prepared) -> ClassTokenHead | None:
+        """The head's algebra, where it gives on two images what the model gives."""
+        if prepared.final is None:
+            return None
+        final, target = prepared.final[:2], prepared.target[:2]
+        head = ClassTokenHead.of(self.model, final, prepared.embedding[:2])
+        if head is None or self._into_stream is None:
+            return head
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(target.shape, generator=generator).to(target) * target.std()
+        seen = finish_edited(self.model, self.site, prepared.entry[:2], target + noise)
+        moved = final[:, head.row].double() + noise[:, head.row].double() @ self._into_stream
+        return head if head.agrees(moved, seen) else None
 
     @torch.no_grad()
     def shift(
@@ -238,21 +253,22 @@ class Steering:
         before: Tensor,
         spread: bool,
     ) -> Shift:
-        """Steer after the last block without running anything; see ``_steerability_head.py``."""
+        """Steer from the last MLP on without running anything; see ``_steerability_head.py``."""
         if self.selection.kind not in ("all", "cls"):
             zero = torch.zeros(len(latents), dtype=torch.float64, device=before.device)
             total = before.new_zeros(len(latents), before.shape[1])
             return Shift(total, Spread(zero, zero) if spread else None, len(prepared))
         assert self.editor.directions is not None
-        token = prepared.entry[:, head.row]
-        reading = self._read(token)
+        assert prepared.final is not None
+        token, directions = prepared.final[:, head.row], self.editor.directions
+        if self._into_stream is not None:
+            directions = directions.double() @ self._into_stream
+        reading = self._read(prepared.source[:, head.row])
         limit = _LOGIT_ELEMENTS.get(before.device.type, _LOGIT_ELEMENTS["cpu"])
         totals, spreads = [], []
         for some in torch.split(latents, max(1, limit // before.shape[1])):
             amount = self.editor.coefficients(reading, some, strength)
-            images = head.steered_logits(
-                token, self.editor.directions[some], amount, self.texts, self.scale
-            )
+            images = head.steered_logits(token, directions[some], amount, self.texts, self.scale)
             if spread:
                 after = torch.stack([torch.softmax(logits, dim=-1) for logits in images], dim=1)
                 change = after.sub_(before)

@@ -6,6 +6,9 @@ projection. For a token ``x`` with ``a d`` added, with a bar for "minus its mean
 
     embedding = (u + a v) / sigma + w,    u = P (g x̄),  v = P (g d̄),  w = P b + projection bias
 
+(an edit of the last MLP's neurons is one of the stream: ``d`` is then the MLP's output matrix times
+the direction),
+
 with the LayerNorm's weight ``g`` and bias ``b``. Its norm expands in the inner products of u, v, w,
 and its similarity to every concept is a weighted sum of those of u, v and w, so that no image has
 to be embedded again: an image, a latent and a concept cost three multiply-adds and one exponential.
@@ -65,12 +68,16 @@ class ClassTokenHead:
 
     def _explains(self, model: Any, residual: Tensor, embedding: Tensor) -> bool:
         """Whether the model's embedding is this head's, whatever the other tokens are."""
-        if not _close(self.embed(residual[:, self.row]), embedding):
+        if not self.agrees(residual[:, self.row], embedding):
             return False
         others = residual.flip(-1) * 3.0 + 1.0
         others[:, self.row] = residual[:, self.row]
         seen = model.encode_image(others, normalize=False, start_at_layer=int(model.cfg.n_layers))
         return _close(seen.double(), embedding)
+
+    def agrees(self, token: Tensor, embedding: Tensor) -> bool:
+        """Whether class tokens ``[n, d_model]`` give the model's embeddings ``[n, d_embed]``."""
+        return _close(self.embed(token), embedding)
 
     def embed(self, token: Tensor) -> Tensor:
         """Embeddings ``[n, d_embed]`` of class tokens ``[n, d_model]``, not normalised."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_plugin.models._splicing import permanent_hook, remove_hook
 
@@ -40,12 +40,14 @@ class Prepared:
         entry: what a steered pass begins with: residual stream ``[n, tokens, d_model]`` or pixels.
         source: activation at the hook that the SAE encodes, ``[n, ..., d]``.
         target: activation at the hook that is edited.
+        final: the residual stream behind the last block; None where nothing asks for it.
         embedding: image embeddings without steering, not normalised, ``[n, d_embed]``.
     """
 
     entry: Tensor
     source: Tensor
     target: Tensor
+    final: Tensor | None
     embedding: Tensor
 
     def __len__(self) -> int:
@@ -82,11 +84,33 @@ def locate(model: Any, sae: Any) -> Site:
     return Site(source, target, start=min(known) if len(known) == 2 else None, is_stream=False)
 
 
-def prepare(model: Any, site: Site, pixels: Tensor) -> Prepared:
+def final_stream(model: Any) -> str:
+    """The hook behind the last block."""
+    return f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post"
+
+
+def into_final_stream(model: Any, site: Site) -> Tensor | None:
+    """What an edit at the site is multiplied by to be one of the stream behind the last block.
+
+    Returns:
+        Float64 ``[d_target, d_model]`` for the last MLP's neurons and its output, from which the
+        stream is reached by a linear map; None for any other place.
+    """
+    last = int(model.cfg.n_layers) - 1
+    hooks, place = model.hook_dict, model.hook_dict[site.target]
+    if place is hooks.get(f"blocks.{last}.hook_mlp_out"):
+        return torch.eye(int(model.cfg.d_model), dtype=torch.float64, device=model.device)
+    if place is not hooks.get(f"blocks.{last}.mlp.hook_post"):
+        return None
+    out = getattr(getattr(model.blocks[last].mlp, "out", None), "original_component", None)
+    return out.weight.detach().double().T if isinstance(out, nn.Linear) else None
+
+
+def prepare(model: Any, site: Site, pixels: Tensor, *, keep_final: bool = False) -> Prepared:
     """Run images up to the site and, unsteered, from there to their embeddings."""
     entry = pixels if site.start is None else model(pixels, stop_at_layer=site.start)
     if site.is_stream:
-        return Prepared(entry, entry, entry, finish(model, site, entry))
+        return Prepared(entry, entry, entry, entry, finish(model, site, entry))
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor, Any], None]:
@@ -96,7 +120,8 @@ def prepare(model: Any, site: Site, pixels: Tensor) -> Prepared:
 
         return hook_function
 
-    with hooked(model, {name: keep(name) for name in {site.source, site.target}}):
+    names = {site.source, site.target} | ({final_stream(model)} if keep_final else set())
+    with hooked(model, {name: keep(name) for name in names}):
         embedding = finish(model, site, entry)
     missing = [name for name in (site.source, site.target) if name not in seen]
     if missing:
@@ -104,7 +129,8 @@ def prepare(model: Any, site: Site, pixels: Tensor) -> Prepared:
             f"{missing[0]} did not fire when the model ran, so nothing can be steered there; "
             "choose a hook that the forward pass goes through"
         )
-    return Prepared(entry, seen[site.source], seen[site.target], embedding)
+    final = seen.get(final_stream(model))
+    return Prepared(entry, seen[site.source], seen[site.target], final, embedding)
 
 
 def finish(model: Any, site: Site, entry: Tensor) -> Tensor:
