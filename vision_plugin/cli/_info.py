@@ -19,7 +19,8 @@ class InfoConfig:
     """What to look into."""
 
     path: tyro.conf.Positional[str | None] = None
-    """Folder of an activation store or of an SAE; without it, what this installation can do."""
+    """Folder of an activation store or of an SAE, or the word ``presets``; without it, what this
+    installation can do."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,10 +29,14 @@ def run(arguments: Sequence[str]) -> None:
         InfoConfig,
         arguments,
         command="info",
-        description="Say what is inside an activation store or an SAE, or, without a path, which "
-        "models, metrics and kernels this installation has.",
+        description="Say what is inside an activation store or an SAE; which presets there are "
+        "for training (vision-plugin info presets); or, without a path, which models, metrics and "
+        "kernels this installation has.",
     )
-    facts = installation() if cfg.path is None else inside(cfg.path)
+    if cfg.path == "presets" and not Path("presets").exists():
+        facts = preset_facts()
+    else:
+        facts = installation() if cfg.path is None else inside(cfg.path)
     console = Console()
     for name, value in facts:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
@@ -51,6 +56,32 @@ def installation() -> Iterator[tuple[str, Any]]:
     yield "metrics", ", ".join(sorted(metrics.available()))
     for status in kernels.available().values():
         yield f"kernel backend {status.name}", status.reason or "usable"
+
+
+def preset_facts() -> Iterator[tuple[str, Any]]:
+    """Every backbone and architecture with what it is trained with, and the source of that."""
+    from vision_plugin.sae._presets import presets
+
+    for one in presets():
+        run, sae = one.run, one.sae
+        sparsity = [f"{name} {sae[name]:g}" for name in _SPARSITY if name in sae]
+        facts = [
+            f"{run['model_name']} at {' to '.join(filter(None, _hooks(run)))}",
+            f"{run['tokens']} tokens",
+            f"d_sae {sae['d_sae']}",
+            *sparsity,
+            f"lr {run['lr']:g}",
+            f"{run['training_tokens']:,} training tokens",
+            f"scaling {sae.get('normalize_activations', 'none')}",
+        ]
+        yield f"{one.name} {one.architecture}", f"{', '.join(facts)}; source: {one.source}"
+
+
+_SPARSITY = ("k", "max_iterations", "l1_coefficient", "l0_coefficient")
+
+
+def _hooks(run: dict[str, Any]) -> tuple[str | None, ...]:
+    return run["hook_name"], run.get("hook_name_out")
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:

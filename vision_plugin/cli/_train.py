@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from rich.console import Console
 
@@ -22,8 +25,8 @@ def run(arguments: Sequence[str]) -> None:
     sae = runner.run()
     metadata = sae.cfg.metadata
     Console().print(
-        f"Trained a {cfg.sae.architecture()} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
-        f"of {cfg.model_name}: {metadata.l0:.1f} latents active per token, "
+        f"Trained a {_name(cfg.sae)} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
+        f"of {metadata.model_name}: {metadata.l0:.1f} latents active per token, "
         f"{metadata.num_dead_features} dead.\nSaved to {cfg.output_path} in SAELens's format.",
         highlight=False,
     )
@@ -34,9 +37,10 @@ def read_config(arguments: Sequence[str]) -> Any:
     from sae_lens import LoggingConfig
 
     from vision_plugin.sae import VisionSAERunnerConfig
-    from vision_plugin.sae._config import D_IN_OF_MODEL
+    from vision_plugin.sae._architectures import architectures, training_config_class
 
-    architecture, rest = split_architecture(arguments)
+    architecture, rest = take_flag(arguments, "--architecture", DEFAULT_ARCHITECTURE)
+    preset, rest = take_flag(rest, "--preset", "")
     sae_class = training_config_class(architecture)
     flags_class = flat_class(
         "TrainFlags",
@@ -45,59 +49,84 @@ def read_config(arguments: Sequence[str]) -> Any:
             (sae_class, (*_NOT_FLAGS, "dtype", "device")),
             (LoggingConfig, ()),
         ],
-        defaults={"d_in": D_IN_OF_MODEL, "log_to_wandb": False},
+        defaults=_defaults(preset, architecture),
     )
     flags: Any = parse(
         flags_class,
-        rest,
+        as_flags(rest, flags_class),
         command="train",
         description=f"Train a {architecture} SAE. --architecture chooses another: "
-        f"{', '.join(architectures())}; the flags of the SAE itself follow from it.",
+        f"{', '.join(architectures())}; the flags of the SAE itself follow from it. --preset NAME "
+        "fills in what suits a backbone: vision-plugin info presets lists them. A run that was "
+        "killed goes on where its last checkpoint was made when the same line is run again.",
     )
+    output_path = None if flags.output_path is None else os.path.expandvars(flags.output_path)
     return pick(
         VisionSAERunnerConfig,
         flags,
+        output_path=output_path,
         sae=pick(sae_class, flags, dtype="float32", device=flags.device),
         logger=pick(LoggingConfig, flags),
     )
 
 
-def split_architecture(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Take ``--architecture X`` out of a command line.
+def _defaults(preset: str, architecture: str) -> dict[str, Any]:
+    """Values of the flags that are not given; a preset's, where one is named."""
+    from vision_plugin.sae import VisionSAERunnerConfig
+    from vision_plugin.sae._config import D_IN_OF_MODEL
+
+    values: dict[str, Any] = {"d_in": D_IN_OF_MODEL, "log_to_wandb": False}
+    if not preset:
+        return values
+    cfg = VisionSAERunnerConfig.preset(preset, architecture=architecture)
+    for part in (cfg.sae, cfg):
+        values |= {
+            field.name: getattr(part, field.name)
+            for field in dataclasses.fields(part)
+            if field.name not in ("sae", "logger", "images", *_NOT_FLAGS)
+        }
+    return values
+
+
+def take_flag(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
+    """Take ``--name X``, or ``--name=X``, out of a command line.
 
     Raises:
         ValueError: the flag stands at the end, without a value.
     """
-    rest, architecture = [], DEFAULT_ARCHITECTURE
+    rest, found = [], default
     remaining = iter(arguments)
     for argument in remaining:
         flag, separator, value = argument.partition("=")
-        if flag != "--architecture":
+        if flag != name:
             rest.append(argument)
             continue
-        architecture = value if separator else next(remaining, "")
-        if not architecture:
-            raise ValueError(f"--architecture needs a value: {', '.join(architectures())}")
-    return architecture, rest
+        found = value if separator else next(remaining, "")
+        if not found:
+            raise ValueError(f"{name} needs a value")
+    return found, rest
 
 
-def architectures() -> list[str]:
-    """Every architecture that SAELens can train, those that plugins register included."""
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+def as_flags(arguments: Sequence[str], cls: type) -> list[str]:
+    """Arguments as a sweep's ``${args}`` gives them, as the command reads them.
 
-    return sorted(SAE_TRAINING_CLASS_REGISTRY)
-
-
-def training_config_class(architecture: str) -> Any:
-    """SAELens's training configuration of an architecture.
-
-    Raises:
-        ValueError: SAELens does not know it.
+    ``--dense=True`` becomes ``--dense``, ``--dense=False`` becomes ``--no-dense``, and
+    ``--matryoshka_widths=[8, 16]`` becomes ``--matryoshka_widths 8 16``. Everything else stays.
     """
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+    hints = get_type_hints(cls)
+    read: list[str] = []
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        hint = hints.get(name)
+        if hint is bool and value.lower() in ("true", "false"):
+            read.append(f"--{name}" if value.lower() == "true" else f"--no-{name}")
+        elif get_origin(hint) in (list, tuple) and value.startswith(("[", "(")):
+            read += [flag, *(str(item) for item in ast.literal_eval(value))]
+        else:
+            read.append(argument)
+    return read
 
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"unknown architecture {architecture!r}: choose from {', '.join(architectures())}"
-        )
-    return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+
+def _name(sae: Any) -> str:
+    return str(sae.architecture()).removeprefix("vision_plugin_")

@@ -159,6 +159,32 @@ class VisionSAERunnerConfig:
                 f"train_batch_size_tokens={self.train_batch_size_tokens}"
             )
 
+    @classmethod
+    def preset(cls, name: str, *, architecture: str, **changes: Any) -> VisionSAERunnerConfig:
+        """A sound beginning for a backbone that people use.
+
+        Args:
+            name: Of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info presets``
+                lists them, and where their numbers come from.
+            architecture: Of the SAE, for example ``matryoshka_batchtopk``.
+            **changes: Fields to set otherwise: ``images`` above all.
+
+        Raises:
+            ValueError: there is no such preset, or no such field.
+        """
+        from vision_plugin.sae._architectures import training_config_class
+        from vision_plugin.sae._presets import preset
+
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ValueError(f"a training run has no field {unknown[0]!r}")
+        found = preset(name, architecture=architecture)
+        sae = training_config_class(found.architecture)(**found.sae)
+        output_path = f"runs/{found.name}-{found.architecture}"
+        settings = {"images": "", "output_path": output_path, "sae": sae, **found.run}
+        return cls(**{**settings, **changes})
+
     @property
     def total_training_steps(self) -> int:
         """Optimiser steps of the run."""

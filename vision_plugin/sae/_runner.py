@@ -116,8 +116,16 @@ def open_inputs(
         cfg: The run.
         model: In hand, or None to load the configuration's.
         images: An image source or a store in hand, or None to open the configuration's.
+
+    Raises:
+        ValueError: there are none, or the model is unknown.
     """
     source = cfg.images if images is None else images
+    if source == "":
+        raise ValueError(
+            "the configuration does not say what to train on: set images (--images) to pictures, "
+            "or to a store of activations"
+        )
     if is_store(source):
         return model, open_store(source)
     torch.manual_seed(cfg.seed)

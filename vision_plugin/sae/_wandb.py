@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sae_lens import LoggingConfig
@@ -34,6 +35,7 @@ class WandbRun:
                 config=self.settings,
                 name=self.cfg.run_name,
                 id=self.id,
+                dir=os.environ.get("WANDB_DIR"),  # wandb itself reads it once in a process
                 resume=None if self.id is None else "allow",
             )
             self.id = run.id

@@ -1,0 +1,43 @@
+"""Architectures by the names that people use, and SAELens's training configurations of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PREFIX = "vision_plugin_"
+"""Begins the names under which this package's own classes stand in SAELens's registry."""
+
+
+def architectures() -> list[str]:
+    """Every architecture that can be trained: SAELens's, and those that plugins register.
+
+    This package's sparse classes stand behind SAELens's names; its transcoders have the names that
+    they are saved under.
+    """
+    names = _registry()
+    return sorted({name.removeprefix(_PREFIX) for name in names})
+
+
+def training_config_class(architecture: str) -> Any:
+    """The training configuration of an architecture.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    registry = _registry()
+    for name in (architecture, f"{_PREFIX}{architecture}"):
+        if name in registry:
+            return registry[name][1]
+    raise ValueError(
+        f"unknown architecture {architecture!r}: choose from {', '.join(architectures())}"
+    )
+
+
+def _registry() -> dict[str, Any]:
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    from vision_plugin.sae import _sparse_register
+
+    _sparse_register.register()
+    registry: dict[str, Any] = SAE_TRAINING_CLASS_REGISTRY
+    return registry

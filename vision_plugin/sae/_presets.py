@@ -1,0 +1,111 @@
+"""Named beginnings: how to train an SAE of an architecture on a backbone. See presets.yaml."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+OURS = "ours"
+_TRANSCODERS = ("transcoder", "skip_transcoder")
+_LAW = (2e-4, 2**14)
+"""Learning rate of a TopK SAE, and the width it holds for (Gao et al. 2024, figure 3)."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What trains an SAE of an architecture on a backbone."""
+
+    name: str
+    """Of the backbone, ``clip-vit-b-32``."""
+    architecture: str
+    """As the command's ``--architecture``."""
+    run: dict[str, Any]
+    """Fields of ``VisionSAERunnerConfig`` but for ``sae``."""
+    sae: dict[str, Any]
+    """Fields of the SAE's own configuration."""
+    source: str
+    """Where the numbers come from, or ``ours``."""
+
+
+def backbones() -> list[str]:
+    """Names of the backbones that there are presets for."""
+    return list(_table()["backbones"])
+
+
+def architectures() -> list[str]:
+    """Architectures that there are presets for."""
+    return list(_table()["architectures"])
+
+
+def preset(name: str, *, architecture: str) -> Preset:
+    """One preset.
+
+    Args:
+        name: Of the backbone; ``-`` and ``_`` alike.
+        architecture: As the command's ``--architecture``.
+
+    Raises:
+        ValueError: there is none of the name, or none of the architecture; near names are listed.
+    """
+    table = _table()
+    name = _known(name.replace("_", "-"), backbones(), "preset")
+    architecture = _known(architecture.replace("-", "_"), architectures(), "architecture")
+    backbone, learning = table["backbones"][name], table["architectures"][architecture]
+    published = backbone.get("published", {}).get(architecture, {})
+    merged: dict[str, Any] = {**table["common"], **learning, **published}
+    merged["sae"] = {**learning["sae"], **published.get("sae", {})}
+    return _preset(name, architecture, backbone, merged)
+
+
+def presets() -> list[Preset]:
+    """Every preset."""
+    return [preset(n, architecture=a) for n in backbones() for a in architectures()]
+
+
+def _preset(
+    name: str, architecture: str, backbone: Mapping[str, Any], merged: dict[str, Any]
+) -> Preset:
+    d_sae = merged.pop("expansion") * backbone["d_model"]
+    layer = backbone["n_layers"] - 2
+    source = merged.pop("source", OURS)
+    sae = {"d_in": backbone["d_model"], "d_sae": d_sae, **merged.pop("sae")}
+    fractions = merged.pop("matryoshka_fractions", None)
+    if fractions is not None:
+        sae["matryoshka_widths"] = [round(d_sae * fraction) for fraction in fractions]
+    scaling = merged.pop("normalize_activations")
+    steps = -(-merged["training_tokens"] // merged["train_batch_size_tokens"])
+    run = {
+        "model_name": backbone["model_name"],
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "lr": float(f"{_LAW[0] / (d_sae / _LAW[1]) ** 0.5:.2g}"),
+        "lr_decay_steps": round(steps * merged.pop("lr_decay_fraction")),
+        **merged,
+    }
+    if architecture in _TRANSCODERS:
+        run["hook_name"] = f"blocks.{layer}.ln2.hook_out"
+        run["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
+        sae["d_out"] = backbone["d_model"]
+    else:
+        sae["normalize_activations"] = scaling
+    return Preset(name, architecture, run, sae, source)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = files("vision_plugin.sae").joinpath("presets.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
+
+
+def _known(wanted: str, there_are: list[str], what: str) -> str:
+    if wanted in there_are:
+        return wanted
+    near = difflib.get_close_matches(wanted, there_are, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"no {what} is named {wanted!r}: {hint}There are {', '.join(there_are)}")
