@@ -43,10 +43,12 @@ def main() -> None:
     run = parser.parse_args().run
     if run in ("demo", "all"):
         keep("demo.txt", [DEMO])
+        take_picture(ROOT / "demo-results" / "report" / "index.html", RESULTS / "demo-report.png")
     if run in ("noto", "all"):
         shutil.rmtree(ROOT / "runs" / "noto", ignore_errors=True)
         keep("noto.txt", noto_commands())
     fill(ROOT / "README.md", sections())
+    fill(ROOT / "CONTRIBUTING.md", {"family": worked_example()})
 
 
 def noto_commands() -> list[str]:
@@ -100,6 +102,28 @@ def sections() -> dict[str, str]:
         if (RESULTS / file).is_file():
             found[name] = (RESULTS / file).read_text().strip()
     return found
+
+
+def worked_example() -> str:
+    """The code of "add a model family", which a test runs."""
+    code = (ROOT / "tests" / "hooks" / "test_contributing_family.py").read_text()
+    shown = code.split("# --8<-- the family\n")[1].replace("  # isort: skip", "").strip()
+    return f"```python\n{shown}\n```"
+
+
+def take_picture(page: Path, picture: Path) -> None:
+    """A screenshot of a page in a headless Chromium, 16 to 10."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        window = browser.new_page(viewport={"width": 1280, "height": 800})
+        window.goto(page.as_uri())
+        window.wait_for_selector("html[data-ready]")
+        window.wait_for_timeout(1000)
+        window.screenshot(path=picture)
+        browser.close()
 
 
 def fill(readme: Path, found: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,8 @@ def usage() -> str:
 def _quieten() -> None:
     """Keep the hosts' progress bars and notices out of the way of what a person asked for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # PyTorch's notices on each first use of its CSR layout; nothing that a person can act on.
+    warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
     for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -32,12 +32,14 @@ def run(arguments: Sequence[str]) -> None:
     console.print(ladder_table(result))
     console.print(steering_table(result))
     for note in notes(result.evaluation):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     total = sum(result.seconds.values())
     console.print(
-        f"Done in {total:.0f} s. Results: {cfg.output_path}/results.json", highlight=False
+        f"Done in {total:.0f} s. Results: {cfg.output_path}/results.json",
+        highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"Open {result.report} in a browser.", highlight=False)
+    console.print(f"Open {result.report} in a browser.", highlight=False, soft_wrap=True)
 
 
 def truth_table(result: Any) -> Table:
@@ -53,8 +55,8 @@ def truth_table(result: Any) -> Table:
 
 def ladder_table(result: Any) -> Table:
     """From known truth down to noise, with image embeddings."""
-    table = Table(title="Monosemanticity with image embeddings")
-    table.add_column("latents")
+    table = Table(title="Monosemanticity: image embeddings")
+    table.add_column("latents", min_width=20)
     table.add_column("mean score", justify="right")
     for name, score in result.ladder.items():
         table.add_row(name, f"{score:.3f}")

@@ -35,6 +35,8 @@ SCHEMA = "vision_plugin.demo/1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
+LEAST_PICTURES = 20
+"""Pictures a latent fires on, at least, to be steered."""
 Announce = Callable[[str], None]
 
 
@@ -52,7 +54,7 @@ class DemoConfig:
     """Pictures to train on."""
     training_tokens: int = 150_000
     """Vectors to train on, with repetition."""
-    d_sae: int = 512
+    d_sae: int = 256
     """Latents of the SAE."""
     k: int = 8
     """Latents active per token, on average."""
@@ -122,7 +124,10 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     with _stage("Steering a few features", seconds, announce):
         effects = _steer(cfg, model, sae, evaluation, pictures, concepts)
     with _stage("Writing the HTML report", seconds, announce):
-        report = _report(model, sae, pictures, evaluation, out / "report")
+        names = name_latents(evaluation.encoded.latents, embeddings, model.encode_text(concepts))
+        report = _report(
+            model, sae, pictures, evaluation, [concepts[name] for name in names], out / "report"
+        )
     result = DemoResult(own_code, ladder, evaluation, effects, report, seconds)
     write_json(to_dict(cfg, result), out / "results.json")
     return result
@@ -231,10 +236,13 @@ def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
 def _steer(
     cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, pictures: Any, concepts: list[str]
 ) -> dict[int, SteeringEffect]:
-    """The latents with the largest steerability, one per top concept, on eight pictures."""
+    """Steer the most monosemantic latents, one per top concept, on eight pictures."""
+    scores = evaluation.monosemanticity["sae"]
     steerability = evaluation.steerability["sae"]
+    common = scores.n_active >= LEAST_PICTURES
+    ranked = scores.score.where(common.to(scores.score.device), -1).nan_to_num(-1)
     chosen: dict[int, int] = {}
-    for latent in steerability.score.argsort(descending=True).tolist():
+    for latent in ranked.argsort(descending=True).tolist():
         chosen.setdefault(int(steerability.top_concept[latent]), latent)
         if len(chosen) == cfg.steered_latents:
             break
@@ -248,7 +256,28 @@ def _steer(
     }
 
 
-def _report(model: Any, sae: Any, pictures: Any, evaluation: Any, out: Path) -> Path:
+def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int]:
+    """The concept that describes best what sets apart the pictures a latent fires on.
+
+    Args:
+        latents: Image-level latents, sparse [n, d_sae].
+        embeddings: Of the pictures, [n, d].
+        texts: Of the concepts, [concepts, d].
+
+    Returns:
+        For each latent the concept most similar to the weighted mean of its pictures' embeddings
+        less the mean of all.
+    """
+    weights = latents.to_dense().double()
+    weights = weights / weights.sum(0).clamp(min=1e-12)
+    apart = weights.T @ embeddings.double() - embeddings.double().mean(0)
+    best: list[int] = (apart @ texts.double().T).argmax(1).tolist()
+    return best
+
+
+def _report(
+    model: Any, sae: Any, pictures: Any, evaluation: Any, names: list[str], out: Path
+) -> Path:
     from vision_plugin.report import report
 
     steerability = evaluation.steerability["sae"]
@@ -261,7 +290,7 @@ def _report(model: Any, sae: Any, pictures: Any, evaluation: Any, out: Path) -> 
             "monosemanticity": evaluation.monosemanticity["sae"].score.tolist(),
             "steerability": steerability.score.tolist(),
         },
-        names=[name or "" for name in steerability.top_names],
+        names=[name.removeprefix("a picture of ") for name in names],
         title="Features of the demo CLIP",
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UnsupportedModelError(ValueError):
     """A module that no adapter fits; the message says which part did not match."""
@@ -9,6 +11,9 @@ class UnsupportedModelError(ValueError):
 
 def not_found(name: str, error: Exception) -> str:
     """The message for a checkpoint that is not there."""
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not Path(name).expanduser().exists():
+        return f"could not load a model from {name!r}: there is no such file or folder"
     text = str(error).strip()
     reason = text.splitlines()[0][:200] if text else repr(error)
     return (
