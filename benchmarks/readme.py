@@ -8,6 +8,7 @@ steering on real pictures where the data folder is beside the checkout.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -24,8 +25,9 @@ DEMO = "vision-plugin demo"
 NOTO = (
     "vision-plugin train --model-name ../shared/models/emoji-clip "
     "--images ../shared/data/noto.parquet --hook-name blocks.4.hook_resid_post "
-    "--architecture batchtopk --d-sae 1536 --k 16 --training-tokens 1_000_000 "
-    "--train-batch-size-tokens 2048 --lr 0.001 --output-path runs/noto",
+    "--architecture batchtopk --d-sae 768 --k 16 --training-tokens 400_000 "
+    "--train-batch-size-tokens 2048 --lr 0.001 --b-dec-init-method mean --dead-feature-window 40 "
+    "--output-path runs/noto",
     "vision-plugin eval --sae runs/noto --images ../shared/data/noto.parquet "
     "--concepts column:name --concept-template 'a picture of {}'",
     "vision-plugin steer --sae runs/noto --images ../shared/data/noto.parquet "
@@ -42,33 +44,29 @@ def main() -> None:
     parser.add_argument("--run", choices=("demo", "noto", "all"), help="run the commands first")
     run = parser.parse_args().run
     if run in ("demo", "all"):
-        keep("demo.txt", [DEMO])
+        keep("demo.txt", {DEMO: execute(DEMO)})
         take_picture(ROOT / "demo-results" / "report" / "index.html", RESULTS / "demo-report.png")
     if run in ("noto", "all"):
         shutil.rmtree(ROOT / "runs" / "noto", ignore_errors=True)
-        keep("noto.txt", noto_commands())
+        keep("noto.txt", noto())
     fill(ROOT / "README.md", sections())
     fill(ROOT / "CONTRIBUTING.md", {"family": worked_example()})
 
 
-def noto_commands() -> list[str]:
-    """The commands, the steered latent being the most steerable one of the evaluation."""
-    import json
-
-    commands = list(NOTO[:2])
-    for command in commands:
-        execute(command)
+def noto() -> dict[str, str]:
+    """The commands on real pictures with what they print; the most steerable latent is steered."""
+    printed = {command: execute(command) for command in NOTO[:2]}
     scores = json.loads((ROOT / "runs" / "noto" / "evaluation.json").read_text())
     steerability = scores["per_latent"]["steerability"]["sae"]["score"]
     latent = max(range(len(steerability)), key=lambda i: steerability[i] or 0.0)
-    shutil.rmtree(ROOT / "runs" / "noto")
-    return [command.replace("LATENT", str(latent)) for command in NOTO]
+    rest = [command.replace("LATENT", str(latent)) for command in NOTO[2:]]
+    return printed | {command: execute(command) for command in rest}
 
 
-def keep(file: str, commands: list[str]) -> None:
-    """Run commands and keep them with what they print."""
-    parts = [f"$ {folded(command)}\n{execute(command)}" for command in commands]
-    RESULTS.joinpath(file).write_text("\n\n".join(part.strip() for part in parts) + "\n")
+def keep(file: str, printed: dict[str, str]) -> None:
+    """Write commands and what they printed."""
+    parts = [f"$ {folded(command)}\n{lines}".strip() for command, lines in printed.items()]
+    RESULTS.joinpath(file).write_text("\n\n".join(parts) + "\n")
 
 
 def execute(command: str) -> str:

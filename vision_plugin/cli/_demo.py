@@ -39,7 +39,9 @@ def run(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"Open {result.report} in a browser.", highlight=False, soft_wrap=True)
+    console.print(
+        f"Open {cfg.output_path}/report/index.html in a browser.", highlight=False, soft_wrap=True
+    )
 
 
 def truth_table(result: Any) -> Table:

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     sae = load_sae(cfg.sae, device=cfg.device)
     model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
-    index = report(
+    report(
         sae,
         model,
         open_images(cfg.images, column=cfg.image_column, split=cfg.split),
@@ -67,7 +67,9 @@ def run(arguments: Sequence[str]) -> None:
         title=cfg.title,
         **read_scores(cfg.evaluation, cfg.sae),
     )
-    Console().print(f"Open {index} in a browser.", highlight=False)
+    Console().print(
+        f"Open {cfg.output_path}/index.html in a browser.", highlight=False, soft_wrap=True
+    )
 
 
 def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
