@@ -247,3 +247,32 @@ def test_a_model_with_random_weights_keeps_the_size_of_its_activations(
         torch.testing.assert_close(again, drawn.encode_image(pixels))
     assert float(torch.cosine_similarity(before, after, dim=-1).abs().mean()) < 0.7
     assert 0.2 < float(after.norm() / before.norm()) < 5
+
+
+def test_intervals_and_curves_are_there_when_asked_for(
+    world: SimpleNamespace, tmp_path: Any
+) -> None:
+    result = score(
+        world,
+        tmp_path,
+        metrics=("monosemanticity", "steerability"),
+        controls=("neurons",),
+        confidence=0.9,
+        steering_images=2,
+        strengths=(0.0, 20.0),
+    )
+    for key, latents in (("sae", result.encoded.latents), ("neurons", result.encoded.neurons)):
+        found = result.monosemanticity[key]
+        expected = metrics.monosemanticity(
+            latents, result.encoded.embeddings["model"], confidence=0.9
+        )
+        torch.testing.assert_close(found.low, expected.low, equal_nan=True)
+        assert bool((found.low <= found.high)[~found.low.isnan()].all())
+    curve = result.results["steerability_curve"]["sae"]
+    assert curve.strengths == (0.0, 20.0)
+    assert curve.score.shape == (2, 40)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert "share_steerable_at_20" in written["summary"]["steerability_curve/sae"]
+    assert "steerability_curve" in written["details"]
+    with pytest.raises(ValueError, match="goes with monosemanticity_images='all'"):
+        score(world, tmp_path, confidence=0.9, monosemanticity_images="top16")

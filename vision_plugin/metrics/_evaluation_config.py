@@ -64,10 +64,16 @@ class EvaluationConfig:
     """Image-level latents are the ``max`` or the ``mean`` over tokens."""
     monosemanticity_images: str = "all"
     """``all`` or ``top16``: the two definitions in use."""
+    confidence: float | None = None
+    """Coverage, such as 0.95, of a jackknife interval around each latent's and neuron's
+    monosemanticity."""
     steering_images: int = 32
     """Images to steer on; 0 leaves steerability out."""
     strength: float = 150.0
     """Value that a latent, or neuron, is set to."""
+    strengths: tuple[float, ...] = ()
+    """For steerability as a curve of the SAE's latents: further values to set them to, for example
+    ``-20 -5 0 5 10 20 50 150``."""
     adaptive: bool = False
     """Steer every latent on a few images, and go on only with those that could still count as
     steerable."""
@@ -91,6 +97,11 @@ class EvaluationConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} names one of them twice")
+        if self.confidence is not None and self.monosemanticity_images != "all":
+            raise ValueError(
+                f"confidence={self.confidence} goes with monosemanticity_images='all' only: "
+                "leaving out one of the top 16 images lets another one in"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         self.options()

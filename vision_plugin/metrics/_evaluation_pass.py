@@ -15,9 +15,10 @@ from vision_plugin.metrics._evaluation_config import EvaluationConfig
 from vision_plugin.metrics._evaluation_facts import Facts
 from vision_plugin.metrics._evaluation_subjects import WEIGHTS, Subject, read_batches
 from vision_plugin.metrics._metricset import MetricSet
+from vision_plugin.metrics._monosemanticity import monosemanticity
 from vision_plugin.metrics._registry import feed, needs, takes
-from vision_plugin.metrics._steerability import steerability
-from vision_plugin.metrics._steerability_result import SteerabilityResult
+from vision_plugin.metrics._steerability import steerability, steerability_curve
+from vision_plugin.metrics._steerability_result import SteerabilityCurve
 from vision_plugin.models import VisionBridge
 from vision_plugin.sae._encoding import EncodedImages
 from vision_plugin.sae.foreign import load_sae
@@ -141,21 +142,38 @@ class Run:
                     failures[f"{key}/{subject.key}"] = str(error)
         return {key: found for key, found in results.items() if found}, failures
 
-    def steer(self, indices: list[int]) -> tuple[dict[str, SteerabilityResult], dict[str, str]]:
+    def add_intervals(self, results: dict[str, dict[str, Any]], encoded: EncodedImages) -> None:
+        """Put jackknife intervals around monosemanticity, where latents were kept to do it."""
+        confidence = self.cfg.confidence
+        if confidence is None:
+            return
+        kept: dict[str, Tensor] = {"sae": encoded.latents, "neurons": encoded.neurons}
+        for key, by_dictionary in results.items():
+            name, _, embedder = key.partition("@")
+            if name != "monosemanticity":
+                continue
+            embedded = encoded.embeddings[embedder or "embedder"]
+            for subject in kept.keys() & by_dictionary.keys():
+                by_dictionary[subject] = monosemanticity(
+                    kept[subject], embedded, confidence=confidence
+                )
+
+    def steer(self, indices: list[int]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Steerability of every subject on images spread over those that could be read.
 
         Every latent of the SAE is steered. Of a control that has more latents than there are
         neurons, random directions, as many as there are neurons tell as much.
 
         Returns:
-            Results by subject, and why others have none.
+            Results by metric and subject, and why others have none.
         """
         cfg, model = self.cfg, self.site.model
         texts = self._texts(self.facts.concepts)
         step = max(1, len(indices) // cfg.steering_images)
         chosen = indices[::step][: cfg.steering_images]
         pixels = model.preprocess([self.facts.pictures[i] for i in chosen])
-        results, failures = {}, {}
+        results: dict[str, dict[str, Any]] = {}
+        failures = {}
         for subject in self.subjects:
             options: dict[str, Any] = {
                 "strength": cfg.strength,
@@ -167,12 +185,27 @@ class Run:
             options |= cfg.options().get("steerability", {})
             try:
                 with torch.no_grad():
-                    results[subject.key] = steerability(
+                    scored = steerability(
                         subject.site.model, subject.dictionary, pixels, texts, **options
                     )
+                results.setdefault("steerability", {})[subject.key] = scored
             except ValueError as error:
                 failures[f"steerability/{subject.key}"] = str(error)
+        if cfg.strengths and results:
+            results["steerability_curve"] = {"sae": self._curve(pixels, texts)}
         return results, failures
+
+    def _curve(self, pixels: Tensor, texts: Tensor) -> SteerabilityCurve:
+        sae, strengths = self.subjects[0], self.cfg.strengths
+        with torch.no_grad():
+            return steerability_curve(
+                sae.site.model,
+                sae.dictionary,
+                pixels,
+                texts,
+                strengths=strengths,
+                tokens=sae.site.tokens,
+            )
 
     def _texts(self, texts: list[str]) -> Tensor:
         template = self.cfg.concept_template

@@ -83,7 +83,8 @@ class Evaluation:
         per_latent: dict[str, Any] = {}
         details: dict[str, Any] = {}
         for name, by_dictionary in self.results.items():
-            has_scores = isinstance(getattr(by_dictionary.get("sae"), "score", None), Tensor)
+            score = getattr(by_dictionary.get("sae"), "score", None)
+            has_scores = isinstance(score, Tensor) and score.ndim == 1
             place = per_latent if has_scores else details
             place[name] = {key: _plain(result) for key, result in by_dictionary.items()}
         return {
@@ -151,10 +152,11 @@ def evaluate_with(
     run.score_domains(progress=progress)
     run.compare_weights()
     results, failures = run.compute()
+    run.add_intervals(results, encoded)
     if "steerability" in chosen:
         steered, unsteered = run.steer(encoded.indices)
         failures |= unsteered
-        results |= {"steerability": steered} if steered else {}
+        results |= steered
     if not results and chosen:
         raise ValueError(f"no metric could be computed: {next(iter(failures.values()))}")
     encoded.fidelity.update(_fidelity(results))
