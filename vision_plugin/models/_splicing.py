@@ -245,9 +245,12 @@ def run(sae: SAE, x: Tensor, *, hooks: bool = True) -> Tensor:
     if not hooks:
         with silent_hooks(sae):
             return run(sae, x)
-    latents = sae.encode(x)
+    from vision_plugin.sae._sparse_inference import decode_of_encode
+
+    output = decode_of_encode(sae, x)
+    if output is None:
+        output = sae.decode(sae.encode(x))
     skip = getattr(sae, "W_skip", None)
-    output: Tensor = sae.decode(latents)
     return output if skip is None else output + x.to(sae.dtype) @ skip.T.to(x.device)
 
 

@@ -62,20 +62,30 @@ def sparse_reconstruct(
         The reconstruction in the shape of x (an SAE with an error term returns x's sum with it,
         by its own code).
     """
-    decoders = (*_PLAIN_DECODERS, *_RESCALING_DECODERS)
-    if sae.use_error_term or type(sae).decode not in decoders:
-        dense: Tensor = sae(x)
-        return dense
+    if not sae.use_error_term and (decoded := decode_of_encode(sae, x)) is not None:
+        result: Tensor = sae.hook_sae_output(decoded)
+        return result
+    dense: Tensor = sae(x)
+    return dense
+
+
+def decode_of_encode(
+    sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
+) -> Float[Tensor, "*batch d_in"] | None:
+    """``sae.decode(sae.encode(x))`` on the sparse kernel; None where the SAE needs its own code.
+
+    Its own code is needed for other architectures, and where someone watches its latents.
+    """
+    if type(sae).decode not in (*_PLAIN_DECODERS, *_RESCALING_DECODERS):
+        return None
     latents = _encode_on_kernel(sae, x)
     if latents is None:
-        unchanged: Tensor = sae(x)
-        return unchanged
+        return None
     shape = x.shape[:-2] if sae.hook_z_reshaping_mode else x.shape[:-1]
     decoded = kernels.csr_decode(_unscale(sae, latents), sae.W_dec, sae.b_dec)
     out = sae.hook_sae_recons(decoded.view(*shape, decoded.shape[-1]))
-    out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
-    result: Tensor = sae.hook_sae_output(out)
-    return result
+    reshaped: Tensor = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
+    return reshaped
 
 
 def _encode_on_kernel(sae: SAE[Any], x: Tensor) -> SparseLatents | None:
