@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks._measured import measured
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMAND = Path(sys.executable).with_name("vision-plugin")
@@ -96,9 +98,9 @@ def sections() -> dict[str, str]:
     for name, file in (("demo", "demo.txt"), ("noto", "noto.txt")):
         if (RESULTS / file).is_file():
             found[name] = "```\n" + (RESULTS / file).read_text().strip() + "\n```"
-    for name, file in (("families", "families.md"), ("measured", "measured.md")):
-        if (RESULTS / file).is_file():
-            found[name] = (RESULTS / file).read_text().strip()
+    if (RESULTS / "families.md").is_file():
+        found["families"] = (RESULTS / "families.md").read_text().strip()
+    found["measured"] = measured(RESULTS)
     return found
 
 
