@@ -62,9 +62,9 @@ def everything(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory)
         embedder=("model", world.clip),
         taxonomy="demo",
         masks="demo",
-        domain_images=("demo:40@9",),
+        domain_images=("demo:24@9",),
         other_saes=(world.other,),
-        steering_images=3,
+        steering_images=2,
         batch_size=20,
         metric_options=json.dumps(
             {
@@ -181,7 +181,7 @@ def test_json_holds_scores_per_latent_and_all_else_apart(everything: SimpleNames
     summary = written["summary"]
     assert summary["hierarchy/sae"]["n_features"] == 40
     assert summary["stability/sae"]["n_directions"] == 40
-    assert summary["cross_domain/sae"]["composite_demo:40@9"] > 0
+    assert summary["cross_domain/sae"]["composite_demo:24@9"] > 0
 
 
 def test_what_the_inputs_do_not_allow_is_left_out_by_default_and_an_error_by_name(

@@ -327,11 +327,12 @@ def test_screening_is_used_by_the_closed_form_too(world: SimpleNamespace) -> Non
 def test_screening_image_by_image_keeps_its_margin(world: SimpleNamespace) -> None:
     pixels = torch.randn(14, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     sae = standard_sae("blocks.1.hook_resid_post", 16, d_sae=12)
-    arguments: dict[str, Any] = {"strength": 3.0, "batch_size": 1}
-    scores = steerability(world.model, sae, pixels, world.texts, **arguments).score.sort().values
-    arguments["threshold"] = float(scores[5] + scores[6]) / 2
+    scores = steerability(world.model, sae, pixels, world.texts, strength=3.0).score.sort().values
+    arguments = {"strength": 3.0, "threshold": float(scores[5] + scores[6]) / 2}
     full = steerability(world.model, sae, pixels, world.texts, **arguments)
-    screened = steerability(world.model, sae, pixels, world.texts, adaptive=True, **arguments)
+    screened = steerability(
+        world.model, sae, pixels, world.texts, adaptive=True, batch_size=1, **arguments
+    )
     assert int(full.steerable.sum()) == 6
     assert torch.equal(screened.steerable, full.steerable)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vision_plugin.metrics._evaluation_facts import Facts
 from vision_plugin.models import Harvester, TokenSelection, VisionBridge
@@ -48,6 +49,21 @@ class LazyBatch(Mapping[str, Any]):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What one batch of images gave at a site.
+
+    Attributes:
+        source: activations that a dictionary encodes, ``[n, tokens, d]``.
+        target: those that it is to give, the same but for a transcoder.
+        rows: places of the selected tokens of each image, ``[n, tokens]``.
+    """
+
+    source: Tensor
+    target: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class Site:
     """A model, the hook that is read, and the tokens that are selected there."""
 
@@ -84,22 +100,38 @@ class Site:
         n_tokens = self.selection.n_random or len(self.token_kinds or ())
         return min(batch_size, max(1, LATENT_ELEMENTS // (max(1, n_tokens) * d_sae)))
 
-    def reader(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from pixels to the selected activations and what they are decoded to."""
+    def reader(self) -> Callable[[Tensor], Reading]:
+        """A function from pixels to the activations of the selected tokens."""
         names = list(dict.fromkeys([self.hook_name, self.hook_out]))
         harvester, layout = Harvester(self.model, names), self.model.token_layout()
         selection = self.selection
 
-        def read(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        def read(pixels: Tensor) -> Reading:
             found = harvester(pixels)
             rows = selection.rows(layout, len(pixels))
             source, target = (
                 _select(found[name], rows, keep_all=selection == TokenSelection("all"))
                 for name in (self.hook_name, self.hook_out)
             )
-            return source, target
+            return Reading(source, target, rows)
 
         return read
+
+    @contextmanager
+    def replaced(self, rows: Tensor, values: Tensor) -> Iterator[None]:
+        """The model with other activations ``[n, tokens, d]`` where the decoder writes."""
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            new = values.to(activation.dtype)
+            if activation.ndim == 2:
+                return new[:, 0]
+            flat = activation.flatten(2)
+            places = rows.to(flat.device)[..., None].expand(-1, -1, flat.shape[-1])
+            return flat.scatter(1, places, new).view_as(activation)
+
+        with self.model.hooks(fwd_hooks=[(self.hook_out, replace)]):
+            yield
 
 
 def _select(activation: Tensor, rows: Tensor, *, keep_all: bool) -> Tensor:
@@ -137,17 +169,17 @@ def make_batch(
     facts: Facts,
     indices: list[int],
     pixels: Tensor,
-    activations: tuple[Tensor, Tensor],
+    reading: Reading,
     class_texts: Tensor | None,
 ) -> LazyBatch:
     """Everything that one batch of images offers for one dictionary but the embeddings."""
-    source, target = activations
+    source = reading.source
     with torch.no_grad():
         latents = dictionary.encode(source)
     makers: dict[str, Callable[[], Any]] = {
         "latents": lambda: pool(latents, facts.cfg.pooling),
         "token_latents": lambda: latents,
-        "activations": lambda: target,
+        "activations": lambda: reading.target,
         "reconstruction": lambda: _reconstruction(dictionary, source, latents),
         "pixels": lambda: pixels,
         "image_ids": lambda: [facts.pictures.ids[index] for index in indices],
@@ -160,8 +192,13 @@ def make_batch(
     if class_texts is not None:
         model = site.model
         makers["logits"] = lambda: _logits(model, pixels, class_texts)
-        makers["spliced_logits"] = lambda: _spliced(site, dictionary, pixels, class_texts)
-        makers["ablated_logits"] = lambda: _spliced(site, _Zeros(dictionary), pixels, class_texts)
+        zeros = torch.zeros_like(reading.target)
+        makers["spliced_logits"] = lambda: _replaced_logits(
+            site, reading, batch["reconstruction"], pixels, class_texts
+        )
+        makers["ablated_logits"] = lambda: _replaced_logits(
+            site, reading, zeros, pixels, class_texts
+        )
     masks = facts.masks
     if masks is not None:
         makers["masks"] = lambda: masks.batch(site.model, indices)
@@ -185,33 +222,14 @@ def _reconstruction(dictionary: Any, source: Tensor, latents: Tensor) -> Tensor:
     return decoded
 
 
-class _Zeros(nn.Module):
-    """A dictionary that reconstructs nothing, for ablation."""
-
-    use_error_term = False
-
-    def __init__(self, dictionary: Any) -> None:
-        super().__init__()
-        self.cfg = dictionary.cfg
-        self.hook_dict: dict[str, Any] = {}
-        self.device, self.dtype = dictionary.device, dictionary.dtype
-
-    def encode(self, x: Tensor) -> Tensor:
-        """The activation itself."""
-        return x
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Zeros."""
-        width = getattr(self.cfg, "d_out", None) or self.cfg.d_in
-        return feature_acts.new_zeros(*feature_acts.shape[:-1], width)
-
-
 @torch.no_grad()
 def _logits(model: VisionBridge, pixels: Tensor, class_texts: Tensor) -> Tensor:
     return model.logit_scale * model.encode_image(pixels) @ class_texts.T + model.logit_bias
 
 
 @torch.no_grad()
-def _spliced(site: Site, dictionary: Any, pixels: Tensor, class_texts: Tensor) -> Tensor:
-    with site.model.saes([dictionary], use_error_term=False, tokens=site.tokens):
+def _replaced_logits(
+    site: Site, reading: Reading, values: Tensor, pixels: Tensor, class_texts: Tensor
+) -> Tensor:
+    with site.replaced(reading.rows, values):
         return _logits(site.model, pixels, class_texts)

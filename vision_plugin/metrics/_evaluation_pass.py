@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_plugin.metrics._evaluation_batch import LazyBatch, Site, make_batch, pool
+from vision_plugin.metrics._evaluation_batch import LazyBatch, Reading, Site, make_batch, pool
 from vision_plugin.metrics._evaluation_config import EvaluationConfig
 from vision_plugin.metrics._evaluation_facts import Facts
 from vision_plugin.metrics._evaluation_subjects import WEIGHTS, Subject, read_batches
@@ -239,7 +239,7 @@ class _Feeder:
     def __init__(self, subjects: list[Subject], facts: Any, class_texts: Tensor | None) -> None:
         self.subjects, self.facts, self.class_texts = subjects, facts, class_texts
         sites = {subject.site for subject in subjects}
-        self.readers: Mapping[Site, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+        self.readers: Mapping[Site, Callable[[Tensor], Reading]] = {
             site: site.reader() for site in sites
         }
 
@@ -254,7 +254,7 @@ class _Feeder:
             offer = make_batch(
                 site, subject.dictionary, self.facts, indices, pixels, read[site], self.class_texts
             )
-            yield subject, read[site][0], offer
+            yield subject, read[site].source, offer
 
 
 class _Keeper:

@@ -200,7 +200,7 @@ def _calibrate(cfg: EvaluationConfig, site: Site, sae: Any, facts: Facts) -> tup
     read, kept, active, n_tokens = site.reader(), [], 0, 0
     at_once = site.images_at_once(int(sae.cfg.d_sae), cfg.batch_size)
     for batch in read_batches(_Every(pictures, step, few), at_once, {}):
-        source, _ = read(site.model.preprocess(list(batch.values())))
+        source = read(site.model.preprocess(list(batch.values()))).source
         active += int((sae.encode(source) != 0).sum())
         n_tokens += source.shape[:-1].numel()
         kept.append(source.flatten(0, -2).float().cpu())
