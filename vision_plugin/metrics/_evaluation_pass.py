@@ -13,6 +13,7 @@ from torch import Tensor
 from vision_plugin.metrics._evaluation_batch import LazyBatch, Reading, Site, make_batch, pool
 from vision_plugin.metrics._evaluation_config import EvaluationConfig
 from vision_plugin.metrics._evaluation_facts import Facts
+from vision_plugin.metrics._evaluation_keep import EncodedImages, Keeper
 from vision_plugin.metrics._evaluation_subjects import WEIGHTS, Subject, read_batches
 from vision_plugin.metrics._metricset import MetricSet
 from vision_plugin.metrics._monosemanticity import monosemanticity
@@ -20,7 +21,6 @@ from vision_plugin.metrics._registry import feed, needs, takes
 from vision_plugin.metrics._steerability import steerability, steerability_curve
 from vision_plugin.metrics._steerability_result import SteerabilityCurve
 from vision_plugin.models import VisionBridge
-from vision_plugin.sae._encoding import EncodedImages
 from vision_plugin.sae.foreign import load_sae
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Run:
         cfg, facts, model = self.cfg, self.facts, self.site.model
         of_images = [n for n in self.metrics if not WEIGHTS & set(needs(n)[1])]
         class_texts = self._class_texts(of_images)
-        keep = _Keeper()
+        keep = Keeper()
         bad: dict[str, str] = {}
         feeder = _Feeder(self.subjects, facts, class_texts)
         for batch in read_batches(facts.pictures, self._at_once(), bad, progress=progress):
@@ -255,51 +255,3 @@ class _Feeder:
                 site, subject.dictionary, self.facts, indices, pixels, read[site], self.class_texts
             )
             yield subject, read[site].source, offer
-
-
-class _Keeper:
-    """Keeps the SAE's latents, the neurons and the embeddings of each image."""
-
-    def __init__(self) -> None:
-        self.indices: list[int] = []
-        self.neurons: list[Tensor] = []
-        self.embeddings: dict[str, list[Tensor]] = {}
-        self.lengths: list[Tensor] = []
-        self.columns: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.width = 0
-
-    def add(
-        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: dict[str, Tensor]
-    ) -> None:
-        latents = latents.detach().cpu()
-        rows, columns = latents.nonzero(as_tuple=True)
-        self.width = latents.shape[1]
-        self.indices += indices
-        self.lengths.append(torch.bincount(rows, minlength=len(indices)))
-        self.columns.append(columns)
-        self.values.append(latents[rows, columns])
-        self.neurons.append(neurons.detach().float().cpu())
-        for name, embedded in embeddings.items():
-            self.embeddings.setdefault(name, []).append(embedded)
-
-    def finish(
-        self, pictures: Any, bad: dict[str, str], tokens: str, cfg: EvaluationConfig
-    ) -> EncodedImages:
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self.lengths).cumsum(0)])
-        latents = torch.sparse_csr_tensor(
-            ends, torch.cat(self.columns), torch.cat(self.values), (len(ends) - 1, self.width)
-        )
-        embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
-        first = next(iter(embeddings.values()))
-        return EncodedImages(
-            ids=[pictures.ids[index] for index in self.indices],
-            indices=self.indices,
-            bad_images=bad,
-            latents=latents,
-            neurons=torch.cat(self.neurons),
-            embeddings={"embedder": first, **embeddings},
-            fidelity={},
-            tokens=tokens,
-            pooling="max" if cfg.pooling == "max" else "mean",
-        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from vision_plugin.activations import open_images
 from vision_plugin.metrics._evaluation_config import USUAL_METRICS, Control, EvaluationConfig
 from vision_plugin.metrics._evaluation_facts import Facts, read_concepts
+from vision_plugin.metrics._evaluation_keep import EncodedImages
 from vision_plugin.metrics._evaluation_pass import OWN, Run
 from vision_plugin.metrics._evaluation_subjects import choose_metrics, make_subjects
 from vision_plugin.metrics._monosemanticity import MonosemanticityResult
@@ -20,7 +21,6 @@ from vision_plugin.metrics._result import summary_of, to_json
 from vision_plugin.metrics._steerability_result import SteerabilityResult
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models._fit import check_fit
-from vision_plugin.sae._encoding import EncodedImages
 from vision_plugin.sae.foreign import load_sae
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision_plugin.sae._config import VisionSAERunnerConfig
-    from vision_plugin.sae._encoding import EncodedImages, encode_images
     from vision_plugin.sae._multi import VisionMultiSAETrainingRunner, train_many
     from vision_plugin.sae._runner import VisionSAETrainingRunner, train
     from vision_plugin.sae._transcoder import (
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from vision_plugin.sae.foreign import convert, load_sae
 
 _HOMES = {
-    "EncodedImages": "_encoding",
     "SkipTranscoderTrainingConfig": "_transcoder",
     "TranscoderTrainingConfig": "_transcoder",
     "Validator": "_validation",
@@ -29,14 +27,12 @@ _HOMES = {
     "VisionSAERunnerConfig": "_config",
     "VisionSAETrainingRunner": "_runner",
     "convert": "foreign",
-    "encode_images": "_encoding",
     "load_sae": "foreign",
     "train": "_runner",
     "train_many": "_multi",
 }
 
 __all__ = [
-    "EncodedImages",
     "SkipTranscoderTrainingConfig",
     "TranscoderTrainingConfig",
     "Validator",
@@ -44,7 +40,6 @@ __all__ = [
     "VisionSAERunnerConfig",
     "VisionSAETrainingRunner",
     "convert",
-    "encode_images",
     "load_sae",
     "train",
     "train_many",

@@ -70,11 +70,12 @@ def sparse_reconstruct(
 
 
 def decode_of_encode(
-    sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
+    sae: Any, x: Float[Tensor, "*batch d_in"]
 ) -> Float[Tensor, "*batch d_in"] | None:
     """``sae.decode(sae.encode(x))`` on the sparse kernel; None where the SAE needs its own code.
 
-    Its own code is needed for other architectures, and where someone watches its latents.
+    Its own code is needed for other architectures, for dictionaries that are none of SAELens's
+    classes, and where someone watches its latents.
     """
     if type(sae).decode not in (*_PLAIN_DECODERS, *_RESCALING_DECODERS):
         return None
