@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": Command("run the whole job offline on drawn pictures, in minutes", "_demo"),
     "train": Command("train a sparse autoencoder on a vision transformer", "_train"),
     "eval": Command("score an SAE for monosemanticity and steerability", "_eval"),
+    "sparsity": Command("L0 and fidelity by layer, kind of token and patch", "_sparsity"),
     "steer": Command("hold latents at values and see what the model then sees", "_steer"),
     "report": Command("write a browsable HTML page of an SAE's features", "_report"),
     "extract": Command("write a model's activations to a store of checked shards", "_extract"),
@@ -85,7 +86,7 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # PyTorch's notices on each first use of its CSR layout; nothing that a person can act on.
     warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-    for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl"):
+    for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,29 @@
+"""``vision-plugin sparsity``: where SAEs fire, and how well they explain what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from vision_plugin.cli._flags import parse
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Study SAEs from flags, print the table, and say where the plot and the JSON are."""
+    from vision_plugin.metrics._sparsity_plot import table_of
+    from vision_plugin.metrics.sparsity_study import FILES, SparsityStudyConfig, sparsity_study
+
+    cfg = parse(
+        SparsityStudyConfig,
+        arguments,
+        command="sparsity",
+        description="L0 and explained variance per layer and kind of token (CLS, registers, "
+        "patches), with a map of L0 over the patch grid, for one or several SAEs of a model.",
+    )
+    console = Console()
+    result = sparsity_study(cfg, progress=console.is_terminal)
+    console.print(table_of(result))
+    if result.bad_images:
+        console.print(f"{len(result.bad_images)} images could not be read; see the JSON.")
+    console.print(f"In {cfg.output_path}: {', '.join(FILES)}", highlight=False, soft_wrap=True)
