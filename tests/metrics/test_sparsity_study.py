@@ -293,4 +293,4 @@ def test_a_configuration_that_cannot_be_is_refused(changes: Any, message: str) -
 
 def test_the_table_has_a_row_for_each_sae_and_kind(result: Any) -> None:
     assert table_of(result).row_count == 6
-    assert text_of(result).count("all tokens") == 2
+    assert text_of(result).count("│ all ") == 2

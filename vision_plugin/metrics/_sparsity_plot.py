@@ -17,7 +17,7 @@ from vision_plugin.metrics.sparsity_study import SAEStudy, SparsityStudy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = {"cls": "CLS", "register": "registers", "patch": "patches", "all": "all tokens"}
+NAMES = {"cls": "CLS", "register": "registers", "patch": "patches", "all": "all"}
 COLOURS = {"cls": "#D55E00", "register": "#CC79A7", "patch": "#0072B2", "all": "#666666"}
 """Of Okabe and Ito's palette, which people who do not see red or green tell apart too."""
 MAPS_IN_A_ROW = 6
@@ -27,10 +27,11 @@ TABLE_WIDTH = 120
 def table_of(result: SparsityStudy) -> Table:
     """A row for each SAE and kind of token."""
     table = Table(title=f"{result.n_images:,} images, {result.model_name}")
-    for heading in ("SAE", "hook", "tokens"):
+    for heading in ("SAE", "hook"):
         table.add_column(heading, overflow="fold")
-    for heading in ("L0", "explained variance", "cosine", "dead", "dense", "latents"):
-        table.add_column(heading, justify="right")
+    table.add_column("tokens", no_wrap=True)
+    for heading in ("L0", "explained\nvariance", "cosine", "dead", "dense", "latents"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for one in result.saes:
         for place, (kind, found) in enumerate(one.kinds.items()):
             is_last = place == len(one.kinds) - 1
@@ -126,7 +127,7 @@ def _draw_maps(figure: Any, mapped: Sequence[SAEStudy], n_rows: int) -> None:
     for place, values, label in zip(axes, maps, labels_of(mapped), strict=False):
         drawn = place.imshow(values, norm=scale, cmap="viridis")
         place.set_title(label, fontsize=8)
-    figure.colorbar(drawn, ax=grid, label="mean active latents per patch")
+    figure.colorbar(drawn, ax=grid, label="L0 per patch")
 
 
 def _number(value: float, digits: int) -> str:
