@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import resource
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -54,6 +55,8 @@ def small_clip() -> vp.VisionBridge:
 def main() -> None:
     """Arguments: Parquet file, number of pictures (0 for none), folder of the store."""
     parquet, n_images, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    watch = MemoryWatch()
+    watch.start()
     model = small_clip()
     if n_images:
         config = ExtractionConfig(
@@ -67,11 +70,58 @@ def main() -> None:
             n_workers=1,
         )
         extract(config, model=model, images=open_images(parquet, n_images=n_images))
-    usage = {
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peak_rss_of_a_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-    }
-    sys.stdout.write(json.dumps(usage) + "\n")
+    watch.stop()
+    sys.stdout.write(json.dumps(watch.peaks) + "\n")
+
+
+class MemoryWatch(threading.Thread):
+    """Peak memory of this process and its workers together, looked at ten times a second.
+
+    ``rss`` counts the pages of the picture table that are mapped into memory too, which the system
+    can drop at any time; ``anonymous`` is what the processes hold themselves. The peak that the
+    system keeps (``ru_maxrss``) will not do: a process inherits it from the one that started it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks = {"peak_anonymous_mb": 0.0, "peak_rss_mb": 0.0}
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Look until stopped."""
+        while not self._stopped.wait(0.1):
+            self._look()
+
+    def stop(self) -> None:
+        """Look a last time."""
+        self._stopped.set()
+        self.join()
+        self._look()
+
+    def _look(self) -> None:
+        sums = {"RssAnon": 0.0, "VmRSS": 0.0}
+        for process in self._processes():
+            try:
+                lines = (process / "status").read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a worker that has just ended
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name in sums:
+                    sums[name] += int(value.split()[0]) / 1024
+        for key, name in (("peak_anonymous_mb", "RssAnon"), ("peak_rss_mb", "VmRSS")):
+            self.peaks[key] = max(self.peaks[key], sums[name])
+
+    @staticmethod
+    def _processes() -> list[Path]:
+        found, waiting = [], [Path("/proc/self")]
+        while waiting:
+            process = waiting.pop()
+            found.append(process)
+            for task in process.glob("task/*/children"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    waiting += [Path("/proc") / pid for pid in task.read_text().split()]
+        return found
 
 
 if __name__ == "__main__":

@@ -56,23 +56,29 @@ def main() -> None:
     parser.add_argument("--images", default=str(SHARED / "data" / "noto.parquet"))
     parser.add_argument("--model", default=str(SHARED / "models" / "emoji-clip"))
     parser.add_argument("--repeats", type=int, default=3, help="of each timed pair")
-    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("speed", "memory"), default=["speed", "memory"]
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n_images, n_vit = (64, 32) if options.small else (1906, 256)
     repeats = 1 if options.small else options.repeats
-    models = {
-        "emoji CLIP": (vp.load_model(options.model), n_images),
-        "ViT-B/32, random": (vit_b_32(), n_vit),
-    }
-    found: dict[str, Any] = {"machine": machine(), "small": options.small, "models": {}}
-    for name, (model, n) in models.items():
-        source = open_images(options.images, n_images=n)
-        with tempfile.TemporaryDirectory() as folder:
-            found["models"][name] = one_model(model, source, Path(folder), repeats)
-        logger.info("%s: %s", name, json.dumps(found["models"][name], indent=1))
-    if not options.skip_memory:
+    found: dict[str, Any] = {"machine": machine(), "small": options.small}
+    if options.out.is_file():
+        found = {**json.loads(options.out.read_text()), **found}  # the part that is not run stays
+    if "speed" in options.parts:
+        models = {
+            "emoji CLIP": (vp.load_model(options.model), n_images),
+            "ViT-B/32, random": (vit_b_32(), n_vit),
+        }
+        found["models"] = {}
+        for name, (model, n) in models.items():
+            source = open_images(options.images, n_images=n)
+            with tempfile.TemporaryDirectory() as folder:
+                found["models"][name] = one_model(model, source, Path(folder), repeats)
+            logger.info("%s: %s", name, json.dumps(found["models"][name], indent=1))
+    if "memory" in options.parts:
         found["memory"] = memory((200, 2000) if options.small else (10_000, 100_000))
         logger.info("memory: %s", json.dumps(found["memory"], indent=1))
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -243,8 +249,11 @@ def memory(sizes: tuple[int, int]) -> dict[str, Any]:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             ).stdout
             found[str(n_images)] = json.loads(output.splitlines()[-1])
-    small, large = (found[str(n)]["peak_rss_mb"] for n in sizes)
-    return {"by_number_of_pictures": found, "ratio": large / small}
+    ratios = {}
+    for kind in ("peak_anonymous_mb", "peak_rss_mb"):
+        small, large = (found[str(n)][kind] for n in sizes)
+        ratios[f"ratio_of_{kind.removesuffix('_mb')}"] = large / small
+    return {"by_number_of_pictures": found, **ratios}
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["MKL_CBWR"] = "AUTO,STRICT"  # as the command does
 
 from jaxtyping import install_import_hook
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizerFast
 
 from vision_plugin.demo import TRAINING_SEED, checkpoint_path, concept_vocabulary, draw
@@ -137,7 +138,7 @@ def test_the_processor_gives_what_the_vision_tower_takes() -> None:
 
 
 @pytest.mark.slow
-def test_training_again_gives_the_same_file(tmp_path: Path) -> None:
+def test_training_again_gives_the_same_weights(tmp_path: Path) -> None:
     from vision_plugin.demo._training import ClipTraining
 
     tiny = ClipTraining(pictures=96, epochs=1, batch_size=32, text_steps=3, width=64)
@@ -145,6 +146,9 @@ def test_training_again_gives_the_same_file(tmp_path: Path) -> None:
         measured = run(TrainClip(out=tmp_path / name, training=tiny, evaluation_pictures=8))
         record = json.loads((tmp_path / name / "evaluation.json").read_text())
         assert record["evaluation"] == asdict(measured)
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    # Not to the bit: some CPU kernels sum in an order that depends on where a tensor lies in memory.
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-3, msg=name)
     assert "| shape |" in (tmp_path / "one" / "README.md").read_text()

@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"vision-plugin has no command {name!r}.\n{usage()}")
         return 2
     _quieten()
+    # MKL's products depend in the last bit on where in memory a tensor lies, unless it is told
+    # otherwise. It reads this at the first product, so it comes in time.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     command = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
     try:
         command.run(arguments[1:])
