@@ -148,7 +148,7 @@ def test_training_again_gives_the_same_weights(tmp_path: Path) -> None:
         assert record["evaluation"] == asdict(measured)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    # Not to the bit: some CPU kernels sum in an order that depends on where a tensor lies in memory.
+    # Not to the bit: some CPU kernels sum in an order that depends on where a tensor lies.
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-3, msg=name)
     assert "| shape |" in (tmp_path / "one" / "README.md").read_text()
