@@ -76,8 +76,48 @@ def _extraction(found: Any) -> Iterator[Row]:
         yield "the same with the mapped picture table counted in", f"{ratio:.2f}", ""
 
 
+def _metrics(found: Any) -> Iterator[Row]:
+    for row in found["rows"]:
+        what = f"{row['what']} ({row['size']})"
+        if "visaebench_seconds" in row:
+            theirs = row["visaebench_seconds"]
+            yield what, f"{row['seconds']:.2f} s, visaebench {theirs:.2f} s", ""
+        elif "times_faster" in row:
+            aim = row.get("target_times_faster")
+            slower = f"{row['times_faster']:,.0f} times the one pass, extrapolated"
+            yield what, slower, "" if aim is None else f"{aim:,} times"
+        elif "target_seconds" in row:
+            cost, aim = f"{row['seconds']:.1f} s", f"{row['target_seconds']:g} s"
+            if "target_peak_bytes" in row:
+                cost += f", {row['peak_bytes'] / 1e9:.2f} GB"
+                aim += f", {row['target_peak_bytes'] / 1e9:g} GB"
+            yield what, cost, aim
+        elif "slope" in row:
+            yield what, f"slope {row['slope']:.2f} in the logarithms", "1"
+
+
+def _steerability(found: Any) -> Iterator[Row]:
+    last = found["last_layer"]
+    what = f"last layer, {last['n_latents']:,} latents, against a full forward per latent"
+    yield what, f"{last['speedup']:,.0f} times faster", f"{last['target_speedup']} times"
+    for row in found["middle_layers"]:
+        left = row["share_of_layers_that_remain"]
+        what = f"layer {row['layer']} of 12: share of a full forward, where {left:.2f} remains"
+        yield what, f"{row['share_of_time']:.2f}", f"{left * row['target_time_over_share']:.2f}"
+    adaptive = found["adaptive"]
+    for row in adaptive["thresholds"]:
+        what = (
+            f"adaptive mode, layer {adaptive['layer']} of {adaptive['n_layers']}, threshold "
+            f"{row['threshold']:.3f} ({row['share_steerable']:.0%} of latents above it)"
+        )
+        missed = f"{row['missed']} of {row['n_steerable'] * row['orders']} missed"
+        yield what, f"{row['speedup']:.1f} times faster, {missed}", "5 times, below 1%"
+
+
 SOURCES = {
     "kernel-cpu-cpu.json": ("python benchmarks/kernel.py --device cpu", _kernel),
     "harvest.json": ("python -m benchmarks.harvest", _harvest),
     "extraction.json": ("python -m benchmarks.extraction", _extraction),
+    "metrics.json": ("python -m benchmarks.metrics", _metrics),
+    "steerability.json": ("python -m benchmarks.steerability", _steerability),
 }

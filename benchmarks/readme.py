@@ -100,6 +100,8 @@ def sections() -> dict[str, str]:
             found[name] = "```\n" + (RESULTS / file).read_text().strip() + "\n```"
     if (RESULTS / "families.md").is_file():
         found["families"] = (RESULTS / "families.md").read_text().strip()
+    if (RESULTS / "sparsity.md").is_file():
+        found["sparsity"] = (RESULTS / "sparsity.md").read_text().strip()
     found["measured"] = measured(RESULTS)
     return found
 
