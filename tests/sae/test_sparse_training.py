@@ -155,14 +155,16 @@ def emoji_activations() -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_200_steps_on_real_activations_give_the_same_sae(architecture, emoji_activations):
-    dense, sparse = _pair(architecture, d_in=emoji_activations.shape[1])
+    # In float64: in float32 a rounding now and then flips which of two latents is selected.
+    dense, sparse = _pair(architecture, d_in=emoji_activations.shape[1], dtype="float64")
     expected = _train(dense, emoji_activations, steps=200)
     found = _train(sparse, emoji_activations, steps=200)
     assert expected.dead_neurons.any(), "no latent died: the auxiliary loss was not exercised"
     assert _largest_difference(sparse, dense) < 1e-5
     assert _l0(found) == pytest.approx(_l0(expected), rel=1e-4)
-    assert _explained_variance(sparse, emoji_activations) == pytest.approx(
-        _explained_variance(dense, emoji_activations), abs=1e-4
+    data = emoji_activations.double()
+    assert _explained_variance(sparse, data) == pytest.approx(
+        _explained_variance(dense, data), abs=1e-4
     )
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,18 @@ def _batches(batches: PixelBatches, n_workers: int) -> Iterable[DecodedBatch | E
         num_workers=min(n_workers, len(batches)),
         prefetch_factor=2,
         multiprocessing_context=start,
+        worker_init_fn=partial(_end_with, os.getpid()),
     )
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """End a worker whose parent was killed while it was being started.
+
+    PyTorch's own watch takes whoever is the parent when it begins for the parent.
+    """
+    del worker
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def default_workers(source: ImageSource, on_gpu: bool) -> int:
