@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["demo", "noto", "families", "measured"])
+@pytest.mark.parametrize("name", ["demo", "noto", "families", "sparsity", "measured"])
 def test_the_readme_shows_the_results_that_are_kept(name: str) -> None:
     assert f"<!-- {name} -->\n{readme.sections()[name]}\n<!-- /{name} -->" in README
 
