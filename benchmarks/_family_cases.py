@@ -279,14 +279,27 @@ def _prepared(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
     def made() -> nn.Module:
         torch.manual_seed(0)
-        module = build().eval()
+        with _unset_memory_as_nan():
+            module = build().eval()
         with torch.no_grad():
             for parameter in module.parameters():
                 if not parameter.is_meta:
+                    parameter.nan_to_num_(nan=0.0)
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return module
 
     return made
+
+
+@contextmanager
+def _unset_memory_as_nan() -> Iterator[None]:
+    """Show which weights a library leaves as they are in memory (CoCa's text projection is one)."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills with NaN then
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def _hidden(module: Any, pixels: Tensor) -> Tensor:
