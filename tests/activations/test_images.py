@@ -112,6 +112,17 @@ class TestTables:
         assert source.column("n") == list(range(7))
         assert all(same(source[i], picture(i)) for i in (6, 0, 3, 2))
 
+    def test_one_pass_over_parquet_keeps_one_row_group_and_shuffled_reading_more(
+        self, tmp_path: Path
+    ) -> None:
+        dataset().to_parquet(tmp_path / "table.parquet", batch_size=1)
+        source = open_images(tmp_path / "table.parquet")
+        for _ in source:
+            assert len(source._pictures._cache) == 1
+        for index in reversed(range(len(source))):
+            source[index]
+        assert len(source._pictures._cache) == len(source)
+
     def test_several_parquet_files_count_on(self, tmp_path: Path) -> None:
         for i in range(2):
             dataset(3 + i).to_parquet(tmp_path / f"train-{i}.parquet")

@@ -18,7 +18,8 @@ from vision_plugin.activations._picture import BadImageError, Raw
 from vision_plugin.activations._source import Pictures, find_image_column, no_column
 
 CACHE_BYTES = 128 * 1024 * 1024
-"""Row groups are kept in memory up to this size, and at least one."""
+"""Row groups that are asked for again are kept in memory up to this size, and at least one."""
+_READ_BYTES = 1024 * 1024
 
 
 class ParquetPictures(Pictures):
@@ -52,6 +53,7 @@ class ParquetPictures(Pictures):
         self.ids = [str(row) for row in range(self._starts[-1])]
         self._columns = [name for name in schema.names if name != self.image_column]
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._in_order = True
         self._process = os.getpid()
         self._readers: dict[int, pq.ParquetFile] = {}
 
@@ -88,6 +90,10 @@ class ParquetPictures(Pictures):
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
+        if self._cache and group < next(reversed(self._cache)):
+            self._in_order = False
+        if self._in_order:
+            self._cache.clear()  # what a first pass from front to back has behind it can go
         file, number = self._groups[group]
         if file not in self._readers:
             self._readers = {file: _open(self.files[file])}
@@ -134,7 +140,8 @@ def class_name(value: Any, names: Sequence[str]) -> Any:
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, memory_map=True)
+        # Not mapped: pages of the file that were read would count as this process's memory.
+        return pq.ParquetFile(file, buffer_size=_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
 
