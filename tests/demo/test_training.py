@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vision_plugin.demo import draw
+from vision_plugin.demo import concept_vocabulary, draw
 from vision_plugin.demo._muon import Muon, orthogonalize
 from vision_plugin.demo._pixels import draw_pixels
 from vision_plugin.demo._tokenizer import build_tokenizer
@@ -54,6 +54,14 @@ def test_pixels_drawn_in_parallel_are_the_shrunken_pictures() -> None:
     for index in (0, 250, 500):
         small = world.images[index].resize((64, 64), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(pixels[index], np.asarray(small))
+
+
+def test_the_tokenizer_is_the_same_each_time_it_is_learned() -> None:
+    words = [concept.text for concept in concept_vocabulary()]
+    first, *others = (build_tokenizer(words, max_length=16) for _ in range(8))
+    for other in others:
+        assert other.get_vocab() == first.get_vocab()
+        assert other.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("text", ["a red star", "starry", "日本", "100% ♥", ""])

@@ -30,18 +30,21 @@ def build_tokenizer(texts: Iterable[str], *, max_length: int) -> CLIPTokenizer:
 
     words = sorted({word for text in texts for word in text.split()})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last_letters = [letter + SUFFIX for letter in alphabet]
     learner = Tokenizer(BPE(end_of_word_suffix=SUFFIX))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = BpeTrainer(
-        vocab_size=100_000, min_frequency=1, end_of_word_suffix=SUFFIX, show_progress=False
+        vocab_size=100_000,
+        min_frequency=1,
+        end_of_word_suffix=SUFFIX,
+        # The learner numbers last letters as it meets them, in the order of a hash table that
+        # differs each time, and breaks ties by number; as special tokens they are numbered first.
+        special_tokens=last_letters,
+        show_progress=False,
     )
     learner.train_from_iterator(words, trainer)
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-    pieces = [
-        *alphabet,
-        *(letter + SUFFIX for letter in alphabet),
-        *(piece for piece, _ in learned),
-    ]
+    pieces = [*alphabet, *last_letters, *(piece for piece, _ in learned)]
     vocabulary = {piece: index for index, piece in enumerate([*dict.fromkeys(pieces), START, END])}
     return CLIPTokenizer(vocab=vocabulary, merges=_merges(learner), model_max_length=max_length)
 
