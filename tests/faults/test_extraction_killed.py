@@ -8,12 +8,12 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests._processes import ended, in_child, kill_at_change
 from tests.activations._stores import RESID, content, make_store, tiny_model
 from vision_plugin.activations import ActivationStore, StoreLockedError, verify
 
@@ -30,23 +30,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "s"
     make_store(folder, N, **SETTINGS)
     return folder
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do something in a forked process; its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:  # nothing may leave the child but its exit status
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def ended(child: int) -> int:
-    """Wait for a process; its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def opens_to_what_is_complete(folder: Path, whole: ActivationStore) -> int:
@@ -83,29 +66,6 @@ def test_twenty_kills_at_random_moments(straight: Path, tmp_path: Path) -> None:
     assert len(seen) > 2, f"every kill came at the same moment: {seen}"
 
 
-def killed_at(step: int, after: bool) -> None:
-    """From now on this process kills itself at the step-th call that changes what is on disk."""
-    left = step
-
-    def wrapped(call: Callable[..., object]) -> Callable[..., object]:
-        def counting(*args: object, **kwargs: object) -> object:
-            nonlocal left
-            left -= 1
-            if left == 0 and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **kwargs)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return counting
-
-    for name in ("fsync", "replace"):
-        setattr(os, name, wrapped(getattr(os, name)))
-    Path.replace = wrapped(Path.replace)  # type: ignore[method-assign]
-    Path.open = wrapped(Path.open)  # type: ignore[method-assign, assignment]
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_each_step_of_writing(tmp_path: Path, after: bool) -> None:
     """Opening, syncing, renaming, of the plan, of shards and markers, of the manifest."""
@@ -115,7 +75,7 @@ def test_killed_at_each_step_of_writing(tmp_path: Path, after: bool) -> None:
         folder = tmp_path / str(step)
 
         def work(folder: Path = folder, step: int = step) -> None:
-            killed_at(step, after)
+            kill_at_change(step, after=after)
             make_store(folder, 6, **SETTINGS)
 
         survived = ended(in_child(work)) == 0

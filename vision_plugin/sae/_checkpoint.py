@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``step-000001200`` with two files. ``tensors.safetensors`` holds every
 tensor of the run's state. ``state.json`` holds the rest, with ``{"tensor": NAME}`` where a tensor
-stood, and the size and SHA-256 of the tensors' file. Nothing in it is code.
+stood, the size and SHA-256 of the tensors' file, and its own SHA-256. Nothing in it is code.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class CheckpointFolder:
             document = _without_tensors(state, "", tensors)
             digest = write_tensors(partial / TENSORS, tensors)
             content = {"schema": SCHEMA, "step": step, "tensors": digest, "state": document}
-            _write(partial / STATE, (json.dumps(content) + "\n").encode())
+            sealed = {"sha256": _seal(content), **content}
+            _write(partial / STATE, (json.dumps(sealed) + "\n").encode())
             put_in_place(partial, self._folder(step))
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -145,11 +146,14 @@ class CheckpointFolder:
             raise CheckpointError(f"{STATE} is larger than {MAX_STATE_BYTES:,} bytes")
         try:
             content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            seal = content.pop("sha256")
             schema, document, expected = (content[key] for key in ("schema", "state", "tensors"))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{STATE} is damaged ({error!r})") from error
         if schema != SCHEMA:
             raise CheckpointError(f"{STATE} has schema {schema!r}, this version reads {SCHEMA!r}")
+        if seal != _seal(content):
+            raise CheckpointError(f"{STATE} is damaged (its SHA-256 is not {seal})")
         found = _digest(folder / TENSORS)
         if found != expected:
             raise CheckpointError(f"{TENSORS} should be {expected}, but is {found}")
@@ -235,6 +239,11 @@ def _put(stream: BinaryIO, digest: Any, content: Any) -> int:
     stream.write(content)
     digest.update(content)
     return len(content)
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON content, whatever the order of its keys and its spaces."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> dict[str, Any]:
