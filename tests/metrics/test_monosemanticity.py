@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
 import math
+import weakref
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vision_plugin.metrics import Monosemanticity, monosemanticity
+from vision_plugin.metrics import Monosemanticity, _moments, monosemanticity
 
 
 def double_loop(latents, embeddings):
@@ -131,6 +134,70 @@ def test_any_split_and_merge_order_gives_one_pass(seed, kind, n_parts, mixed, im
     assert torch.equal(merged.n_active, whole.n_active)
     assert merged.reason == whole.reason
     assert merged.n_images == n
+
+
+@pytest.mark.parametrize("kind", ["sparse", "signed sparse", "one dense column", "degenerate"])
+@pytest.mark.parametrize("k", [7, 80])
+def test_without_mkl_the_sums_are_the_same(kind, k, monkeypatch):
+    latents, embeddings = random_case(4, 30, k, 5, kind)
+    with_mkl = monosemanticity(latents.to_sparse_csr(), embeddings, confidence=0.9)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(_moments, "CHUNK_ELEMENTS", 10)  # two latents at once
+    without = monosemanticity(latents.to_sparse_csr(), embeddings, confidence=0.9)
+    torch.testing.assert_close(without.score, with_mkl.score, rtol=0, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(without.z, with_mkl.z, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that anything makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {None, *(place(tensor) for tensor in args)}
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if place(tensor) not in given:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def place(value):
+    """Where a dense tensor's numbers are; the same place for a view and what was changed in it."""
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return value.untyped_storage().data_ptr()
+    return None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01])
+def test_an_update_makes_nothing_of_the_size_of_the_state(share):
+    n, k, d = 50, 3000, 40
+    latents, embeddings = random_case(13, n, k, d, "random")
+    latents *= torch.rand(n, k, generator=torch.Generator().manual_seed(0)) < share
+    metric = Monosemanticity(n_features=k, d_embed=d)
+    csr = latents.to_sparse_csr()
+    with LargestTensor() as made:
+        metric.update(csr, embeddings)
+        metric.update(csr, embeddings)
+        metric.compute()
+    assert made.elements < k * d / 2
+
+
+def test_a_call_leaves_no_state_for_the_garbage_collector(monkeypatch):
+    seen = []
+    build = Monosemanticity.__init__
+
+    def remembered(self, **kwargs):
+        build(self, **kwargs)
+        seen.append(weakref.ref(self))
+
+    monkeypatch.setattr(Monosemanticity, "__init__", remembered)
+    gc.disable()
+    try:
+        monosemanticity(*random_case(0, 9, 3, 2, "random"))
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def test_merging_leaves_the_other_metric_as_it_was():

@@ -10,6 +10,7 @@ A sparse latent with an implicit zero has minimum 0 or less, and its zeros cost 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from vision_plugin.metrics._streaming import State
 
 N_POWERS = 4
 """Powers of the shifted latents that are summed: 1 and 2 for the score, 3 and 4 for its null."""
+
+CHUNK_ELEMENTS = 2**22
+"""Elements of a float64 temporary over latents and embedding dimensions (32 MiB)."""
 
 
 def empty_image_sums(d_embed: int) -> State:
@@ -93,16 +97,7 @@ def _add_sparse(state: State, columns: LatentColumns, unit: Tensor) -> None:
     values = columns.values
     if bool(origin.any()):
         values = values - origin[columns.features]
-    present = counts.nonzero().squeeze(1)
-    offsets = (counts.cumsum(0) - counts)[present]
-    if present.numel():
-        sums = F.embedding_bag(columns.rows, unit, offsets, mode="sum", per_sample_weights=values)
-        if int(state["n_images"]) == 0 and present.numel() == columns.n_features:
-            state["weighted"] = sums
-        elif present.numel() == columns.n_features:
-            state["weighted"] += sums
-        else:
-            state["weighted"].index_add_(0, present, sums)
+    _add_weighted(state["weighted"], columns, values, counts, unit)
     powers = torch.zeros_like(state["powers"])
     power = values.clone()
     for order in range(N_POWERS):
@@ -112,6 +107,35 @@ def _add_sparse(state: State, columns: LatentColumns, unit: Tensor) -> None:
     state["powers"] += shift_powers(powers, columns.n_rows, delta)
     if bool(delta.any()):
         _add_outer(state["weighted"], delta, unit.sum(0))
+
+
+def _add_weighted(
+    weighted: Tensor, columns: LatentColumns, values: Tensor, counts: Tensor, unit: Tensor
+) -> None:
+    """Add ``values^T unit`` to ``weighted`` ``[k, d]``, in place and without a copy of its size."""
+    ends, present = counts.cumsum(0), counts.nonzero().squeeze(1)
+    many = present.numel() > columns.n_features // 4 and values.numel() < 2**31
+    # MKL's product is the quicker one, but goes over every row of the sums.
+    if many and unit.device.type == "cpu" and torch.backends.mkl.is_available():
+        starts = torch.cat([ends.new_zeros(1), ends]).int()
+        shape = (columns.n_features, columns.n_rows)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant)")
+            transposed = torch.sparse_csr_tensor(starts, columns.rows.int(), values, size=shape)
+        weighted.addmm_(transposed, unit)
+        return
+    step = max(1, CHUNK_ELEMENTS // max(1, unit.shape[1]))
+    for features in torch.split(present, step):
+        first, last = int(features[0]), int(features[-1])
+        inside = slice(int(ends[first] - counts[first]), int(ends[last]))
+        sums = F.embedding_bag(
+            columns.rows[inside],
+            unit,
+            (ends - counts)[features] - inside.start,
+            mode="sum",
+            per_sample_weights=values[inside],
+        )
+        weighted.index_add_(0, features, sums)
 
 
 def move_minimum(state: State, minimum: Tensor) -> None:
@@ -144,8 +168,8 @@ def shift_powers(powers: Tensor, n_images: int, delta: Tensor) -> Tensor:
 
 
 def _add_outer(weighted: Tensor, delta: Tensor, embedding_sum: Tensor) -> None:
-    moved = delta.nonzero().squeeze(1)
-    if moved.numel():
+    step = max(1, CHUNK_ELEMENTS // max(1, embedding_sum.numel()))
+    for moved in torch.split(delta.nonzero().squeeze(1), step):
         weighted.index_add_(0, moved, torch.outer(delta[moved], embedding_sum))
 
 
@@ -166,12 +190,13 @@ def merge_ranges(first: State, second: State) -> State:
 def merge_moments(first: State, second: State) -> State:
     """Merge image sums, ranges and pair sums of two shards; changes neither."""
     ranges = merge_ranges(first, second)
-    merged = {**merge_image_sums(first, second), **ranges}
-    sides = []
-    for side in (first, second):
-        moved = {**side, "powers": side["powers"].clone(), "weighted": side["weighted"].clone()}
-        move_minimum(moved, ranges["minimum"])
-        sides.append(moved)
-    for name in ("powers", "weighted"):
-        merged[name] = sides[0][name].add_(sides[1][name])
-    return merged
+    moved = {**first, "powers": first["powers"].clone(), "weighted": first["weighted"].clone()}
+    move_minimum(moved, ranges["minimum"])
+    powers, weighted = moved["powers"], moved["weighted"].add_(second["weighted"])
+    n_images = int(second["n_images"])
+    if n_images:
+        delta = second["minimum"] - ranges["minimum"]
+        powers += shift_powers(second["powers"], n_images, delta)
+        _add_outer(weighted, delta, second["embedding_sum"])
+    sums = merge_image_sums(first, second)
+    return {**sums, **ranges, "powers": powers, "weighted": weighted}

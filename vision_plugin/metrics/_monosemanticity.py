@@ -116,8 +116,9 @@ class Monosemanticity(StreamingMetric):
 
     The numerator is ``(|sum_n w e|^2 - sum_n w^2) / 2`` for unit embeddings ``e``, so sums over
     images are enough; they are kept in float64 and relative to the minimum. The work is one
-    multiply-add per non-zero and embedding dimension; batches of 10,000 images and more spare
-    memory traffic.
+    multiply-add per non-zero and embedding dimension, on the rows of the state that the batch's
+    non-zeros touch; larger batches spare memory traffic. Beside the state, ``n_features`` by
+    ``d_embed`` in float64, memory holds one batch.
 
     ``images="top16"`` is the definition of VISAEBench: the same expression over the 16 images on
     which the latent is largest. Its weights are scaled by the range over all images
@@ -187,7 +188,7 @@ class Monosemanticity(StreamingMetric):
         columns = read_latents(latents.detach().to(self.device), n_features=self.n_features)
         n_rows = latents.shape[0]
         read = read_embeddings(embeddings.detach(), n_rows=n_rows, d_embed=self.d_embed)
-        unit, keep = _unit_rows(read.to(self.device, torch.float64))
+        unit, keep = _unit_rows(read.to(self.device))
         n_excluded = n_rows - int(keep.sum())
         if n_excluded:
             logger.warning(
@@ -344,19 +345,21 @@ def monosemanticity(
             smallest_share=SMALLEST_SHARE,
         )
         error = jackknife_error(columns, unit, sums)
+    metric.drop_cycle()
     return metric._result(state, error, confidence)
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale rows to norm 1, and say which have a direction."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    """Return rows scaled to norm 1, float64, and which have a direction."""
+    unit = rows.to(torch.float64, copy=True)
+    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
     if bool(((norm < 1e-100) | (norm > 1e100)).any()):
         # Squares of such entries leave the range of float64; the largest entry comes out first.
-        largest = rows.abs().amax(dim=1, keepdim=True) if rows.numel() else norm
-        rows = rows / torch.where(largest > 0, largest, 1.0)
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    keep = norm.squeeze(1) > 0
-    return rows / torch.where(norm > 0, norm, 1.0), keep
+        largest = unit.abs().amax(dim=1, keepdim=True) if unit.numel() else norm
+        unit /= torch.where(largest > 0, largest, 1.0)
+        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    unit /= torch.where(norm > 0, norm, 1.0)
+    return unit, norm.squeeze(1) > 0
 
 
 def _reasons(state: State, total: Tensor, denominator: Tensor) -> tuple[Tensor, tuple[Reason, ...]]:

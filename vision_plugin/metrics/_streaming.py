@@ -43,9 +43,13 @@ class StreamingMetric(Metric):
         torchmetrics keeps the default beside the state. A default that repeats one number is kept
         as that number, which halves the memory of a large state.
         """
-        constant = default.flatten()[:1].expand(default.numel()).view(default.shape)
-        repeats = default.numel() > 1 and bool((default == constant).all())
+        # Cloned, since a copy of a view is a copy of everything that it looks into; and set after
+        # add_state, which would write the repetitions out.
+        constant = default.flatten()[:1].clone()
+        repeats = default.numel() > 1 and bool((default.amin() == default.amax()).item())
         self.add_state(name, default=constant if repeats else default, dist_reduce_fx=None)
+        if repeats:
+            self._defaults[name] = constant.expand(default.numel()).view(default.shape)
         setattr(self, name, default)
         self._coupled.append(name)
 
@@ -58,6 +62,15 @@ class StreamingMetric(Metric):
     def merge_coupled(first: State, second: State) -> State:
         """Merge two sets of coupled states, ``first`` seen before ``second``; change neither."""
         raise NotImplementedError
+
+    def drop_cycle(self) -> None:
+        """Let go of torchmetrics's wrappers, when no further update or compute will come.
+
+        They hold the metric that holds them, so that a large state would stay in memory until the
+        garbage collector next looks, after the last name for the metric is gone.
+        """
+        for name in ("update", "compute"):
+            self.__dict__.pop(name, None)
 
     def coupled_states(self) -> State:
         """Return the coupled states, those of several processes merged in rank order."""
