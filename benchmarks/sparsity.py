@@ -57,7 +57,7 @@ logger = logging.getLogger("benchmarks.sparsity")
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared"
-SCHEMA = "vision_plugin.sparsity/1"
+SCHEMA = "vision_plugin.benchmarks.sparsity/1"
 GAIN = 0.03
 """How strongly a penalty's weight follows the ratio of the latents that fire to those wanted."""
 SETTLED = 0.95

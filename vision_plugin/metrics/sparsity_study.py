@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vision_plugin._disk import put_in_place
 from vision_plugin.activations import open_images
 from vision_plugin.metrics._evaluation_batch import Site
 from vision_plugin.metrics._evaluation_subjects import read_batches
@@ -379,16 +380,4 @@ def write_study(result: SparsityStudy, folder: Path) -> None:
         (made / JSON).write_text(text, encoding="utf-8")
         (made / TABLE).write_text(text_of(result), encoding="utf-8")
         figure_of(result).savefig(made / PLOT, dpi=150)
-        _swap(made, folder, Path(aside, "earlier"))
-
-
-def _swap(made: Path, folder: Path, earlier: Path) -> None:
-    if not folder.exists():
-        made.rename(folder)
-        return
-    folder.rename(earlier)
-    try:
-        made.rename(folder)
-    except OSError:
-        earlier.rename(folder)
-        raise
+        put_in_place(made, folder)

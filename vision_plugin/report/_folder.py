@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._disk import put_in_place
+
 logger = logging.getLogger(__name__)
 
 MARKER = "report.json"
@@ -49,7 +51,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield folder
             check_replaceable(out)
             folder.chmod(0o777 & ~_umask())
-            _swap(folder, out)
+            put_in_place(folder, out, aside=_earlier(out))
             (out / _LOCK).unlink()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,21 +95,6 @@ def _is_report(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(about, dict) and about.get("kind") == KIND
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Put ``folder`` in the place of ``out``; an earlier report comes back if that fails."""
-    if not out.exists() or not any(out.iterdir()):
-        folder.replace(out)
-        return
-    earlier = _earlier(out)
-    out.rename(earlier)
-    try:
-        folder.rename(out)
-    except BaseException:
-        earlier.rename(out)
-        raise
-    shutil.rmtree(earlier)
 
 
 def _earlier(out: Path) -> Path:

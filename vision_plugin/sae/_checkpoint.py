@@ -8,7 +8,6 @@ stood, the size and SHA-256 of the tensors' file, and its own SHA-256. Nothing i
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vision_plugin._disk import NO_ROOM, put_in_place
+
 logger = logging.getLogger(__name__)
 
 SCHEMA = "vision_plugin.checkpoint/1"
@@ -32,7 +33,6 @@ KEPT = 2
 """Checkpoints that are kept: the newest, and the one before it, should the newest be damaged."""
 MAX_STATE_BYTES = 256 * 1024 * 1024
 _STEP, _PARTIAL = "step-", ".partial-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -117,7 +117,7 @@ class CheckpointFolder:
             put_in_place(partial, self._folder(step))
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise self._no_room(step, error) from error
             raise
         for old in self.steps()[:-KEPT]:
@@ -187,25 +187,6 @@ class CheckpointFolder:
         )
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what has it; files and names are on the disk."""
-    _sync(partial)
-    if folder.exists():
-        aside = partial.with_name(f"{partial.name}-replaced")
-        folder.replace(aside)
-        partial.replace(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        partial.replace(folder)
-    _sync(folder.parent)
-
-
-def sync_files(folder: Path) -> None:
-    """Wait until every file of a folder is on the disk."""
-    for path in folder.iterdir():
-        _sync(path)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, tensor by tensor, and return its bytes and SHA-256.
 
@@ -257,14 +238,6 @@ def _write(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

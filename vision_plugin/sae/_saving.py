@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vision_plugin.sae._checkpoint import put_in_place, sync_files
+from vision_plugin._disk import put_in_place, sync_files
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 

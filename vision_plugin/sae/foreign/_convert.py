@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._disk import put_in_place, sync_files
 from vision_plugin.sae.foreign._load import load_sae
 
 
@@ -44,30 +45,8 @@ def convert(
     try:
         written = staging / "new"
         sae.save_model(written)
-        for file in written.iterdir():
-            _flush(file)
-        _flush(written)
-        _swap(written, target, staging / "old")
+        sync_files(written)
+        put_in_place(written, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def _swap(written: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    try:
-        written.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

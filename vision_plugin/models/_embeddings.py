@@ -1,0 +1,120 @@
+"""Embeddings of pictures and texts, as a bridge gives them, and how the model scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from vision_plugin.models._processing import ImageProcessor, TextProcessor
+
+
+class Embeddings:
+    """The part of a bridge that takes pictures and texts; mixed into VisionBridge."""
+
+    adapter: Any
+    cfg: Any
+    images: ImageProcessor | None
+    native: nn.Module
+    texts: TextProcessor | None
+    __call__: Callable[..., Any]
+    _run: Callable[..., Any]
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device: ...
+        @property
+        def dtype(self) -> torch.dtype: ...
+
+    def preprocess(
+        self, pictures: Image | Sequence[Image]
+    ) -> Float[Tensor, "n channels height width"]:
+        """Pictures as the checkpoint wants them: its own size, crop and normalisation.
+
+        Raises:
+            ValueError: the model was wrapped without its preprocessing.
+        """
+        if self.images is None:
+            raise ValueError(
+                f"{self.cfg.model_name} was wrapped without its preprocessing: hand it to "
+                "wrap(module, processor=...), or pass pixels that you prepared yourself"
+            )
+        pictures = [pictures] if isinstance(pictures, Image) else pictures
+        return self.images(pictures).to(device=self.device, dtype=self.dtype)
+
+    def encode_image(
+        self, input: Tensor, *, normalize: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch d_embed"]:
+        """Image embeddings in the space shared with text, of unit norm unless told otherwise.
+
+        Args:
+            input: Pixels, or with ``start_at_layer`` a residual stream.
+            normalize: Scale each row to norm one.
+            **kwargs: As in :meth:`forward`.
+
+        Raises:
+            ValueError: the model has no joint space.
+        """
+        if not self.adapter.has_joint_space:
+            raise ValueError(
+                f"{self.cfg.model_name} ({self.cfg.architecture}) has no space shared with text; "
+                "image_features(pixels) gives its pooled output"
+            )
+        embedding: Tensor = self(input, **kwargs)
+        return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+    def image_features(
+        self, input: Tensor, *, normalize: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch d_pooled"]:
+        """One vector per picture for any model: the joint embedding, or else the pooled output."""
+        if self.adapter.has_joint_space:
+            return self.encode_image(input, normalize=normalize, **kwargs)
+        start, size = kwargs.pop("start_at_layer", None), kwargs.pop("image_size", None)
+        pooled: Tensor = self.adapter.pooled(self._run(input, start, None, size, kwargs))
+        return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    @torch.no_grad()
+    def encode_text(
+        self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256
+    ) -> Float[Tensor, "n d_embed"]:
+        """Text embeddings in the joint space, of unit norm unless told otherwise.
+
+        Raises:
+            ValueError: the model has no text tower, or was wrapped without its tokenizer.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if self.texts is None:
+            raise ValueError(
+                f"{self.cfg.model_name} has no tokenizer: load it from a checkpoint that has one, "
+                "or hand it to wrap(module, tokenizer=...)"
+            )
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.texts(texts[start : start + batch_size])
+            on_device = {name: value.to(self.device) for name, value in tokens.items()}
+            parts.append(self.adapter.encode_text(self.native, **on_device))
+        embedding = torch.cat(parts)
+        return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosine similarities are multiplied by before the softmax (100 in OpenAI's CLIP)."""
+        return float(self.adapter.logit_scale(self.native))
+
+    @property
+    def logit_bias(self) -> float:
+        """What is added to the scaled cosine similarities; 0 unless the model learnt one."""
+        return float(self.adapter.logit_bias(self.native))
+
+    @property
+    def score_function(self) -> str:
+        """What the model was trained to score with: ``"softmax"`` over texts, or ``"sigmoid"``.
+
+        With ``logits = logit_scale * cosine + logit_bias``.
+        """
+        return str(self.adapter.score_function)
