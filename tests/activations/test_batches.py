@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.activations._stores import D_MLP, D_MODEL, MLP, N_TOKENS, RESID, make_store
-from vision_plugin.activations import ActivationStore, ShuffledBatches, StoreMismatchError
+from vision_plugin.activations import (
+    ActivationStore,
+    ShardError,
+    ShuffledBatches,
+    StoreMismatchError,
+)
 
 N = 30
 ROWS = N * N_TOKENS
@@ -120,6 +125,34 @@ def test_memory_is_bounded_by_the_buffer(store: ActivationStore) -> None:
     for _ in range(100):
         next(batches)
         assert batches._window is None or len(batches._window.order) <= 150
+
+
+def test_a_batch_that_is_held_stays_as_it_is_and_memory_is_used_again(
+    store: ActivationStore,
+) -> None:
+    batches = store.batches(RESID, 40, n_batches_in_buffer=10)
+    held, places = [], set()
+    for _ in range(60):
+        batch = batches.next_batch()
+        vectors = batch.activations[RESID]
+        places.add(vectors.untyped_storage().data_ptr())
+        if len(held) < 5:
+            held.append((batch, vectors.clone()))
+    assert all(torch.equal(batch.activations[RESID], before) for batch, before in held)
+    windows_read = 60 * 40 // len(batches._reader.begin(0, 0))
+    assert len(places) < windows_read
+
+
+def test_batches_go_on_after_a_read_that_failed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", 20)
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    batches = store.batches(RESID, 20 * N_TOKENS)
+    shard.rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(ShardError, match="missing"):
+            next(batches)
+    (tmp_path / "away").rename(shard)
+    assert torch.equal(next(batches), next(store.batches(RESID, 20 * N_TOKENS)))
 
 
 def test_pictures_with_their_labels_come_along(folder: Path, tmp_path: Path) -> None:

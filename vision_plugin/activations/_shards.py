@@ -188,33 +188,36 @@ class Shard:
         start = self.bytes - max(end for _, end in ends.values())
         return {name: start + begin for name, (begin, _) in ends.items()}
 
+    @cached_property
+    def _image_bytes(self) -> dict[str, int]:
+        shapes = tensor_shapes(self.plan, self.n_images)
+        return {name: prod(shape[1:]) * size for name, (_, shape, size) in shapes.items()}
+
     def image_bytes(self, name: str) -> int:
         """Bytes that a picture takes in a tensor."""
-        _, shape, size = tensor_shapes(self.plan, self.n_images)[name]
-        return prod(shape[1:]) * size
+        return self._image_bytes[name]
 
-    def read_chunk(self, descriptor: int, name: str, chunk: int, out: Tensor) -> None:
+    def read_chunk(self, descriptor: int, name: str, chunk: int, out: memoryview) -> None:
         """Read a chunk of a tensor from an open descriptor, and check it.
 
         Args:
             descriptor: From :meth:`open`.
             name: Hook name, or ``token_rows``.
             chunk: Its number.
-            out: Contiguous tensor that takes it: [images, rows, d_in] of the stored type.
+            out: Takes its bytes: as many as the chunk's pictures have.
 
         Raises:
             ShardError: the bytes are not those that were written.
         """
         images = self.chunk_images(chunk)
-        buffer = _bytes(out)
         start = self.offsets[name] + images.start * self.image_bytes(name)
         done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], start + done)
+        while done < len(out):
+            count = os.preadv(descriptor, [out[done:]], start + done)
             if count == 0:
                 raise ShardError(self.task.file, f"ends within chunk {chunk} of {name}. {_REMEDY}")
             done += count
-        self._check_chunk(name, chunk, buffer)
+        self._check_chunk(name, chunk, out)
 
     def tensor(self, name: str, images: range) -> Tensor:
         """Some consecutive pictures of a tensor, mapped from the file without copying.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vision_plugin.activations._errors import ManifestError, ShardError, StoreError
 from vision_plugin.activations._files import LOCK, TEMPORARY, read_capped
 from vision_plugin.activations._plan import StorePlan
@@ -159,10 +157,9 @@ def _damaged_chunks(shard: Shard, descriptor: int) -> str:
     for name in shard.offsets:
         for chunk in range(shard.n_chunks):
             images = shard.chunk_images(chunk)
-            n_bytes = len(images) * shard.image_bytes(name)
-            room = torch.empty(n_bytes, dtype=torch.uint8)
+            room = bytearray(len(images) * shard.image_bytes(name))
             try:
-                shard.read_chunk(descriptor, name, chunk, room)
+                shard.read_chunk(descriptor, name, chunk, memoryview(room))
             except ShardError:
                 found.append(f"{name} of pictures {images.start} to {images.stop - 1}")
     if not found:
