@@ -24,7 +24,7 @@ from sae_lens import (
 
 from vision_plugin import kernels
 from vision_plugin.sae import _sparse_inference
-from vision_plugin.sae._sparse_inference import sparse_latents, sparse_reconstruct
+from vision_plugin.sae._sparse_inference import decode_of_encode, sparse_forward, sparse_latents
 
 SIZES = {"d_in": 12, "d_sae": 80}
 SAES = {
@@ -67,7 +67,9 @@ def test_latents_and_reconstruction_are_the_saes_own(name, leading):
         latents = sparse_latents(sae, x)
         expected = sae.encode(x)
         torch.testing.assert_close(latents.to_dense().view(expected.shape), expected)
-        torch.testing.assert_close(sparse_reconstruct(sae, x), sae(x), rtol=1e-4, atol=1e-5)
+        again, reconstruction = sparse_forward(sae, x)
+        torch.testing.assert_close(reconstruction, sae(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again.to_dense(), latents.to_dense())
     assert (latents.values != 0).all(), "zeros were kept"
     assert latents.indices.dtype == latents.offsets.dtype == torch.int32
 
@@ -83,7 +85,8 @@ def test_no_dense_latents_are_built_where_the_kernel_serves(name, monkeypatch):
         monkeypatch.setattr(sae, method, refuse)
     x = torch.randn(9, 12)
     sparse_latents(sae, x)
-    sparse_reconstruct(sae, x)
+    sparse_forward(sae, x)
+    assert decode_of_encode(sae, x) is not None
 
 
 @pytest.mark.parametrize("name", ["topk rescaled", "jumprelu", "standard"])
@@ -91,7 +94,7 @@ def test_gradients_reach_the_input_and_the_parameters(name):
     sae = _make(name)
     x = torch.randn(20, 12, requires_grad=True)
     wanted = [x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
-    found = torch.autograd.grad(sparse_reconstruct(sae, x).pow(2).sum(), wanted)
+    found = torch.autograd.grad(sparse_forward(sae, x)[1].pow(2).sum(), wanted)
     expected = torch.autograd.grad(sae(x).pow(2).sum(), wanted)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -103,7 +106,7 @@ def test_a_hook_on_the_sae_still_acts(hook):
     getattr(sae, hook).add_hook(lambda tensor, hook: tensor * 0.5)
     x = torch.randn(9, 12)
     with torch.no_grad():
-        torch.testing.assert_close(sparse_reconstruct(sae, x), sae(x))
+        torch.testing.assert_close(sparse_forward(sae, x)[1], sae(x))
         torch.testing.assert_close(sparse_latents(sae, x).to_dense(), sae.encode(x))
 
 
@@ -115,9 +118,10 @@ def test_other_architectures_are_encoded_a_few_rows_at_a_time(monkeypatch):
     rows = []
     encode = sae.encode
     monkeypatch.setattr(sae, "encode", lambda part: rows.append(len(part)) or encode(part))
-    parts = sparse_latents(sae, x)
+    parts, reconstruction = sparse_forward(sae, x)
     assert max(rows) == 7
     torch.testing.assert_close(parts.to_dense(), whole.to_dense())
+    torch.testing.assert_close(reconstruction, sae.decode(encode(x)))
 
 
 def test_heads_are_flattened_and_restored_as_hook_z_saes_do():
@@ -127,7 +131,7 @@ def test_heads_are_flattened_and_restored_as_hook_z_saes_do():
     with torch.no_grad():
         expected = sae(x)
         assert sparse_latents(sae, x).batch == 20
-        torch.testing.assert_close(sparse_reconstruct(sae, x), expected)
+        torch.testing.assert_close(sparse_forward(sae, x)[1], expected)
 
 
 def test_the_decoder_can_be_given_the_latents():

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vision_plugin import kernels
 from vision_plugin.metrics._latents import check_finite
 
 
@@ -115,6 +116,24 @@ class ControlDictionary(nn.Module):
             return latents
         values, indices = latents.relu().topk(self.k, dim=-1)
         return torch.zeros_like(latents).scatter(-1, indices, values)
+
+    def sparse_forward(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[kernels.SparseLatents, Float[Tensor, "*batch d_in"]]:
+        """The kept latents in compressed rows, and what they decode to.
+
+        Raises:
+            ValueError: the dictionary keeps every latent.
+        """
+        if self.k is None:
+            raise ValueError(f"{self.name} keeps every latent, so its latents are dense")
+        directions, offset = self.W_dec.to(x), self.b_dec.to(x)
+        zeros = directions.new_zeros(len(directions))
+        values, indices = kernels.topk_encode(x, directions.T, zeros, self.k, b_in=offset)
+        latents = kernels.SparseLatents.from_topk(
+            values.flatten(0, -2), indices.flatten(0, -2), d_sae=len(directions)
+        ).prune()
+        return latents, kernels.csr_decode(latents, directions, offset).view(x.shape)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return the sum of directions weighted by latents ``[..., d_sae]``, and the offset."""

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vision_plugin.metrics._latents import check_finite
+from vision_plugin.metrics._latents import (
+    CHUNK_ELEMENTS,
+    LatentColumns,
+    Latents,
+    read_latents,
+)
 from vision_plugin.metrics._result import MetricResult, mean_of_defined
 from vision_plugin.metrics._streaming import StreamingMetric
 
@@ -77,6 +82,7 @@ class Dissection(StreamingMetric):
         upsample: how the patch grid is brought to the masks' size.
     """
 
+    sparse_latents = True
     higher_is_better = True
     latents_per = "patch"
 
@@ -122,52 +128,64 @@ class Dissection(StreamingMetric):
         ):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(
-        self, latents: Float[Tensor, "n patches k"], masks: Bool[Tensor, "n_masks c height width"]
-    ) -> None:
+    def update(self, latents: Tensor, masks: Bool[Tensor, "n_masks c height width"]) -> None:
         """Add images.
 
         Args:
-            latents: patch latents ``[n, patches, k]``, patches row by row.
+            latents: patch latents ``[n, patches, k]`` dense, or ``[n * patches, k]`` dense, sparse
+                COO or sparse CSR, image by image, patches row by row.
             masks: where each concept is, ``[n, c, height, width]``, in pixels; height and width
                 are multiples of the grid's.
 
         Raises:
             ValueError: sizes do not fit the metric or each other.
         """
+        n_patches = math.prod(self.grid_size)
         self._check(latents, masks)
-        maps = latents.detach().to(self.device).transpose(1, 2)
-        maps = maps.reshape(*maps.shape[:2], *self.grid_size)
+        latents = latents.detach().to(self.device)
+        if latents.ndim == 3:
+            latents = latents.flatten(0, 1)
+        read = read_latents(latents, n_features=self.n_features)
         masks = masks.to(self.device)
-        touched = _cells(masks, self.grid_size).any(-1)
-        self._add_areas(maps, masks)
-        peak = maps.flatten(2).argmax(2)
-        active = maps.amax((2, 3)) > self._threshold(1)
-        shown = touched.any(2)
-        at_peak = torch.stack(
-            [of_concept.gather(1, peak) for of_concept in touched.unbind(1)], dim=2
-        )
-        trial = active[:, :, None] & shown[:, None, :]
-        self.hits += (at_peak & trial).sum(0)
-        self.trials += trial.sum(0)
-        self.touched_share += touched.double().mean(2).sum(0)
-        self.n_shown += shown.sum(0)
+        concepts = _Concepts(masks, self.grid_size, nearest=self.upsample == "nearest")
+        step = max(1, CHUNK_ELEMENTS // max(1, concepts.per_latent))
+        for features in torch.split(self._fed(read), step):
+            dense = (
+                read.to_dense(features) if isinstance(read, LatentColumns) else read[:, features]
+            )
+            maps = dense.view(len(masks), n_patches, len(features)).transpose(1, 2)
+            self._add(features, maps.unflatten(2, self.grid_size), concepts)
+        self.mask_area += concepts.pixels.sum((0, 2))
+        self.touched_share += concepts.touched.double().mean(2).sum(0)
+        self.n_shown += concepts.touched.any(2).sum(0)
         self.n_images += len(masks)
 
-    def _add_areas(self, maps: Tensor, masks: Tensor) -> None:
-        if self.upsample == "nearest":
-            # The pixels of a patch are active together, so mask pixels per patch are enough.
-            active = (maps > self._threshold(3)).flatten(2).double()
-            cells = _cells(masks, self.grid_size)
-            pixels, per_place = cells.double().sum(-1), cells.shape[-1]
-        else:
-            size = masks.shape[2:]
-            large = F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
-            active = (large > self._threshold(3)).flatten(2).double()
-            pixels, per_place = masks.flatten(2).double(), 1
-        self.intersection += torch.einsum("nkq,ncq->kc", active, pixels)
-        self.active_area += active.sum((0, 2)) * per_place
-        self.mask_area += pixels.sum((0, 2))
+    def _fed(self, read: Latents) -> Tensor:
+        """Latents that can be active: those with a value, where zero is not above the threshold."""
+        every = torch.arange(self.n_features, device=self.device)
+        threshold = torch.as_tensor(self.threshold)
+        if isinstance(read, Tensor) or bool((threshold < 0).any()):
+            return every
+        return every[read.counts() > 0]
+
+    def _add(self, features: Tensor, maps: Tensor, concepts: _Concepts) -> None:
+        """Add the maps ``[n, some latents, height, width]`` of some latents."""
+        threshold = torch.as_tensor(self.threshold, device=self.device)
+        threshold = threshold[features] if threshold.ndim else threshold
+        peak = maps.flatten(2).argmax(2)
+        fires = maps.amax((2, 3)) > threshold
+        at_peak = torch.stack(
+            [of_concept.gather(1, peak) for of_concept in concepts.touched.unbind(1)], dim=2
+        )
+        trial = fires[:, :, None] & concepts.touched.any(2)[:, None, :]
+        self.hits[features] += (at_peak & trial).sum(0)
+        self.trials[features] += trial.sum(0)
+        size = concepts.size
+        if size is not None:
+            maps = F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+        active = (maps.flatten(2) > threshold.view(-1, 1)).double()
+        self.intersection[features] += torch.einsum("nkq,ncq->kc", active, concepts.pixels)
+        self.active_area[features] += active.sum((0, 2)) * concepts.pixels_per_place
 
     def compute(self) -> DissectionResult:
         """Return the fit over all images seen, by all processes."""
@@ -185,22 +203,48 @@ class Dissection(StreamingMetric):
             n_images=int(self.n_images),
         )
 
-    def _threshold(self, trailing: int) -> Tensor:
-        """Return the threshold, shaped to compare with ``[n, k]`` and more trailing axes."""
-        threshold = torch.as_tensor(self.threshold, device=self.device)
-        return threshold.view(-1, *[1] * (trailing - 1)) if threshold.ndim else threshold
-
     def _check(self, latents: Tensor, masks: Tensor) -> None:
-        check_finite(latents, "latents")
         height, width = self.grid_size
         expected = (len(masks), height * width, self.n_features)
-        if latents.shape != expected:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {expected}")
+        flat = (expected[0] * expected[1], self.n_features)
+        if tuple(latents.shape) not in (expected, flat):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, expected {expected} or {flat}"
+            )
         if masks.shape[1] != self.n_concepts or masks.shape[2] % height or masks.shape[3] % width:
             raise ValueError(
                 f"masks have shape {tuple(masks.shape)}; expected [n, {self.n_concepts}, H, W] "
                 f"with H a multiple of {height} and W of {width}"
             )
+
+
+class _Concepts:
+    """Where concepts are, at the places at which latents are compared with them.
+
+    With ``nearest`` the pixels of a patch are active together, so the places are the patches, and
+    mask pixels per patch are enough; otherwise they are the pixels.
+
+    Attributes:
+        touched: whether a patch shows a concept, ``[n, c, patches]``.
+        pixels: mask pixels, ``[n, c, places]``, float64.
+        pixels_per_place: pixels of a place.
+        size: height and width that maps are enlarged to; None for the grid's own.
+    """
+
+    def __init__(self, masks: Tensor, grid_size: tuple[int, int], *, nearest: bool) -> None:
+        cells = _cells(masks, grid_size)
+        self.touched = cells.any(-1)
+        if nearest:
+            self.pixels, self.pixels_per_place = cells.double().sum(-1), cells.shape[-1]
+            self.size = None
+        else:
+            self.pixels, self.pixels_per_place = masks.flatten(2).double(), 1
+            self.size = masks.shape[2:]
+
+    @property
+    def per_latent(self) -> int:
+        """Elements of one latent's map over all images."""
+        return int(self.pixels.shape[0] * self.pixels.shape[2])
 
 
 def dissection(

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vision_plugin.metrics._evaluation_facts import Facts
+from vision_plugin.metrics._lazy_batch import LazyBatch
+from vision_plugin.metrics._token_latents import encode_tokens
 from vision_plugin.models import Harvester, TokenSelection, VisionBridge
-from vision_plugin.models._splicing import run
 
 LATENT_ELEMENTS = 2**27
 """Largest latent tensor of a batch (512 MiB in float32)."""
-
-
-class LazyBatch(Mapping[str, Any]):
-    """Values by name that are made when they are first read."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
-        self._makers = dict(makers)
-        self._made: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._made:
-            self._made[name] = self._makers[name]()
-        return self._made[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._makers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-    def plus(self, **values: Any) -> LazyBatch:
-        """The same with more values; each of the others is still made once for both."""
-        same = {name: partial(self.__getitem__, name) for name in self._makers}
-        more = LazyBatch(same | dict.fromkeys(values, dict))
-        more._made = values
-        return more
 
 
 @dataclass(frozen=True)
@@ -95,10 +66,10 @@ class Site:
         rows = torch.tensor([row for row, kind in enumerate(kinds) if kind == "patch"])
         return rows if len(rows) == self.model.token_layout().n_patches else None
 
-    def images_at_once(self, d_sae: int, batch_size: int) -> int:
-        """Images whose token-level latents fit in memory together."""
+    def images_at_once(self, d_dense: int, batch_size: int) -> int:
+        """Images whose token-level latents fit in memory together, ``d_dense`` wide at most."""
         n_tokens = self.selection.n_random or len(self.token_kinds or ())
-        return min(batch_size, max(1, LATENT_ELEMENTS // (max(1, n_tokens) * d_sae)))
+        return min(batch_size, max(1, LATENT_ELEMENTS // max(1, n_tokens * d_dense)))
 
     def reader(self) -> Callable[[Tensor], Reading]:
         """A function from pixels to the activations of the selected tokens."""
@@ -173,20 +144,16 @@ def make_batch(
     class_texts: Tensor | None,
 ) -> LazyBatch:
     """Everything that one batch of images offers for one dictionary but the embeddings."""
-    source = reading.source
-    with torch.no_grad():
-        latents = dictionary.encode(source)
+    latents = encode_tokens(dictionary, reading.source)
     makers: dict[str, Callable[[], Any]] = {
-        "latents": lambda: pool(latents, facts.cfg.pooling),
-        "token_latents": lambda: latents,
+        **latents.entries(facts.cfg.pooling),
         "activations": lambda: reading.target,
-        "reconstruction": lambda: _reconstruction(dictionary, source, latents),
         "pixels": lambda: pixels,
         "image_ids": lambda: [facts.pictures.ids[index] for index in indices],
     }
     rows = site.patch_rows
     if rows is not None:
-        makers["patch_latents"] = lambda: latents[:, rows.to(latents.device)]
+        makers |= latents.patch_entries(rows)
     if facts.has_labels:
         makers["labels"] = lambda: facts.labels[indices]
     if class_texts is not None:
@@ -203,23 +170,12 @@ def make_batch(
     if masks is not None:
         makers["masks"] = lambda: masks.batch(site.model, indices)
     batch = LazyBatch(makers)
-    if getattr(dictionary.cfg, "normalize_activations", None) not in (None, "none"):
-        # An SAE that rescales its input keeps the scale from an encode to the next decode only.
-        batch["reconstruction"]
     return batch
 
 
-def pool(latents: Tensor, pooling: str) -> Tensor:
-    """Image-level latents ``[n, k]`` from ``[n, tokens, k]``."""
-    return latents.amax(dim=1) if pooling == "max" else latents.mean(dim=1)
-
-
-@torch.no_grad()
-def _reconstruction(dictionary: Any, source: Tensor, latents: Tensor) -> Tensor:
-    if getattr(dictionary, "W_skip", None) is not None:
-        return run(dictionary, source)
-    decoded: Tensor = dictionary.decode(latents)
-    return decoded
+def pool(activations: Tensor, pooling: str) -> Tensor:
+    """Image-level activations ``[n, d]`` from ``[n, tokens, d]``."""
+    return activations.amax(dim=1) if pooling == "max" else activations.mean(dim=1)
 
 
 @torch.no_grad()

@@ -52,12 +52,13 @@ class Keeper:
         self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: dict[str, Tensor]
     ) -> None:
         latents = latents.detach().cpu()
-        rows, columns = latents.nonzero(as_tuple=True)
         self.width = latents.shape[1]
+        entries = (latents if latents.is_sparse else latents.to_sparse()).coalesce()
+        rows, columns = entries.indices()
         self.indices += indices
         self.lengths.append(torch.bincount(rows, minlength=len(indices)))
         self.columns.append(columns)
-        self.values.append(latents[rows, columns])
+        self.values.append(entries.values())
         self.neurons.append(neurons.detach().float().cpu())
         for name, embedded in embeddings.items():
             self.embeddings.setdefault(name, []).append(embedded)
@@ -67,7 +68,11 @@ class Keeper:
     ) -> EncodedImages:
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self.lengths).cumsum(0)])
         latents = torch.sparse_csr_tensor(
-            ends, torch.cat(self.columns), torch.cat(self.values), (len(ends) - 1, self.width)
+            ends,
+            torch.cat(self.columns),
+            torch.cat(self.values),
+            (len(ends) - 1, self.width),
+            check_invariants=False,
         )
         embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
         first = next(iter(embeddings.values()))

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_plugin.metrics._evaluation_batch import LazyBatch, Reading, Site, make_batch, pool
+from vision_plugin.metrics._evaluation_batch import Reading, Site, make_batch, pool
 from vision_plugin.metrics._evaluation_config import EvaluationConfig
 from vision_plugin.metrics._evaluation_facts import Facts
 from vision_plugin.metrics._evaluation_keep import EncodedImages, Keeper
 from vision_plugin.metrics._evaluation_subjects import WEIGHTS, Subject, read_batches
+from vision_plugin.metrics._lazy_batch import LazyBatch
 from vision_plugin.metrics._metricset import MetricSet
 from vision_plugin.metrics._monosemanticity import monosemanticity
-from vision_plugin.metrics._registry import feed, needs, takes
+from vision_plugin.metrics._registry import feed, get, needs, takes
 from vision_plugin.metrics._steerability import steerability, steerability_curve
 from vision_plugin.metrics._steerability_result import SteerabilityCurve
 from vision_plugin.models import VisionBridge
@@ -85,7 +86,8 @@ class Run:
                         one = with_domain.plus(embeddings=embeddings[embedder])
                     metrics.update(one)
                 if subject is self.subjects[0]:
-                    keep.add(indices, offer["latents"], pool(source, cfg.pooling), embeddings)
+                    pooled = offer["sparse_latents" if "sparse_latents" in offer else "latents"]
+                    keep.add(indices, pooled, pool(source, cfg.pooling), embeddings)
         if not keep.indices:
             raise ValueError("none of the images could be read")
         return keep.finish(facts.pictures, bad, self.site.tokens, cfg)
@@ -224,8 +226,16 @@ class Run:
             return embedder.image_features(own).float().cpu()
 
     def _at_once(self) -> int:
-        widest = max(int(subject.dictionary.cfg.d_sae) for subject in self.subjects)
-        return self.site.images_at_once(widest, self.cfg.batch_size)
+        dense = any(
+            {"token_latents", "patch_latents"} & set(takes(name)[1])
+            and not getattr(get(name), "sparse_latents", False)
+            for name in self.metrics
+        )
+        widths = [
+            int(subject.dictionary.cfg.d_sae if dense else subject.dictionary.cfg.d_in)
+            for subject in self.subjects
+        ]
+        return self.site.images_at_once(max(widths), self.cfg.batch_size)
 
 
 def _steered_latents(subject: Subject) -> list[int] | None:

@@ -19,6 +19,7 @@ from vision_plugin.metrics._hierarchy import matryoshka_groups
 from vision_plugin.metrics._metricset import MetricSet
 from vision_plugin.metrics._randomized import randomized_model
 from vision_plugin.metrics._registry import available, needs, takes
+from vision_plugin.metrics._token_latents import encode_tokens
 from vision_plugin.models import VisionBridge
 from vision_plugin.models._splicing import trained_tokens
 
@@ -198,10 +199,10 @@ def _calibrate(cfg: EvaluationConfig, site: Site, sae: Any, facts: Facts) -> tup
     few = min(CALIBRATION_IMAGES, len(pictures))
     step = 1 if getattr(pictures, "sequential", False) else len(pictures) // few
     read, kept, active, n_tokens = site.reader(), [], 0, 0
-    at_once = site.images_at_once(int(sae.cfg.d_sae), cfg.batch_size)
+    at_once = site.images_at_once(int(sae.cfg.d_in), cfg.batch_size)
     for batch in read_batches(_Every(pictures, step, few), at_once, {}):
         source = read(site.model.preprocess(list(batch.values()))).source
-        active += int((sae.encode(source) != 0).sum())
+        active += encode_tokens(sae, source).n_active
         n_tokens += source.shape[:-1].numel()
         kept.append(source.flatten(0, -2).float().cpu())
     if n_tokens == 0:

@@ -51,6 +51,8 @@ class ImageCodes(StreamingMetric):
         n_features: number of latents.
     """
 
+    sparse_latents = True
+
     def __init__(self, *, n_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if n_features < 1:

@@ -77,6 +77,7 @@ class Localization(StreamingMetric):
         max_images: images after which a latent takes no further update.
     """
 
+    sparse_latents = True
     higher_is_better = True
     latents_per = "patch"
 

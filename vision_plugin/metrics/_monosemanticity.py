@@ -141,6 +141,7 @@ class Monosemanticity(StreamingMetric):
         [1.0, 0.0]
     """
 
+    sparse_latents = True
     higher_is_better = True
 
     def __init__(

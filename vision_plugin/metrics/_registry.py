@@ -30,6 +30,12 @@ attribute: ``latents_per = "token"`` for ``[n, tokens, n_features]`` or ``latent
 for ``[n, patches, n_features]``, patches alone. Batches carry these as ``token_latents`` and
 ``patch_latents``.
 
+A class whose ``update`` also takes latents as a sparse COO matrix says ``sparse_latents = True``.
+Where the dictionary gives them so, it gets ``[n, n_features]`` for images, and for tokens or
+patches ``[n * tokens, n_features]``, image by image; a wide dictionary is then scored without dense
+latents. Batches carry these as ``sparse_latents``, ``sparse_token_latents`` and
+``sparse_patch_latents``, beside the dense ones, which are made for those that ask for them.
+
 ``compute`` returns a :class:`MetricResult`, a mapping of numbers, a number, or a tensor with an
 entry per latent.
 """
@@ -135,6 +141,9 @@ def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
     """
     who = f"{type(metric).__name__}.update"
     names = _batch_names(type(metric))
+    if getattr(metric, "sparse_latents", False):
+        sparse = f"sparse_{names.get('latents', 'latents')}"
+        names = {**names, "latents": sparse} if sparse in batch else names
     metric.update(**_arguments(type(metric).update, batch, who, names))
 
 

@@ -70,6 +70,7 @@ class Sparsity(StreamingMetric):
         dense_above: frequency above which a latent is counted as dense.
     """
 
+    sparse_latents = True
     higher_is_better = False
     latents_per = "token"
 

@@ -39,6 +39,8 @@ class TopImages(StreamingMetric):
         n_top: images kept per latent.
     """
 
+    sparse_latents = True
+
     def __init__(self, *, n_features: int, n_top: int = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if n_features < 1 or n_top < 1:

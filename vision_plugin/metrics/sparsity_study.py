@@ -25,10 +25,11 @@ from vision_plugin.metrics._evaluation_subjects import read_batches
 from vision_plugin.metrics._fidelity import FVU, FVUResult
 from vision_plugin.metrics._result import to_json
 from vision_plugin.metrics._sparsity import Sparsity, SparsityResult, l0_map
+from vision_plugin.metrics._token_latents import encode_tokens
 from vision_plugin.metrics.evaluation import model_of
 from vision_plugin.models import Harvester, VisionBridge, load_model
 from vision_plugin.models._fit import check_fit
-from vision_plugin.models._splicing import run, trained_tokens
+from vision_plugin.models._splicing import trained_tokens
 from vision_plugin.sae.foreign import load_sae
 
 SCHEMA = "vision_plugin.sparsity/1"
@@ -271,19 +272,16 @@ class _Counter:
 
     def images_at_once(self, batch_size: int) -> int:
         """Images whose latents fit in memory together."""
-        return self.site.images_at_once(int(self.sae.cfg.d_sae), batch_size)
+        return self.site.images_at_once(int(self.sae.cfg.d_in), batch_size)
 
     def update(self, found: dict[str, Tensor]) -> None:
         """Add the activations of a batch, by hook."""
         source, target = (self._selected(found[name], name) for name in self.hooks)
-        # Decoding follows at once: an SAE that rescales its input keeps the scale until then only.
-        latents = self.sae.encode(source)
-        has_skip = getattr(self.sae, "W_skip", None) is not None
-        decoded = run(self.sae, source) if has_skip else self.sae.decode(latents)
+        latents = encode_tokens(self.sae, source)
         for kind, (sparsity, fidelity) in self.metrics.items():
-            rows = self.rows_of[kind].to(latents.device)
-            sparsity.update(latents[:, rows])
-            fidelity.update(target[:, rows], decoded[:, rows])
+            rows = self.rows_of[kind].to(target.device)
+            sparsity.update(latents.flat(rows))
+            fidelity.update(target[:, rows], latents.reconstruction[:, rows])
 
     def compute(self) -> SAEStudy:
         """What was found on all images."""

@@ -245,13 +245,12 @@ def run(sae: SAE, x: Tensor, *, hooks: bool = True) -> Tensor:
     if not hooks:
         with silent_hooks(sae):
             return run(sae, x)
-    from vision_plugin.sae._sparse_inference import decode_of_encode
+    from vision_plugin.sae._sparse_inference import add_skip, decode_of_encode
 
     output = decode_of_encode(sae, x)
     if output is None:
         output = sae.decode(sae.encode(x))
-    skip = getattr(sae, "W_skip", None)
-    return output if skip is None else output + x.to(sae.dtype) @ skip.T.to(x.device)
+    return add_skip(sae, x, output)
 
 
 @contextmanager

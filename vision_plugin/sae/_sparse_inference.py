@@ -41,32 +41,39 @@ def sparse_latents(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> SparseLate
     """
     if (encoded := _encode_on_kernel(sae, x)) is not None:
         return encoded.prune()
-    n_trailing = 2 if sae.hook_z_reshaping_mode else 1
-    rows = x.reshape(-1, *x.shape[x.ndim - n_trailing :])
-    step = max(1, _DENSE_ELEMENTS // int(sae.cfg.d_sae))
-    if type(sae.activation_fn) is BatchTopK:  # its selection is over the whole batch
-        step = max(1, rows.shape[0])
-    return _stack([_compress(_encode_dense(sae, part)) for part in torch.split(rows, step)])
+    return _stack([_compress(_dense(sae.encode(part))) for part in _parts(sae, x)])
 
 
-def sparse_reconstruct(
+def sparse_forward(
     sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
-) -> Float[Tensor, "*batch d_in"]:
-    """What ``sae(x)`` returns, without dense latents where the architecture allows it.
+) -> tuple[SparseLatents, Float[Tensor, "*batch d_out"]]:
+    """Latents in compressed rows, and what the SAE or transcoder makes of them.
 
     Args:
-        sae: any SAELens SAE.
-        x: activations, as ``sae`` takes them.
+        sae: any SAELens SAE or (skip) transcoder.
+        x: activations, as ``sae.encode`` takes them.
 
     Returns:
-        The reconstruction in the shape of x (an SAE with an error term returns x's sum with it,
-        by its own code).
+        The latents as from :func:`sparse_latents`, and ``sae.decode(sae.encode(x))`` in the shape
+        of x (with what a skip transcoder adds). Dense latents exist for a few rows at most.
     """
-    if not sae.use_error_term and (decoded := decode_of_encode(sae, x)) is not None:
-        result: Tensor = sae.hook_sae_output(decoded)
-        return result
-    dense: Tensor = sae(x)
-    return dense
+    if (encoded := _encode_on_kernel(sae, x)) is not None and _decodes_on_kernel(sae):
+        return encoded.prune(), _decode_on_kernel(sae, encoded, x)
+    latents, outputs = [], []
+    for part in _parts(sae, x):
+        encoded_part = sae.encode(part)
+        latents.append(_compress(_dense(encoded_part)))
+        outputs.append(add_skip(sae, part, sae.decode(encoded_part)))
+    shape = x.shape[: x.ndim - _n_trailing(sae)]
+    return _stack(latents), torch.cat(outputs).view(*shape, *outputs[0].shape[1:])
+
+
+def add_skip(
+    sae: Any, x: Float[Tensor, "*batch d_in"], decoded: Float[Tensor, "*batch d_out"]
+) -> Float[Tensor, "*batch d_out"]:
+    """A reconstruction with what a skip transcoder adds straight from its input."""
+    skip = getattr(sae, "W_skip", None)
+    return decoded if skip is None else decoded + x.to(sae.dtype) @ skip.T.to(x.device)
 
 
 def decode_of_encode(
@@ -77,16 +84,34 @@ def decode_of_encode(
     Its own code is needed for other architectures, for dictionaries that are none of SAELens's
     classes, and where someone watches its latents.
     """
-    if type(sae).decode not in (*_PLAIN_DECODERS, *_RESCALING_DECODERS):
+    if not _decodes_on_kernel(sae) or (latents := _encode_on_kernel(sae, x)) is None:
         return None
-    latents = _encode_on_kernel(sae, x)
-    if latents is None:
-        return None
-    shape = x.shape[:-2] if sae.hook_z_reshaping_mode else x.shape[:-1]
+    return _decode_on_kernel(sae, latents, x)
+
+
+def _decodes_on_kernel(sae: Any) -> bool:
+    return type(sae).decode in (*_PLAIN_DECODERS, *_RESCALING_DECODERS)
+
+
+def _decode_on_kernel(sae: Any, latents: SparseLatents, x: Tensor) -> Tensor:
+    shape = x.shape[: x.ndim - _n_trailing(sae)]
     decoded = kernels.csr_decode(_unscale(sae, latents), sae.W_dec, sae.b_dec)
     out = sae.hook_sae_recons(decoded.view(*shape, decoded.shape[-1]))
     reshaped: Tensor = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
     return reshaped
+
+
+def _n_trailing(sae: SAE[Any]) -> int:
+    """Axes of one activation vector: two where the SAE takes all heads of hook_z."""
+    return 2 if sae.hook_z_reshaping_mode else 1
+
+
+def _parts(sae: SAE[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """Activation vectors, as many at a time as may have dense latents."""
+    rows = x.reshape(-1, *x.shape[x.ndim - _n_trailing(sae) :])
+    if type(sae.activation_fn) is BatchTopK:  # its selection is over the whole batch
+        return (rows,)
+    return torch.split(rows, max(1, _DENSE_ELEMENTS // int(sae.cfg.d_sae)))
 
 
 def _encode_on_kernel(sae: SAE[Any], x: Tensor) -> SparseLatents | None:
@@ -150,8 +175,7 @@ def _unscale(sae: SAE[Any], latents: SparseLatents) -> SparseLatents:
     return latents.with_values(latents.values * (1 / scale)[latents.indices.long()])
 
 
-def _encode_dense(sae: SAE[Any], rows: Tensor) -> Tensor:
-    encoded: Tensor = sae.encode(rows)
+def _dense(encoded: Tensor) -> Tensor:
     dense = encoded.to_dense() if encoded.is_sparse else encoded
     return dense.reshape(-1, dense.shape[-1])
 

@@ -36,9 +36,11 @@ def log_top_features(run: WandbRun, validator: Validator, *, prefix: str = "") -
         if int(counts[latent]) == 0:
             continue
         shown = [
-            _picture(validator, held.indices[image], float(latents[image, latent]))
-            for image in top.images[latent].tolist()
-            if image >= 0 and float(latents[image, latent]) > 0
+            _picture(validator, held.indices[image], value)
+            for image, value in zip(
+                top.images[latent].tolist(), top.values[latent].tolist(), strict=True
+            )
+            if image >= 0
         ]
         shown += [None] * (N_PICTURES - len(shown))
         table.add_data(latent, float(scores.score[latent]), int(counts[latent]), *shown)

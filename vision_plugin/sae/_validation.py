@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vision_plugin import metrics
 from vision_plugin.activations import BadImageError
+from vision_plugin.metrics._lazy_batch import LazyBatch
 from vision_plugin.metrics._result import to_json
+from vision_plugin.metrics._token_latents import encode_tokens
 from vision_plugin.models import Harvester, TokenSelection, VisionBridge
 from vision_plugin.models._splicing import token_mask
 from vision_plugin.sae._saving import inference_sae
@@ -114,7 +116,7 @@ class Validator:
     template: str = "a photo of a {}"
     """Sentence around a label."""
     latents: Tensor | None = field(default=None, init=False)
-    """Of the last look, max-pooled over tokens, [n, d_sae]."""
+    """Of the last look, max-pooled over tokens, sparse COO [n, d_sae]."""
 
     def __post_init__(self) -> None:
         kind = "all" if self.tokens.startswith("random:") else self.tokens
@@ -166,23 +168,19 @@ class Validator:
         pooled, spliced = [], []
         for place, pixels in self._batches(held.pixels):
             x, target = self._activations(pixels)
-            latents = sae.encode(x)
-            reconstruction = _decode(sae, x, latents).to(target.dtype)
-            sparsity.update(latents if latents.ndim == 3 else latents[:, None])
-            fidelity.update(target, reconstruction)
-            image_latents = latents.amax(1) if latents.ndim == 3 else latents
-            pooled.append(image_latents.float().cpu())
+            latents = encode_tokens(sae, x)
+            sparsity.update(latents.flat())
+            fidelity.update(target, latents.reconstruction)
+            pooled.append(latents.pooled("max").float().to_sparse().cpu())
             batch: dict[str, Any] = {
-                "latents": image_latents,
-                "token_latents": latents,
                 "pixels": pixels,
                 "activations": target,
-                "reconstruction": reconstruction,
                 "embeddings": held.embeddings[place],
             }
+            makers = latents.entries("max")
             patches = [row for row, kind in enumerate(kinds or ()) if kind == "patch"]
             if patches:
-                batch["patch_latents"] = latents[:, patches]
+                makers |= latents.patch_entries(torch.tensor(patches))
             if held.labels is not None:
                 batch["labels"] = held.labels[place]
             if held.logits is not None and ablated is not None:
@@ -190,8 +188,8 @@ class Validator:
                 batch |= {"logits": held.logits[place], "ablated_logits": ablated[place]}
                 batch["spliced_logits"] = spliced[-1]
             if self.names:
-                more.update(batch)
-        self.latents = torch.cat(pooled)
+                more.update(LazyBatch(makers).plus(**batch))
+        self.latents = torch.cat(pooled).coalesce()
         scores = _sparsity_scores(sparsity.compute()) | _fidelity_scores(fidelity.compute())
         scores |= self._monosemanticity(self.latents, held.embeddings)
         if spliced and ablated is not None:
@@ -246,7 +244,11 @@ class Validator:
 
     def _prepare_hook(self) -> _AtHook:
         held = self.held_out
-        kinds = self._token_kinds() if self._activations(held.pixels[:1])[0].ndim == 3 else None
+        harvested = Harvester(self.model, list(self.hook_names))(
+            held.pixels[:1].to(self.model.device)
+        )
+        has_tokens = harvested[self.hook_names[0]].ndim > 2
+        kinds = self._token_kinds() if has_tokens else None
         if held.texts is None:
             return _AtHook(kinds, None)
         hooks = [(self.hook_names[-1], self._zeros)]
@@ -282,7 +284,7 @@ class Validator:
         if activation.ndim == 4:
             activation = activation.flatten(-2)
         if activation.ndim == 2:
-            return activation.float()
+            return activation[:, None].float()
         rows = self.model.token_layout().indices(self.selection.kind)
         return activation[:, rows.to(activation.device)].float()
 
@@ -315,15 +317,8 @@ class Validator:
         defined = result.score[~result.score.isnan()]
         return {
             "monosemanticity": float(defined.mean()) if len(defined) else math.nan,
-            "monosemanticity_n_undefined": float(len(latents.T) - len(defined)),
+            "monosemanticity_n_undefined": float(latents.shape[1] - len(defined)),
         }
-
-
-def _decode(sae: Any, x: Tensor, latents: Tensor) -> Tensor:
-    """The reconstruction, of a skip transcoder with what goes past the latents."""
-    out: Tensor = sae.decode(latents)
-    skip = getattr(sae, "W_skip", None)
-    return out if skip is None else out + x.to(sae.dtype) @ skip.T
 
 
 def _sparsity_scores(result: metrics.SparsityResult) -> dict[str, float]:
