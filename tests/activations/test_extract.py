@@ -39,7 +39,7 @@ from vision_plugin.activations import (
     verify,
 )
 from vision_plugin.activations._extract import settle_plan, write_manifest
-from vision_plugin.activations._making import make_plan
+from vision_plugin.activations._making import _images_per_shard, make_plan
 from vision_plugin.activations._running import run_tasks
 from vision_plugin.models import TokenLayout, UnknownHookError
 
@@ -358,3 +358,13 @@ def test_an_error_in_a_worker_comes_as_it_is(tmp_path: Path, n_workers: int) -> 
             model=tiny_model(),
             images=short,
         )
+
+
+@pytest.mark.parametrize(
+    ("n_images", "expected"),
+    [(64, 32 * 8), (1906, 32 * 8), (10_000, 32 * 39), (1_000_000, 32 * 128)],
+)
+def test_shards_are_an_eighth_of_a_small_store_and_128_mib_of_a_large_one(
+    n_images: int, expected: int
+) -> None:
+    assert _images_per_shard(32 * 1024, 32, n_images) == expected

@@ -25,7 +25,7 @@ class ExtractionConfig:
     batch_size: int = 32
     """Pictures per forward pass."""
     images_per_shard: int | None = None
-    """Pictures per file; by default as many as make about 128 MiB."""
+    """Pictures per file; by default about 128 MiB of them, and less in a small store."""
     max_bad_images: int = 100
     """Pictures that may be unreadable before the run stops. It can be raised to go on."""
     seed: int = 0

@@ -17,6 +17,9 @@ from vision_plugin.models import Harvester, TokenLayout, TokenSelection
 from vision_plugin.models._fit import signature
 
 SHARD_BYTES = 128 * 1024 * 1024
+MIN_SHARD_BYTES = 8 * 1024 * 1024
+SHARDS_OF_A_SMALL_STORE = 8
+"""A store below a gigabyte has about so many: one is hashed and written while the next is made."""
 CHUNK_BYTES = 256 * 1024
 """Pictures that are read together take up about so much: enough for a disk to be quick."""
 _SAMPLE = 4096
@@ -60,7 +63,7 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
         seed=config.seed,
         batch_size=config.batch_size,
         images_per_shard=config.images_per_shard
-        or _images_per_shard(sum(per_image), config.batch_size),
+        or _images_per_shard(sum(per_image), config.batch_size, len(source)),
         images_per_chunk=max(1, -(-CHUNK_BYTES // max(per_image))),
     )
 
@@ -84,9 +87,11 @@ def by_rows(activation: Tensor) -> Tensor:
     return activation.flatten(2)
 
 
-def _images_per_shard(image_bytes: int, batch_size: int) -> int:
+def _images_per_shard(image_bytes: int, batch_size: int, n_images: int) -> int:
     """As many full batches as make a shard of the usual size, at least one."""
-    return max(1, SHARD_BYTES // (image_bytes * batch_size)) * batch_size
+    share = image_bytes * n_images // SHARDS_OF_A_SMALL_STORE
+    size = min(SHARD_BYTES, max(MIN_SHARD_BYTES, share))
+    return max(1, size // (image_bytes * batch_size)) * batch_size
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ class WindowReader:
         self._shards = store.shards
         self._first_chunks = np.cumsum([0, *(shard.n_chunks for shard in self._shards)])
         self._order = (-1, np.empty(0, dtype=np.int64))
+        self._closed = False
         self._memories = {name: _Memories() for name in hook_names}
         self._readers = [
             (ThreadPoolExecutor(1, thread_name_prefix="activation-reader"), _OpenShards())
@@ -145,6 +146,8 @@ class WindowReader:
         scratch: Any = np.empty(0, dtype=np.uint8)
         rooms = {name: _whole_rows(room) for name, room in window.activations.items()}
         for piece in pieces:
+            if self._closed:
+                return
             shard = self._shards[piece.shard]
             descriptor = files.descriptor(shard)
             for name, room in rooms.items():
@@ -158,7 +161,8 @@ class WindowReader:
                 np.put(room, places[piece.row : piece.row + len(rows)], rows)
 
     def close(self) -> None:
-        """Stop reading and close the files."""
+        """Stop reading, in the middle of a window too, and close the files."""
+        self._closed = True
         for reader, files in self._readers:
             reader.shutdown(wait=True, cancel_futures=True)
             files.close()
