@@ -5,20 +5,24 @@
 
 Writes ``benchmarks/results/extraction.json``. Figures of time come from one run each, on a machine
 that should have nothing else to do; the share of the model is the native forward's time on pixels
-that are ready, against the time of the whole extraction of the same pictures, in the same process.
+that are ready (the mean of one pass before and one after, since a machine's speed drifts), against
+the time of the whole extraction of the same pictures, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -27,6 +31,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
@@ -46,7 +51,9 @@ logger = logging.getLogger("benchmarks.extraction")
 
 RESULTS = Path(__file__).parent / "results" / "extraction.json"
 SHARED = Path(__file__).parents[2] / "shared"
+MODELS = ("emoji CLIP", "ViT-B/32, random")
 BATCH_ROWS = 4096
+PIECE_BYTES = 8 * 1024 * 1024
 
 
 def main() -> None:
@@ -55,28 +62,28 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few pictures, to see that it works")
     parser.add_argument("--images", default=str(SHARED / "data" / "noto.parquet"))
     parser.add_argument("--model", default=str(SHARED / "models" / "emoji-clip"))
-    parser.add_argument("--repeats", type=int, default=3, help="of each timed pair")
+    parser.add_argument("--repeats", type=int, default=3, help="of each timing")
     parser.add_argument(
         "--parts", nargs="+", choices=("speed", "memory"), default=["speed", "memory"]
     )
+    parser.add_argument("--only", nargs="+", default=MODELS, choices=MODELS, help="these models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n_images, n_vit = (64, 32) if options.small else (1906, 256)
-    repeats = 1 if options.small else options.repeats
+    options.repeats = 1 if options.small else options.repeats
     found: dict[str, Any] = {"machine": machine(), "small": options.small}
     if options.out.is_file():
         found = {**json.loads(options.out.read_text()), **found}  # the part that is not run stays
     if "speed" in options.parts:
-        models = {
-            "emoji CLIP": (vp.load_model(options.model), n_images),
-            "ViT-B/32, random": (vit_b_32(), n_vit),
-        }
-        found["models"] = {}
-        for name, (model, n) in models.items():
+        found["copying_gb_per_s"] = copying()
+        found.setdefault("models", {})
+        for name in options.only:
+            model = vp.load_model(options.model) if name == MODELS[0] else vit_b_32()
+            n = n_images if name == MODELS[0] else n_vit
             source = open_images(options.images, n_images=n)
             with tempfile.TemporaryDirectory() as folder:
-                found["models"][name] = one_model(model, source, Path(folder), repeats)
+                found["models"][name] = one_model(model, source, Path(folder), options)
             logger.info("%s: %s", name, json.dumps(found["models"][name], indent=1))
     if "memory" in options.parts:
         found["memory"] = memory((200, 2000) if options.small else (10_000, 100_000))
@@ -102,7 +109,7 @@ def vit_b_32() -> vp.VisionBridge:
 
 
 def one_model(
-    model: vp.VisionBridge, source: ImageSource, folder: Path, repeats: int
+    model: vp.VisionBridge, source: ImageSource, folder: Path, options: Any
 ) -> dict[str, Any]:
     """All figures of one model."""
     hook_name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -116,15 +123,17 @@ def one_model(
         model.images([source[i] for i in range(start, min(start + config.batch_size, len(source)))])
         for start in range(0, len(source), config.batch_size)
     ]
-    native, whole = [], []
-    for repeat in range(repeats):
-        native.append(timed(lambda: native_forward(model, pixels)))
+    native, whole = [timed(lambda: native_forward(model, pixels))], []
+    for repeat in range(options.repeats):
         path = folder / f"store{repeat}"
         settings = {**vars(config), "output_path": str(path)}
         run = ExtractionConfig(**settings)
         whole.append(timed(lambda run=run: extract(run, model=model, images=source)))
+        native.append(timed(lambda: native_forward(model, pixels)))
+    around = [(before + after) / 2 for before, after in itertools.pairwise(native)]
+    shares = [forward / run for forward, run in zip(around, whole, strict=True)]
     store = ActivationStore(folder / "store0")
-    native_s, whole_s = statistics.median(native), statistics.median(whole)
+    whole_s = statistics.median(whole)
     return {
         "pictures": len(source),
         "hook_name": hook_name,
@@ -133,10 +142,10 @@ def one_model(
             "native_forward_s": native,
             "extraction_s": whole,
             "images_per_s": len(source) / whole_s,
-            "share_in_model": native_s / whole_s,
-            "share_in_model_per_pair": [n / w for n, w in zip(native, whole, strict=True)],
+            "share_in_model": statistics.median(shares),
+            "share_in_model_per_run": shares,
         },
-        "reading": reading(store, hook_name, folder, whole_s, repeats),
+        "reading": reading(store, hook_name, folder, whole_s, options),
     }
 
 
@@ -148,53 +157,106 @@ def native_forward(model: vp.VisionBridge, pixels: list[torch.Tensor]) -> None:
 
 
 def reading(
-    store: ActivationStore, hook_name: str, folder: Path, recompute_s: float, repeats: int
+    store: ActivationStore, hook_name: str, folder: Path, recompute_s: float, options: Any
 ) -> dict[str, Any]:
-    """Seconds for one epoch of shuffled batches, and for what it is compared with."""
-    n_batches = store.n_rows(hook_name) // BATCH_ROWS or 1
+    """Seconds for one epoch of shuffled batches, and for what it is compared with.
+
+    The store is read beside copies of itself, as one of about a gigabyte: an epoch of so small a
+    store would mostly show how long it takes to start.
+    """
+    repeats = options.repeats
+    n_copies = 2 if options.small else -(-(10**9) // sum(shard.bytes for shard in store.shards))
+    copies = [Path(shutil.copytree(folder / "store0", folder / f"x{i}")) for i in range(n_copies)]
+    large = ActivationStore.concatenate([ActivationStore(path) for path in copies])
     batch_rows = min(BATCH_ROWS, store.n_rows(hook_name))
-
-    def ours() -> None:
-        batches = store.batches(hook_name, batch_rows)
-        for _ in range(n_batches):
-            next(batches)
-        batches.close()
-
     written_s = timed(lambda: write_saelens(store, hook_name, folder / "saelens"))
     cached = datasets.load_from_disk(str(folder / "saelens"))
     cached.set_format(type="torch", columns=[hook_name], dtype=torch.float32)
 
     def theirs() -> None:
         batches = saelens_batches(cached, store, hook_name, batch_rows)
-        for _ in range(max(1, n_batches - 1)):
+        for _ in range(max(1, store.n_rows(hook_name) // batch_rows - 1)):
             if next(batches, None) is None:
                 break
 
     seconds = {
-        "raw_sequential": best(lambda: read_raw(store), repeats),
-        "shuffled_batches": best(ours, repeats),
+        "raw_sequential": best(lambda: read_raw(large), repeats),
+        "raw_into_fresh_memory": best(lambda: read_raw(large, fresh=True), repeats),
+        "raw_then_one_gather": best(lambda: read_and_gather(large, hook_name), repeats),
+        "shuffled_batches": best(lambda: ours(large, hook_name, batch_rows), repeats),
+    }
+    small = {
+        "shuffled_batches": best(lambda: ours(store, hook_name, batch_rows), repeats),
         "saelens_cached_batches": best(theirs, repeats),
     }
+    shuffled = seconds["shuffled_batches"]
     return {
-        "rows": store.n_rows(hook_name),
+        "rows": large.n_rows(hook_name),
         "batch_rows": batch_rows,
+        "gigabytes": large.n_rows(hook_name) * large.d_in(hook_name) * 4 / 1e9,
+        "copies_of_the_store": n_copies,
         "seconds_per_epoch": seconds,
-        "recompute_s": recompute_s,
-        "times_as_fast_as_recomputing": recompute_s / seconds["shuffled_batches"],
-        "times_raw_sequential_read": seconds["shuffled_batches"] / seconds["raw_sequential"],
+        "recompute_s": recompute_s * n_copies,
+        "times_as_fast_as_recomputing": recompute_s * n_copies / shuffled,
+        "times_raw_sequential_read": shuffled / seconds["raw_sequential"],
+        "times_raw_read_into_fresh_memory": shuffled / seconds["raw_into_fresh_memory"],
+        "times_raw_read_then_one_gather": shuffled / seconds["raw_then_one_gather"],
+        "one_copy_seconds_per_epoch": small,
         "saelens_write_s": written_s,
-        "saelens_seconds_over_ours": seconds["saelens_cached_batches"]
-        / seconds["shuffled_batches"],
+        "saelens_seconds_over_ours": small["saelens_cached_batches"] / small["shuffled_batches"],
     }
 
 
-def read_raw(store: ActivationStore) -> None:
-    """Every byte of the shards, in order, into one buffer."""
-    buffer = bytearray(8 * 1024 * 1024)
+def ours(store: ActivationStore, hook_name: str, batch_rows: int) -> None:
+    """An epoch of shuffled batches."""
+    batches = store.batches(hook_name, batch_rows)
+    for _ in range(store.n_rows(hook_name) // batch_rows):
+        next(batches)
+    batches.close()
+
+
+def read_raw(store: ActivationStore, *, fresh: bool = False) -> None:
+    """Every byte of the shards, in order, into one buffer or a fresh one each time."""
+    buffer = bytearray(PIECE_BYTES)
     for shard in store.shards:
         with (shard.folder / shard.task.file).open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
-                continue
+                if fresh:
+                    buffer = bytearray(PIECE_BYTES)
+
+
+def read_and_gather(store: ActivationStore, hook_name: str) -> None:
+    """What any reader that shuffles has to do: read, then copy each row to another place.
+
+    Nothing is checked, no memory is fresh, and the rows stay within the 8 MB that were read.
+    """
+    buffer = np.zeros(PIECE_BYTES, dtype=np.uint8)
+    row_bytes = store.d_in(hook_name) * 4
+    rows = buffer[: PIECE_BYTES // row_bytes * row_bytes].view((np.void, row_bytes))
+    out = np.zeros_like(rows)
+    order = np.random.default_rng(0).permutation(len(rows))
+    for shard in store.shards:
+        with (shard.folder / shard.task.file).open("rb", buffering=0) as stream:
+            while stream.readinto(memoryview(buffer)):
+                np.take(rows, order, out=out, mode="clip")
+
+
+def copying() -> dict[str, Any]:
+    """Gigabytes a second that the machine copies in memory, and whether a second core adds."""
+    size = 64 * 1024 * 1024
+    pairs = [(np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(2)]
+
+    def two() -> None:
+        threads = [threading.Thread(target=np.copyto, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return {
+        "one_thread": size / 1e9 / best(lambda: np.copyto(*pairs[0]), 5),
+        "two_threads_together": 2 * size / 1e9 / best(two, 5),
+    }
 
 
 def write_saelens(store: ActivationStore, hook_name: str, path: Path) -> None:
@@ -236,9 +298,9 @@ def memory(sizes: tuple[int, int]) -> dict[str, Any]:
     """Peak resident memory of extractions that differ in the number of pictures alone."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        parquet = Path(folder) / "pictures.parquet"
-        write_parquet(parquet, max(sizes))
         for n_images in (0, *sizes):
+            parquet = Path(folder) / f"pictures{n_images}.parquet"
+            write_parquet(parquet, n_images)
             command = [sys.executable, "-m", "benchmarks._extraction_memory", str(parquet)]
             store = Path(folder) / f"store{n_images}"
             output = subprocess.run(
