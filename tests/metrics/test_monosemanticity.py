@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_plugin.metrics import Monosemanticity, _moments, monosemanticity
@@ -107,12 +107,10 @@ def test_score_is_the_double_loop(seed, n, k, d, kind, layout):
     mixed=st.booleans(),
     images=st.sampled_from(["all", "top16"]),
 )
+@example(seed=310, kind="signed sparse", n_parts=4, mixed=False, images="top16")
 def test_any_split_and_merge_order_gives_one_pass(seed, kind, n_parts, mixed, images):
     n, k, d = 40, 5, 4
     latents, embeddings = random_case(seed, n, k, d, kind)
-    negative = bool((latents < 0).any())
-    if negative and images == "top16":
-        mixed = False
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, n + 1, n_parts - 1).tolist()), n]
     whole = monosemanticity(latents, embeddings, images=images)
@@ -146,6 +144,19 @@ def test_without_mkl_the_sums_are_the_same(kind, k, monkeypatch):
     without = monosemanticity(latents.to_sparse_csr(), embeddings, confidence=0.9)
     torch.testing.assert_close(without.score, with_mkl.score, rtol=0, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(without.z, with_mkl.z, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "coo", "csr"])
+def test_batches_in_which_nothing_fires_count_as_images(layout):
+    latents, embeddings = random_case(6, 20, 4, 3, "sparse")
+    latents[:5] = 0
+    latents[12:] = 0
+    metric = Monosemanticity(n_features=4, d_embed=3)
+    for part in (slice(0, 5), slice(5, 12), slice(12, 20), slice(20, 20)):
+        metric.update(layouts(latents[part])[layout], embeddings[part])
+    np.testing.assert_allclose(
+        metric.compute().score.numpy(), double_loop(latents, embeddings), rtol=0, atol=1e-12
+    )
 
 
 class LargestTensor(TorchDispatchMode):
@@ -368,12 +379,15 @@ def test_top16_is_the_double_loop_over_the_16_largest(seed, n, kind, layout, top
     assert result.images == "top16"
 
 
-def test_top16_says_so_when_sparse_shards_hide_which_images_are_at_zero():
-    metric = Monosemanticity(n_features=1, d_embed=2, images="top16")
-    metric.update(torch.tensor([[0.0], [0], [1]]).to_sparse_csr(), torch.randn(3, 2))
-    metric.update(torch.tensor([[-1.0], [0], [1]]).to_sparse_csr(), torch.randn(3, 2))
-    with pytest.raises(ValueError, match="pass these latents as dense"):
-        metric.compute()
+def test_top16_ranks_zeros_that_sparse_shards_leave_out_above_negative_latents():
+    latents = torch.tensor([[0.0]] * 18 + [[1.0], [0.5]] + [[-1.0]] * 5, dtype=torch.float64)
+    embeddings = random_case(1, 25, 1, 3, "random")[1]
+    expected = top16_loop(latents, embeddings, "dataset")
+    for layout in ("dense", "csr"):
+        metric = Monosemanticity(n_features=1, d_embed=3, images="top16")
+        for part in (slice(0, 9), slice(9, 21), slice(21, 25)):
+            metric.update(layouts(latents[part])[layout], embeddings[part])
+        np.testing.assert_allclose(metric.compute().score.numpy(), expected, atol=1e-12)
 
 
 def test_images_without_a_direction_are_left_out_and_counted(caplog):

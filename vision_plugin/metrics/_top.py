@@ -16,14 +16,13 @@ N_TOP = 16
 """Images per latent in the top-image definition."""
 
 VOID = -torch.inf
-"""Marks a place that no stored value took: an implicit zero, or an image that does not exist."""
+"""Marks a place for which there was no image."""
 
 
 def top_values(latents: Latents, n_top: int) -> tuple[Tensor, Tensor]:
     """Return each latent's largest values and their rows, both ``[k, n_top]``, largest first.
 
-    Ties go to the smaller row. Free places hold :data:`VOID` and row -1. Of the sparse form only
-    positive values are ranked, since the rows of implicit zeros are not known.
+    Ties go to the smaller row. Free places hold :data:`VOID` and row -1.
     """
     if isinstance(latents, LatentColumns):
         if bool((latents.values < 0).any()):
@@ -43,19 +42,42 @@ def merge_top(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tu
 
 
 def _top_sparse(columns: LatentColumns, n_top: int) -> tuple[Tensor, Tensor]:
-    device = columns.values.device
-    values = torch.full((columns.n_features, n_top), VOID, dtype=torch.float64, device=device)
-    rows = torch.full((columns.n_features, n_top), -1, device=device)
+    """Rank the non-zeros, none of them negative, and behind them the rows of the zeros."""
+    counts = columns.counts()
+    values, rows = _first_zeros(columns, counts, n_top)
     order = torch.sort(columns.values, descending=True, stable=True).indices
     order = order[torch.sort(columns.features[order], stable=True).indices]
     features = columns.features[order]
-    counts = columns.counts()
-    place = torch.arange(features.numel(), device=device) - (counts.cumsum(0) - counts)[features]
+    place = _places(features, counts)
     kept = place < n_top
     features, place, order = features[kept], place[kept], order[kept]
     values[features, place] = columns.values[order]
     rows[features, place] = columns.rows[order]
     return values, rows
+
+
+def _first_zeros(columns: LatentColumns, counts: Tensor, n_top: int) -> tuple[Tensor, Tensor]:
+    """Return lists ``[k, n_top]`` with each latent's first zeros behind places for its non-zeros.
+
+    The zero number ``j`` lies ``j`` rows down, and one more for every non-zero above it: those
+    before which there are at most ``j`` zeros.
+    """
+    zeros_above = columns.rows - _places(columns.features, counts)
+    near = zeros_above < n_top
+    flat = columns.features[near] * n_top + zeros_above[near]
+    above = torch.bincount(flat, minlength=columns.n_features * n_top)
+    down = above.view(columns.n_features, n_top).cumsum(1)
+    place = torch.arange(n_top, device=counts.device).expand_as(down)
+    row = (place + down).gather(1, (place - counts[:, None]).clamp(min=0))
+    found = (place >= counts[:, None]) & (row < columns.n_rows)
+    values = torch.where(found, 0.0, VOID).to(torch.float64)
+    return values, torch.where(found, row, -1)
+
+
+def _places(features: Tensor, counts: Tensor) -> Tensor:
+    """Return each entry's number among those of its latent, for entries sorted by latent."""
+    first = counts.cumsum(0) - counts
+    return torch.arange(features.numel(), device=features.device) - first[features]
 
 
 def _top_dense(latents: Tensor, n_top: int) -> tuple[Tensor, Tensor]:
@@ -82,19 +104,9 @@ def top_weight_sums(
         embeddings: unit embeddings of all images, ``[n, d]``.
         n_powers: number of power sums.
         top_range: whether weights start at the minimum of the data set or of the top images.
-
-    Raises:
-        ValueError: an implicit zero has a weight, and which image it stands for is not known.
     """
     n_top = min(N_TOP, int(state["n_images"]))
     value, image = state["top_value"][:, :n_top], state["top_image"][:, :n_top]
-    implicit = value == VOID
-    if bool((implicit.any(1) & (state["minimum"] < 0)).any()):
-        raise ValueError(
-            "images='top16' with negative latents needs to know which images are at zero, which "
-            "sparse latents do not say; pass these latents as dense tensors"
-        )
-    value = torch.where(implicit, torch.zeros_like(value), value)
     low = state["minimum"] if top_range == "dataset" else value.amin(1)
     weight = value - low[:, None]
     powers = torch.stack([(weight**power).sum(1) for power in range(1, n_powers + 1)])
