@@ -39,6 +39,10 @@ def _kernel(found: Any) -> Iterator[Row]:
     for name, aim in aims.items():
         stage = name.partition(": ")[0].removeprefix("SAELens ")
         yield f"{stage}, SAELens dense against sparse", f"{found['ratios'][name]:.1f} times", aim
+    rate = found["stages"]["decode, uniform"]["sparse kernel"]["GBps"]
+    copy = found["ceiling"]["copy_GBps"]
+    what = "bytes that decode reads and writes in a second, beside those of a plain copy"
+    yield what, f"{rate:.0f} GB, a copy {copy:.0f} GB: memory is the limit", ""
     step = found["stages"]["SAELens trainer step, 0% dead"]
     ours, dense = step["drop-in class"]["peak_mib"], step["SAELens dense"]["peak_mib"]
     yield "peak memory of a trainer step", f"{ours:.0f} of {dense:.0f} MiB", "no more than dense"
@@ -67,6 +71,10 @@ def _extraction(found: Any) -> Iterator[Row]:
         slower = reading["times_raw_sequential_read"]
         raw = "a raw read of the same bytes from the page cache"
         yield f"{name}: time over {raw}", f"{slower:.1f} times", "2 times"
+        slower = reading["times_raw_read_into_fresh_memory"]
+        yield f"{name}: time over such a read into fresh memory", f"{slower:.1f} times", ""
+        slower = reading["times_raw_read_then_one_gather"]
+        yield f"{name}: time over such a read and one gather", f"{slower:.1f} times", ""
         theirs = reading["saelens_seconds_over_ours"]
         yield f"{name}: SAELens's cached activations take", f"{theirs:.0f} times as long", ""
     if "memory" in found:
@@ -114,8 +122,16 @@ def _steerability(found: Any) -> Iterator[Row]:
         yield what, f"{row['speedup']:.1f} times faster, {missed}", "5 times, below 1%"
 
 
+def _evaluation(found: Any) -> Iterator[Row]:
+    setting, over = found["setting"], found["dense_over_sparse"]
+    what = f"scoring {setting['d_sae']:,} latents, dense against sparse"
+    yield f"{what}: time", f"{over['time']:.1f} times", "more than 1"
+    yield f"{what}: peak memory", f"{over['peak']:.1f} times", "more than 1"
+
+
 SOURCES = {
     "kernel-cpu-cpu.json": ("python benchmarks/kernel.py --device cpu", _kernel),
+    "evaluation.json": ("python -m benchmarks.evaluation", _evaluation),
     "harvest.json": ("python -m benchmarks.harvest", _harvest),
     "extraction.json": ("python -m benchmarks.extraction", _extraction),
     "metrics.json": ("python -m benchmarks.metrics", _metrics),

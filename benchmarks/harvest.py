@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vision_plugin as vp
+from benchmarks._machine import machine
 from vision_plugin.models import Harvester
 
 logger = logging.getLogger("benchmarks.harvest")
@@ -160,17 +159,12 @@ def report(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     curve.append(times["harvest last layer"]["median"])
     return {
         "setting": {
-            "device": arguments.device,
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
+            **machine("transformers", "transformer-lens", device=arguments.device),
             "dtype": "float32",
             "layers": n_layers,
             "width": arguments.width,
             "batch": arguments.batch,
             "repeats": arguments.repeats,
-            "versions": {
-                name: version(name) for name in ("torch", "transformers", "transformer-lens")
-            },
         },
         "milliseconds": times,
         "over_native": {name: figure["median"] / native for name, figure in times.items()},

@@ -10,13 +10,10 @@ installed its classes and its trainer are measured in the same interleaved round
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks import _kernel_cases as cases
 from benchmarks._kernel_timing import Timing, interleaved
+from benchmarks._machine import machine
 from vision_plugin import kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,7 +69,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     }
     return {
         "schema": SCHEMA,
-        "environment": _environment(device, backend),
+        "environment": {
+            **machine("triton", "sae-lens", device=device),
+            "backend": backend,
+            "dtype": "float32 parameters",
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        },
         "shape": asdict(shape),
         "seed": options.seed,
         "repetitions": options.repetitions,
@@ -82,37 +85,6 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "drift": cases.drift(device, options.seed, backend),
         "not_measured": [] if device == "cuda" else ["every GPU figure: no CUDA device"],
     }
-
-
-def _environment(device: str, backend: str) -> dict[str, object]:
-    def package(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "device_type": device,
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-        "dtype": "float32 parameters",
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": package("triton"),
-            "sae_lens": package("sae-lens"),
-        },
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _ceilings(shape: cases.Shape, device: str, repetitions: int) -> dict[str, float]:

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import resource
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 import vision_plugin as vp
+from benchmarks._machine import machine
 
 logger = logging.getLogger("benchmarks.report")
 
@@ -251,10 +250,7 @@ def main() -> None:
         "features": arguments.features,
         "rows": arguments.rows,
         "pictures": arguments.pictures,
-        "threads": arguments.threads,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "pillow": version("pillow"),
+        "machine": machine("pillow"),
         "target_build_s": TARGET_BUILD_S,
         "target_action_ms": TARGET_ACTION_MS,
         "builds": built,

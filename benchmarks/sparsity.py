@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from sae_lens import (
 from torch import Tensor
 
 import vision_plugin as vp
+from benchmarks._machine import machine
 from vision_plugin import metrics
 from vision_plugin.activations import open_images
 from vision_plugin.metrics._result import to_json
@@ -400,8 +399,7 @@ def write(cfg: Config, rows: list[Row], seconds: dict[str, float], text: str, ou
     settings["images"] = Path(cfg.images).name
     document = {
         "schema": SCHEMA,
-        "machine": {"processor": platform.machine(), "threads": cfg.threads},
-        "versions": {name: version(name) for name in ("torch", "sae-lens", "transformer-lens")},
+        "machine": machine("sae-lens", "transformer-lens"),
         "config": settings,
         "seconds": seconds,
         "rows": [asdict(row) for row in rows],
