@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,40 @@ class TestSameBytes:
         assert torch.equal(streamed.activations(RESID), plain.activations(RESID))
         assert streamed.ids == plain.ids
         assert streamed.labels == plain.labels == ["0", "1", "2"] * 3
+
+    @pytest.mark.parametrize("kind", ["folder", "parquet", "tars"])
+    def test_from_whatever_holds_the_pictures(self, tmp_path: Path, kind: str) -> None:
+        """The shards of a list of pictures, with the collection's own ids and labels."""
+        held = [picture.convert("RGB") for picture in pictures(6)]
+        files = []
+        for picture in held:
+            stream = io.BytesIO()
+            picture.save(stream, "PNG")
+            files.append(stream.getvalue())
+        if kind == "folder":
+            (tmp_path / "photos").mkdir()
+            for i, content_of in enumerate(files):
+                (tmp_path / "photos" / f"{i}.png").write_bytes(content_of)
+            source, ids = "photos", [f"{i}.png" for i in range(6)]
+        elif kind == "parquet":
+            rows = {"image": [{"bytes": file, "path": None} for file in files]}
+            features = datasets.Features(image=datasets.Image())
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+            source, ids = "t.parquet", [str(i) for i in range(6)]
+        else:
+            with tarfile.open(tmp_path / "t-000.tar", "w") as tar:
+                for i, file in enumerate(files):
+                    for name, data in ((f"{i}.png", file), (f"{i}.cls", b"%d" % (i % 2))):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+            source, ids = "t-{000..000}.tar", [f"t-000.tar/{i}" for i in range(6)]
+        settings = config(tmp_path / "s", images=str(tmp_path / source), n_workers=1)
+        store = extract(settings, model=tiny_model())
+        expected = extract(config(tmp_path / "list"), model=tiny_model(), images=held)
+        assert torch.equal(store.activations(RESID), expected.activations(RESID))
+        assert store.ids == ids
+        assert store.labels == (["0", "1"] * 3 if kind == "tars" else None)
 
     def test_a_finished_store_is_left_alone(self, tmp_path: Path) -> None:
         def times() -> dict[str, int]:
