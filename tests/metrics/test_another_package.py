@@ -57,6 +57,15 @@ def test_it_is_listed_with_its_package(installed: Path) -> None:
     }
 
 
+def test_info_names_it_with_its_package(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "metrics of my-firing 1.0: firing" in printed
+    assert any(line.startswith("metrics of vision-plugin ") for line in printed)
+
+
 def test_eval_scores_it_beside_the_controls(
     installed: Path, tiny_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

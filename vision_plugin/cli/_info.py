@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,21 @@ def installation() -> Iterator[tuple[str, Any]]:
     for name in ("torch", "transformer-lens", "sae-lens", "transformers"):
         yield name, version(name)
     yield "architectures", ", ".join(sorted(adapters()))
-    yield "metrics", ", ".join(sorted(metrics.available()))
+    yield from _metric_facts(metrics.available().values())
     for status in kernels.available().values():
         yield f"kernel backend {status.name}", status.reason or "usable"
+
+
+def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Metrics by the package that brings them, and why any of them cannot be used."""
+    by_package: dict[str, list[str]] = {}
+    for metric in listed:
+        if metric.usable:
+            by_package.setdefault(metric.package, []).append(metric.name)
+        else:
+            yield f"metric {metric.name} of {metric.package}", f"cannot be used: {metric.error}"
+    for package, names in by_package.items():
+        yield f"metrics of {package}", ", ".join(names)
 
 
 def preset_facts() -> Iterator[tuple[str, Any]]:

@@ -116,7 +116,7 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
         evaluation = evaluate_with(
             _evaluation(cfg, out), model=model, sae=sae, pictures=pictures, concepts=concepts
         )
-        embeddings = evaluation.encoded.embeddings["embedder"]
+        embeddings = evaluation.encoded.first_embeddings
         own_code = {
             factor: own_code_test(world.scenes, factor, cfg.seed) for factor in FACTORS_OF_TRUTH
         }

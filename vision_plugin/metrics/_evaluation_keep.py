@@ -27,13 +27,18 @@ class EncodedImages:
     neurons: Float[Tensor, "n d_in"]
     """The activation itself pooled over tokens: the baseline."""
     embeddings: dict[str, Float[Tensor, "n d"]]
-    """Unit embeddings by the name of the embedder."""
+    """Unit embeddings by the name of the embedder, in the order in which they were named."""
     fidelity: dict[str, float]
     """``explained_variance``, ``cosine`` and ``l0`` over the selected tokens."""
     tokens: str
     """Kind of token that was encoded."""
     pooling: Literal["max", "mean"]
     """How tokens became images."""
+
+    @property
+    def first_embeddings(self) -> Float[Tensor, "n d"]:
+        """Those of the first embedder."""
+        return next(iter(self.embeddings.values()))
 
 
 class Keeper:
@@ -74,15 +79,13 @@ class Keeper:
             (len(ends) - 1, self.width),
             check_invariants=False,
         )
-        embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
-        first = next(iter(embeddings.values()))
         return EncodedImages(
             ids=[pictures.ids[index] for index in self.indices],
             indices=self.indices,
             bad_images=bad,
             latents=latents,
             neurons=torch.cat(self.neurons),
-            embeddings={"embedder": first, **embeddings},
+            embeddings={name: torch.cat(parts) for name, parts in self.embeddings.items()},
             fidelity={},
             tokens=tokens,
             pooling="max" if cfg.pooling == "max" else "mean",

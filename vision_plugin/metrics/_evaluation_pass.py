@@ -154,7 +154,7 @@ class Run:
             name, _, embedder = key.partition("@")
             if name != "monosemanticity":
                 continue
-            embedded = encoded.embeddings[embedder or "embedder"]
+            embedded = encoded.embeddings[embedder] if embedder else encoded.first_embeddings
             for subject in kept.keys() & by_dictionary.keys():
                 by_dictionary[subject] = monosemanticity(
                     kept[subject], embedded, confidence=confidence
