@@ -12,6 +12,7 @@ the time of the whole extraction of the same pictures, in the same process.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import logging
@@ -119,10 +120,16 @@ def one_model(
         hook_names=[hook_name],
         output_path="",
     )
-    pixels = [
-        model.images([source[i] for i in range(start, min(start + config.batch_size, len(source)))])
-        for start in range(0, len(source), config.batch_size)
-    ]
+    starts = range(0, len(source), config.batch_size)
+    pixels: list[torch.Tensor] = []
+    decoding_s = timed(
+        lambda: pixels.extend(
+            model.images(
+                [source[i] for i in range(start, min(start + config.batch_size, len(source)))]
+            )
+            for start in starts
+        )
+    )
     native, whole = [timed(lambda: native_forward(model, pixels))], []
     for repeat in range(options.repeats):
         path = folder / f"store{repeat}"
@@ -134,6 +141,8 @@ def one_model(
     shares = [forward / run for forward, run in zip(around, whole, strict=True)]
     store = ActivationStore(folder / "store0")
     whole_s = statistics.median(whole)
+    shards = [(shard.folder / shard.task.file).read_bytes() for shard in store.shards]
+    hashing_s = timed(lambda: [hashlib.sha256(shard) for shard in shards])
     return {
         "pictures": len(source),
         "hook_name": hook_name,
@@ -144,6 +153,9 @@ def one_model(
             "images_per_s": len(source) / whole_s,
             "share_in_model": statistics.median(shares),
             "share_in_model_per_run": shares,
+            "decoding_alone_s": decoding_s,
+            "sha256_alone_s": hashing_s,
+            "note": "The two last are work of one core that a model on the same cores waits for.",
         },
         "reading": reading(store, hook_name, folder, whole_s, options),
     }
@@ -201,6 +213,11 @@ def reading(
         "times_raw_sequential_read": shuffled / seconds["raw_sequential"],
         "times_raw_read_into_fresh_memory": shuffled / seconds["raw_into_fresh_memory"],
         "times_raw_read_then_one_gather": shuffled / seconds["raw_then_one_gather"],
+        "note": (
+            "A raw read moves each byte once, into a buffer that stays in the cache. Shuffling "
+            "moves it twice, the second time to a place in memory that has to be fetched first, "
+            "and checks it on the way; a read and a gather are the least that any reader does."
+        ),
         "one_copy_seconds_per_epoch": small,
         "saelens_write_s": written_s,
         "saelens_seconds_over_ours": small["saelens_cached_batches"] / small["shuffled_batches"],
