@@ -9,6 +9,8 @@ terminal and JSON to ``benchmarks/results/metrics.json``.
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -17,7 +19,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -85,13 +87,21 @@ def embeddings(cfg: Config, n_images: int) -> Tensor:
 
 def seconds(function: Callable[[], object], repetitions: int) -> dict[str, float]:
     """Time a function: median, smallest and largest of several runs after one to warm up."""
-    function()
-    taken = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
+    (taken,) = interleaved([function], repetitions)
     return {"seconds": statistics.median(taken), "min": min(taken), "max": max(taken)}
+
+
+def interleaved(functions: Sequence[Callable[[], object]], repetitions: int) -> list[list[float]]:
+    """Time functions in turn, each several times after one to warm up."""
+    taken: list[list[float]] = [[] for _ in functions]
+    for round_number in range(repetitions + 1):
+        for function, times in zip(functions, taken, strict=True):
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            if round_number:
+                times.append(time.perf_counter() - start)
+    return taken
 
 
 def peak_bytes() -> int:
@@ -119,51 +129,57 @@ def latents_rows(latents: Tensor, start: int, stop: int) -> Tensor:
     )
 
 
-def measure_monosemanticity(cfg: Config) -> list[Row]:
-    """One pass over everything, whole and in batches, in time and memory."""
+def measure_monosemanticity(cfg: Config, batch: int | None = None) -> list[Row]:
+    """One pass over everything, whole or in batches, in time and memory."""
     before = peak_bytes()
     latents, embedded = latents_csr(cfg, cfg.n_images, cfg.k), embeddings(cfg, cfg.n_images)
-    size = f"N={cfg.n_images:,} K={cfg.n_features:,} k={cfg.k} d={cfg.d_embed}"
-    rows: list[Row] = []
-    for batch in (cfg.n_images, 10_000, 2_048):
-        timed = seconds(lambda b=batch: streamed(cfg, latents, embedded, b), cfg.repetitions)
-        rows.append(
-            {
-                "what": f"monosemanticity, {batch:,} images an update",
-                "size": size,
-                **timed,
-                "peak_bytes": peak_bytes(),
-                "imports_bytes": before,
-                "target_seconds": 5,
-                "target_peak_bytes": 2e9,
-            }
-        )
-    return rows
+    batch = batch or cfg.n_images
+    timed = seconds(lambda: streamed(cfg, latents, embedded, batch), cfg.repetitions)
+    return [
+        {
+            "what": f"monosemanticity, {batch:,} images an update",
+            "size": f"N={cfg.n_images:,} K={cfg.n_features:,} k={cfg.k} d={cfg.d_embed}",
+            **timed,
+            "peak_bytes": peak_bytes(),
+            "imports_bytes": before,
+            "target_seconds": 5,
+            "target_peak_bytes": 2e9,
+        }
+    ]
 
 
 def measure_slopes(cfg: Config) -> list[Row]:
     """How the time grows with images and with non-zeros, as exponents of a power law.
 
-    Making, clearing and reading the states costs the same whatever comes in; that time, of a run
-    with two images, is taken off first.
+    Time that the varied amount has no part in is measured too and taken off: for images, that of
+    two images (making and reading the states); for non-zeros, that of as many images without any
+    (their norms and the Gram matrix of their embeddings). Images come in updates of one size, as
+    they do when there are many.
     """
-    sizes = [cfg.n_images // 4, cfg.n_images // 2, cfg.n_images]
-    ks = [cfg.k // 4, cfg.k // 2, cfg.k]
-    by_images = [(n, cfg.k) for n in sizes]
-    by_non_zeros = [(cfg.n_images, k) for k in ks]
-    repetitions = min(3, cfg.repetitions)
-    fixed = _seconds_of_one_pass(cfg, 2, cfg.k, repetitions)
+    shares = (1, 2, 4, 8)
+    batch = cfg.n_images // 8
+    latents, embedded = latents_csr(cfg, cfg.n_images, cfg.k), embeddings(cfg, cfg.n_images)
+    by_images = [
+        (latents_rows(latents, 0, n), embedded[:n], batch)
+        for n in (2, *(batch * s for s in shares))
+    ]
+    by_non_zeros = [(without_entries(latents), embedded, cfg.n_images)]
+    by_non_zeros += [
+        (latents_csr(cfg, cfg.n_images, cfg.k * s // 8), embedded, cfg.n_images) for s in shares
+    ]
     rows = []
     for name, cases in (("images", by_images), ("non-zeros", by_non_zeros)):
-        times = [_seconds_of_one_pass(cfg, n, k, repetitions) for n, k in cases]
-        amounts = [n * k for n, k in cases]
-        beyond = [max(time - fixed, 1e-9) for time in times]
+        runs = [functools.partial(streamed, cfg, *case) for case in cases]
+        times = [statistics.median(found) for found in interleaved(runs, cfg.repetitions)]
+        fixed, *all_seconds = times
+        amounts = [case[0].values().numel() for case in cases[1:]]
+        beyond = [max(time - fixed, 1e-9) for time in all_seconds]
         rows.append(
             {
                 "what": f"slope of log time over log {name}, beyond fixed costs (1 is linear)",
                 "size": ", ".join(f"{amount:,}" for amount in amounts) + " non-zeros",
                 "slope": slope(amounts, beyond),
-                "all_seconds": times,
+                "all_seconds": all_seconds,
                 "fixed_seconds": fixed,
                 "nanoseconds_per_non_zero": 1e9 * beyond[-1] / amounts[-1],
             }
@@ -171,9 +187,11 @@ def measure_slopes(cfg: Config) -> list[Row]:
     return rows
 
 
-def _seconds_of_one_pass(cfg: Config, n: int, k: int, repetitions: int) -> float:
-    latents, embedded = latents_csr(cfg, n, k), embeddings(cfg, n)
-    return seconds(lambda: streamed(cfg, latents, embedded, n), repetitions)["min"]
+def without_entries(latents: Tensor) -> Tensor:
+    """Return CSR latents of the same shape in which nothing fires."""
+    none = latents.col_indices()[:0]
+    crow = torch.zeros_like(latents.crow_indices())
+    return torch.sparse_csr_tensor(crow, none, latents.values()[:0], size=latents.shape)
 
 
 def slope(amounts: list[int], times: list[float]) -> float:
@@ -263,13 +281,24 @@ def measure_visaebench(cfg: Config) -> list[Row]:
     return compare(small=cfg.small, seed=cfg.seed, repetitions=repetitions, seconds=seconds)
 
 
-SECTIONS = (
+SECTIONS: tuple[Callable[[Config], list[Row]], ...] = (
     measure_monosemanticity,
+    functools.partial(measure_monosemanticity, batch=10_000),
+    functools.partial(measure_monosemanticity, batch=2_048),
+    functools.partial(measure_monosemanticity, batch=256),
     measure_slopes,
     measure_pairs,
     measure_uniqueness,
     measure_visaebench,
 )
+
+
+def title(section: Callable[[Config], list[Row]]) -> str:
+    """Name a section, with what it was given beside the settings."""
+    if isinstance(section, functools.partial):
+        given = ", ".join(f"{name}={value}" for name, value in section.keywords.items())
+        return f"{section.func.__name__} ({given})"
+    return section.__name__
 
 
 def start_process(threads: int) -> None:
@@ -334,7 +363,7 @@ def main(cfg: Config) -> None:
     console = terminal if terminal.is_terminal else Console(width=160)
     rows: list[Row] = []
     for section in SECTIONS:
-        console.log(section.__name__)
+        console.log(title(section))
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), start_process, (cfg.threads,)
         ) as pool:

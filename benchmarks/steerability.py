@@ -146,7 +146,7 @@ def middle_layers(
         latent = torch.tensor([0])
         steering.shift(prepared, latent, STRENGTH)
         runs[layer] = (dictionary, steering, prepared, latent)
-    slow: list[float] = []
+    slow: dict[int, list[float]] = {layer: [] for layer in layers}
     fast: dict[int, list[float]] = {layer: [] for layer in layers}
     before, worst = plain_forward(native, pixels, texts), dict.fromkeys(layers, 0.0)
     for _ in range(repeats):
@@ -154,15 +154,19 @@ def middle_layers(
             seconds, after = timed(
                 lambda d=dictionary, where=layer: full_forward(native, d, pixels, texts, where, 0)
             )
-            slow.append(seconds)
+            slow[layer].append(seconds)
             seconds, shift = timed(lambda s=steering, p=prepared, k=latent: s.shift(p, k, STRENGTH))
             fast[layer].append(seconds)
             error = shift.total[0] / n_images - (after - before).mean(0)
             worst[layer] = max(worst[layer], float(error.abs().max()))
     rows = []
     for layer in layers:
-        # Noise of a shared machine only ever adds time, so the least of the runs is compared.
-        share, measured = (11 - layer) / 12, min(fast[layer]) / min(slow)
+        _, steering, prepared, latent = runs[layer]
+        # Each pass is held against the full forward just before it: noise that lasts hits both.
+        pairs = [quick / full for quick, full in zip(fast[layer], slow[layer], strict=True)]
+        share, measured = (11 - layer) / 12, statistics.median(pairs)
+        full = statistics.median(slow[layer])
+        fixed = fixed_parts(steering, prepared, latent, repeats)
         rows.append(
             {
                 "layer": layer,
@@ -171,19 +175,44 @@ def middle_layers(
                 "time_over_share": measured / share,
                 "target_time_over_share": 1.15,
                 "seconds": spread(fast[layer]),
-                "full_forward_seconds": spread(slow),
+                "full_forward_seconds": spread(slow[layer]),
+                "fixed_share_of_full_forward": {
+                    name: seconds / full for name, seconds in fixed.items()
+                },
                 "n_images": n_images,
                 "largest_difference_of_delta": worst[layer],
             }
         )
         logger.info(
-            "layer %d: %.3f of a full forward, %.3f of the layers remain, difference %.1e",
+            "layer %d: %.3f of a full forward (editing and head %.3f), %.3f of the layers remain, "
+            "difference %.1e",
             layer,
             measured,
+            sum(fixed.values()) / full,
             share,
             worst[layer],
         )
     return rows
+
+
+@torch.no_grad()
+def fixed_parts(
+    steering: Steering, prepared: Any, latent: Tensor, repeats: int
+) -> dict[str, float]:
+    """Seconds of what a steered pass of one latent does whatever the layer."""
+
+    def edit() -> None:
+        reading = steering._read(prepared.source)
+        steering._edited(prepared, reading, None, latent, STRENGTH)
+
+    def head() -> None:
+        for _ in range(2):  # with and without steering
+            steering._probabilities(prepared.embedding)
+
+    return {
+        name: statistics.median(timed(part)[0] for _ in range(repeats))
+        for name, part in (("encode_and_edit", edit), ("concepts", head))
+    }
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -239,7 +268,7 @@ def main() -> None:
             texts,
             layers=[5] if small else [2, 5, 8],
             n_images=8 if small else 16,
-            repeats=2 if small else 4,
+            repeats=2 if small else 9,
         ),
         "adaptive": measure(
             n_images=48 if small else 192,
