@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class StorePlan:
         document["tokens"]["grid"] = list(self.tokens.grid)
         return {"format": FORMAT, "schema_version": f"{MAJOR}.{MINOR}", **document}
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all but the version, by which shards know that they belong to the plan."""
         document = self.to_json()

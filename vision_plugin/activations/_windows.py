@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vision_plugin.activations._shards import Shard
     from vision_plugin.activations._store import ActivationStore
 
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES = 200
+"""Of each reader: a window touches hundreds of a large store's shards."""
 N_READERS = 2
 """Threads that read one window together."""
 
