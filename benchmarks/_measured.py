@@ -111,7 +111,9 @@ def _steerability(found: Any) -> Iterator[Row]:
     for row in found["middle_layers"]:
         left = row["share_of_layers_that_remain"]
         what = f"layer {row['layer']} of 12: share of a full forward, where {left:.2f} remains"
-        yield what, f"{row['share_of_time']:.2f}", f"{left * row['target_time_over_share']:.2f}"
+        fixed = sum(row["fixed_share_of_full_forward"].values())
+        measured = f"{row['share_of_time']:.3f}, of which editing and concepts {fixed:.3f}"
+        yield what, measured, f"{left * row['target_time_over_share']:.3f}"
     adaptive = found["adaptive"]
     for row in adaptive["thresholds"]:
         what = (

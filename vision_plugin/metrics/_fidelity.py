@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -106,12 +105,15 @@ class FVU(StreamingMetric):
         # The residual is rounded as the model computes it, in the activations' own precision.
         residual = (activations - reconstruction).detach().reshape(-1, self.d_in)
         residual = residual.to(self.device, torch.float64)
+        squares = x.square()
         self.total += x.sum(0)
-        self.squares += x.square().sum(0)
+        self.squares += squares.sum(0)
         self.residual_total += residual.sum(0)
         self.residual_squares += residual.square().sum(0)
-        directed = (x != 0).any(1) & (xhat != 0).any(1)
-        self.cosines += F.cosine_similarity(x[directed], xhat[directed], dim=1, eps=0.0).sum()
+        norms = squares.sum(1).sqrt() * torch.linalg.vector_norm(xhat, dim=1)
+        directed = norms > 0
+        dots = torch.linalg.vecdot(x, xhat)
+        self.cosines += (dots / torch.where(directed, norms, 1.0)).sum()
         self.n_tokens += x.shape[0]
         self.n_without_cosine += int((~directed).sum())
 

@@ -125,7 +125,8 @@ def _add_weighted(
         weighted.addmm_(transposed, unit)
         return
     step = max(1, CHUNK_ELEMENTS // max(1, unit.shape[1]))
-    for features in torch.split(present, step):
+    for start in range(0, present.numel(), step):
+        features = present[start : start + step]
         first, last = int(features[0]), int(features[-1])
         inside = slice(int(ends[first] - counts[first]), int(ends[last]))
         sums = F.embedding_bag(
