@@ -16,6 +16,7 @@ import torch
 from tests._processes import ended, in_child, kill_at_change
 from tests.activations._stores import RESID, content, make_store, tiny_model
 from vision_plugin.activations import ActivationStore, StoreLockedError, verify
+from vision_plugin.activations._decoding import end_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,6 +100,34 @@ def test_workers_do_not_outlive_a_killed_extraction(tmp_path: Path) -> None:
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_alive, workers))
+
+
+def test_a_worker_ends_whenever_its_parent_is_killed(tmp_path: Path) -> None:
+    """Also where PyTorch's own watch over the parent begins after that."""
+    started = tmp_path / "started"
+
+    def parent() -> None:
+        mine = os.getpid()
+
+        def worker() -> None:
+            end_with(mine)
+            started.write_text(str(os.getpid()))
+            time.sleep(120)
+
+        ended(in_child(worker))
+
+    child = in_child(parent)
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker = int(started.read_text())
+    assert _alive(worker)
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+    deadline = time.monotonic() + 60
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(worker)
 
 
 def _children(process: int) -> list[int]:

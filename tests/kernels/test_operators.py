@@ -315,3 +315,18 @@ def test_latents_convert_to_coo_and_drop_zeros():
     assert pruned.offsets.tolist() == [0, 1, 2, 3, 4, 5]
     assert torch.equal(latents.to_sparse_coo().to_dense(), latents.to_dense())
     assert torch.equal(pruned.to_dense(), latents.to_dense())
+
+
+@pytest.mark.parametrize("chosen", [[], [7], [29, 0, 29, 3], list(range(30))])
+def test_columns_of_sparse_latents_are_those_of_the_dense_ones(chosen: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(6, 30, generator=generator).relu()
+    dense[:, 3] = 0  # a latent that is never active
+    dense[4] = 0  # and a row without any
+    rows, indices = dense.nonzero(as_tuple=True)
+    offsets = torch.searchsorted(rows, torch.arange(7), out_int32=True)
+    latents = kernels.SparseLatents(dense[rows, indices], indices.int(), offsets, 30)
+    for _ in range(2):
+        assert torch.equal(latents.columns(torch.tensor(chosen)), dense[:, chosen])
+    empty = kernels.SparseLatents(torch.zeros(0), torch.zeros(0).int(), torch.zeros(1).int(), 30)
+    assert empty.columns(torch.tensor(chosen)).shape == (0, len(chosen))

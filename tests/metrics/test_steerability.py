@@ -141,6 +141,40 @@ def test_rescaling_decoders_and_controls_equal_a_native_forward(
     assert result.latents.tolist() == latents
 
 
+@pytest.mark.parametrize(
+    ("hook", "heads_apart"),
+    [
+        ("blocks.1.hook_resid_post", False),
+        ("blocks.2.hook_resid_post", False),
+        ("blocks.1.attn.hook_z", False),
+        ("blocks.1.attn.hook_z", True),
+    ],
+)
+def test_wide_saes_are_read_without_dense_latents(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, hook: str, heads_apart: bool
+) -> None:
+    how = {"reshape_activations": "hook_z"} if heads_apart else {}
+    sae = topk_sae(hook, 16, d_sae=400, **how)
+    flat = topk_sae(hook, 16, d_sae=400)
+    latents = [0, 17, 399, 250]
+    expected = slow_delta(
+        world.native, flat, world.pixels, world.texts, strength=6.0, latents=latents
+    )
+    steering = Steering(world.model, sae, world.texts)
+    (prepared,) = steering.prepare(world.pixels)
+    steering.editor_is_affine(prepared)  # the decoder is looked at, on a few tokens
+    encoded = []
+    monkeypatch.setattr(
+        sae, "encode", lambda x: encoded.append(x) or type(sae).encode(sae, x), raising=False
+    )
+    shift = steering.shift(prepared, torch.tensor(latents), 6.0)
+    assert not encoded
+    torch.testing.assert_close(
+        shift.total.double() / len(world.pixels), expected, rtol=0, atol=1e-5
+    )
+    assert sae.hook_z_reshaping_mode == heads_apart
+
+
 class BentSAE(torch.nn.Module):
     """An SAE whose decoder is not affine."""
 

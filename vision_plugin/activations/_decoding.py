@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,8 @@ from vision_plugin.activations._images import ImageSource
 from vision_plugin.activations._picture import BadImageError
 from vision_plugin.activations._plan import ShardTask
 from vision_plugin.activations._records import BadImage
+
+_WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,24 @@ def _batches(batches: PixelBatches, n_workers: int) -> Iterable[DecodedBatch | E
         num_workers=min(n_workers, len(batches)),
         prefetch_factor=2,
         multiprocessing_context=start,
-        worker_init_fn=partial(_end_with, os.getpid()),
+        worker_init_fn=partial(end_with, os.getpid()),
     )
 
 
-def _end_with(parent: int, worker: int) -> None:
-    """End a worker whose parent was killed while it was being started.
+def end_with(parent: int, worker: int = 0) -> None:
+    """End this worker process soon after its parent, however early that was killed.
 
-    PyTorch's own watch takes whoever is the parent when it begins for the parent.
+    PyTorch's own watch takes whoever is the parent when it begins for the parent: a worker whose
+    parent died just before would wait for work for ever.
     """
     del worker
-    if os.getppid() != parent:
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
         os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def default_workers(source: ImageSource, on_gpu: bool) -> int:

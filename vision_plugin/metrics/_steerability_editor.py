@@ -10,13 +10,18 @@ decoder's output, one latent at a time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 
+from vision_plugin.kernels import SparseLatents
 from vision_plugin.models._splicing import silent_hooks
+from vision_plugin.sae._sparse_inference import sparse_latents
 from vision_plugin.steering import latent_change
 
 logger = logging.getLogger(__name__)
@@ -24,19 +29,32 @@ logger = logging.getLogger(__name__)
 _RESCALING = ("layer_norm", "constant_norm_rescale")
 _N_PROBES = 8
 _TOLERANCE = 1e-4
+_SPARSE_SHARE = 1 / 8
+"""Share of active latents up to which compressed rows, sorted by latent, are the smaller form."""
+
+_GAIN_ELEMENTS = 2**24
+"""Dense latents that exist at a time while gains are read off the decoder (64 MiB)."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """An SAE's view of some tokens.
 
-    ``source`` is the activation that was encoded, ``[..., d_in]``; ``values`` its latents
-    ``[..., d_sae]``; ``gain`` ``[..., 1]``, or None where it is 1 everywhere.
+    Attributes:
+        source: the activation that was encoded, ``[..., d_in]``.
+        rows: its latents, ``[tokens, d_sae]``: compressed rows, or dense ones.
+        gain: ``[..., 1]``, or None where it is 1 everywhere.
     """
 
     source: Tensor
-    values: Tensor
+    rows: SparseLatents | Tensor
     gain: Tensor | None
+
+    def values(self, latents: Tensor) -> Tensor:
+        """Some latents at every token, ``[..., k]``."""
+        sparse = isinstance(self.rows, SparseLatents)
+        chosen = self.rows.columns(latents) if sparse else self.rows[:, latents]
+        return chosen.view(*self.source.shape[:-1], len(latents))
 
 
 class LatentEditor:
@@ -53,23 +71,46 @@ class LatentEditor:
         """Encode ``source`` ``[..., d_in]``; the first call examines the decoder on it."""
         if not self._examined:
             self._examine(source)
-        with silent_hooks(self.sae):
-            values = self.sae.encode(source).to(source.device)
+        with self._bare():
+            rows = self._latents(source)
         gain = None
         if self.directions is not None and self.has_gain:
             gain = self._gain(source, self.directions)
-        return Reading(source, values, gain)
+        return Reading(source, rows, gain)
 
     def coefficients(self, reading: Reading, latents: Tensor, strength: float) -> Tensor:
         """What the directions are multiplied by, ``[..., k]``."""
-        difference: Tensor = strength - reading.values[..., latents]
+        difference: Tensor = strength - reading.values(latents)
         return difference if reading.gain is None else difference * reading.gain
 
     @torch.no_grad()
     def change_by_decoding(self, reading: Reading, latent: int, strength: float) -> Tensor:
         """The change ``[..., d_out]`` for a decoder that is not affine."""
         index, value = torch.tensor([latent]), torch.tensor([strength])
-        return latent_change(self.sae, reading.source, index, value)
+        with self._bare():
+            return latent_change(self.sae, reading.source, index, value)
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The SAE without what watches it, taking all heads of ``hook_z`` as one vector."""
+        reshapes = getattr(self.sae, "hook_z_reshaping_mode", False)
+        with silent_hooks(self.sae):
+            try:
+                if reshapes:
+                    self.sae.turn_off_forward_pass_hook_z_reshaping()
+                yield
+            finally:
+                if reshapes:
+                    self.sae.turn_on_forward_pass_hook_z_reshaping()
+
+    def _latents(self, source: Tensor) -> SparseLatents | Tensor:
+        """Latents of every token: compressed rows where the SAE gives them and few are active."""
+        if not isinstance(self.sae, SAE):
+            dense: Tensor = self.sae.encode(source).to(source.device)
+            return dense.flatten(0, -2)
+        rows = sparse_latents(self.sae, source)
+        sparse = rows.values.numel() <= _SPARSE_SHARE * rows.batch * rows.d_sae
+        return rows if sparse else rows.to_dense()
 
     def _examine(self, source: Tensor) -> None:
         self._examined = True
@@ -92,29 +133,35 @@ class LatentEditor:
         """How long the decoder makes one direction at each token, as a share of its length."""
         reference = int(directions.norm(dim=1).argmax())
         direction = directions[reference].double()
-        unit = torch.zeros(self.sae.cfg.d_sae, dtype=source.dtype, device=source.device)
-        unit[reference] = 1.0
-        unit = unit.expand(*source.shape[:-1], -1)
-        with silent_hooks(self.sae):
-            # An SAE that rescales keeps the scale from an encode to the next decode only.
-            self.sae.encode(source)
-            at_one = self.sae.decode(unit).double()
-            self.sae.encode(source)
-            at_zero = self.sae.decode(torch.zeros_like(unit)).double()
-        gain = (at_one - at_zero) @ direction / direction.square().sum().clamp(min=1e-30)
-        column: Tensor = gain.to(source.dtype).unsqueeze(-1)
+        d_sae = int(self.sae.cfg.d_sae)
+        parts = []
+        for tokens in torch.split(source.flatten(0, -2), max(1, _GAIN_ELEMENTS // d_sae)):
+            zero = torch.zeros(len(tokens), d_sae, dtype=source.dtype, device=source.device)
+            one = zero.clone()
+            one[:, reference] = 1.0
+            with self._bare():
+                # An SAE that rescales keeps the scale from an encode to the next decode only.
+                self.sae.encode(tokens)
+                at_one = self.sae.decode(one).double()
+                self.sae.encode(tokens)
+                at_zero = self.sae.decode(zero).double()
+            parts.append((at_one - at_zero) @ direction)
+        gain = torch.cat(parts) / direction.square().sum().clamp(min=1e-30)
+        column: Tensor = gain.to(source.dtype).view(*source.shape[:-1], 1)
         return column
 
     def _agrees(self, probe: Tensor, directions: Tensor, gain: Tensor) -> bool:
         """Whether direction and gain predict the decoder's own change on a few latents."""
-        with silent_hooks(self.sae):
+        with self._bare():
             values = self.sae.encode(probe)
         d_sae = int(self.sae.cfg.d_sae)
         spread = range(0, d_sae, max(1, d_sae // _N_PROBES))
         strongest = values.abs().sum(0).topk(min(_N_PROBES, d_sae)).indices.tolist()
         strength = 1.0 + float(values.abs().max())
         for latent in {*spread, *strongest}:
-            exact = latent_change(self.sae, probe, torch.tensor([latent]), torch.tensor([strength]))
+            index, value = torch.tensor([latent]), torch.tensor([strength])
+            with self._bare():
+                exact = latent_change(self.sae, probe, index, value)
             predicted = gain * (strength - values[:, latent, None]) * directions[latent]
             size = float(exact.abs().max()) + float(probe.abs().max()) * 1e-2
             if predicted.shape != exact.shape or float((predicted - exact).abs().max()) > (

@@ -27,7 +27,7 @@ from vision_plugin.models._fit import check_fit
 from vision_plugin.models._splicing import token_mask
 
 _LATENT_ELEMENTS = 2**26
-"""Largest latent tensor of a batch of images (256 MiB in float32)."""
+"""Most latents of a batch of images, zeros counted: a bound however many are active."""
 
 _LOGIT_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
 """Logits formed at once: what stays in a CPU's cache; what keeps a GPU busy."""
