@@ -17,6 +17,7 @@ from sae_lens import (
     TopKSAE,
     TopKSAEConfig,
 )
+from sae_lens.saes.sae import SAEMetadata
 from torchmetrics import Metric
 
 import vision_plugin as vp
@@ -75,6 +76,23 @@ def test_they_are_what_the_dictionary_encodes_and_decodes(name: str) -> None:
         rows = found.flat(tokens)
         rows = rows.to_dense() if rows.is_sparse else rows
         torch.testing.assert_close(rows, of_some.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_sae_over_heads_takes_them_joined() -> None:
+    """SAELens's ``reshape_activations`` is for activations with an axis of heads."""
+    torch.manual_seed(0)
+    metadata = SAEMetadata(hook_name="blocks.0.attn.hook_z")
+    cfg = TopKSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, k=6, reshape_activations="hook_z", metadata=metadata
+    )
+    sae, source = TopKSAE(cfg), torch.randn(N, TOKENS, D_IN)
+    with torch.no_grad():
+        expected = sae.encode(source.view(N, TOKENS, 3, D_IN // 3))
+    found = encode_tokens(sae, source)
+    torch.testing.assert_close(found.dense, expected, rtol=1e-4, atol=1e-5)
+    assert found.reconstruction.shape == source.shape
+    with torch.no_grad():
+        assert torch.equal(sae.encode(source.view(N, TOKENS, 3, D_IN // 3)), expected)
 
 
 def test_negative_latents_stay_dense() -> None:

@@ -20,7 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from vision_plugin.kernels import SparseLatents
-from vision_plugin.models._splicing import silent_hooks
+from vision_plugin.models._splicing import heads_joined, silent_hooks
 from vision_plugin.sae._sparse_inference import sparse_latents
 from vision_plugin.steering import latent_change
 
@@ -52,8 +52,10 @@ class Reading:
 
     def values(self, latents: Tensor) -> Tensor:
         """Some latents at every token, ``[..., k]``."""
-        sparse = isinstance(self.rows, SparseLatents)
-        chosen = self.rows.columns(latents) if sparse else self.rows[:, latents]
+        if isinstance(self.rows, SparseLatents):
+            chosen = self.rows.columns(latents)
+        else:
+            chosen = self.rows[:, latents]
         return chosen.view(*self.source.shape[:-1], len(latents))
 
 
@@ -92,16 +94,9 @@ class LatentEditor:
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
-        """The SAE without what watches it, taking all heads of ``hook_z`` as one vector."""
-        reshapes = getattr(self.sae, "hook_z_reshaping_mode", False)
-        with silent_hooks(self.sae):
-            try:
-                if reshapes:
-                    self.sae.turn_off_forward_pass_hook_z_reshaping()
-                yield
-            finally:
-                if reshapes:
-                    self.sae.turn_on_forward_pass_hook_z_reshaping()
+        """The SAE without what watches it, taking the flat activations of :class:`Reading`."""
+        with silent_hooks(self.sae), heads_joined(self.sae):
+            yield
 
     def _latents(self, source: Tensor) -> SparseLatents | Tensor:
         """Latents of every token: compressed rows where the SAE gives them and few are active."""

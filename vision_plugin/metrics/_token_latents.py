@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vision_plugin.kernels import SparseLatents
 from vision_plugin.metrics._controls import ControlDictionary
+from vision_plugin.models._splicing import heads_joined
 from vision_plugin.sae._sparse_inference import sparse_forward
 
 
@@ -130,7 +131,8 @@ def encode_tokens(dictionary: Any, source: Float[Tensor, "n tokens d_in"]) -> To
         source: activations.
     """
     if isinstance(dictionary, SAE):
-        latents, reconstruction = sparse_forward(dictionary, source)
+        with heads_joined(dictionary):
+            latents, reconstruction = sparse_forward(dictionary, source)
     elif isinstance(dictionary, ControlDictionary) and dictionary.k is not None:
         latents, reconstruction = dictionary.sparse_forward(source)
     else:

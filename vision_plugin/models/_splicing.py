@@ -266,6 +266,22 @@ def silent_hooks(sae: SAE) -> Iterator[None]:
             setattr(sae, name, hook)
 
 
+@contextmanager
+def heads_joined(sae: SAE) -> Iterator[None]:
+    """The SAE taking all heads of ``hook_z`` as one vector, ``[..., d_in]``.
+
+    SAELens has SAEs that take ``[..., n_heads, d_head]`` there (``reshape_activations="hook_z"``).
+    """
+    if not getattr(sae, "hook_z_reshaping_mode", False):
+        yield
+        return
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        sae.turn_on_forward_pass_hook_z_reshaping()
+
+
 def permanent_hook(hook_point: HookPoint, function: Callable[..., Any]) -> LensHandle:
     """Add a hook that survives ``reset_hooks`` and return the handle that removes just it."""
     hook_point.add_hook(function, is_permanent=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vision_plugin.models import Harvester, TokenSelection
 from vision_plugin.models._fit import check_fit
-from vision_plugin.models._splicing import silent_hooks, trained_tokens
+from vision_plugin.models._splicing import heads_joined, silent_hooks, trained_tokens
 
 CHUNK_ELEMENTS = 2**25
 """Most latents held at once (128 MiB in float32), unless one picture alone has more."""
@@ -76,7 +76,7 @@ class TokenEncoder:
         per_picture = activation.shape[1] * int(self.sae.cfg.d_sae)
         step = max(1, CHUNK_ELEMENTS // per_picture)
         for start in range(0, len(activation), step):
-            with torch.no_grad(), silent_hooks(self.sae):
+            with torch.no_grad(), silent_hooks(self.sae), heads_joined(self.sae):
                 values = self.sae.encode(activation[start : start + step])
             yield TokenLatents(start, values.to_dense() if values.is_sparse else values)
 
