@@ -59,7 +59,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(
-    *, n_images: int, d_sae: int, steps: int, layer: int = 2, orders: int = 20
+    *, n_images: int, d_sae: int, steps: int, layer: int = 2, orders: int = 60
 ) -> dict[str, Any] | None:
     """Time and misses of the adaptive mode against the complete run; None without the data."""
     folder = SHARED / "models" / "emoji-clip"

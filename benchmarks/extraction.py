@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,7 +25,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +38,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import vision_plugin as vp
 from benchmarks._extraction_memory import write_parquet
+from benchmarks._machine import machine
 from vision_plugin.activations import (
     ActivationStore,
     ExtractionConfig,
@@ -73,7 +72,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n_images, n_vit = (64, 32) if options.small else (1906, 256)
     options.repeats = 1 if options.small else options.repeats
-    found: dict[str, Any] = {"machine": machine(), "small": options.small}
+    found: dict[str, Any] = {
+        "machine": machine("transformers", "sae-lens", "datasets"),
+        "small": options.small,
+    }
     if options.out.is_file():
         found = {**json.loads(options.out.read_text()), **found}  # the part that is not run stays
     if "speed" in options.parts:
@@ -345,25 +347,6 @@ def timed(work: Callable[[], object]) -> float:
 def best(work: Callable[[], object], repeats: int) -> float:
     """Least seconds of a few calls, the first of which also warms the page cache."""
     return min(timed(work) for _ in range(repeats + 1))
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")},
-        "load_average_before": os.getloadavg()[0],
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
@@ -22,7 +21,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks._machine import machine
 from benchmarks._metrics_visaebench import compare
 from vision_plugin import metrics
 
@@ -307,24 +306,6 @@ def start_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def environment(cfg: Config) -> Row:
-    """Describe the machine and the software."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    packages = ("torch", "torchmetrics", "numpy", "scipy", "scikit-learn", "visaebench")
-    return {
-        "cpu": cpu,
-        "cores": multiprocessing.cpu_count(),
-        "threads": cfg.threads,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def table(rows: list[Row]) -> Table:
     """Lay the rows out for a terminal."""
     shown = Table("what", "size", "median", "spread", "peak memory", "and", show_lines=True)
@@ -375,8 +356,10 @@ def main(cfg: Config) -> None:
     console.print(table(rows))
     out = cfg.out or (None if cfg.small else RESULTS)
     if out is not None:
+        packages = ("torchmetrics", "numpy", "scipy", "scikit-learn", "visaebench")
+        environment = machine(*packages) | {"threads": cfg.threads}
         settings = {name: value for name, value in asdict(cfg).items() if name != "out"}
-        content = {"environment": environment(cfg), "settings": settings, "rows": rows}
+        content = {"environment": environment, "settings": settings, "rows": rows}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         console.log(f"wrote {out.name}")

@@ -18,11 +18,7 @@ import argparse
 import json
 import logging
 import math
-import os
-import platform
 import statistics
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import vision_plugin as vp
+from benchmarks._machine import machine
 from benchmarks._steerability_adaptive import STRENGTH, measure, timed
 from vision_plugin.metrics import random_dictionary, steerability
 from vision_plugin.metrics._steerability_engine import Steering
@@ -215,26 +212,6 @@ def fixed_parts(
     }
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """Describe the machine and the software."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return {
-        "device": "cpu",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "dtype": "float32",
-        "clock": "process CPU seconds",
-        "python": platform.python_version(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "transformer-lens")},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     """Run the benchmark and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -259,7 +236,8 @@ def main() -> None:
         else {"n_images": 32, "n_latents": 4096, "n_slow": 6}
     )
     results = {
-        "environment": environment(arguments.threads),
+        "environment": machine("transformers", "transformer-lens")
+        | {"dtype": "float32", "clock": "process CPU seconds"},
         "small": small,
         "last_layer": last_layer(native, model, texts, **sizes),
         "middle_layers": middle_layers(
@@ -274,7 +252,7 @@ def main() -> None:
             n_images=48 if small else 192,
             d_sae=32 if small else 288,
             steps=20 if small else 200,
-            orders=3 if small else 20,
+            orders=3 if small else 60,
         ),
     }
     results_folder = Path(__file__).parent / "results"

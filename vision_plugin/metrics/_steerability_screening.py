@@ -38,7 +38,7 @@ class Screening:
         seed: draws the order of the images.
     """
 
-    first: int = 8
+    first: int = 12
     growth: float = 2.0
     margin: float = 3.0
     seed: int = 0
