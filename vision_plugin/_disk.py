@@ -21,7 +21,7 @@ def put_in_place(made: Path, folder: Path, *, aside: Path | None = None) -> None
         folder: Its name to be. Its parent exists.
         aside: Where what has the name goes meanwhile; by default beside ``made``.
     """
-    _sync(made)
+    sync(made)
     if folder.exists():
         aside = aside or made.with_name(f"{made.name}-replaced")
         folder.replace(aside)
@@ -33,16 +33,17 @@ def put_in_place(made: Path, folder: Path, *, aside: Path | None = None) -> None
         shutil.rmtree(aside, ignore_errors=True)
     else:
         made.replace(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def sync_files(folder: Path) -> None:
     """Wait until every file of a folder is on the disk."""
     for path in folder.iterdir():
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import logging
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -39,8 +40,10 @@ from vision_plugin.activations import (
     open_images,
     verify,
 )
+from vision_plugin.activations._decoding import batch_tasks, decode
 from vision_plugin.activations._extract import settle_plan, write_manifest
 from vision_plugin.activations._making import _images_per_shard, make_plan
+from vision_plugin.activations._plan import ShardTask
 from vision_plugin.activations._running import run_tasks
 from vision_plugin.models import TokenLayout, UnknownHookError
 
@@ -142,6 +145,22 @@ class TestSameBytes:
         for n_workers in (0, 1, 2):
             make_store(tmp_path / str(n_workers), 20, n_workers=n_workers)
         assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "2")
+
+    @pytest.mark.parametrize("yielding", [False, True])
+    def test_workers_beside_a_model_on_the_same_cores_give_way_to_it(self, yielding: bool) -> None:
+        source, tasks = open_images(list(pictures(4))), batch_tasks([ShardTask(0, 0, 4)], 2)
+        batches = decode(
+            source,
+            lambda _: torch.full((2, 3, 1, 1), 1.0 * os.nice(0)),
+            tasks,
+            n_workers=1,
+            yielding=yielding,
+        )
+        mine = os.nice(0)
+        assert [int(batch.pixels.mean()) for batch in batches] == [
+            min(19, mine + 19 * yielding)
+        ] * 2
+        assert os.nice(0) == mine
 
     def test_with_the_tasks_in_any_order_and_some_of_them_twice(self, tmp_path: Path) -> None:
         make_store(tmp_path / "plain", 20)

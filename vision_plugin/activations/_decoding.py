@@ -91,20 +91,35 @@ def batch_tasks(shards: Iterable[ShardTask], batch_size: int) -> list[BatchTask]
 
 
 def decode(
-    source: ImageSource, processor: Any, tasks: Sequence[BatchTask], n_workers: int
+    source: ImageSource,
+    processor: Any,
+    tasks: Sequence[BatchTask],
+    n_workers: int,
+    *,
+    yielding: bool = False,
 ) -> Iterator[DecodedBatch]:
     """Decode batches in order, ahead of their use.
+
+    Args:
+        source: The pictures.
+        processor: Makes pixels of them.
+        tasks: Which batches.
+        n_workers: Processes that decode; none is this one.
+        yielding: Let them have only the time that this process leaves. A model that shares the
+            cores with them splits each of its operations over all cores and waits for the last one.
 
     Raises:
         ValueError: whatever the pictures or the preprocessing raise.
     """
-    for batch in _batches(PixelBatches(source, processor, tasks), n_workers):
+    for batch in _batches(PixelBatches(source, processor, tasks), n_workers, yielding):
         if isinstance(batch, Exception):
             raise batch
         yield batch
 
 
-def _batches(batches: PixelBatches, n_workers: int) -> Iterable[DecodedBatch | Exception]:
+def _batches(
+    batches: PixelBatches, n_workers: int, yielding: bool
+) -> Iterable[DecodedBatch | Exception]:
     if n_workers == 0 or len(batches) == 0:
         return (batches[number] for number in range(len(batches)))
     if not batches.source.sequential:
@@ -117,17 +132,24 @@ def _batches(batches: PixelBatches, n_workers: int) -> Iterable[DecodedBatch | E
         num_workers=min(n_workers, len(batches)),
         prefetch_factor=2,
         multiprocessing_context=start,
-        worker_init_fn=partial(end_with, os.getpid()),
+        worker_init_fn=partial(_begin, os.getpid(), yielding),
     )
 
 
-def end_with(parent: int, worker: int = 0) -> None:
+def _begin(parent: int, yielding: bool, worker: int) -> None:
+    """Set a worker process up."""
+    del worker
+    end_with(parent)
+    if yielding and hasattr(os, "nice"):
+        os.nice(19)
+
+
+def end_with(parent: int) -> None:
     """End this worker process soon after its parent, however early that was killed.
 
     PyTorch's own watch takes whoever is the parent when it begins for the parent: a worker whose
     parent died just before would wait for work for ever.
     """
-    del worker
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -143,7 +165,9 @@ def default_workers(source: ImageSource, on_gpu: bool) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
-    return max(1, min(16, cores - 1) if on_gpu else cores // 4)
+    # Beside a model on the CPU they run when it waits for them: then all cores are theirs.
+    wanted = cores - 1 if on_gpu else max(cores // 2, min(2, cores))
+    return max(1, min(16, wanted))
 
 
 def probe_pixels(processor: Any) -> Float[Tensor, "1 channels height width"]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vision_plugin._disk import NO_ROOM, sync
 from vision_plugin.activations._errors import (
     ManifestError,
     ShardError,
@@ -25,7 +26,6 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 TEMPORARY = ".partial-"
 """Begins the name of a file that is being written."""
 LOCK = ".lock"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -45,11 +45,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise _no_room(path, error) from error
         raise
 
@@ -70,14 +70,6 @@ def _no_room(path: Path, error: OSError) -> StoreFullError:
         "kept: free some room and run the same command again to go on",
         str(path.parent),
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_partial(folder: Path) -> None:

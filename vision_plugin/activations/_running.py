@@ -57,7 +57,8 @@ def run_tasks(
     forward = _Forward(plan, model)
     writing: Future[ShardRecord] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-        for batch in decode(source, model.images, pending, n_workers):
+        on_cpu = model.device.type == "cpu"
+        for batch in decode(source, model.images, pending, n_workers, yielding=on_cpu):
             shards[0].add(batch, forward(batch, source))
             yield batch
             if batch.task.last:
