@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.activations._decoding import DecodedBatch, batch_tasks, decode
 from vision_plugin.activations._files import to_json, write_content
 from vision_plugin.activations._images import ImageSource
@@ -56,8 +58,11 @@ def run_tasks(
     shards = [_ShardBuffers(plan), _ShardBuffers(plan)]
     forward = _Forward(plan, model)
     writing: Future[ShardRecord] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-        on_cpu = model.device.type == "cpu"
+    on_cpu = model.device.type == "cpu"
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
+        freed_memory_kept() if on_cpu else nullcontext(),
+    ):
         for batch in decode(source, model.images, pending, n_workers, yielding=on_cpu):
             shards[0].add(batch, forward(batch, source))
             yield batch

@@ -1,0 +1,65 @@
+"""Freed memory is kept while that is asked for, and goes back to the system then."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests._processes import ended, in_child
+from vision_plugin._allocator import _may_be_set, freed_memory_kept
+
+ROUNDS = 20
+
+
+def faults() -> int:
+    """Pages that the system had to provide while large tensors came and went."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(ROUNDS):
+        torch.ones(10 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def seen_in_child(work: Callable[[], list[int]], tmp_path: Path) -> list[int]:
+    """The allocator of this process stays as it is."""
+    answer = tmp_path / "answer"
+    assert ended(in_child(lambda: answer.write_text(" ".join(map(str, work()))))) == 0
+    return [int(word) for word in answer.read_text().split()]
+
+
+def resident() -> int:
+    """Pages in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def work() -> list[int]:
+    """Faults before and within; pages that are left in memory more than before."""
+    torch.set_num_threads(1)
+    before, pages = faults(), resident()
+    with freed_memory_kept():
+        faults()  # until there is enough to give out again
+        within = faults()
+    return [before, within, resident() - pages]
+
+
+def test_memory_is_kept_within_and_given_back_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if not _may_be_set():
+        pytest.skip("the C library is not glibc, or its allocator is configured from outside")
+    before, within, left = seen_in_child(work, tmp_path)
+    assert before > ROUNDS
+    assert within < before / 5
+    assert left < 10 * 2**20 * 4 // 4096 // 2
+
+
+def test_an_allocator_that_someone_has_configured_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    before, within, _ = seen_in_child(work, tmp_path)
+    assert within > before / 2
