@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ def in_child(work: Callable[[], object]) -> int:
     if child == 0:
         try:
             work()
-        except BaseException:  # nothing may leave the child but its exit status
+        except BaseException:  # nothing may leave the child but its exit status, and the reason
+            traceback.print_exc()
+            sys.stderr.flush()
             os._exit(1)
         os._exit(0)
     return child

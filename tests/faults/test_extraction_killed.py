@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import torch
 
 from tests._processes import ended, in_child, kill_at_change
 from tests.activations._stores import RESID, content, make_store, tiny_model
-from vision_plugin.activations import ActivationStore, StoreLockedError, verify
+from vision_plugin.activations import ActivationStore, StoreError, StoreLockedError, verify
 from vision_plugin.activations._decoding import end_with
+from vision_plugin.activations._extract import check_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,6 +163,26 @@ def test_two_at_once_do_not_harm_each_other(straight: Path, tmp_path: Path) -> N
     children = [in_child(until_done) for _ in range(3)]
     assert [ended(child) for child in children] == [0, 0, 0]
     assert content(folder) == content(straight)
+
+
+def test_a_store_may_begin_while_its_folder_is_looked_at(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    listed = Path.iterdir
+
+    def begun_by_another(path: Path) -> Iterator[Path]:
+        if path == folder and not (folder / "plan.json").exists():
+            shutil.copytree(straight, folder, dirs_exist_ok=True)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", begun_by_another)
+    check_folder(folder)
+    (folder / "plan.json").unlink()
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match=r"holds other things"):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("file", ["plan.json", "shard-00000.json", "shard-00000.safetensors"])

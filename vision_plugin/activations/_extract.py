@@ -106,10 +106,11 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file: name a folder for the store")
-    if not folder.is_dir() or (folder / PLAN).exists():
+    if not folder.is_dir():
         return
     others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
-    if others:
+    # Asked last: another extraction may begin now, and a store's plan is there before the rest.
+    if others and not (folder / PLAN).exists():
         raise StoreError(
             f"{folder} holds other things ({', '.join(sorted(others)[:3])}) and no {PLAN}: name a "
             "new folder for the store"
