@@ -48,19 +48,6 @@ class DecodedBatch:
     labels: list[str] | None
     bad: list[BadImage]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pixels go between processes by value.
-
-        PyTorch would send a handle to shared memory, which the receiver has to ask the sender for:
-        it would wait for a process that is decoding the next pictures, and gives way to it.
-        """
-        pixels = None if self.pixels is None else self.pixels.numpy()
-        return {**vars(self), "pixels": pixels}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pixels = state["pixels"]
-        vars(self).update(state, pixels=None if pixels is None else torch.from_numpy(pixels))
-
 
 class PixelBatches(Dataset[DecodedBatch | Exception]):
     """What workers do: decode and preprocess a batch. It depends on nothing but its numbers."""
