@@ -3,10 +3,10 @@
     python -m benchmarks.extraction            # everything; some twenty minutes on two cores
     python -m benchmarks.extraction --small    # the same with few pictures, to see that it works
 
-Writes ``benchmarks/results/extraction.json``. Figures of time come from one run each, on a machine
-that should have nothing else to do; the share of the model is the native forward's time on pixels
-that are ready (the mean of one pass before and one after, since a machine's speed drifts), against
-the time of the whole extraction of the same pictures, in the same process.
+Writes ``benchmarks/results/extraction.json``, on a machine that should have nothing else to do. The
+share of the model is the native forward's time on pixels that are ready (the mean of one pass
+before and one after, since a machine's speed drifts), against the time of the whole extraction of
+the same pictures, in the same process; the median of seven. Reading times are the least of eight.
 """
 
 from __future__ import annotations
