@@ -20,8 +20,8 @@ def freed_memory_kept() -> Iterator[None]:
 
     By default glibc hands large blocks back to the system when they are freed. A model that runs on
     the CPU frees and allocates the same blocks at every layer, and the system clears each of their
-    pages anew: up to a quarter of a forward pass. Nothing is changed with another C library, or where
-    the allocator is configured by the environment.
+    pages anew: up to a quarter of a forward pass. Nothing is changed with another C library, or
+    where the allocator is configured by the environment.
     """
     if not _may_be_set():
         yield
