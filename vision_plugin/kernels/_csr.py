@@ -73,21 +73,21 @@ class SparseLatents:
         The entries are sorted by latent at the first call; later calls touch only those of
         ``latents``.
         """
-        order, starts = self._by_latent
+        order, rows, starts = self._by_latent
         chosen = latents.to(device=starts.device, dtype=torch.long)
         counts = starts[chosen + 1] - starts[chosen]
         column = torch.arange(len(chosen), device=starts.device).repeat_interleave(counts)
         first = starts[chosen] - counts.cumsum(0) + counts
-        entries = order[torch.arange(len(column), device=starts.device) + first[column]]
+        entries = torch.arange(len(column), device=starts.device) + first[column]
         dense = self.values.new_zeros(self.batch, len(chosen))
-        return dense.index_put((self.rows()[entries], column), self.values[entries])
+        return dense.index_put((rows[entries], column), self.values[order[entries]])
 
     @cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor]:
-        """The entries' places in the order of their latents, and where each latent begins."""
+    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of the latents: the entries' places and rows; where each latent begins."""
         ordered, order = self.indices.sort(stable=True)
         latents = torch.arange(self.d_sae + 1, dtype=torch.int32, device=ordered.device)
-        return order, torch.searchsorted(ordered, latents)
+        return order, self.rows()[order], torch.searchsorted(ordered, latents)
 
     def to_sparse_coo(self) -> Tensor:
         """The same latents as a coalesced ``torch.sparse_coo`` tensor, ``[batch, d_sae]``."""
