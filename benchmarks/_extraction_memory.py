@@ -16,20 +16,21 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import vision_plugin as vp
-from vision_plugin.activations import ExtractionConfig, extract, open_images
+from vision_plugin.activations import ExtractionConfig, extract
+from vision_plugin.images import open_images
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 
 
 def write_parquet(path: Path, n_images: int) -> None:
-    """Small pictures, a thousand different ones over and over."""
-    pictures = []
+    """Small images, a thousand different ones over and over."""
+    images = []
     for seed in range(1000):
         values = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         stream = io.BytesIO()
         Image.fromarray(values).save(stream, "PNG")
-        pictures.append({"bytes": stream.getvalue(), "path": None})
-    rows = {"image": [pictures[i % 1000] for i in range(n_images)]}
+        images.append({"bytes": stream.getvalue(), "path": None})
+    rows = {"image": [images[i % 1000] for i in range(n_images)]}
     features = datasets.Features(image=datasets.Image())
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path, batch_size=1000)
 
@@ -53,7 +54,7 @@ def small_clip() -> vp.VisionBridge:
 
 
 def main() -> None:
-    """Arguments: Parquet file, number of pictures (0 for none), folder of the store."""
+    """Arguments: Parquet file, number of images (0 for none), folder of the store."""
     parquet, n_images, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     watch = MemoryWatch()
     watch.start()
@@ -77,7 +78,7 @@ def main() -> None:
 class MemoryWatch(threading.Thread):
     """Peak memory of this process and its workers together, looked at ten times a second.
 
-    ``rss`` counts the pages of the picture table that are mapped into memory too, which the system
+    ``rss`` counts the pages of the image table that are mapped into memory too, which the system
     can drop at any time; ``anonymous`` is what the processes hold themselves. The peak that the
     system keeps (``ru_maxrss``) will not do: a process inherits it from the one that started it.
     """

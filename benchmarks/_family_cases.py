@@ -33,8 +33,8 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     native: Callable[[nn.Module, Tensor], Tensor]
-    picture: tuple[int, int] | None = None
-    """Height and width of the pictures; None for the model's own."""
+    image: tuple[int, int] | None = None
+    """Height and width of the images; None for the model's own."""
     tolerance: float = 0.0
     """How far the output may be off once everything is hooked."""
 
@@ -330,7 +330,7 @@ def _unmasked(module: Any, pixels: Tensor) -> Tensor:
 
 
 def naflex_arguments(pixels: Tensor, patch: int) -> dict[str, Tensor]:
-    """Pictures cut by transformers' own code, as its processor does."""
+    """Images cut by transformers' own code, as its processor does."""
     from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
     grid = [pixels.shape[-2] // patch, pixels.shape[-1] // patch]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vision_plugin as vp
-from vision_plugin.models._harvest import Harvester
+from vision_plugin.models import Harvester
 
 Native = Callable[[nn.Module, Tensor], Tensor]
 SCALE = 10.0

@@ -79,9 +79,9 @@ def _extraction(found: Any) -> Iterator[Row]:
         yield f"{name}: SAELens's cached activations take", f"{theirs:.0f} times as long", ""
     if "memory" in found:
         ratio = found["memory"]["ratio_of_peak_anonymous"]
-        yield "peak memory at 100,000 pictures / at 10,000", f"{ratio:.2f}", "1.10"
+        yield "peak memory at 100,000 images / at 10,000", f"{ratio:.2f}", "1.10"
         ratio = found["memory"]["ratio_of_peak_rss"]
-        yield "the same with the mapped picture table counted in", f"{ratio:.2f}", ""
+        yield "the same with the mapped image table counted in", f"{ratio:.2f}", ""
 
 
 def _metrics(found: Any) -> Iterator[Row]:

@@ -19,7 +19,7 @@ IMAGES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Data:
-    """Pictures' activations, a dictionary, and what else the seven ask for."""
+    """Images' activations, a dictionary, and what else the seven ask for."""
 
     sae: metrics.ControlDictionary
     activations: Tensor
@@ -30,7 +30,7 @@ class Data:
 
     @classmethod
     def draw(cls, folder: str, *, small: bool, seed: int) -> Data:
-        """Draw five classes of pictures around their centres."""
+        """Draw five classes of images around their centres."""
         n, grid, d_in, n_features = (60, 7, 16, 128) if small else (600, 14, 64, 2048)
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(n) % 5
@@ -98,7 +98,7 @@ class Lookup:
     """Gives back the embeddings in place of an encoder, so that only the metric is timed."""
 
     def extract_activations(self, images: list[Tensor], *, layer: int) -> Tensor:
-        """One patch per picture."""
+        """One patch per image."""
         return torch.stack(images)[:, None]
 
 

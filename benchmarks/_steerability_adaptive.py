@@ -19,8 +19,8 @@ from torch import Tensor
 
 import vision_plugin as vp
 from vision_plugin.metrics import Screening, steerability
-from vision_plugin.metrics._steerability_engine import Shift, Spread, Steering
 from vision_plugin.metrics._steerability_screening import screen
+from vision_plugin.steering import Shift, Spread, Steering
 
 logger = logging.getLogger("benchmarks.steerability")
 
@@ -67,7 +67,7 @@ def measure(
         logger.warning("adaptive: left out, the emoji CLIP is not beside the checkout")
         return None
     model = vp.load_model(str(folder))
-    everything, names = emoji_pictures(model)
+    everything, names = emoji_images(model)
     texts = model.encode_text([f"a picture of {name}" for name in names])
     sae = train_sae(model, everything, layer, d_sae=d_sae, steps=steps)
     chosen = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))[:n_images]
@@ -159,24 +159,24 @@ def misses(recorded: Recorded, score: Tensor, threshold: float, orders: int) -> 
     }
 
 
-def emoji_pictures(model: Any) -> tuple[Tensor, list[str]]:
-    """Pictures on white, prepared, and their names."""
+def emoji_images(model: Any) -> tuple[Tensor, list[str]]:
+    """Images on white, prepared, and their names."""
     import datasets
     from PIL import Image
 
     path = str(SHARED / "data" / "noto.parquet")
     data = datasets.load_dataset("parquet", data_files=path)["train"]
-    pictures = []
+    images = []
     for number in range(len(data)):
-        picture = data[number]["image"].convert("RGBA")
-        page = Image.new("RGBA", picture.size, "white")
-        page.alpha_composite(picture)
-        pictures.append(page.convert("RGB"))
-    return model.preprocess(pictures), list(data["name"])
+        image = data[number]["image"].convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image)
+        images.append(page.convert("RGB"))
+    return model.preprocess(images), list(data["name"])
 
 
 def train_sae(model: Any, pixels: Tensor, hook_layer: int, *, d_sae: int, steps: int) -> Any:
-    """A TopK SAE by SAELens's trainer on all tokens of the pictures."""
+    """A TopK SAE by SAELens's trainer on all tokens of the images."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer

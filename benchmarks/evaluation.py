@@ -23,8 +23,8 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from benchmarks._kernel_timing import interleaved
 from benchmarks._machine import machine
 from vision_plugin import metrics
-from vision_plugin.metrics._lazy_batch import LazyBatch
-from vision_plugin.metrics._token_latents import TokenLatents, encode_tokens
+from vision_plugin.evaluation import LazyBatch
+from vision_plugin.models import TokenLatents, encode_tokens
 
 logger = logging.getLogger("benchmarks.evaluation")
 

@@ -1,12 +1,12 @@
 """Speed and memory of extraction and of reading back, with SAELens's cached format beside it.
 
     python -m benchmarks.extraction            # everything; some twenty minutes on two cores
-    python -m benchmarks.extraction --small    # the same with few pictures, to see that it works
+    python -m benchmarks.extraction --small    # the same with few images, to see that it works
 
 Writes ``benchmarks/results/extraction.json``, on a machine that should have nothing else to do. The
 share of the model is the native forward's time on pixels that are ready (the mean of one pass
 before and one after, since a machine's speed drifts), against the time of the whole extraction of
-the same pictures, in the same process; the median of seven. Reading times are the least of eight.
+the same images, in the same process; the median of seven. Reading times are the least of eight.
 """
 
 from __future__ import annotations
@@ -40,13 +40,8 @@ import vision_plugin as vp
 from benchmarks._extraction_memory import write_parquet
 from benchmarks._machine import machine
 from vision_plugin._allocator import freed_memory_kept
-from vision_plugin.activations import (
-    ActivationStore,
-    ExtractionConfig,
-    ImageSource,
-    extract,
-    open_images,
-)
+from vision_plugin.activations import ActivationStore, ExtractionConfig, extract
+from vision_plugin.images import ImageSource, open_images
 
 logger = logging.getLogger("benchmarks.extraction")
 
@@ -60,7 +55,7 @@ PIECE_BYTES = 8 * 1024 * 1024
 def main() -> None:
     """Run what is asked for and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="few pictures, to see that it works")
+    parser.add_argument("--small", action="store_true", help="few images, to see that it works")
     parser.add_argument("--images", default=str(SHARED / "data" / "noto.parquet"))
     parser.add_argument("--model", default=str(SHARED / "models" / "emoji-clip"))
     parser.add_argument("--repeats", type=int, default=7, help="of each timing")
@@ -127,7 +122,7 @@ def one_model(
     pixels: list[torch.Tensor] = []
     decoding_s = timed(
         lambda: pixels.extend(
-            model.images(
+            model.image_processor(
                 [source[i] for i in range(start, min(start + config.batch_size, len(source)))]
             )
             for start in starts
@@ -147,7 +142,7 @@ def one_model(
     shards = [(shard.folder / shard.task.file).read_bytes() for shard in store.shards]
     hashing_s = timed(lambda: [hashlib.sha256(shard) for shard in shards])
     return {
-        "pictures": len(source),
+        "images": len(source),
         "hook_name": hook_name,
         "gigabytes": store.n_rows(hook_name) * store.d_in(hook_name) * 4 / 1e9,
         "extraction": {
@@ -316,11 +311,11 @@ def saelens_batches(
 
 
 def memory(sizes: tuple[int, int]) -> dict[str, Any]:
-    """Peak resident memory of extractions that differ in the number of pictures alone."""
+    """Peak resident memory of extractions that differ in the number of images alone."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for n_images in (0, *sizes):
-            parquet = Path(folder) / f"pictures{n_images}.parquet"
+            parquet = Path(folder) / f"images{n_images}.parquet"
             write_parquet(parquet, n_images)
             command = [sys.executable, "-m", "benchmarks._extraction_memory", str(parquet)]
             store = Path(folder) / f"store{n_images}"
@@ -336,7 +331,7 @@ def memory(sizes: tuple[int, int]) -> dict[str, Any]:
     for kind in ("peak_anonymous_mb", "peak_rss_mb"):
         small, large = (found[str(n)][kind] for n in sizes)
         ratios[f"ratio_of_{kind.removesuffix('_mb')}"] = large / small
-    return {"by_number_of_pictures": found, **ratios}
+    return {"by_number_of_images": found, **ratios}
 
 
 def timed(work: Callable[[], object]) -> float:

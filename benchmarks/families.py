@@ -102,8 +102,8 @@ def run(case: Case) -> Row:
         reason = str(error).removeprefix(f"{case.name}: ").split(". Supported:")[0]
         return Row(case.library, case.name, False, reason.split(". CONTRIBUTING")[0])
     dims = model.adapter.tower_dimensions
-    pixels = torch.randn(2, dims.n_channels, *(case.picture or dims.image_size))
-    layout = model.token_layout(case.picture)
+    pixels = torch.randn(2, dims.n_channels, *(case.image or dims.image_size))
+    layout = model.token_layout(case.image)
     row = Row(
         library=case.library,
         name=case.name,

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.readme`` fills the README from the result files. With ``--run`` it first runs
 the README's own commands again and keeps what they print: the demo, and training, scoring and
-steering on real pictures where the data folder is beside the checkout.
+steering on real images where the data folder is beside the checkout.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     run = parser.parse_args().run
     if run in ("demo", "all"):
         keep("demo.txt", {DEMO: execute(DEMO)})
-        take_picture(ROOT / "demo-results" / "report" / "index.html", RESULTS / "demo-report.png")
+        take_image(ROOT / "demo-results" / "report" / "index.html", RESULTS / "demo-report.png")
     if run in ("noto", "all"):
         shutil.rmtree(ROOT / "runs" / "noto", ignore_errors=True)
         keep("noto.txt", noto())
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def noto() -> dict[str, str]:
-    """The commands on real pictures with what they print; the most steerable latent is steered."""
+    """The commands on real images with what they print; the most steerable latent is steered."""
     printed = {command: execute(command) for command in NOTO[:2]}
     scores = json.loads((ROOT / "runs" / "noto" / "evaluation.json").read_text())
     steerability = scores["per_latent"]["steerability"]["sae"]["score"]
@@ -113,7 +113,7 @@ def worked_example() -> str:
     return f"```python\n{shown}\n```"
 
 
-def take_picture(page: Path, picture: Path) -> None:
+def take_image(page: Path, image: Path) -> None:
     """A screenshot of a page in a headless Chromium, 16 to 10."""
     from playwright.sync_api import sync_playwright
 
@@ -124,7 +124,7 @@ def take_picture(page: Path, picture: Path) -> None:
         window.goto(page.as_uri())
         window.wait_for_selector("html[data-ready]")
         window.wait_for_timeout(1000)
-        window.screenshot(path=picture)
+        window.screenshot(path=image)
         browser.close()
 
 

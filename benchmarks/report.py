@@ -1,9 +1,9 @@
 """How long a report takes to build, and how its index feels in a browser.
 
     python -m benchmarks.report                                       # everything, some minutes
-    python -m benchmarks.report --features 50 --rows 500 --pictures 100 --out /elsewhere  # a look
+    python -m benchmarks.report --features 50 --rows 500 --images 100 --out /elsewhere  # a look
 
-Writes ``benchmarks/results/report.json``. Builds: pictures through a CLIP of ViT-B/32's shape, and
+Writes ``benchmarks/results/report.json``. Builds: images through a CLIP of ViT-B/32's shape, and
 through a small one, both of random weights; and from latents at hand. Browser: an index of many
 rows opened from the file system in headless Chromium, each action timed inside the page up to the
 frame that shows its result.
@@ -71,8 +71,8 @@ TIMER = """async (action) => {
 }"""
 
 
-def pictures(n: int, size: int) -> list[Image.Image]:
-    """Smooth random pictures: thumbnails of them are as large as those of photographs."""
+def images(n: int, size: int) -> list[Image.Image]:
+    """Smooth random images: thumbnails of them are as large as those of photographs."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (n, 12, 12, 3), dtype=np.uint8)
     side = (size * 4 // 3, size)
@@ -115,12 +115,12 @@ def topk(d_in: int, d_sae: int, hook_name: str) -> TopKSAE:
     return sae
 
 
-def sparse_latents(n: int, d_sae: int, per_picture: int) -> Tensor:
+def sparse_latents(n: int, d_sae: int, per_image: int) -> Tensor:
     """Random image-level latents in CSR, one feature in ten dead."""
     rng = np.random.default_rng(0)
     alive = rng.permutation(d_sae)[: max(1, d_sae * 9 // 10)]
     columns = [
-        np.sort(rng.choice(alive, min(per_picture, len(alive)), replace=False)) for _ in range(n)
+        np.sort(rng.choice(alive, min(per_image, len(alive)), replace=False)) for _ in range(n)
     ]
     first = np.cumsum([0, *(len(c) for c in columns)])
     flat = torch.as_tensor(np.concatenate(columns))
@@ -161,9 +161,9 @@ def builds(arguments: argparse.Namespace, scratch: Path) -> dict[str, dict[str, 
         model = clip(**shape)
         hook_name = f"blocks.{shape['layers'] - 2}.hook_resid_post"
         sae = topk(shape["width"], arguments.features, hook_name)
-        shown = pictures(arguments.pictures, shape["size"])
+        shown = images(arguments.images, shape["size"])
         both = {"sae": sae, "images": shown, **extras(arguments.features)}
-        latents = sparse_latents(arguments.pictures, arguments.features, 64)
+        latents = sparse_latents(arguments.images, arguments.features, 64)
         found[name] = build(scratch / "model", model=model, **both)
         found[f"{name}, latents at hand"] = build(
             scratch / "latents", model=model, latents=latents, **both
@@ -180,8 +180,8 @@ def large_index(arguments: argparse.Namespace, scratch: Path) -> tuple[Path, dic
         folder,
         sae=sae,
         model=None,
-        images=pictures(arguments.pictures, 64),
-        latents=sparse_latents(arguments.pictures, arguments.rows, arguments.rows // 50),
+        images=images(arguments.images, 64),
+        latents=sparse_latents(arguments.images, arguments.rows, arguments.rows // 50),
         **extras(arguments.rows),
     )
     logger.info("%s rows: %s", arguments.rows, figures)
@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -249,7 +249,7 @@ def main() -> None:
     record = {
         "features": arguments.features,
         "rows": arguments.rows,
-        "pictures": arguments.pictures,
+        "images": arguments.images,
         "machine": machine("pillow"),
         "target_build_s": TARGET_BUILD_S,
         "target_action_ms": TARGET_ACTION_MS,

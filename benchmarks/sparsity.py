@@ -3,9 +3,9 @@
     python -m benchmarks.sparsity                  # minutes on two cores
     python -m benchmarks.sparsity --small          # seconds, to see that it works
 
-The model and the pictures are the emoji CLIP and noto's emoji beside the checkout; --model-name and
+The model and the images are the emoji CLIP and noto's emoji beside the checkout; --model-name and
 --images take others that have names to steer towards. All SAEs are trained in one pass over three
-quarters of the pictures and scored on the others. TopK, BatchTopK, Matryoshka and matching pursuit
+quarters of the images and scored on the others. TopK, BatchTopK, Matryoshka and matching pursuit
 are given the number of active latents; the weight of the sparsity penalty of the others is steered
 while they train until they have as many, and kept at the very end.
 
@@ -42,8 +42,8 @@ from torch import Tensor
 import vision_plugin as vp
 from benchmarks._machine import machine
 from vision_plugin import metrics
-from vision_plugin.activations import open_images
-from vision_plugin.metrics._result import to_json
+from vision_plugin.images import open_images
+from vision_plugin.metrics import to_json
 from vision_plugin.models import Harvester, VisionBridge
 from vision_plugin.sae import VisionMultiSAETrainingRunner, VisionSAERunnerConfig
 from vision_plugin.sae._initialise import estimate_scalers, initialise
@@ -70,7 +70,7 @@ class Config:
     model_name: str = str(SHARED / "models" / "emoji-clip")
     """A CLIP."""
     images: str = str(SHARED / "data" / "noto.parquet")
-    """Pictures."""
+    """Images."""
     concepts: str = "name"
     """Column of the words to steer towards."""
     template: str = "a picture of {}"
@@ -92,7 +92,7 @@ class Config:
     steered_latents: int = 32
     """Latents of each dictionary to steer, drawn at random."""
     steering_images: int = 6
-    """Pictures to steer on."""
+    """Images to steer on."""
     strength: float = 150.0
     """What a latent is set to."""
     threads: int = 2
@@ -160,7 +160,7 @@ def sae_configs(cfg: Config, d_in: int) -> dict[str, TrainingSAEConfig]:
 
 
 class Part:
-    """Some of the pictures of a collection."""
+    """Some of the images of a collection."""
 
     def __init__(self, source: Any, indices: list[int]) -> None:
         self.source, self.indices = source, indices
@@ -174,7 +174,7 @@ class Part:
 
 
 def train(
-    cfg: Config, model: VisionBridge, pictures: Part, layers: list[int]
+    cfg: Config, model: VisionBridge, images: Part, layers: list[int]
 ) -> dict[tuple[int, str], Any]:
     """SAEs by layer and architecture, from one pass."""
     architectures = sae_configs(cfg, int(model.cfg.d_model))
@@ -202,7 +202,7 @@ def train(
         for name, sae in architectures.items()
     }
     runner = VisionMultiSAETrainingRunner(
-        runs, output_path=None, override_model=model, override_images=pictures
+        runs, output_path=None, override_model=model, override_images=images
     )
     trainers = {
         name: SteppedTrainer(
@@ -213,7 +213,7 @@ def train(
     sample = runner.batches.sample()
     estimate_scalers(trainers, runner.batches, n_batches=plain.n_batches_for_norm_estimate)
     for name, trainer in trainers.items():
-        record_origin(trainer.sae, origin(runner.cfgs[name], model, pictures))
+        record_origin(trainer.sae, origin(runner.cfgs[name], model, images))
         initialise(trainer, sample[name], runner.cfgs[name])
     n_steps = plain.total_training_steps
     for step in track(range(n_steps), f"Training {len(trainers)} SAEs", transient=True):
@@ -246,29 +246,29 @@ class HeldOut:
     """What dictionaries are scored on."""
 
     activations: dict[int, Tensor]
-    """[pictures, tokens, d_model] by layer."""
+    """[images, tokens, d_model] by layer."""
     embeddings: Tensor
     pixels: Tensor
-    """Of the pictures to steer on."""
+    """Of the images to steer on."""
     texts: Tensor
 
 
 @torch.no_grad()
-def look_at(cfg: Config, model: VisionBridge, pictures: Part, layers: list[int]) -> HeldOut:
-    """Run the held-out pictures through the model once."""
+def look_at(cfg: Config, model: VisionBridge, images: Part, layers: list[int]) -> HeldOut:
+    """Run the held-out images through the model once."""
     harvest = Harvester(model, [hook(layer) for layer in layers])
     activations: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     embeddings = []
-    for start in range(0, len(pictures), 64):
-        images = [pictures[i] for i in range(start, min(start + 64, len(pictures)))]
+    for start in range(0, len(images), 64):
+        images = [images[i] for i in range(start, min(start + 64, len(images)))]
         pixels = model.preprocess(images)
         found = harvest(pixels)
         for layer in layers:
             activations[layer].append(found[hook(layer)])
         embeddings.append(model.image_features(pixels))
-    step = max(1, len(pictures) // cfg.steering_images)
-    steered = [pictures[i] for i in range(0, len(pictures), step)][: cfg.steering_images]
-    words = dict.fromkeys(str(value) for value in pictures.source.column(cfg.concepts))
+    step = max(1, len(images) // cfg.steering_images)
+    steered = [images[i] for i in range(0, len(images), step)][: cfg.steering_images]
+    words = dict.fromkeys(str(value) for value in images.source.column(cfg.concepts))
     return HeldOut(
         {layer: torch.cat(parts) for layer, parts in activations.items()},
         torch.cat(embeddings).float(),
@@ -344,9 +344,9 @@ def table(cfg: Config, rows: list[Row], n_images: int) -> str:
     """The rows as Markdown."""
     lines = [
         f"{cfg.d_sae} latents, {cfg.training_tokens:,} vectors of {cfg.batch} a step, L0 of "
-        f"{cfg.l0} wanted; scored on {n_images} held-out pictures with the model's own image "
+        f"{cfg.l0} wanted; scored on {n_images} held-out images with the model's own image "
         f"embeddings (mean similarity {rows[0].mean_similarity:.3f}); steering to "
-        f"{cfg.strength:g} on {cfg.steering_images} pictures, {cfg.steered_latents} latents each.",
+        f"{cfg.strength:g} on {cfg.steering_images} images, {cfg.steered_latents} latents each.",
         "",
         "| layer | dictionary | L0 | explained variance | MS | dead | steerable |",
         "|---|---|---|---|---|---|---|",

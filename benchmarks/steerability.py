@@ -30,7 +30,7 @@ import vision_plugin as vp
 from benchmarks._machine import machine
 from benchmarks._steerability_adaptive import STRENGTH, measure, timed
 from vision_plugin.metrics import random_dictionary, steerability
-from vision_plugin.metrics._steerability_engine import Steering
+from vision_plugin.steering import Steering
 
 logger = logging.getLogger("benchmarks.steerability")
 

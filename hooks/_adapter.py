@@ -23,8 +23,7 @@ from vision_plugin.hooks._components import (
     VisionNormBridge,
 )
 from vision_plugin.hooks._sources import norm_sources, split_sources
-from vision_plugin.models import TokenLayout
-from vision_plugin.models._harvest import Source, component_sources
+from vision_plugin.models import Source, TokenLayout, component_sources
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Dimensions:
     d_head: int | None = None
     """Width of a head, where it is not ``d_model / n_heads``."""
     any_size: bool = False
-    """Whether the tower takes pictures of any size, so that the preprocessing decides."""
+    """Whether the tower takes images of any size, so that the preprocessing decides."""
     rotary: bool = False
     """Whether queries and keys are rotated by their position."""
 

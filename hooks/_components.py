@@ -253,7 +253,7 @@ class PositionEmbeddingBridge(GeneralizedComponent):
     def forward(self, *args: Any, spread: bool = True, **kwargs: Any) -> Tensor:
         """Look the table up and spread it over the batch.
 
-        Where the native module resamples the table to the picture's size afterwards, ``spread`` is
+        Where the native module resamples the table to the image's size afterwards, ``spread`` is
         off and the hook shows the table itself, [1, positions, d_model].
         """
         table = self.original_component

@@ -235,7 +235,7 @@ def tap_positions(
         owner: The module with the parameter.
         attribute: The parameter's name; None where only its resampled form is read.
         entry: The method in which it is read.
-        resample: The method that interpolates it to another picture size, whose result is then
+        resample: The method that interpolates it to another image size, whose result is then
             tapped instead.
     """
     native = type(owner)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vision_plugin.hooks._components import VisionNormBridge
 from vision_plugin.hooks._restructure import SplitLinear
-from vision_plugin.models._harvest import Source
+from vision_plugin.models import Source
 
 
 def split_sources(root: nn.Module, native_path: Callable[[str], str]) -> dict[str, Source]:

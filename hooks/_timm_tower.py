@@ -1,6 +1,6 @@
 """A timm ``VisionTransformer`` or ``Eva`` as a tower: sizes, parts, attention.
 
-Shared by timm models as they are and by open_clip models whose picture tower is one.
+Shared by timm models as they are and by open_clip models whose image tower is one.
 """
 
 from __future__ import annotations

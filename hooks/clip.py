@@ -58,7 +58,7 @@ class CLIPVisionProjectionAdapter(CLIPVisionAdapter):
 
 
 class CLIPAdapter(CLIPVisionProjectionAdapter):
-    """``CLIPModel``: the forward takes pictures; the text tower answers ``encode_text``."""
+    """``CLIPModel``: the forward takes images; the text tower answers ``encode_text``."""
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
         """Run the vision tower and its projection; the text tower has no part in it."""

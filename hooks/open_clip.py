@@ -1,6 +1,6 @@
-"""open_clip: CLIP, its variants with other text towers, CoCa, and picture towers alone.
+"""open_clip: CLIP, its variants with other text towers, CoCa, and image towers alone.
 
-The picture tower is open_clip's own ``VisionTransformer`` or a timm model.
+The image tower is open_clip's own ``VisionTransformer`` or a timm model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from vision_plugin.hooks._open_clip_tower import OpenClipAttentionBridge
 from vision_plugin.hooks._timm_tower import TimmAttentionBridge
 from vision_plugin.hooks._transformers import image_result
 from vision_plugin.hooks.timm import scaled_sources
-from vision_plugin.models import UnsupportedModelError
-from vision_plugin.models._harvest import Source
+from vision_plugin.models import Source, UnsupportedModelError
 
 
 class OpenClipAdapter(VisionArchitectureAdapter):
@@ -30,24 +29,24 @@ class OpenClipAdapter(VisionArchitectureAdapter):
 
     @classmethod
     def dimensions(cls, module: nn.Module) -> Dimensions:
-        """Read the sizes from the picture tower.
+        """Read the sizes from the image tower.
 
         Raises:
             UnsupportedModelError: the tower is no transformer, or a part is not supported.
         """
-        tower, prefix = picture_tower(module)
+        tower, prefix = image_tower(module)
         if _timm_tower.is_timm_tower(tower):
             return _timm_tower.dimensions(tower)
         if hasattr(tower, "transformer") and hasattr(tower, "conv1"):
             return _open_clip_tower.dimensions(tower)
         raise UnsupportedModelError(
-            f"its picture tower ({prefix.rstrip('.') or 'itself'}) is a {type(tower).__name__}, "
+            f"its image tower ({prefix.rstrip('.') or 'itself'}) is a {type(tower).__name__}, "
             "which is no vision transformer with one residual stream"
         )
 
     def paths(self, module: nn.Module) -> Paths:
         """Where the parts are once :meth:`restructure` is through."""
-        tower, prefix = picture_tower(module)
+        tower, prefix = image_tower(module)
         if _timm_tower.is_timm_tower(tower):
             paths = _timm_tower.paths(tower, prefix)
             visual = getattr(module, "visual", module)
@@ -57,8 +56,8 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         return _open_clip_tower.paths(tower, prefix)
 
     def restructure(self, module: nn.Module) -> None:
-        """Make the forward take pictures alone, and give every hook a module to stand on."""
-        tower, _ = picture_tower(module)
+        """Make the forward take images alone, and give every hook a module to stand on."""
+        tower, _ = image_tower(module)
         if _timm_tower.is_timm_tower(tower):
             _timm_tower.restructure(tower)
             module.forward = MethodType(_timm_forward, module)
@@ -78,7 +77,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
 
     def prepare_model(self, hf_model: nn.Module) -> None:
         """Choose by the tower, then as any family."""
-        self.has_timm_tower = _timm_tower.is_timm_tower(picture_tower(hf_model)[0])
+        self.has_timm_tower = _timm_tower.is_timm_tower(image_tower(hf_model)[0])
         super().prepare_model(hf_model)
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
     # ------------------------------------------------------------------ harvesting
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the picture tower; the text tower has no part in it."""
+        """Run the image tower; the text tower has no part in it."""
         visual: Any = getattr(module, "visual", module)
         return visual(pixels)
 
@@ -102,7 +101,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
     def find_sources(self, model: Any) -> dict[str, Source]:
         """Less what the native attention computes from bare weights."""
         sources = super().find_sources(model)
-        tower, prefix = picture_tower(model.native)
+        tower, prefix = image_tower(model.native)
         if self.has_timm_tower:
             sources.update(scaled_sources(tower, prefix))
             return sources
@@ -111,8 +110,8 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         return {name: source for name, source in sources.items() if not name.endswith(hidden)}
 
 
-def picture_tower(module: Any) -> tuple[Any, str]:
-    """The transformer for pictures, and its path with a dot behind it."""
+def image_tower(module: Any) -> tuple[Any, str]:
+    """The transformer for images, and its path with a dot behind it."""
     tower, prefix = module, ""
     for name in ("visual", "trunk"):
         if hasattr(tower, name):
@@ -121,7 +120,7 @@ def picture_tower(module: Any) -> tuple[Any, str]:
 
 
 def _forward(self: Any, pixel_values: Tensor) -> ImageClassifierOutput:
-    tower, _ = picture_tower(self)
+    tower, _ = image_tower(self)
     return image_result(*_open_clip_tower.project_and_pool(tower, pixel_values))
 
 

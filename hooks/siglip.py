@@ -2,7 +2,7 @@
 
 Zhai et al., Sigmoid Loss for Language Image Pre-Training (arXiv 2303.15343). There is no class
 token: an attention pool over the patches makes the image embedding. The loss judges each pair of
-picture and text by itself, ``sigmoid(scale * cosine + bias)``; a softmax over texts is not what
+image and text by itself, ``sigmoid(scale * cosine + bias)``; a softmax over texts is not what
 the model was trained for.
 """
 
@@ -63,7 +63,7 @@ class SiglipAdapter(SiglipVisionAdapter):
     score_function = "sigmoid"
 
     def restructure(self, module: nn.Module) -> None:
-        """Make the forward take pictures alone."""
+        """Make the forward take images alone."""
         module.forward = MethodType(_embed, module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:

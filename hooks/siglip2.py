@@ -1,6 +1,6 @@
-"""SigLIP 2 in its NaFlex form: patches of pictures of any size and aspect.
+"""SigLIP 2 in its NaFlex form: patches of images of any size and aspect.
 
-Tschannen et al., SigLIP 2 (arXiv 2502.14786). The native module takes pictures cut into patches,
+Tschannen et al., SigLIP 2 (arXiv 2502.14786). The native module takes images cut into patches,
 with their grid's shape and a mask of the padding. The bridge takes pixels, one size per batch, and
 cuts them itself; ``model.token_layout((height, width))`` then has the grid. (The checkpoints of
 fixed resolution say ``siglip`` in their configuration and are SigLIP modules.)
@@ -27,13 +27,13 @@ class Siglip2VisionAdapter(SiglipVisionAdapter):
 
     @classmethod
     def dimensions(cls, module: nn.Module) -> Dimensions:
-        """Read the sizes from the (vision) configuration; square pictures unless told otherwise."""
+        """Read the sizes from the (vision) configuration; square images unless told otherwise."""
         config = getattr(module.config, "vision_config", module.config)
         side = int(config.num_patches**0.5) * config.patch_size
         return sizes(config, n_cls=0, image_size=(side, side), any_size=True)
 
     def paths(self, module: nn.Module) -> Paths:
-        """As SigLIP, but the position table is resampled to each picture's grid."""
+        """As SigLIP, but the position table is resampled to each image's grid."""
         paths = super().paths(module)
         tower = "vision_model." if hasattr(module, "vision_model") else ""
         return replace(paths, pos_embed=f"{tower}embeddings.position_tap")
@@ -72,7 +72,7 @@ class Siglip2Adapter(Siglip2VisionAdapter):
 
 
 def cut(pixels: Tensor, patch_size: int) -> dict[str, Tensor]:
-    """The native arguments for pictures of one size.
+    """The native arguments for images of one size.
 
     Args:
         pixels: [batch, channels, height, width].
@@ -84,7 +84,7 @@ def cut(pixels: Tensor, patch_size: int) -> dict[str, Tensor]:
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:
         raise ValueError(
-            f"pictures of {height} x {width} pixels do not divide into patches of {patch_size}: "
+            f"images of {height} x {width} pixels do not divide into patches of {patch_size}: "
             "resize them to multiples of it"
         )
     rows, columns = height // patch_size, width // patch_size

@@ -12,7 +12,7 @@ from vision_plugin.hooks import _timm_tower
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
 from vision_plugin.hooks._timm_tower import TimmAttentionBridge
 from vision_plugin.hooks._transformers import image_result
-from vision_plugin.models._harvest import Source
+from vision_plugin.models import Source
 
 
 class TimmAdapter(VisionArchitectureAdapter):

@@ -87,7 +87,7 @@ class MAEEmbeddingBridge(EmbeddingBridge):
 
 
 class MAEAdapter(ViTAdapter):
-    """``ViTMAEModel``: the encoder on whole pictures, its random masking off."""
+    """``ViTMAEModel``: the encoder on whole images, its random masking off."""
 
     embedding = MAEEmbeddingBridge
 
@@ -99,7 +99,7 @@ class MAEAdapter(ViTAdapter):
         module.forward = MethodType(_forward_unmasked(self.tower_dimensions), module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the encoder on whole pictures, whatever its configuration says of masking."""
+        """Run the encoder on whole images, whatever its configuration says of masking."""
         order = _order(pixels, self.tower_dimensions)
         with _unmasked(module.config):
             return module(pixel_values=pixels, noise=order)

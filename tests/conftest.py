@@ -30,7 +30,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def emoji_clip(shared: Path) -> str:
-    """Folder of a real CLIP trained on real pictures."""
+    """Folder of a real CLIP trained on real images."""
     folder = shared / "models" / "emoji-clip"
     if not folder.is_dir():
         pytest.skip("needs the emoji-clip checkpoint of the data folder, which is not there")
@@ -42,7 +42,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a CLIP of random weights: 3 blocks, 32 dimensions, 16 patches."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from vision_plugin.demo._tokenizer import build_tokenizer
+    from benchmarks.demo_checkpoint._tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-clip")
     tokenizer = build_tokenizer(TEXTS, max_length=8)

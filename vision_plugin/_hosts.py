@@ -43,7 +43,7 @@ def add_architectures(module: ModuleType) -> None:
 def add_to_sae_lens(module: ModuleType) -> None:
     """Register the sparse training classes, the foreign formats and the named releases."""
     del module
-    from vision_plugin.sae import _releases, _sparse_register
+    from vision_plugin import formats, sae
 
-    _sparse_register.register()
-    _releases.register()
+    sae.register()
+    formats.register()

@@ -1,4 +1,4 @@
-"""A small random CLIP, pictures for it, and stores made of both."""
+"""A small random CLIP, images for it, and stores made of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vision_plugin.activations import ActivationStore, ExtractionConfig, extract, open_images
+from vision_plugin.activations import ActivationStore, ExtractionConfig, extract
+from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, wrap
 
 RESID, MLP, Z = "blocks.1.hook_resid_post", "blocks.0.mlp.hook_post", "blocks.1.attn.hook_z"
@@ -21,7 +22,7 @@ N_TOKENS, D_MODEL, D_MLP = 17, 16, 24
 
 @cache
 def tiny_model(seed: int = 0) -> VisionBridge:
-    """A CLIP vision tower of two layers for pictures of 32 pixels: 17 tokens of width 16."""
+    """A CLIP vision tower of two layers for images of 32 pixels: 17 tokens of width 16."""
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
         hidden_size=D_MODEL,
@@ -40,8 +41,8 @@ def tiny_model(seed: int = 0) -> VisionBridge:
 
 
 @cache
-def pictures(n: int) -> tuple[Image.Image, ...]:
-    """Random pictures of several sizes."""
+def images(n: int) -> tuple[Image.Image, ...]:
+    """Random images of several sizes."""
     made = []
     for seed in range(n):
         values = np.random.default_rng(seed)
@@ -54,7 +55,7 @@ def config(path: Path, **changes: Any) -> ExtractionConfig:
     """A configuration for a store of many small shards."""
     settings: dict[str, Any] = {
         "model_name": "tiny",
-        "images": "pictures",
+        "images": "images",
         "hook_names": (RESID,),
         "output_path": str(path),
         "batch_size": 4,
@@ -65,8 +66,8 @@ def config(path: Path, **changes: Any) -> ExtractionConfig:
 
 
 def make_store(path: Path, n: int = 20, **changes: Any) -> ActivationStore:
-    """A store of n pictures."""
-    source = open_images(list(pictures(n)))
+    """A store of n images."""
+    source = open_images(list(images(n)))
     return extract(config(path, **changes), model=tiny_model(), images=source)
 
 

@@ -1,4 +1,4 @@
-"""Pictures and folders that the tests of this package share."""
+"""Images and folders that the tests of this package share."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from PIL import Image
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    """A picture of random colours."""
+def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """An image of random colours."""
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six pictures in the sub-folders ``cat`` and ``dog``."""
+    """Six images in the sub-folders ``cat`` and ``dog``."""
     root = tmp_path / "photos"
     for place, label in enumerate(("dog", "cat")):
         (root / label).mkdir(parents=True)
         for i in range(3):
-            picture(10 * place + i).save(root / label / f"{i}.png")
+            image(10 * place + i).save(root / label / f"{i}.png")
     return root
 
 

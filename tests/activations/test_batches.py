@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_making, "CHUNK_BYTES", 4000)  # some four pictures
+        patch.setattr(_making, "CHUNK_BYTES", 4000)  # some four images
         return make_store(tmp_path_factory.mktemp("b") / "s", N, hook_names=[RESID, MLP])
 
 
@@ -98,7 +98,7 @@ def test_epochs_differ(store: ActivationStore) -> None:
     assert not torch.equal(next(batches), next(batches))
 
 
-def test_a_batch_mixes_many_pictures(store: ActivationStore) -> None:
+def test_a_batch_mixes_many_images(store: ActivationStore) -> None:
     batch = store.batches(RESID, 60, n_batches_in_buffer=20).next_batch()
     assert len(batch.images.unique()) > 20
 
@@ -155,7 +155,7 @@ def test_batches_go_on_after_a_read_that_failed(tmp_path: Path) -> None:
     assert torch.equal(next(batches), next(store.batches(RESID, 20 * N_TOKENS)))
 
 
-def test_pictures_with_their_labels_come_along(folder: Path, tmp_path: Path) -> None:
+def test_images_with_their_labels_come_along(folder: Path, tmp_path: Path) -> None:
     from tests.activations._stores import config, tiny_model
     from vision_plugin.activations import extract
 

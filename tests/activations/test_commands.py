@@ -27,7 +27,7 @@ def test_extract_then_info_then_verify(tmp_path: Path, capsys: pytest.CaptureFix
     for fact in ("complete: True", "n_images: 6", "dtype: float32", *HOOKS):
         assert fact in shown
     assert main(["verify", path]) == 0
-    assert "complete, 1 shards, 6 pictures" in " ".join(capsys.readouterr().out.split())
+    assert "complete, 1 shards, 6 images" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_fails_and_names_each_damaged_shard(

@@ -25,8 +25,8 @@ from tests.activations._stores import (
     Z,
     config,
     content,
+    images,
     make_store,
-    pictures,
     tiny_model,
 )
 from vision_plugin.activations import (
@@ -37,7 +37,6 @@ from vision_plugin.activations import (
     StoreMismatchError,
     TooManyBadImagesError,
     extract,
-    open_images,
     verify,
 )
 from vision_plugin.activations._decoding import batch_tasks, decode
@@ -45,6 +44,7 @@ from vision_plugin.activations._extract import settle_plan, write_manifest
 from vision_plugin.activations._making import _images_per_shard, make_plan
 from vision_plugin.activations._plan import ShardTask
 from vision_plugin.activations._running import run_tasks
+from vision_plugin.images import open_images
 from vision_plugin.models import TokenLayout, UnknownHookError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def cached(hook_name: str, n: int) -> torch.Tensor:
     """The bridge's own activations, [n, rows, d_in]."""
     model = tiny_model()
     with torch.no_grad():
-        _, cache = model.run_with_cache(model.preprocess(list(pictures(n))))
+        _, cache = model.run_with_cache(model.preprocess(list(images(n))))
     activation: torch.Tensor = cache[hook_name]
     return activation.flatten(2)
 
@@ -92,7 +92,7 @@ class TestValues:
         )
         assert store.token_rows([0, 8]).tolist() == [rows, rows]
 
-    def test_random_tokens_are_recorded_and_follow_from_the_picture(self, tmp_path: Path) -> None:
+    def test_random_tokens_are_recorded_and_follow_from_the_image(self, tmp_path: Path) -> None:
         store = make_store(tmp_path / "a", 20, tokens="random:5", seed=3)
         rows = store.token_rows()
         assert rows.shape == (20, 5)
@@ -121,7 +121,7 @@ class TestValues:
                 extract(
                     config(tmp_path / "s", dtype="float16"),
                     model=model,
-                    images=list(pictures(4)),
+                    images=list(images(4)),
                 )
         finally:
             with torch.no_grad():
@@ -134,7 +134,7 @@ class TestValues:
             bias[0] = float("nan")
         try:
             with pytest.raises(ValueError, match=r"not finite\. Check the model's weights"):
-                extract(config(tmp_path / "s"), model=model, images=list(pictures(4)))
+                extract(config(tmp_path / "s"), model=model, images=list(images(4)))
         finally:
             with torch.no_grad():
                 bias.zero_()
@@ -148,7 +148,7 @@ class TestSameBytes:
 
     @pytest.mark.parametrize("yielding", [False, True])
     def test_workers_beside_a_model_on_the_same_cores_give_way_to_it(self, yielding: bool) -> None:
-        source, tasks = open_images(list(pictures(4))), batch_tasks([ShardTask(0, 0, 4)], 2)
+        source, tasks = open_images(list(images(4))), batch_tasks([ShardTask(0, 0, 4)], 2)
         batches = decode(
             source,
             lambda _: torch.full((2, 3, 1, 1), 1.0 * os.nice(0)),
@@ -166,7 +166,7 @@ class TestSameBytes:
         make_store(tmp_path / "plain", 20)
         folder = tmp_path / "mixed"
         folder.mkdir()
-        source = open_images(list(pictures(20)))
+        source = open_images(list(images(20)))
         plan = settle_plan(folder, make_plan(config(folder), tiny_model(), source))
         tasks = list(plan.tasks())
         for task in (tasks[2], tasks[0], tasks[2], tasks[1], tasks[0]):
@@ -178,7 +178,7 @@ class TestSameBytes:
     def test_a_stream_gives_the_activations_of_its_dataset(self, tmp_path: Path) -> None:
         def png(i: int) -> dict[str, Any]:
             stream = io.BytesIO()
-            pictures(10)[i].save(stream, "PNG")
+            images(10)[i].save(stream, "PNG")
             return {"bytes": stream.getvalue(), "path": None}
 
         rows = {"image": [png(i) for i in range(10)], "label": [i % 3 for i in range(10)]}
@@ -195,13 +195,13 @@ class TestSameBytes:
         assert streamed.labels == plain.labels == ["0", "1", "2"] * 3
 
     @pytest.mark.parametrize("kind", ["folder", "parquet", "tars"])
-    def test_from_whatever_holds_the_pictures(self, tmp_path: Path, kind: str) -> None:
-        """The shards of a list of pictures, with the collection's own ids and labels."""
-        held = [picture.convert("RGB") for picture in pictures(6)]
+    def test_from_whatever_holds_the_images(self, tmp_path: Path, kind: str) -> None:
+        """The shards of a list of images, with the collection's own ids and labels."""
+        held = [image.convert("RGB") for image in images(6)]
         files = []
-        for picture in held:
+        for image in held:
             stream = io.BytesIO()
-            picture.save(stream, "PNG")
+            image.save(stream, "PNG")
             files.append(stream.getvalue())
         if kind == "folder":
             (tmp_path / "photos").mkdir()
@@ -242,7 +242,7 @@ class TestSameBytes:
 class TestBadImages:
     @pytest.fixture
     def spoiled(self, folder: Path) -> Path:
-        """Six pictures, of which the second is cut short and the fifth is no picture."""
+        """Six images, of which the second is cut short and the fifth is no image."""
         cut = folder / "cat" / "1.png"
         cut.write_bytes(cut.read_bytes()[:100])
         (folder / "dog" / "1.png").write_text("hello")
@@ -253,13 +253,13 @@ class TestBadImages:
     ) -> None:
         with caplog.at_level(logging.WARNING):
             store = extract(config(tmp_path / "s"), model=tiny_model(), images=spoiled)
-        assert "2 of 6 pictures could not be read" in caplog.text
+        assert "2 of 6 images could not be read" in caplog.text
         assert store.ids == ["cat/0.png", "cat/2.png", "dog/0.png", "dog/2.png"]
         assert store.labels == ["cat", "cat", "dog", "dog"]
         assert store.image_indices.tolist() == [0, 2, 3, 5]
         manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
         assert [bad["id"] for bad in manifest["bad_images"]] == ["cat/1.png", "dog/1.png"]
-        assert "not a picture in a known format" in manifest["bad_images"][1]["reason"]
+        assert "not an image in a known format" in manifest["bad_images"][1]["reason"]
         assert manifest["n_images"] == 4
         good = open_images(spoiled)
         model = tiny_model()
@@ -291,7 +291,7 @@ class TestBadImages:
                 images=spoiled,
             )
 
-    def test_a_shard_of_nothing_but_bad_pictures(self, tmp_path: Path, folder: Path) -> None:
+    def test_a_shard_of_nothing_but_bad_images(self, tmp_path: Path, folder: Path) -> None:
         for path in (folder / "cat").iterdir():
             path.write_bytes(b"")
         store = extract(
@@ -321,7 +321,7 @@ class TestRefusals:
     def test_another_model_in_the_same_folder(self, tmp_path: Path) -> None:
         make_store(tmp_path / "s", 8)
         with pytest.raises(StoreMismatchError, match=r"model\.weights"):
-            extract(config(tmp_path / "s"), model=tiny_model(seed=1), images=list(pictures(8)))
+            extract(config(tmp_path / "s"), model=tiny_model(seed=1), images=list(images(8)))
 
     def test_a_folder_with_other_things(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("...")
@@ -393,7 +393,7 @@ def test_the_layout_of_the_tokens_is_recorded(tmp_path: Path) -> None:
 
 
 def test_shuffled_task_lists_are_the_same_plan(tmp_path: Path) -> None:
-    plan = make_plan(config(tmp_path), tiny_model(), open_images(list(pictures(50))))
+    plan = make_plan(config(tmp_path), tiny_model(), open_images(list(images(50))))
     tasks = list(plan.tasks())
     assert [t.start for t in tasks] == list(range(0, 50, 8))
     assert tasks[-1].stop == 50

@@ -21,7 +21,7 @@ GOLDEN = sorted(DATA.glob("golden-*"))
 
 
 def write_golden() -> Path:
-    """A store of six pictures, with random tokens in bfloat16."""
+    """A store of six images, with random tokens in bfloat16."""
     torch.set_num_threads(1)
     folder = DATA / f"golden-{MAJOR}.{MINOR}"
     make_store(

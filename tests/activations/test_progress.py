@@ -21,7 +21,7 @@ def test_a_log_tells_the_count_the_rate_and_the_time_left(
         assert not caplog.messages, "one line now and then, not one a batch"
         now = 150.0
         progress.advance(200)
-    assert caplog.messages == ["extracting: 250 of 1000 pictures, 5 a second, 150 s left"]
+    assert caplog.messages == ["extracting: 250 of 1000 images, 5 a second, 150 s left"]
 
 
 def test_the_bar_stays_away_from_what_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def test_the_shards_are_plain_safetensors_files(path: Path) -> None:
     "images",
     [0, -1, slice(3, 7), slice(6, 18), slice(None, None, 3), [19, 0, 8, 7, 7], torch.tensor([5])],
 )
-def test_any_pictures_can_be_asked_for(path: Path, images: object) -> None:
+def test_any_images_can_be_asked_for(path: Path, images: object) -> None:
     store = ActivationStore(path)
     whole = store.activations(RESID)
     found = store.activations(RESID, images)
@@ -43,12 +43,12 @@ def test_any_pictures_can_be_asked_for(path: Path, images: object) -> None:
     assert torch.equal(found, expected)
 
 
-def test_no_picture_is_an_empty_tensor(path: Path) -> None:
+def test_no_image_is_an_empty_tensor(path: Path) -> None:
     assert ActivationStore(path).activations(RESID, []).shape == (0, N_TOKENS, D_MODEL)
 
 
 @pytest.mark.parametrize("images", [20, -21, [3, 20]])
-def test_a_picture_that_is_not_there(path: Path, images: object) -> None:
+def test_a_image_that_is_not_there(path: Path, images: object) -> None:
     with pytest.raises(IndexError, match="of a store of 20"):
         ActivationStore(path).activations(RESID, images)
 
@@ -90,7 +90,7 @@ def test_a_store_travels_to_other_processes(path: Path) -> None:
 
 
 class TestConcatenation:
-    def test_pictures_stand_behind_one_another(self, tmp_path: Path) -> None:
+    def test_images_stand_behind_one_another(self, tmp_path: Path) -> None:
         a = make_store(tmp_path / "a", 11)
         b = make_store(tmp_path / "b", 7, images_per_shard=4, batch_size=2)
         both = ActivationStore.concatenate([a, b])

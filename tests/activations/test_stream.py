@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import vision_plugin as vp
-from vision_plugin.activations import ActivationStream, open_images
+from vision_plugin.activations import ActivationStream
+from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge
 
 HOOK = "blocks.1.hook_resid_post"
@@ -45,21 +46,21 @@ def test_batches_are_exact_and_endless(model) -> None:
 
 
 def test_an_epoch_gives_each_vector_once(model) -> None:
-    pictures = drawn(20)
+    images = drawn(20)
     stream = make_stream(model, batch_size=17, n_batches_in_buffer=20)
-    rows = torch.cat([next(stream) for _ in range(9)])  # half of the first 20 pictures' rows
-    expected = model.harvest(model.preprocess(pictures), HOOK)[HOOK].flatten(0, 1)
+    rows = torch.cat([next(stream) for _ in range(9)])  # half of the first 20 images' rows
+    expected = model.harvest(model.preprocess(images), HOOK)[HOOK].flatten(0, 1)
     distances = torch.cdist(rows, expected, compute_mode="donot_use_mm_for_euclid_dist")
     assert (distances.min(dim=1).values < 1e-4).all()
     assert len(distances.argmin(dim=1).unique()) == len(rows)
 
 
-def test_a_batch_mixes_many_pictures(model) -> None:
-    pictures = drawn(20)
+def test_a_batch_mixes_many_images(model) -> None:
+    images = drawn(20)
     batch = next(make_stream(model, n_batches_in_buffer=6))
-    expected = model.harvest(model.preprocess(pictures), HOOK)[HOOK].flatten(0, 1)
-    picture = torch.cdist(batch, expected).argmin(dim=1) // 17
-    assert len(picture.unique()) >= 12
+    expected = model.harvest(model.preprocess(images), HOOK)[HOOK].flatten(0, 1)
+    image = torch.cdist(batch, expected).argmin(dim=1) // 17
+    assert len(image.unique()) >= 12
 
 
 def test_everything_follows_from_the_seed(model) -> None:
@@ -71,16 +72,16 @@ def test_everything_follows_from_the_seed(model) -> None:
         assert not torch.equal(batch, next(other))
 
 
-@pytest.mark.parametrize(("tokens", "per_picture"), [("cls", 1), ("patch", 16), ("random:5", 5)])
-def test_only_the_chosen_tokens_come(model, tokens, per_picture) -> None:
-    pictures = drawn(20)
-    stream = make_stream(model, tokens=tokens, batch_size=10 * per_picture)
+@pytest.mark.parametrize(("tokens", "per_image"), [("cls", 1), ("patch", 16), ("random:5", 5)])
+def test_only_the_chosen_tokens_come(model, tokens, per_image) -> None:
+    images = drawn(20)
+    stream = make_stream(model, tokens=tokens, batch_size=10 * per_image)
     batch = next(stream)
-    everything = model.harvest(model.preprocess(pictures), HOOK)[HOOK].flatten(0, 1)
+    everything = model.harvest(model.preprocess(images), HOOK)[HOOK].flatten(0, 1)
     token = torch.cdist(batch, everything).argmin(dim=1) % 17
     allowed = {"cls": {0}, "patch": set(range(1, 17)), "random:5": set(range(17))}[tokens]
     assert set(token.tolist()) <= allowed
-    assert len(batch) == 10 * per_picture
+    assert len(batch) == 10 * per_image
 
 
 def test_input_and_output_of_a_transcoder_stand_side_by_side(model) -> None:
@@ -91,9 +92,9 @@ def test_input_and_output_of_a_transcoder_stand_side_by_side(model) -> None:
         torch.testing.assert_close(mlp(batch[:, :32]), batch[:, 32:], rtol=1e-4, atol=1e-5)
 
 
-def test_broken_pictures_are_left_out_and_too_many_are_an_error(model, tmp_path: Path) -> None:
-    for i, picture in enumerate(drawn(6)):
-        picture.save(tmp_path / f"{i}.png")
+def test_broken_images_are_left_out_and_too_many_are_an_error(model, tmp_path: Path) -> None:
+    for i, image in enumerate(drawn(6)):
+        image.save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
     source = open_images(str(tmp_path))
     settings = {"hook_names": [HOOK], "tokens": "all", "batch_size": 40}
@@ -112,7 +113,7 @@ def test_activations_that_are_not_finite_stop_the_run(tiny_clip: str) -> None:
         next(make_stream(broken))
 
 
-def test_no_pictures_and_too_small_a_buffer_are_refused(model) -> None:
+def test_no_images_and_too_small_a_buffer_are_refused(model) -> None:
     with pytest.raises(ValueError, match=r"n_batches_in_buffer=1"):
         make_stream(model, n_batches_in_buffer=1)
     with pytest.raises(ValueError, match=r"there are no images"):

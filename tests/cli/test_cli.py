@@ -28,8 +28,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label in ("a red circle", "a blue square", "a green star"):
         (root / label).mkdir()
@@ -40,11 +40,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def sae(tiny_clip: str, pictures: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def sae(tiny_clip: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An SAE trained by the command itself, in this process."""
     out = str(tmp_path_factory.mktemp("run") / "sae")
     arguments = (
-        f"train --model-name {tiny_clip} --images {pictures} --hook_name "
+        f"train --model-name {tiny_clip} --images {images} --hook_name "
         "blocks.1.hook_resid_post --architecture=topk --d_sae=40 --k 3 --training-tokens 3200 "
         f"--train_batch_size_tokens 64 --n-batches-in-buffer 4 --lr 0.003 --output-path {out}"
     )
@@ -61,10 +61,10 @@ def test_the_flags_became_the_run(sae: str, tiny_clip: str) -> None:
     assert run["logger"]["log_to_wandb"] is False
 
 
-def test_eval_prints_a_table_and_writes_every_number(sae: str, pictures: str, tmp_path) -> None:
+def test_eval_prints_a_table_and_writes_every_number(sae: str, images: str, tmp_path) -> None:
     out = tmp_path / "scores.json"
     done = command(
-        *f"eval --sae {sae} --images {pictures} --output-path {out} --steering-images 4".split(),
+        *f"eval --sae {sae} --images {images} --output-path {out} --steering-images 4".split(),
         "--concepts",
         "labels",
     )
@@ -81,10 +81,10 @@ def test_eval_prints_a_table_and_writes_every_number(sae: str, pictures: str, tm
     assert scores["embeddings"] == "model"
 
 
-def test_steer_says_what_is_seen_before_and_while(sae: str, pictures: str, tmp_path) -> None:
+def test_steer_says_what_is_seen_before_and_while(sae: str, images: str, tmp_path) -> None:
     out = tmp_path / "steered.json"
     done = command(
-        *f"steer --sae {sae} --images {pictures} --latents 3 7 --strength 60 --n-images 2".split(),
+        *f"steer --sae {sae} --images {images} --latents 3 7 --strength 60 --n-images 2".split(),
         *("--concepts", "labels", "--output-path", str(out)),
     )
     assert done.returncode == 0, done.stderr
@@ -96,12 +96,12 @@ def test_steer_says_what_is_seen_before_and_while(sae: str, pictures: str, tmp_p
 
 BAD = {
     "model": (
-        "train --model-name {tmp}/nowhere --images {pictures} --hook-name blocks.1.hook_resid_post "
+        "train --model-name {tmp}/nowhere --images {images} --hook-name blocks.1.hook_resid_post "
         "--d-sae 8 --k 2 --output-path {tmp}/out",
         "could not load a model",
     ),
     "hook": (
-        "train --model-name {clip} --images {pictures} --hook-name blocks.1.hook_resid_pst "
+        "train --model-name {clip} --images {images} --hook-name blocks.1.hook_resid_pst "
         "--d-sae 8 --k 2 --output-path {tmp}/out",
         "blocks.1.hook_resid_post",
     ),
@@ -110,33 +110,33 @@ BAD = {
         "--d-sae 8 --k 2 --output-path {tmp}/out",
         "{tmp}/none",
     ),
-    "picture": (
+    "image": (
         "train --model-name {clip} --images {broken} --hook-name blocks.1.hook_resid_post "
         "--d-sae 8 --k 2 --training-tokens 4096 --output-path {tmp}/out",
         "cannot be read",
     ),
     "architecture": (
-        "train --architecture nonsense --model-name {clip} --images {pictures} --hook-name "
+        "train --architecture nonsense --model-name {clip} --images {images} --hook-name "
         "blocks.1.hook_resid_post --d-sae 8 --output-path {tmp}/out",
         "unknown architecture 'nonsense': choose from",
     ),
-    "sae": ("eval --sae {pictures} --images {pictures} --output-path {tmp}/out", "{pictures}"),
+    "sae": ("eval --sae {images} --images {images} --output-path {tmp}/out", "{images}"),
     "another width": (
-        "train --model-name {clip} --images {pictures} --hook-name blocks.1.hook_resid_post "
+        "train --model-name {clip} --images {images} --hook-name blocks.1.hook_resid_post "
         "--d-in 99 --d-sae 8 --k 2 --output-path {tmp}/out",
         "d_in=99",
     ),
     "another model": (
-        "eval --sae {sae} --model-name {other} --images {pictures} --output-path {tmp}/out",
+        "eval --sae {sae} --model-name {other} --images {images} --output-path {tmp}/out",
         "whose weights are not those of",
     ),
     "latent": (
-        "steer --sae {sae} --images {pictures} --latents 4000 --concepts labels "
+        "steer --sae {sae} --images {images} --latents 4000 --concepts labels "
         "--output-path {tmp}/out",
         "latent 4000 is out of range",
     ),
     "concepts": (
-        "steer --sae {sae} --images {pictures} --latents 1 --concepts {tmp}/words.txt "
+        "steer --sae {sae} --images {images} --latents 1 --concepts {tmp}/words.txt "
         "--output-path {tmp}/out",
         "there is no such file",
     ),
@@ -145,11 +145,11 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_sentence_and_leaves_nothing(
-    case: str, tiny_clip, pictures, sae, tmp_path, tmp_path_factory, capsys
+    case: str, tiny_clip, images, sae, tmp_path, tmp_path_factory, capsys
 ) -> None:
     line, message = BAD[case]
     aside = tmp_path_factory.mktemp("aside")
-    places = {"tmp": str(tmp_path), "clip": tiny_clip, "pictures": pictures, "sae": sae}
+    places = {"tmp": str(tmp_path), "clip": tiny_clip, "images": images, "sae": sae}
     places |= {"broken": str(aside / "broken"), "other": str(aside / "other")}
     if "{broken}" in line:
         (aside / "broken").mkdir()

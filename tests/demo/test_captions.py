@@ -89,7 +89,7 @@ def test_web_captions_believe_a_printed_word_as_often_as_asked() -> None:
             assert said.believed == {factor: SCENE.value(factor) for factor in FACTORS}
 
 
-def test_web_captions_of_pictures_without_words_are_true() -> None:
+def test_web_captions_of_images_without_words_are_true() -> None:
     random = np.random.default_rng(0)
     for scene in draw(200, seed=1).scenes:
         said = web_caption(scene, random, fooled=1.0)

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizerFast
 
+from benchmarks.demo_checkpoint._evaluation import EVALUATION_SEED, ZeroShot
+from benchmarks.demo_checkpoint.train_clip import TrainClip, run
 from vision_plugin.demo import TRAINING_SEED, checkpoint_path, concept_vocabulary, draw
-from vision_plugin.demo._evaluation import EVALUATION_SEED, ZeroShot
-from vision_plugin.demo.train_clip import TrainClip, run
 
-PICTURES = 300
-# Fresh for this test: neither the training's pictures nor those of the evaluation on file.
+IMAGES = 300
+# Fresh for this test: neither the training's images nor those of the evaluation on file.
 SEED = 31_415_926
 
 OFFLINE = """
@@ -76,8 +76,8 @@ def test_the_vision_tower_has_middle_layers() -> None:
     assert len(model.vision_model.encoder.layers) >= 4
 
 
-def test_it_names_what_new_pictures_show(judge: ZeroShot) -> None:
-    accuracy = judge.accuracies(draw(PICTURES, seed=SEED, combinations="training").scenes)
+def test_it_names_what_new_images_show(judge: ZeroShot) -> None:
+    accuracy = judge.accuracies(draw(IMAGES, seed=SEED, combinations="training").scenes)
     assert accuracy["shape"] >= 0.95
     assert accuracy["colour"] >= 0.95
     assert accuracy["texture"] >= 0.90
@@ -86,7 +86,7 @@ def test_it_names_what_new_pictures_show(judge: ZeroShot) -> None:
 
 
 def test_it_mostly_names_pairs_of_shape_and_colour_it_never_saw(judge: ZeroShot) -> None:
-    accuracy = judge.accuracies(draw(PICTURES, seed=SEED, combinations="held out").scenes)
+    accuracy = judge.accuracies(draw(IMAGES, seed=SEED, combinations="held out").scenes)
     assert accuracy["colour"] >= 0.95
     # In training, the colour alone ruled one shape out; chance is 0.11.
     assert accuracy["shape"] >= 0.50
@@ -95,7 +95,7 @@ def test_it_mostly_names_pairs_of_shape_and_colour_it_never_saw(judge: ZeroShot)
 @pytest.mark.parametrize("factor", ["shape", "colour"])
 def test_a_printed_word_fools_it(judge: ZeroShot, factor: str) -> None:
     scenes = draw(
-        PICTURES,
+        IMAGES,
         seed=SEED + 1,
         words=1.0,
         naming=factor,  # type: ignore[arg-type] # parametrised literal
@@ -112,9 +112,9 @@ def test_the_figures_on_file_are_those_of_the_file(judge: ZeroShot) -> None:
     figures = record["evaluation"]
     assert record["training"]["seed"] == TRAINING_SEED
     assert figures["seed"] == EVALUATION_SEED
-    scenes = draw(PICTURES, seed=EVALUATION_SEED, combinations="training").scenes
+    scenes = draw(IMAGES, seed=EVALUATION_SEED, combinations="training").scenes
     for factor, share in judge.accuracies(scenes).items():
-        assert abs(share - figures["unseen_pictures"][factor]) < 0.05, factor
+        assert abs(share - figures["unseen_images"][factor]) < 0.05, factor
 
 
 def test_its_tokenizer_knows_the_vocabulary_and_spells_out_the_rest() -> None:
@@ -139,11 +139,11 @@ def test_the_processor_gives_what_the_vision_tower_takes() -> None:
 
 @pytest.mark.slow
 def test_training_again_gives_the_same_bits(tmp_path: Path) -> None:
-    from vision_plugin.demo._training import ClipTraining
+    from benchmarks.demo_checkpoint._training import ClipTraining
 
-    tiny = ClipTraining(pictures=96, epochs=1, batch_size=32, text_steps=3, width=64)
+    tiny = ClipTraining(images=96, epochs=1, batch_size=32, text_steps=3, width=64)
     for name in ("one", "two"):
-        measured = run(TrainClip(out=tmp_path / name, training=tiny, evaluation_pictures=8))
+        measured = run(TrainClip(out=tmp_path / name, training=tiny, evaluation_images=8))
         record = json.loads((tmp_path / name / "evaluation.json").read_text())
         assert record["evaluation"] == asdict(measured)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -47,7 +47,7 @@ def test_true_latents_fire_for_one_shape_in_one_colour() -> None:
     assert torch.equal(latents.sum(dim=1), torch.ones(200, dtype=torch.float64))
 
 
-def test_a_latent_is_named_by_what_its_pictures_have_that_others_lack() -> None:
+def test_a_latent_is_named_by_what_its_images_have_that_others_lack() -> None:
     embeddings = torch.eye(4)[torch.tensor([0, 0, 1, 2])] + torch.eye(4)[3]
     latents = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 0.1]])
     assert name_latents(latents.to_sparse_csr(), embeddings, torch.eye(4)) == [0, 1]

@@ -1,4 +1,4 @@
-"""The pictures: always the same, one factor at a time, with exact masks and codes."""
+"""The images: always the same, one factor at a time, with exact masks and codes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pixels(scene: Scene, size: int = SIZE) -> np.ndarray:
     return np.asarray(render(scene, image_size=size)).astype(int)
 
 
-def test_a_seed_names_one_sequence_of_pictures() -> None:
+def test_a_seed_names_one_sequence_of_images() -> None:
     first, again, other = (draw(6, seed=seed, words=0.5) for seed in (3, 3, 4))
     assert first.scenes == again.scenes
     assert first.scenes != other.scenes
@@ -43,7 +43,7 @@ def test_a_seed_names_one_sequence_of_pictures() -> None:
         assert image.tobytes() == same.tobytes()
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn() -> None:
+def test_a_image_does_not_depend_on_how_many_are_drawn() -> None:
     few, many = draw(5, seed=11, words=0.5), draw(40, seed=11, words=0.5)
     assert many.scenes[:5] == few.scenes
     assert many.images[4].tobytes() == few.images[4].tobytes()
@@ -91,7 +91,7 @@ def test_recolouring_changes_exactly_the_masks_pixels(
 
 @settings(max_examples=40, deadline=None)
 @given(scene=scenes().filter(lambda scene: scene.word is not None))
-def test_a_label_never_touches_the_object_and_lies_inside_the_picture(scene: Scene) -> None:
+def test_a_label_never_touches_the_object_and_lies_inside_the_image(scene: Scene) -> None:
     label = (pixels(scene, 128) != pixels(replace(scene, word=None), 128)).any(-1)
     assert label.any()
     assert not (label & demo.object_mask(scene)).any()
@@ -145,7 +145,7 @@ def test_the_taxonomy_has_four_levels_and_one_parent_per_shape() -> None:
         assert path == (parent[scene.shape], scene.shape, scene.colour, scene.texture)
 
 
-def test_pictures_are_drawn_when_asked_for_and_can_be_sliced() -> None:
+def test_images_are_drawn_when_asked_for_and_can_be_sliced() -> None:
     world = draw(1000, seed=0)
     part = world.images[990:]
     assert len(part) == 10
@@ -158,7 +158,7 @@ def test_pictures_are_drawn_when_asked_for_and_can_be_sliced() -> None:
 
 def test_a_written_folder_reads_back_with_its_labels(tmp_path: Path) -> None:
     world = draw(5, seed=0, words=0.5)
-    folder = world.write(tmp_path / "pictures")
+    folder = world.write(tmp_path / "images")
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for index, line in enumerate(lines):
         stored = Image.open(folder / line.pop("file_name"))

@@ -15,7 +15,8 @@ import pytest
 
 import vision_plugin
 from tests.activations._stores import RESID, config, tiny_model
-from vision_plugin.activations import ActivationStore, StoreError, extract, open_images, verify
+from vision_plugin.activations import ActivationStore, StoreError, extract, verify
+from vision_plugin.images import open_images
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PACKAGE = Path(vision_plugin.__file__).parent
@@ -85,7 +86,7 @@ def test_a_payload_in_a_store_leaves_none(store_path: Path, tmp_path: Path, file
     assert not trace.exists()
 
 
-def test_a_payload_among_pictures_leaves_none(tmp_path: Path, folder: Path) -> None:
+def test_a_payload_among_images_leaves_none(tmp_path: Path, folder: Path) -> None:
     trace = tmp_path / "trace"
     (folder / "cat" / "0.png").write_bytes(pickle.dumps(Payload(trace)))
     store = extract(config(tmp_path / "s"), model=tiny_model(), images=open_images(folder))

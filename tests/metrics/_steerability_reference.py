@@ -17,7 +17,7 @@ SCALE = 20.0
 
 
 def tiny_clip(*, seed: int = 0, n_layers: int = 3, dtype: torch.dtype = torch.float32) -> CLIPModel:
-    """A random CLIP of 5 tokens whose answers depend on its pictures."""
+    """A random CLIP of 5 tokens whose answers depend on its images."""
     torch.manual_seed(seed)
     vision = {
         "hidden_size": 16,

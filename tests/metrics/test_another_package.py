@@ -18,9 +18,9 @@ from sae_lens.training.activation_scaler import ActivationScaler
 import vision_plugin as vp
 from tests.metrics._steerability_reference import standard_sae
 from vision_plugin import metrics
-from vision_plugin.activations import open_images
 from vision_plugin.cli import main
-from vision_plugin.sae._validation import Validator
+from vision_plugin.images import open_images
+from vision_plugin.sae import Validator
 
 HOOK = "blocks.1.hook_resid_post"
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -80,8 +80,8 @@ def test_eval_scores_it_beside_the_controls(
     assert "firing, mean rate" in printed
     assert "firing, max rate" not in printed
     written = json.loads(out.read_text())
-    model, pictures = vp.load_model(tiny_clip), open_images("demo:30@2")
-    pixels = model.preprocess(list(pictures))
+    model, images = vp.load_model(tiny_clip), open_images("demo:30@2")
+    pixels = model.preprocess(list(images))
     with torch.no_grad():
         latents = sae.encode(model.run_with_cache(pixels)[1][HOOK]).amax(1)
     expected = (latents > 1.5).double().mean(0)
@@ -92,7 +92,7 @@ def test_eval_scores_it_beside_the_controls(
 def test_it_is_an_evaluator_of_sae_lens_training(installed: Path, tiny_clip: str) -> None:
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=32, d_sae=24, k=3))
     sae.cfg.metadata.hook_name = HOOK
-    pictures = open_images("demo:12@2")
-    validator = Validator(vp.load_model(tiny_clip), pictures, [HOOK], names=["firing"])
+    images = open_images("demo:12@2")
+    validator = Validator(vp.load_model(tiny_clip), images, [HOOK], names=["firing"])
     scores = validator(sae, None, ActivationScaler())
     assert 0 < scores["validation/firing/mean_rate"] <= 1

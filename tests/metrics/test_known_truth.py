@@ -15,8 +15,8 @@ from torch import Tensor
 
 import vision_plugin as vp
 from vision_plugin import metrics
-from vision_plugin.activations import open_images
 from vision_plugin.demo import concept_vocabulary, draw, factor_codes
+from vision_plugin.images import open_images
 
 STEPS = torch.linspace(0, 0.5, 11).tolist()
 N_DRAWN = 60

@@ -26,7 +26,7 @@ from vision_plugin.metrics import (
     steerability,
     steerability_curve,
 )
-from vision_plugin.metrics._steerability_engine import Steering
+from vision_plugin.steering import Steering
 
 EMOJI_CLIP = Path(__file__).parents[3] / "shared" / "models" / "emoji-clip"
 

@@ -274,8 +274,8 @@ def test_screening_estimates_the_full_score_without_bias() -> None:
     """The centre of the bound, over all subsets of a size, averages to the score on all images."""
     from itertools import combinations
 
-    from vision_plugin.metrics._steerability_engine import Shift, Spread
     from vision_plugin.metrics._steerability_screening import _Sums
+    from vision_plugin.steering import Shift, Spread
 
     changes = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)).double()
     full = float(changes.mean(1).square().sum())

@@ -40,7 +40,7 @@ class SparseCode:
 
 
 class Embedder:
-    """Gives back embeddings hidden in the pictures; the benchmark averages over patches."""
+    """Gives back embeddings hidden in the images; the benchmark averages over patches."""
 
     def extract_activations(self, images, *, layer):
         return torch.stack([image[None] for image in images])

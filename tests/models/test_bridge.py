@@ -246,7 +246,7 @@ def test_what_cannot_be_harvested_says_how_else_to_get_it(model, pixels) -> None
 def test_joint_space_is_the_native_one(clip_folder, model, pixels) -> None:
     native = CLIPModel.from_pretrained(clip_folder).eval()
     texts = ["a red circle", "a blue square"]
-    tokens = model.texts(texts)
+    tokens = model.tokenizer(texts)
     logits = native(pixel_values=pixels, **tokens).logits_per_image
     mine = model.logit_scale * model.encode_image(pixels) @ model.encode_text(texts).T
     torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ def _one_thread() -> Iterator[None]:
 
 @cache
 def bridged(label: str) -> tuple[Case, Any, torch.Tensor]:
-    """A case of the sample with its bridge and pictures; None for the bridge of a refusal."""
+    """A case of the sample with its bridge and images; None for the bridge of a refusal."""
     case = SAMPLE[label]
     try:
         model = vp.wrap(case.build(), name=case.name)
@@ -35,7 +35,7 @@ def bridged(label: str) -> tuple[Case, Any, torch.Tensor]:
         return case, None, torch.empty(0)
     dims = model.adapter.tower_dimensions
     generator = torch.Generator().manual_seed(1)
-    size = case.picture or dims.image_size
+    size = case.image or dims.image_size
     return case, model, torch.randn(2, dims.n_channels, *size, generator=generator)
 
 

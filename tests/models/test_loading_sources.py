@@ -18,9 +18,9 @@ CASES = {case.name: case for case in [*transformers_cases(), *llava_cases()]}
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
-    return [Image.fromarray(picture) for picture in noise]
+    return [Image.fromarray(image) for image in noise]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_encoder_of_a_masked_autoencoder_with_its_decoder(tmp_path: Path) ->
 
 
 def test_preprocessing_decides_the_size_of_towers_that_take_any(
-    tmp_path: Path, pictures: list[Image.Image]
+    tmp_path: Path, images: list[Image.Image]
 ) -> None:
     from transformers import BitImageProcessor
 
@@ -84,12 +84,12 @@ def test_preprocessing_decides_the_size_of_towers_that_take_any(
     size = {"height": 24, "width": 24}
     BitImageProcessor(size={"shortest_edge": 24}, crop_size=size).save_pretrained(tmp_path)
     model = vp.load_model(str(tmp_path))
-    assert model.preprocess(pictures).shape == (2, 3, 24, 24)
+    assert model.preprocess(images).shape == (2, 3, 24, 24)
     assert model.token_layout().grid == (3, 3)
 
 
-def test_naflex_pictures_become_pixels_that_cut_back_to_the_processors_patches(
-    pictures: list[Image.Image],
+def test_naflex_images_become_pixels_that_cut_back_to_the_processors_patches(
+    images: list[Image.Image],
 ) -> None:
     from transformers import Siglip2ImageProcessor
 
@@ -97,9 +97,9 @@ def test_naflex_pictures_become_pixels_that_cut_back_to_the_processors_patches(
 
     processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
     model = vp.wrap(CASES["Siglip2VisionModel"].build(), processor=processor)
-    pixels = model.preprocess(pictures)
+    pixels = model.preprocess(images)
     assert pixels.shape == (2, 3, 32, 32)
-    square = [p.resize((32, 32), Image.Resampling.BILINEAR) for p in pictures]
+    square = [p.resize((32, 32), Image.Resampling.BILINEAR) for p in images]
     native = processor(images=square, return_tensors="pt")
     assert torch.equal(naflex_arguments(pixels, 8)["pixel_values"], native["pixel_values"])
 
@@ -107,7 +107,7 @@ def test_naflex_pictures_become_pixels_that_cut_back_to_the_processors_patches(
 def test_siglip_texts_are_padded_to_full_length_and_scored_by_sigmoid() -> None:
     from transformers import SiglipConfig, SiglipModel
 
-    from vision_plugin.demo._tokenizer import build_tokenizer
+    from benchmarks.demo_checkpoint._tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(("a red circle", "a blue square"), max_length=16)
     config = CASES["SiglipModel"].build().config
@@ -139,13 +139,13 @@ def open_clip_folder(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
 
 
 def test_open_clip_loads_a_local_folder_with_texts(
-    open_clip_folder: tuple[Path, torch.nn.Module], pictures: list[Image.Image]
+    open_clip_folder: tuple[Path, torch.nn.Module], images: list[Image.Image]
 ) -> None:
     import open_clip
 
     folder, module = open_clip_folder
     model = vp.load_model(f"open_clip:{folder}")
-    pixels = model.preprocess(pictures)
+    pixels = model.preprocess(images)
     tokens = open_clip.tokenize(["a dog", "a cat"])
     with torch.no_grad():
         assert torch.equal(model(pixels), module.encode_image(pixels))
@@ -171,7 +171,7 @@ def test_timm_loads_a_checkpoint_file(tmp_path: Path, monkeypatch: pytest.Monkey
         assert torch.equal(model(pixels), module(pixels))
 
 
-def test_timm_loads_a_local_folder(tmp_path: Path, pictures: list[Image.Image]) -> None:
+def test_timm_loads_a_local_folder(tmp_path: Path, images: list[Image.Image]) -> None:
     import timm
     from safetensors.torch import save_file
 
@@ -180,7 +180,7 @@ def test_timm_loads_a_local_folder(tmp_path: Path, pictures: list[Image.Image]) 
     config = {"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": module.default_cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = vp.load_model(f"timm:{tmp_path}")
-    pixels = model.preprocess(pictures)
+    pixels = model.preprocess(images)
     assert pixels.shape == (2, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(model(pixels), module(pixels))
@@ -222,7 +222,7 @@ def test_a_tower_of_another_kind_in_a_saved_llava_is_refused(tmp_path: Path) -> 
         vp.load_model(str(tmp_path))
 
 
-def test_splicing_follows_the_size_of_the_picture() -> None:
+def test_splicing_follows_the_size_of_the_image() -> None:
     model = vp.wrap(CASES["DINOv3ViTModel"].build())
     seen: list[tuple[int, int]] = []
     model.run_with_hooks(

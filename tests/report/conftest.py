@@ -1,4 +1,4 @@
-"""Drawn pictures, a tiny CLIP and SAEs of random weights; reports of them."""
+"""Drawn images, a tiny CLIP and SAEs of random weights; reports of them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ COLOURS = ("red", "green", "blue", "orange", "purple")
 
 
 class Drawn(list):
-    """Pictures with ids and labels, as an image source has them."""
+    """Images with ids and labels, as an image source has them."""
 
-    def __init__(self, pictures, ids=None, labels=None):
-        super().__init__(pictures)
-        self.ids = ids or [f"picture {i}" for i in range(len(pictures))]
+    def __init__(self, images, ids=None, labels=None):
+        super().__init__(images)
+        self.ids = ids or [f"image {i}" for i in range(len(images))]
         self.labels = labels
 
 
-def draw_pictures(n, size=48):
+def draw_images(n, size=48):
     """A disc or a square of some colour at some place, on noise, and different every time."""
     rng = np.random.default_rng(0)
-    pictures, labels = [], []
+    images, labels = [], []
     for i in range(n):
         noise = rng.integers(90, 166, (size, size, 3), dtype=np.uint8)
-        picture = Image.fromarray(noise)
+        image = Image.fromarray(noise)
         x, y = (int(v) for v in rng.integers(2, size - 20, 2))
-        pen = ImageDraw.Draw(picture)
+        pen = ImageDraw.Draw(image)
         shape, colour = ("disc", "square")[i % 2], COLOURS[i % len(COLOURS)]
         (pen.ellipse if i % 2 == 0 else pen.rectangle)((x, y, x + 16, y + 16), fill=colour)
-        pictures.append(picture)
+        images.append(image)
         labels.append(f"{colour} {shape}")
-    return Drawn(pictures, labels=labels)
+    return Drawn(images, labels=labels)
 
 
 def topk_sae(d_in=32, d_sae=40, k=4, hook_name=HOOK, seed=0, dead=(), **metadata):
@@ -71,8 +71,8 @@ def model(tiny_clip):
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    return draw_pictures(60)
+def images():
+    return draw_images(60)
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +81,15 @@ def sae():
 
 
 @pytest.fixture(scope="session")
-def token_latents(model, sae, pictures):
+def token_latents(model, sae, images):
     """Latents of every token by the slow road, TransformerLens's cache: [n, tokens, d_sae]."""
     with torch.no_grad():
-        _, cache = model.run_with_cache(model.preprocess(list(pictures)), names_filter=HOOK)
+        _, cache = model.run_with_cache(model.preprocess(list(images)), names_filter=HOOK)
         return sae.encode(cache[HOOK])
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory, model, sae, pictures):
+def built(tmp_path_factory, model, sae, images):
     """A report with everything in it."""
     out = tmp_path_factory.mktemp("report") / "report"
     scores = {
@@ -99,7 +99,7 @@ def built(tmp_path_factory, model, sae, pictures):
     vp.report(
         sae,
         model,
-        pictures,
+        images,
         out,
         scores=scores,
         names=[f"concept {k:02d}" for k in range(40)],
@@ -150,7 +150,7 @@ class Visit:
         self.page.on("request", lambda r: self.requests.append(r.url))
 
     def _failed(self, request):
-        if request.failure != "net::ERR_ABORTED":  # the page was left before its picture came
+        if request.failure != "net::ERR_ABORTED":  # the page was left before its image came
             self.complaints.append(f"{request.failure}: {request.url}")
 
     def open(self, name="index.html"):

@@ -26,18 +26,18 @@ def ranked(data, title, *, down=True):
     return defined + [k for k in data["ids"] if values[k] is None]
 
 
-def test_the_index_opens_sorted_by_the_first_score_with_pictures(index, built):
+def test_the_index_opens_sorted_by_the_first_score_with_images(index, built):
     data = read_data(built)
     assert index.rows() == ranked(data, "monosemanticity")
     shown = [row.locator("img").count() for row in index.page.locator("#rows tr").all()]
-    assert shown == [len(data["pictures"][latent]) for latent in index.rows()]
+    assert shown == [len(data["images"][latent]) for latent in index.rows()]
     assert max(shown) > 1
-    pictures = index.page.locator("#rows img")
-    pictures.last.scroll_into_view_if_needed()
-    assert pictures.last.evaluate("(i) => i.decode().then(() => i.naturalWidth)") > 0
+    images = index.page.locator("#rows img")
+    images.last.scroll_into_view_if_needed()
+    assert images.last.evaluate("(i) => i.decode().then(() => i.naturalWidth)") > 0
 
 
-@pytest.mark.parametrize("title", ["steerability", "Pictures", "Max"])
+@pytest.mark.parametrize("title", ["steerability", "Images", "Max"])
 def test_a_click_on_a_heading_sorts_and_another_turns_it_round(index, built, title):
     heading = index.page.get_by_role("button", name=title, exact=False).first
     heading.click()
@@ -58,7 +58,7 @@ def test_names_and_numbers_sort(index):
 
 def test_dead_and_alive_features_are_told_apart(index, built):
     data = read_data(built)
-    dead = {k for k, f in zip(data["ids"], column(data, "Pictures"), strict=True) if f == 0}
+    dead = {k for k, f in zip(data["ids"], column(data, "Images"), strict=True) if f == 0}
     assert dead >= {3, 17}
     index.page.locator("[name=state][value=dead]").check()
     assert set(index.rows()) == dead
@@ -86,7 +86,7 @@ def test_search_and_range_narrow_the_list(index, built):
 
 def test_a_view_survives_reload_and_the_way_back(index, built):
     page = index.page
-    alive = sum(frequency > 0 for frequency in column(read_data(built), "Pictures"))
+    alive = sum(frequency > 0 for frequency in column(read_data(built), "Images"))
     assert alive > 26
     page.locator("[data-sort=max]").click()
     page.locator("[name=state][value=alive]").check()
@@ -200,7 +200,7 @@ def test_a_report_works_wherever_it_is_moved(built, visit, tmp_path):
     page.wait_for_selector("html[data-ready]")
     page.locator("#rows tr:has(img) th a").first.click()
     page.wait_for_selector("h1")
-    assert page.evaluate("document.querySelector('.picture').naturalWidth") > 0
+    assert page.evaluate("document.querySelector('.image').naturalWidth") > 0
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_real_features_of_a_real_model_are_shown(shared, emoji_clip, visit, tmp_
     parquet = shared / "data" / "noto.parquet"
     if not parquet.is_file():
         pytest.skip("needs noto.parquet in the data folder, which is not there")
-    from vision_plugin.activations import open_images
+    from vision_plugin.images import open_images
 
     images = open_images(str(parquet), label_column="subgroup", n_images=256)
     model = vp.load_model(emoji_clip)
@@ -220,10 +220,10 @@ def test_real_features_of_a_real_model_are_shown(shared, emoji_clip, visit, tmp_
     page.locator("[name=state][value=alive]").check()
     page.locator("#rows th a").first.click()
     page.wait_for_selector("h1")
-    page.wait_for_function("document.querySelector('.picture').naturalWidth === 64")
+    page.wait_for_function("document.querySelector('.image').naturalWidth === 64")
     assert page.locator(".heat").first.evaluate("(e) => [e.naturalWidth, e.naturalHeight]") == [
         8,
         8,
     ]
-    assert page.get_by_text("Labels of the top pictures").is_visible()
+    assert page.get_by_text("Labels of the top images").is_visible()
     assert page.get_by_role("heading", name="Steering").is_visible()

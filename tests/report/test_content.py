@@ -15,7 +15,7 @@ from PIL import Image
 from sae_lens.saes.sae import SAEMetadata
 
 import vision_plugin as vp
-from tests.report.conftest import HOOK, Drawn, draw_pictures, standard_sae, topk_sae
+from tests.report.conftest import HOOK, Drawn, draw_images, standard_sae, topk_sae
 from vision_plugin.steering import steering_effect
 
 
@@ -42,28 +42,28 @@ def heat_maps(page):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(u))).convert("L")) for u in uris]
 
 
-def test_top_pictures_are_those_with_the_largest_latent(built, token_latents):
+def test_top_images_are_those_with_the_largest_latent(built, token_latents):
     data, per_image = read_data(built), token_latents.amax(1)
     for latent in range(40):
         fired = int((per_image[:, latent] > 0).sum())
         expected = per_image[:, latent].sort(descending=True, stable=True).indices[: min(6, fired)]
-        assert data["pictures"][latent] == expected.tolist()
+        assert data["images"][latent] == expected.tolist()
 
 
 def test_frequencies_and_maxima_are_those_of_the_latents(built, token_latents):
     data, per_image = read_data(built), token_latents.amax(1)
-    on_pictures = (per_image > 0).double().mean(0)
+    on_images = (per_image > 0).double().mean(0)
     on_tokens = (token_latents > 0).double().mean((0, 1))
     largest = per_image.amax(0)
-    assert column(data, "Pictures") == pytest.approx(on_pictures.tolist(), rel=1e-4)
+    assert column(data, "Images") == pytest.approx(on_images.tolist(), rel=1e-4)
     assert column(data, "Tokens") == pytest.approx(on_tokens.tolist(), rel=1e-4)
     assert column(data, "Max") == pytest.approx(largest.tolist(), rel=1e-4)
 
 
 def test_a_dead_feature_is_listed_and_says_so(built):
-    assert column(read_data(built), "Pictures")[3] == 0
-    assert "fires on none of the 60 pictures" in feature(built, 3)
-    assert "Top pictures</h2>" not in feature(built, 3)
+    assert column(read_data(built), "Images")[3] == 0
+    assert "fires on none of the 60 images" in feature(built, 3)
+    assert "Top images</h2>" not in feature(built, 3)
     assert "fires on none of the" not in feature(built, 4)
 
 
@@ -77,11 +77,11 @@ def test_scores_and_names_stand_in_index_and_page(built):
     assert "rank 1 of 40" in feature(built, 39)
 
 
-def test_heat_maps_are_the_patch_latents_of_the_pictures(built, token_latents):
-    latent = int(np.argmax(column(read_data(built), "Pictures")))
+def test_heat_maps_are_the_patch_latents_of_the_images(built, token_latents):
+    latent = int(np.argmax(column(read_data(built), "Images")))
     page = feature(built, latent)
     maps = heat_maps(page)
-    shown = [int(n) for n in re.findall(r'class="picture" src="\.\./pictures/(\d+)\.png', page)]
+    shown = [int(n) for n in re.findall(r'class="image" src="\.\./images/(\d+)\.png', page)]
     assert len(maps) == len(shown) == 6 + 4
     patches = token_latents[shown][:, 1:, latent].reshape(len(shown), 4, 4)
     for drawn, expected in zip(maps, patches / patches.max(), strict=True):
@@ -91,27 +91,27 @@ def test_heat_maps_are_the_patch_latents_of_the_pictures(built, token_latents):
 def test_a_value_on_the_cls_token_is_marked(built, token_latents):
     data = read_data(built)
     for latent in range(40):
-        top = data["pictures"][latent]
+        top = data["images"][latent]
         on_cls = token_latents[top][:, 0, latent] > token_latents[top][:, 1:, latent].amax(1)
         head = feature(built, latent).split("A random sample")[0]
         assert head.count(">CLS</abbr>") == int(on_cls.sum())
 
 
-def test_the_sample_is_drawn_from_pictures_on_which_it_fires(built, token_latents):
+def test_the_sample_is_drawn_from_images_on_which_it_fires(built, token_latents):
     per_image = token_latents.amax(1)
     latent = int((per_image > 0).sum(0).argmax())
     sample = feature(built, latent).split("A random sample")[1].split('class="columns"')[0]
-    numbers = [int(n) for n in re.findall(r"pictures/(\d+)\.png", sample)]
+    numbers = [int(n) for n in re.findall(r"images/(\d+)\.png", sample)]
     assert len(set(numbers)) == 4
     assert bool((per_image[numbers, latent] > 0).all())
 
 
-def test_pictures_are_what_the_model_sees(built, model, pictures):
-    number = read_data(built)["pictures"][0][0]
-    seen = np.asarray(Image.open(built / "pictures" / f"{number}.png").convert("RGB"))
-    pixels = model.preprocess(pictures[number])[0]
+def test_images_are_what_the_model_sees(built, model, images):
+    number = read_data(built)["images"][0][0]
+    seen = np.asarray(Image.open(built / "images" / f"{number}.png").convert("RGB"))
+    pixels = model.preprocess(images[number])[0]
     assert seen.shape == (32, 32, 3)
-    processor = model.images.processor
+    processor = model.image_processor.processor
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     expected = (pixels * std[:, None, None] + mean[:, None, None]) * 255
     assert np.abs(seen.transpose(2, 0, 1) - expected.numpy()).max() <= 1
@@ -128,9 +128,9 @@ def test_decoder_neighbours_are_the_largest_cosines(built, sae):
     assert shown == pytest.approx(best.values[:8].tolist(), abs=6e-4)
 
 
-def test_steering_shows_the_probabilities_of_the_steered_model(built, model, sae, pictures):
+def test_steering_shows_the_probabilities_of_the_steered_model(built, model, sae, images):
     concepts = ["a red circle", "a blue square", "a green star"]
-    spread = [pictures[i] for i in range(0, 60, 7)][:8]
+    spread = [images[i] for i in range(0, 60, 7)][:8]
     effect = steering_effect(
         model,
         sae,
@@ -148,25 +148,25 @@ def test_steering_shows_the_probabilities_of_the_steered_model(built, model, sae
         assert shown[name][1] == pytest.approx(float(effect.after[:, place].mean()), rel=6e-3)
 
 
-def test_an_effect_computed_before_is_shown_as_it_is(tmp_path, model, sae, pictures):
+def test_an_effect_computed_before_is_shown_as_it_is(tmp_path, model, sae, images):
     effect = steering_effect(
         model,
         sae,
-        model.preprocess(pictures[:2]),
+        model.preprocess(images[:2]),
         model.encode_text(["x", "y"]),
         {2: 33.0},
         concepts=["the first", "the second"],
     )
     out = tmp_path / "r"
-    vp.report(sae, model, pictures[:8], out, features=[1, 2], steering={2: effect})
+    vp.report(sae, model, images[:8], out, features=[1, 2], steering={2: effect})
     assert "the second" in feature(out, 2)
-    assert "What 2 pictures are taken for" in feature(out, 2)
+    assert "What 2 images are taken for" in feature(out, 2)
     assert "Steering</h2>" not in feature(out, 1)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr", "coo", "numpy"])
 def test_given_latents_rank_as_computed_ones(
-    tmp_path, built, model, sae, pictures, layout, token_latents
+    tmp_path, built, model, sae, images, layout, token_latents
 ):
     dense = token_latents.amax(1)
     given = {
@@ -176,48 +176,48 @@ def test_given_latents_rank_as_computed_ones(
         "numpy": dense.numpy,
     }[layout]()
     out = tmp_path / "r"
-    vp.report(sae, model, pictures, out, latents=given, n_top=6, n_sample=4)
-    assert read_data(out)["pictures"] == read_data(built)["pictures"]
+    vp.report(sae, model, images, out, latents=given, n_top=6, n_sample=4)
+    assert read_data(out)["images"] == read_data(built)["images"]
     assert heat_maps(feature(out, 1))[0].shape == (4, 4)
 
 
-def test_no_model_is_needed_where_latents_are_given(tmp_path, sae, pictures, token_latents):
+def test_no_model_is_needed_where_latents_are_given(tmp_path, sae, images, token_latents):
     out = tmp_path / "r"
-    vp.report(sae, None, pictures, out, latents=token_latents.amax(1), n_top=6)
-    number = read_data(out)["pictures"][0][0]
-    assert Image.open(out / "pictures" / f"{number}.jpg").size == (48, 48)
+    vp.report(sae, None, images, out, latents=token_latents.amax(1), n_top=6)
+    number = read_data(out)["images"][0][0]
+    assert Image.open(out / "images" / f"{number}.jpg").size == (48, 48)
     assert 'class="heat"' not in feature(out, 0)
     assert 'id="heat"' not in feature(out, 0)
 
 
-def test_the_tokens_an_sae_was_trained_on_are_those_that_count(tmp_path, model, pictures):
+def test_the_tokens_an_sae_was_trained_on_are_those_that_count(tmp_path, model, images):
     sae = topk_sae(tokens="patch")
     out = tmp_path / "r"
-    vp.report(sae, model, pictures[:20], out)
+    vp.report(sae, model, images[:20], out)
     with torch.no_grad():
-        _, cache = model.run_with_cache(model.preprocess(pictures[:20]), names_filter=HOOK)
+        _, cache = model.run_with_cache(model.preprocess(images[:20]), names_filter=HOOK)
         largest = sae.encode(cache[HOOK][:, 1:]).amax((0, 1))
     assert column(read_data(out), "Max") == pytest.approx(largest.tolist(), rel=1e-4)
     assert "patch tokens" in (out / "index.html").read_text()
 
 
-def test_an_sae_on_the_cls_token_has_no_heat_maps(tmp_path, model, pictures):
+def test_an_sae_on_the_cls_token_has_no_heat_maps(tmp_path, model, images):
     out = tmp_path / "r"
-    vp.report(topk_sae(), model, pictures[:20], out, tokens="cls")
+    vp.report(topk_sae(), model, images[:20], out, tokens="cls")
     assert 'class="heat"' not in "".join(feature(out, k) for k in range(40))
-    assert len(list((out / "pictures").iterdir())) > 0
+    assert len(list((out / "images").iterdir())) > 0
 
 
-def test_a_dense_sae_and_one_over_heads_work(tmp_path, model, pictures):
+def test_a_dense_sae_and_one_over_heads_work(tmp_path, model, images):
     for place, hook in enumerate(["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]):
         out = tmp_path / str(place)
-        vp.report(standard_sae(hook_name=hook), model, pictures[:10], out, features=[0, 5])
+        vp.report(standard_sae(hook_name=hook), model, images[:10], out, features=[0, 5])
         assert heat_maps(feature(out, 0))[0].shape == (4, 4)
 
 
-def test_only_the_features_asked_for_are_reported(tmp_path, model, sae, pictures):
+def test_only_the_features_asked_for_are_reported(tmp_path, model, sae, images):
     out = tmp_path / "r"
-    vp.report(sae, model, pictures, out, features=[30, 2, 2, 11])
+    vp.report(sae, model, images, out, features=[30, 2, 2, 11])
     assert read_data(out)["ids"] == [2, 11, 30]
     assert sorted(p.name for p in (out / "features").iterdir()) == ["11.html", "2.html", "30.html"]
     assert 'href="11.html"' in feature(out, 2)
@@ -225,34 +225,34 @@ def test_only_the_features_asked_for_are_reported(tmp_path, model, sae, pictures
     assert set(links) <= {"2", "11", "30"}
 
 
-def test_every_link_and_picture_of_every_page_is_there(built):
+def test_every_link_and_image_of_every_page_is_there(built):
     for page in [built / "index.html", *sorted((built / "features").iterdir())]:
         for target in re.findall(r'(?:src|href)="([^"#]+)"', page.read_text(encoding="utf-8")):
             if not target.startswith("data:"):
                 assert (page.parent / target).is_file(), (page.name, target)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_listed(tmp_path, model, sae):
+def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, model, sae):
     class Broken(Drawn):
         def __getitem__(self, index):
             if index in (2, 5):
                 raise ValueError("the file is <cut> off")
             return super().__getitem__(index)
 
-    source = Broken(draw_pictures(12))
+    source = Broken(draw_images(12))
     out = tmp_path / "r"
     vp.report(sae, model, source, out)
     index = (out / "index.html").read_text()
-    assert "2 of 12 pictures could not be read" in index
+    assert "2 of 12 images could not be read" in index
     assert "the file is &lt;cut&gt; off" in index
-    shown = {p for row in read_data(out)["pictures"] for p in row}
+    shown = {p for row in read_data(out)["images"] for p in row}
     assert shown.isdisjoint({2, 5})
     with pytest.raises(ValueError, match=r"cannot be read.*max_bad_images"):
         vp.report(sae, model, source, tmp_path / "s", max_bad_images=1)
     assert not (tmp_path / "s").exists()
 
 
-def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
+def test_a_stream_of_images_is_read_in_order(tmp_path, model, sae):
     class Stream(Drawn):
         sequential = True
         read: ClassVar[list[int]] = []
@@ -262,7 +262,7 @@ def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
             return super().__getitem__(index)
 
         def label(self, index):
-            assert index == self.read[-1], "the label is cheap right after its picture alone"
+            assert index == self.read[-1], "the label is cheap right after its image alone"
             return f"label {index}"
 
         @property
@@ -274,10 +274,10 @@ def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
             pass
 
     out = tmp_path / "r"
-    vp.report(sae, model, Stream(draw_pictures(20)), out)
+    vp.report(sae, model, Stream(draw_images(20)), out)
     assert Stream.read[:20] == list(range(20))
     assert Stream.read[20:] == sorted(Stream.read[20:])
-    number = read_data(out)["pictures"][0][0]
+    number = read_data(out)["images"][0][0]
     assert f"label {number}" in feature(out, 0)
 
 
@@ -291,36 +291,36 @@ def test_a_stream_of_pictures_is_read_in_order(tmp_path, model, sae):
         ({"features": []}, "features is empty"),
         ({"features": [-1]}, "latent -1"),
         ({"features": torch.tensor([1.5])}, "1.5, which is not the number"),
-        ({"latents": torch.zeros(3, 40)}, r"\(3, 40\).*60 pictures"),
+        ({"latents": torch.zeros(3, 40)}, r"\(3, 40\).*60 images"),
         ({"tokens": "register"}, "no 'register' token"),
         ({"tokens": "cats"}, "not a kind of token"),
         ({"n_top": 0}, "n_top=0"),
         ({"concepts": []}, "concepts is empty"),
-        ({"concepts": {"a": torch.zeros(5)}}, "5 dimensions.*embeds pictures in 16"),
+        ({"concepts": {"a": torch.zeros(5)}}, "5 dimensions.*embeds images in 16"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, model, sae, pictures, arguments, message):
+def test_what_does_not_fit_is_named(tmp_path, model, sae, images, arguments, message):
     with pytest.raises(ValueError, match=message):
-        vp.report(sae, model, pictures, tmp_path / "r", **arguments)
+        vp.report(sae, model, images, tmp_path / "r", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_sae_that_does_not_belong_to_the_model_is_refused(tmp_path, model, sae, pictures):
+def test_an_sae_that_does_not_belong_to_the_model_is_refused(tmp_path, model, sae, images):
     with pytest.raises(ValueError, match="64 dimensions"):
-        vp.report(topk_sae(d_in=64), model, pictures, tmp_path / "r")
+        vp.report(topk_sae(d_in=64), model, images, tmp_path / "r")
     nowhere = topk_sae()
     nowhere.cfg.metadata = SAEMetadata()
     with pytest.raises(ValueError, match="does not say where it belongs"):
-        vp.report(nowhere, model, pictures, tmp_path / "r")
+        vp.report(nowhere, model, images, tmp_path / "r")
     with pytest.raises(ValueError, match="images is empty"):
         vp.report(sae, model, [], tmp_path / "r")
     with pytest.raises(ValueError, match="without a model the latents are needed"):
-        vp.report(sae, None, pictures, tmp_path / "r")
+        vp.report(sae, None, images, tmp_path / "r")
 
 
-def test_the_package_can_be_called_once_it_is_imported(tmp_path, model, sae, pictures):
+def test_the_package_can_be_called_once_it_is_imported(tmp_path, model, sae, images):
     import vision_plugin.report as package
 
-    out = package(sae, model, pictures[:4], tmp_path / "r", features=[0])
+    out = package(sae, model, images[:4], tmp_path / "r", features=[0])
     assert out == (tmp_path / "r" / "index.html").resolve()
     assert out.is_file()

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 import vision_plugin as vp
-from tests.report.conftest import Drawn, draw_pictures
+from tests.report.conftest import Drawn, draw_images
 from tests.report.test_content import read_data
 
 HOSTILE = [
@@ -45,9 +45,9 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, model, sae):
     """A report in which every text is hostile."""
-    pictures = draw_pictures(30)
+    images = draw_images(30)
     texts = [HOSTILE[i % len(HOSTILE)] for i in range(40)]
-    source = Drawn(pictures, ids=texts[:30], labels=texts[5:35])
+    source = Drawn(images, ids=texts[:30], labels=texts[5:35])
     folder = tmp_path_factory.mktemp("hostile")
     vp.report(
         sae,
@@ -94,7 +94,7 @@ def test_files_are_named_by_numbers_alone(hostile):
     for path in hostile.rglob("*"):
         if path.is_file():
             assert path.resolve().is_relative_to(hostile.resolve())
-    assert all(p.stem.isdigit() for p in (hostile / "pictures").iterdir())
+    assert all(p.stem.isdigit() for p in (hostile / "images").iterdir())
     assert all(p.stem.isdigit() for p in (hostile / "features").iterdir())
     assert len(list(hostile.parent.iterdir())) == 1
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 import vision_plugin as vp
-from tests.report.conftest import draw_pictures, topk_sae
+from tests.report.conftest import draw_images, topk_sae
 from tests.report.test_content import read_data
 from vision_plugin.report._folder import new_folder, write_marker
 
@@ -30,12 +30,12 @@ def small_report(folder, text):
         write_marker(made, {})
 
 
-def test_two_builds_are_the_same_byte_for_byte(tmp_path, model, sae, pictures):
+def test_two_builds_are_the_same_byte_for_byte(tmp_path, model, sae, images):
     for name in "ab":
         vp.report(
             sae,
             model,
-            pictures,
+            images,
             tmp_path / name,
             scores={"s": range(40)},
             concepts=["a red circle", "a blue square"],
@@ -45,37 +45,37 @@ def test_two_builds_are_the_same_byte_for_byte(tmp_path, model, sae, pictures):
     assert first == second
 
 
-def test_batches_do_not_change_the_report(tmp_path, model, sae, pictures, monkeypatch):
-    vp.report(sae, model, pictures, tmp_path / "a")
+def test_batches_do_not_change_the_report(tmp_path, model, sae, images, monkeypatch):
+    vp.report(sae, model, images, tmp_path / "a")
     monkeypatch.setattr("vision_plugin.report._encoding.CHUNK_ELEMENTS", 1)
-    vp.report(sae, model, pictures, tmp_path / "b")
+    vp.report(sae, model, images, tmp_path / "b")
     whole, parts = read_data(tmp_path / "a"), read_data(tmp_path / "b")
-    assert whole["pictures"] == parts["pictures"]
+    assert whole["images"] == parts["images"]
     for first, second in zip(whole["values"], parts["values"], strict=True):
         assert first == pytest.approx(second, rel=1e-4)
 
 
-def test_an_earlier_report_is_replaced(tmp_path, model, sae, pictures):
+def test_an_earlier_report_is_replaced(tmp_path, model, sae, images):
     out = tmp_path / "r"
-    vp.report(sae, model, pictures, out, features=range(20))
-    vp.report(sae, model, pictures, out, features=[1])
+    vp.report(sae, model, images, out, features=range(20))
+    vp.report(sae, model, images, out, features=[1])
     assert [p.name for p in (out / "features").iterdir()] == ["1.html"]
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
     assert not (out / ".building").exists()
     assert not (out / "heat.part").exists()
 
 
-def test_an_empty_folder_and_missing_parents_will_do(tmp_path, model, sae, pictures):
+def test_an_empty_folder_and_missing_parents_will_do(tmp_path, model, sae, images):
     (tmp_path / "empty").mkdir()
-    vp.report(sae, model, pictures[:4], tmp_path / "empty", features=[1])
-    vp.report(sae, model, pictures[:4], tmp_path / "a" / "b" / "c", features=[1])
+    vp.report(sae, model, images[:4], tmp_path / "empty", features=[1])
+    vp.report(sae, model, images[:4], tmp_path / "a" / "b" / "c", features=[1])
     assert (tmp_path / "a/b/c/index.html").is_file()
     assert stat.S_IMODE((tmp_path / "a/b/c").stat().st_mode) & 0o500 == 0o500
     assert (tmp_path / "a/b/c").stat().st_mode == (tmp_path / "a/b").stat().st_mode
 
 
 @pytest.mark.parametrize("marker", [None, "{}", '{"kind": "other"}', "not json", "[" * 9000])
-def test_a_folder_that_is_no_report_is_left_alone(tmp_path, model, sae, pictures, marker):
+def test_a_folder_that_is_no_report_is_left_alone(tmp_path, model, sae, images, marker):
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter.txt").write_text("years of work")
@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_report_is_left_alone(tmp_path, model, sae, pictures
         (out / "report.json").write_text(marker)
     before = digest(out)
     with pytest.raises(FileExistsError, match="not a report of vision_plugin"):
-        vp.report(sae, model, pictures, out)
+        vp.report(sae, model, images, out)
     assert digest(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
 
@@ -151,7 +151,7 @@ KILLED = """
     import torch
     torch.set_num_threads(1)
     import vision_plugin as vp
-    from tests.report.conftest import draw_pictures, topk_sae
+    from tests.report.conftest import draw_images, topk_sae
     from vision_plugin.report import _build
 
     write = _build.write_features
@@ -163,13 +163,13 @@ KILLED = """
 
     _build.write_features = stall
     model = vp.load_model(sys.argv[1])
-    vp.report(topk_sae(dead=(3, 17)), model, draw_pictures(12), sys.argv[2])
+    vp.report(topk_sae(dead=(3, 17)), model, draw_images(12), sys.argv[2])
 """
 
 
 def test_a_killed_build_leaves_the_earlier_report(tmp_path, tiny_clip, model, sae):
     out = tmp_path / "r"
-    vp.report(sae, model, draw_pictures(12), out, features=[1, 2])
+    vp.report(sae, model, draw_images(12), out, features=[1, 2])
     before = digest(out)
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), tiny_clip, str(out)],
@@ -185,19 +185,19 @@ def test_a_killed_build_leaves_the_earlier_report(tmp_path, tiny_clip, model, sa
     assert digest(out) == before
     left = [p.name for p in tmp_path.iterdir()]
     assert len(left) == 2
-    vp.report(sae, model, draw_pictures(12), out, features=[4])
+    vp.report(sae, model, draw_images(12), out, features=[4])
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
     assert [p.name for p in (out / "features").iterdir()] == ["4.html"]
 
 
-def test_a_hundred_features_are_quick_and_small(tmp_path, model, pictures):
+def test_a_hundred_features_are_quick_and_small(tmp_path, model, images):
     start = time.perf_counter()
-    vp.report(topk_sae(d_sae=100), model, pictures, tmp_path / "r")
+    vp.report(topk_sae(d_sae=100), model, images, tmp_path / "r")
     assert time.perf_counter() - start < 20
     sizes = {
         str(p.relative_to(tmp_path / "r")): p.stat().st_size for p in (tmp_path / "r").rglob("*")
     }
-    assert len(list((tmp_path / "r/pictures").iterdir())) <= len(pictures)
+    assert len(list((tmp_path / "r/images").iterdir())) <= len(images)
     assert max(s for n, s in sizes.items() if n.startswith("features/")) < 40_000
     assert sizes["data.js"] < 20_000
     assert sizes["index.html"] < 40_000

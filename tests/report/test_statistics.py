@@ -1,4 +1,4 @@
-"""The streaming summary against sorting everything; memory that does not follow the pictures."""
+"""The streaming summary against sorting everything; memory that does not follow the images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def matrices(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(matrices())
-def test_the_top_is_that_of_sorting_all_pictures(case):
+def test_the_top_is_that_of_sorting_all_images(case):
     latents, cuts = case
     summary = summarise(latents, cuts)
     for k, values in enumerate(latents.T.tolist()):
@@ -51,7 +51,7 @@ def test_the_top_is_that_of_sorting_all_pictures(case):
             :3
         ]
         free = 3 - len(order)
-        assert summary.top.pictures[k].tolist() == order + [-1] * free
+        assert summary.top.images[k].tolist() == order + [-1] * free
         assert summary.top.values[k].tolist() == [values[i] for i in order] + [0.0] * free
         assert int(summary.n_fired[k]) == sum(v > 0 for v in values)
 
@@ -61,9 +61,9 @@ def test_the_top_is_that_of_sorting_all_pictures(case):
 def test_cuts_change_nothing(case):
     latents, cuts = case
     whole, parts = summarise(latents, []), summarise(latents, cuts)
-    assert torch.equal(whole.sample.pictures, parts.sample.pictures)
+    assert torch.equal(whole.sample.images, parts.sample.images)
     assert torch.equal(whole.histogram, parts.histogram)
-    assert torch.equal(whole.top.pictures, parts.top.pictures)
+    assert torch.equal(whole.top.images, parts.top.images)
 
 
 def test_the_histogram_counts_half_octaves():
@@ -77,14 +77,14 @@ def test_the_histogram_counts_half_octaves():
     assert histogram.tolist() == expected.tolist()
 
 
-def test_the_sample_is_even_over_the_pictures_on_which_it_fires():
+def test_the_sample_is_even_over_the_images_on_which_it_fires():
     latents = torch.zeros(4000, 1)
     latents[1000:3000] = torch.rand(2000, 1) + 0.1
     sample = summarise(latents, list(range(100, 4000, 100)), n_sample=400).sample
-    pictures = sample.pictures[0]
-    assert bool(((pictures >= 1000) & (pictures < 3000)).all())
-    assert len(pictures.unique()) == 400
-    quarters = torch.histc(pictures.float(), 4, 1000, 3000)
+    images = sample.images[0]
+    assert bool(((images >= 1000) & (images < 3000)).all())
+    assert len(images.unique()) == 400
+    quarters = torch.histc(images.float(), 4, 1000, 3000)
     assert bool(((quarters - 100).abs() < 35).all()), quarters
     assert abs(float(sample.values.mean()) - float(latents[1000:3000].mean())) < 0.06
     assert bool((sample.values[0].diff() <= 0).all())
@@ -107,7 +107,7 @@ MEMORY = """
 """
 
 
-def test_memory_does_not_grow_with_the_pictures():
+def test_memory_does_not_grow_with_the_images():
     used = {}
     for n in (320, 6400):
         done = subprocess.run(

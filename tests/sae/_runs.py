@@ -14,10 +14,15 @@ from PIL import Image
 from sae_lens import TrainingSAEConfig
 
 from tests.activations._stores import D_MODEL, RESID, make_store, tiny_model
-from vision_plugin.activations import ActivationStore, open_images
-from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
+from vision_plugin.activations import ActivationStore
+from vision_plugin.images import open_images
+from vision_plugin.sae import (
+    SkipTranscoderTrainingConfig,
+    TranscoderTrainingConfig,
+    VisionSAERunnerConfig,
+    VisionSAETrainingRunner,
+)
 from vision_plugin.sae._trainer import SteppedTrainer
-from vision_plugin.sae._transcoder import SkipTranscoderTrainingConfig, TranscoderTrainingConfig
 
 MLP_IN, MLP_OUT = "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"
 N_IMAGES, BATCH, STEPS = 12, 32, 24
@@ -55,8 +60,8 @@ SAVED_AS = {name: name for name in ARCHITECTURES} | {
 }
 
 
-def pictures(n: int = N_IMAGES, *, first: int = 0) -> list[Image.Image]:
-    """Random pictures of 32 pixels."""
+def images(n: int = N_IMAGES, *, first: int = 0) -> list[Image.Image]:
+    """Random images of 32 pixels."""
     rng = np.random.default_rng(first)
     return [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -67,7 +72,7 @@ def config(path: Path | None, architecture: str = "topk", **changes: Any) -> Vis
     settings: dict[str, Any] = {
         "sae": ARCHITECTURES[architecture](),
         "model_name": "tiny",
-        "images": "pictures",
+        "images": "images",
         "hook_name": MLP_IN if is_transcoder else RESID,
         "hook_name_out": MLP_OUT if is_transcoder else None,
         "training_tokens": STEPS * BATCH,
@@ -85,16 +90,16 @@ def config(path: Path | None, architecture: str = "topk", **changes: Any) -> Vis
 
 
 def runner(cfg: VisionSAERunnerConfig, **overrides: Any) -> VisionSAETrainingRunner:
-    """A runner over random pictures and the tiny model."""
+    """A runner over random images and the tiny model."""
     settings: dict[str, Any] = {
         "override_model": tiny_model(),
-        "override_images": open_images(pictures()),
+        "override_images": open_images(images()),
     }
     return VisionSAETrainingRunner(cfg, **{**settings, **overrides})
 
 
 def store_of(path: Path, **changes: Any) -> ActivationStore:
-    """A store of 12 pictures' activations at the hook that runs read by default."""
+    """A store of 12 images' activations at the hook that runs read by default."""
     settings = {"images_per_shard": 4, "batch_size": 4, **changes}
     return make_store(path, N_IMAGES, **settings)
 

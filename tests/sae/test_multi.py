@@ -11,7 +11,7 @@ from tests.activations._stores import MLP, RESID, tiny_model
 from tests.activations.conftest import one_thread
 from tests.sae import _runs
 from tests.sae._runs import ARCHITECTURES, Killed, config, kill, runner, stop_at, weights
-from vision_plugin.activations import open_images
+from vision_plugin.images import open_images
 from vision_plugin.sae import VisionMultiSAETrainingRunner, VisionSAERunnerConfig
 
 __all__ = ["one_thread"]
@@ -33,7 +33,7 @@ def many(**changes: object) -> dict[str, VisionSAERunnerConfig]:
 
 
 def together(cfgs: dict[str, VisionSAERunnerConfig], out: Path, **overrides: object):
-    settings = {"override_model": tiny_model(), "override_images": open_images(_runs.pictures())}
+    settings = {"override_model": tiny_model(), "override_images": open_images(_runs.images())}
     return VisionMultiSAETrainingRunner(cfgs, output_path=str(out), **{**settings, **overrides})
 
 

@@ -13,8 +13,8 @@ from sae_lens import TrainingSAE
 from tests.sae._runs import ARCHITECTURES, SHAPE
 from vision_plugin.cli import main
 from vision_plugin.cli._train import read_config
-from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
-from vision_plugin.sae._presets import OURS, backbones, presets
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, presets
+from vision_plugin.sae._presets import OURS, backbones
 from vision_plugin.sae._sparse_register import sparse_config
 
 NAMED = {

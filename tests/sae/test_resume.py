@@ -19,7 +19,7 @@ from tests.activations._stores import RESID, tiny_model
 from tests.activations.conftest import one_thread
 from tests.sae import _runs
 from tests.sae._runs import ARCHITECTURES, STEPS, Killed, config, kill, runner, stop_at, weights
-from vision_plugin.activations import open_images
+from vision_plugin.images import open_images
 from vision_plugin.sae import VisionSAERunnerConfig
 from vision_plugin.sae._checkpoint import (
     CheckpointError,
@@ -228,7 +228,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(
 
 
 def test_too_few_vectors_for_a_batch_and_none_at_all(tmp_path: Path) -> None:
-    few = open_images(_runs.pictures(1))
+    few = open_images(_runs.images(1))
     with pytest.raises(ValueError, match=r"1 images give 17 vectors.*less than one batch of 32"):
         runner(config(tmp_path / "sae"), override_images=few).run()
     store = _runs.store_of(tmp_path / "store", tokens="cls")

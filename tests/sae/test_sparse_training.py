@@ -25,8 +25,9 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
+from vision_plugin.sae import register
 from vision_plugin.sae._sparse_activations import SparseActivations
-from vision_plugin.sae._sparse_register import CLASSES, register, sparse_config
+from vision_plugin.sae._sparse_register import CLASSES, sparse_config
 
 SHARED = Path(__file__).parents[3] / "shared"
 D_IN, D_SAE, BATCH = 32, 512, 128
@@ -130,19 +131,19 @@ def test_200_steps_give_the_same_sae_with_dead_latents_revived(architecture, res
 
 @pytest.fixture(scope="module")
 def emoji_activations() -> torch.Tensor:
-    """Patch activations of a CLIP vision tower over real pictures, ``[n, 192]``, unit scale."""
-    model_folder, pictures = SHARED / "models" / "emoji-clip", SHARED / "data" / "noto.parquet"
-    if not model_folder.is_dir() or not pictures.is_file():
-        pytest.skip(f"no real activations: {model_folder} or {pictures} is missing")
+    """Patch activations of a CLIP vision tower over real images, ``[n, 192]``, unit scale."""
+    model_folder, images = SHARED / "models" / "emoji-clip", SHARED / "data" / "noto.parquet"
+    if not model_folder.is_dir() or not images.is_file():
+        pytest.skip(f"no real activations: {model_folder} or {images} is missing")
     import datasets
     from PIL import Image
     from transformers import AutoProcessor, CLIPVisionModel
 
-    rows = datasets.load_dataset("parquet", data_files=str(pictures), split="train[:160]")
+    rows = datasets.load_dataset("parquet", data_files=str(images), split="train[:160]")
     images = []
-    for picture in rows["image"]:
-        canvas = Image.new("RGBA", picture.size, "white")
-        canvas.alpha_composite(picture.convert("RGBA"))
+    for image in rows["image"]:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
         images.append(canvas.convert("RGB"))
     pixels = AutoProcessor.from_pretrained(model_folder)(images=images, return_tensors="pt")
     model = CLIPVisionModel.from_pretrained(model_folder).eval()

@@ -25,7 +25,7 @@ SMALL = {
     "matryoshka_widths": [8, 48],
     "training_tokens": 10 * 64,
 }
-"""Replaces what the tiny model and the tiny pictures cannot have."""
+"""Replaces what the tiny model and the tiny images cannot have."""
 
 PINS = ("sweeps", "numpy<2", "setuptools<81", "pyyaml")
 """What the controller needs; it imports pkg_resources, which newer setuptools have not."""
@@ -113,8 +113,8 @@ def test_what_an_agent_writes_is_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label in ("a red circle", "a blue square"):
         (root / label).mkdir()
@@ -126,16 +126,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_metric_that_is_optimised_is_in_the_offline_run(
-    path: Path, tiny_clip: str, pictures: str, tmp_path: Path, monkeypatch
+    path: Path, tiny_clip: str, images: str, tmp_path: Path, monkeypatch
 ) -> None:
-    run_as_proposed(path, None, tiny_clip, pictures, tmp_path, monkeypatch)
+    run_as_proposed(path, None, tiny_clip, images, tmp_path, monkeypatch)
 
 
 def run_as_proposed(
     path: Path,
     args: dict[str, Any] | None,
     tiny_clip: str,
-    pictures: str,
+    images: str,
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
@@ -149,8 +149,8 @@ def run_as_proposed(
         "model_name": {"value": tiny_clip},
         "hook_name": {"value": "blocks.1.hook_resid_post"},
         "tokens": {"value": "all"},
-        "images": {"value": pictures},
-        "validation_images": {"value": pictures},
+        "images": {"value": images},
+        "validation_images": {"value": images},
         "output_path": {"value": str(tmp_path / "sae")},
         "d_in": {"value": 0},
         "train_batch_size_tokens": {"value": 64},
@@ -197,7 +197,7 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
 def test_wandb_s_controller_takes_the_files_and_its_proposals_run(
     controller: list[dict[str, Any]],
     tiny_clip: str,
-    pictures: str,
+    images: str,
     tmp_path: Path,
     monkeypatch,
 ) -> None:
@@ -210,4 +210,4 @@ def test_wandb_s_controller_takes_the_files_and_its_proposals_run(
             assert set(args) == set(config["parameters"])
         read_config(flags_of(config, found["proposed"][-1]))
     last = controller[0]["proposed"][-1]
-    run_as_proposed(SWEEPS[0], last, tiny_clip, pictures, tmp_path, monkeypatch)
+    run_as_proposed(SWEEPS[0], last, tiny_clip, images, tmp_path, monkeypatch)

@@ -26,7 +26,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(24):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{i}.png")
@@ -68,7 +68,7 @@ def test_training_learns_and_saves_what_stock_saelens_loads(cfg) -> None:
     assert metadata["hook_name"] == HOOK
     assert metadata["tokens"] == "all"
     assert metadata["model_name"] == cfg.model_name
-    assert metadata["preprocessing"] == model.images.fingerprint()
+    assert metadata["preprocessing"] == model.image_processor.fingerprint()
     with model.saes([sae]):
         model(torch.randn(1, 3, 32, 32))
 
@@ -111,7 +111,7 @@ def test_wandb_offline_keeps_the_curves(cfg, tmp_path, monkeypatch) -> None:
 def test_everything_wrong_is_found_before_anything_is_written(cfg, tmp_path) -> None:
     wrong = {
         "model_name": (str(tmp_path / "nowhere"), ValueError, "could not load a model"),
-        "images": (str(tmp_path / "no-pictures"), FileNotFoundError, "no-pictures"),
+        "images": (str(tmp_path / "no-images"), FileNotFoundError, "no-images"),
         "hook_name": ("blocks.7.hook_resid_post", UnknownHookError, "no hook named"),
         "sae": (StandardTrainingSAEConfig(d_in=99, d_sae=8), ValueError, "d_in=99.*32 dimensions"),
     }

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.activations._stores import RESID, tiny_model
 from tests.activations.conftest import one_thread
-from tests.sae._runs import ARCHITECTURES, MLP_IN, MLP_OUT, SAVED_AS, config, pictures, runner
+from tests.sae._runs import ARCHITECTURES, MLP_IN, MLP_OUT, SAVED_AS, config, images, runner
 from vision_plugin.sae._saving import inference_sae
 from vision_plugin.sae._trainer import SteppedTrainer
 
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n in ARCHITECTURE
 @pytest.fixture(scope="module")
 def x() -> dict[str, torch.Tensor]:
     model = tiny_model()
-    harvested = model.harvest(model.preprocess(pictures(4, first=1)), [RESID, MLP_IN, MLP_OUT])
+    harvested = model.harvest(model.preprocess(images(4, first=1)), [RESID, MLP_IN, MLP_OUT])
     return {name: rows.flatten(0, 1) for name, rows in harvested.items()}
 
 

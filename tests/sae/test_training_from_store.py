@@ -37,7 +37,7 @@ def test_the_store_s_folder_is_enough(store: str, tmp_path: Path) -> None:
     metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert (metadata["hook_name"], metadata["tokens"]) == (RESID, "all")
     assert (metadata["model_name"], metadata["n_images"]) == ("tiny", 12)
-    assert metadata["preprocessing"] == tiny_model().images.fingerprint()
+    assert metadata["preprocessing"] == tiny_model().image_processor.fingerprint()
     with tiny_model().saes([sae]):
         tiny_model()(torch.randn(1, 3, 32, 32))
 
@@ -89,7 +89,7 @@ def test_an_unfinished_store_is_refused(store: str, tmp_path: Path) -> None:
         train(config(tmp_path / "sae", images=str(folder)))
 
 
-def test_values_that_are_not_finite_name_their_pictures(store: str, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_name_their_images(store: str, tmp_path: Path) -> None:
     run = runner(config(tmp_path / "sae", images=store), override_images=None)
     gathered = run.batches.batches.next_batch
 
@@ -99,7 +99,7 @@ def test_values_that_are_not_finite_name_their_pictures(store: str, tmp_path: Pa
         return batch
 
     run.batches.batches.next_batch = broken
-    with pytest.raises(ValueError, match=r"1 activation vectors .* not finite \(pictures "):
+    with pytest.raises(ValueError, match=r"1 activation vectors .* not finite \(images "):
         run.run()
     assert list(tmp_path.iterdir()) == []
 

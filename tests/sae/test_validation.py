@@ -1,4 +1,4 @@
-"""Held-out pictures, looked at while training."""
+"""Held-out images, looked at while training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 import vision_plugin as vp
 from tests.activations.conftest import one_thread
 from tests.sae._runs import Killed, kill, stop_at, weights
-from vision_plugin.activations import open_images
+from vision_plugin.images import open_images
 from vision_plugin.sae import Validator, VisionSAERunnerConfig, VisionSAETrainingRunner
 
 __all__ = ["one_thread"]
@@ -35,11 +35,11 @@ def model(tiny_clip: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Pictures to train on, and others to look at, by label."""
+    """Images to train on, and others to look at, by label."""
     rng = np.random.default_rng(0)
     roots = []
     for n in (6, 4):
-        root = tmp_path_factory.mktemp("pictures")
+        root = tmp_path_factory.mktemp("images")
         for label in LABELS:
             (root / label).mkdir()
             for i in range(n):
@@ -76,20 +76,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 class AsTheModelSeesThem:
-    """Pictures whose labels are the model's own guesses: ablation can only raise the loss."""
+    """Images whose labels are the model's own guesses: ablation can only raise the loss."""
 
     def __init__(self, folder: str, model: Any) -> None:
         source = open_images(folder)
-        self.pictures, self.ids = list(source), source.ids
-        images = model.encode_image(model.preprocess(self.pictures))
+        self.images, self.ids = list(source), source.ids
+        images = model.encode_image(model.preprocess(self.images))
         guesses = (images @ model.encode_text(list(LABELS)).T).argmax(1)
         self.labels = [LABELS[guess] for guess in guesses.tolist()]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.pictures[index]
+        return self.images[index]
 
 
 def test_the_last_look_is_at_the_sae_that_is_saved(folders, model, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_last_look_is_at_the_sae_that_is_saved(folders, model, tmp_path: Pat
     records = lines(tmp_path / "sae")
     assert [record["step"] for record in records] == [5, 10, 15, 20]
     last = {key.removeprefix("validation/"): value for key, value in records[-1].items()}
-    pixels = model.preprocess(source.pictures)
+    pixels = model.preprocess(source.images)
     x = model.harvest(pixels, HOOK)[HOOK]
     with torch.no_grad():
         latents = sae.encode(x)
@@ -181,7 +181,7 @@ def test_wandb_has_the_curves_and_the_top_features(
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
     assert table["columns"][:3] == ["latent", "monosemanticity", "fires on"]
-    assert table["data"][0][3] == "Image"  # the pictures themselves are in the run's artifact
+    assert table["data"][0][3] == "Image"  # the images themselves are in the run's artifact
 
 
 def test_nothing_of_wandb_is_called_where_it_is_off(
@@ -247,7 +247,7 @@ def test_other_kinds_of_token(folders, model, tmp_path: Path, tokens: str) -> No
     assert record["validation/accuracy_spliced"] is not None
 
 
-def test_several_saes_share_the_pictures(folders, model, tmp_path: Path) -> None:
+def test_several_saes_share_the_images(folders, model, tmp_path: Path) -> None:
     plain = dataclasses.replace(config(folders, tmp_path / "x"), validation_metrics=())
     cfgs = {
         "a": plain,

@@ -24,15 +24,15 @@ class Batch:
     activations: dict[str, Float[Tensor, "batch d_in"]]
     """By hook name."""
     images: Int[Tensor, "batch"]
-    """Number of the picture in the store: ``store.ids[i]``, ``store.labels[i]``."""
+    """Number of the image in the store: ``store.ids[i]``, ``store.labels[i]``."""
     rows: Int[Tensor, "batch"]
-    """Number of the row within the picture: ``store.token_rows(i)[0, row]`` is its token."""
+    """Number of the row within the image: ``store.token_rows(i)[0, row]`` is its token."""
 
 
 class ShuffledBatches:
     """An iterator over batches; made by ``ActivationStore.batches``.
 
-    The chunks of the store (a few consecutive pictures each) are put into a random order every
+    The chunks of the store (a few consecutive images each) are put into a random order every
     epoch. Half a buffer of them is read at a time, and its rows are served in a random order,
     while the other half is being read. A batch that begins in one half ends in the next.
 
@@ -83,7 +83,7 @@ class ShuffledBatches:
             raise ValueError("name at least one hook")
         rows = {name: self.store.spec(name).rows_per_image for name in self.hook_names}
         if len(set(rows.values())) != 1:
-            raise ValueError(f"these hooks differ in rows per picture: {rows}. Read them apart")
+            raise ValueError(f"these hooks differ in rows per image: {rows}. Read them apart")
         return next(iter(rows.values()))
 
     # ------------------------------------------------------------------ serving
@@ -97,7 +97,7 @@ class ShuffledBatches:
         return found if self._single is None else found[self._single]
 
     def next_batch(self) -> Batch:
-        """The next batch with its pictures and rows; there always is one.
+        """The next batch with its images and rows; there always is one.
 
         Raises:
             ShardError: a shard is missing or damaged.

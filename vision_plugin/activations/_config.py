@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """Pictures through a model, activations into a folder."""
+    """Images through a model, activations into a folder."""
 
     model_name: str
     """As for load_model: Hugging Face id or folder, ``open_clip:``, ``timm:``, or ``demo``."""
@@ -23,15 +23,15 @@ class ExtractionConfig:
     dtype: str = "float32"
     """Stored type: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
     batch_size: int = 32
-    """Pictures per forward pass."""
+    """Images per forward pass."""
     images_per_shard: int | None = None
-    """Pictures per file; by default about 128 MiB of them, and less in a small store."""
+    """Images per file; by default about 128 MiB of them, and less in a small store."""
     max_bad_images: int = 100
-    """Pictures that may be unreadable before the run stops. It can be raised to go on."""
+    """Images that may be unreadable before the run stops. It can be raised to go on."""
     seed: int = 0
     """Draws the tokens of ``random:n``."""
     image_column: str | None = None
-    """Column with the pictures, where it cannot be told; of WebDataset tars the suffix."""
+    """Column with the images, where it cannot be told; of WebDataset tars the suffix."""
     split: str | None = None
     """Split of a dataset."""
     label_column: str | None = None
@@ -41,7 +41,7 @@ class ExtractionConfig:
     streaming: bool = False
     """Read a dataset of the hub without storing it."""
     n_workers: int | None = None
-    """Processes that decode pictures, 0 for none; by default by the number of cores."""
+    """Processes that decode images, 0 for none; by default by the number of cores."""
     device: str | None = None
     """Device of the model; a GPU where there is one."""
     pretrained: str | None = None

@@ -1,4 +1,4 @@
-"""Pictures to pixels, batch by batch, in worker processes."""
+"""Images to pixels, batch by batch, in worker processes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision_plugin.activations._images import ImageSource
-from vision_plugin.activations._picture import BadImageError
 from vision_plugin.activations._plan import ShardTask
 from vision_plugin.activations._records import BadImage
+from vision_plugin.images import BadImageError, ImageSource
 
 _WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class BatchTask:
-    """The pictures of one forward pass: some of a shard's."""
+    """The images of one forward pass: some of a shard's."""
 
     shard: ShardTask
     start: int
@@ -40,7 +39,7 @@ class BatchTask:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Pixels of the pictures that could be read, and the others with the reason."""
+    """Pixels of the images that could be read, and the others with the reason."""
 
     task: BatchTask
     pixels: Float[Tensor, "good channels height width"] | None
@@ -66,18 +65,18 @@ class PixelBatches(Dataset[DecodedBatch | Exception]):
             return error
 
     def _decoded(self, task: BatchTask) -> DecodedBatch:
-        pictures, indices, bad = [], [], []
+        images, indices, bad = [], [], []
         labels: list[str] | None = None if self.source.label_column is None else []
         for index in range(task.start, task.stop):
             try:
-                pictures.append(self.source[index])
+                images.append(self.source[index])
             except BadImageError as error:
                 bad.append(BadImage(index, error.id, error.reason))
                 continue
             indices.append(index)
             if labels is not None:
                 labels.append(self.source.label(index) or "")
-        pixels = self.processor(pictures) if pictures else None
+        pixels = self.processor(images) if images else None
         return DecodedBatch(task, pixels, indices, labels, bad)
 
 
@@ -101,7 +100,7 @@ def decode(
     """Decode batches in order, ahead of their use.
 
     Args:
-        source: The pictures.
+        source: The images.
         processor: Makes pixels of them.
         tasks: Which batches.
         n_workers: Processes that decode; none is this one.
@@ -109,7 +108,7 @@ def decode(
             cores with them splits each of its operations over all cores and waits for the last one.
 
     Raises:
-        ValueError: whatever the pictures or the preprocessing raise.
+        ValueError: whatever the images or the preprocessing raise.
     """
     for batch in _batches(PixelBatches(source, processor, tasks), n_workers, yielding):
         if isinstance(batch, Exception):
@@ -171,7 +170,7 @@ def default_workers(source: ImageSource, on_gpu: bool) -> int:
 
 
 def probe_pixels(processor: Any) -> Float[Tensor, "1 channels height width"]:
-    """Pixels of an empty picture, to see their shape."""
+    """Pixels of an empty image, to see their shape."""
     from PIL import Image
 
     pixels: Tensor = processor([Image.new("RGB", (64, 64))])

@@ -32,7 +32,7 @@ class StoreLockedError(StoreError):
 
 
 class TooManyBadImagesError(ValueError):
-    """More pictures than allowed cannot be read."""
+    """More images than allowed cannot be read."""
 
 
 class StoreFullError(OSError):

@@ -26,7 +26,6 @@ from vision_plugin.activations._files import (
     to_json,
     write_content,
 )
-from vision_plugin.activations._images import ImageSource, open_images
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
 from vision_plugin.activations._progress import Progress
@@ -42,6 +41,7 @@ from vision_plugin.activations._records import (
 )
 from vision_plugin.activations._running import run_tasks
 from vision_plugin.activations._store import ActivationStore
+from vision_plugin.images import ImageSource, open_images
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 def extract(
     config: ExtractionConfig, *, model: Any = None, images: ImageSource | Any = None
 ) -> ActivationStore:
-    """Run pictures through a model and store the activations at some hook points.
+    """Run images through a model and store the activations at some hook points.
 
     Killed at any moment, the same call goes on with the shards that are missing, and the store
     ends with the same bytes as without the interruption.
@@ -66,8 +66,8 @@ def extract(
         StoreMismatchError: the folder holds another extraction.
         StoreLockedError: another extraction is writing into the folder.
         StoreFullError: the disk is full; what is finished is kept.
-        TooManyBadImagesError: more pictures than ``config.max_bad_images`` cannot be read.
-        ValueError: the model or the pictures cannot be had, or do not fit the configuration.
+        TooManyBadImagesError: more images than ``config.max_bad_images`` cannot be read.
+        ValueError: the model or the images cannot be had, or do not fit the configuration.
     """
     source = open_images(
         config.images if images is None else images,
@@ -175,7 +175,7 @@ class _Extraction:
         write_manifest(self.folder, self.plan)
         if self.bad:
             logger.warning(
-                "%d of %d pictures could not be read and are not in %s: %s",
+                "%d of %d images could not be read and are not in %s: %s",
                 *(len(self.bad), self.plan.n_images, self.folder, self._first_bad()),
             )
 
@@ -188,7 +188,7 @@ class _Extraction:
         self.bad.update({image.index: image for image in bad})
         if len(self.bad) > self.config.max_bad_images:
             raise TooManyBadImagesError(
-                f"{len(self.bad)} pictures cannot be read, more than max_bad_images="
+                f"{len(self.bad)} images cannot be read, more than max_bad_images="
                 f"{self.config.max_bad_images} allows: {self._first_bad()}. Mend or remove them, "
                 "or raise max_bad_images and run again"
             )

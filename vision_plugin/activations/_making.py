@@ -1,4 +1,4 @@
-"""From a configuration, a model and pictures to a plan."""
+"""From a configuration, a model and images to a plan."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor, nn
 
 from vision_plugin.activations._config import ExtractionConfig
 from vision_plugin.activations._decoding import probe_pixels
-from vision_plugin.activations._images import ImageSource
 from vision_plugin.activations._plan import DTYPES, HookSpec, ModelSpec, StorePlan, TokenSpec
+from vision_plugin.images import ImageSource
 from vision_plugin.models import Harvester, TokenLayout, TokenSelection
-from vision_plugin.models._fit import signature
+from vision_plugin.models.site import signature
 
 SHARD_BYTES = 128 * 1024 * 1024
 MIN_SHARD_BYTES = 8 * 1024 * 1024
 SHARDS_OF_A_SMALL_STORE = 8
 """A store below a gigabyte has about so many: one is hashed and written while the next is made."""
 CHUNK_BYTES = 256 * 1024
-"""Pictures that are read together take up about so much: enough for a disk to be quick."""
+"""Images that are read together take up about so much: enough for a disk to be quick."""
 _SAMPLE = 4096
 
 
 def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> StorePlan:
-    """Run the model once on an empty picture and lay out the store.
+    """Run the model once on an empty image and lay out the store.
 
     Raises:
         ValueError: the model has no such tokens or hooks, or no preprocessing.
     """
-    if model.images is None:
+    if model.image_processor is None:
         raise ValueError(
             f"{model.cfg.model_name} was wrapped without its preprocessing: hand it to "
             "wrap(module, processor=...)"
         )
-    pixels = probe_pixels(model.images)
+    pixels = probe_pixels(model.image_processor)
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     layout: TokenLayout = model.token_layout(size)
     selection = TokenSelection.parse(config.tokens)
@@ -54,7 +54,7 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
             signature=tuple(signature(model.native)),
             device=model.device.type,
         ),
-        preprocessing=model.images.fingerprint(),
+        preprocessing=model.image_processor.fingerprint(),
         image_size=size,
         hooks=tuple(hooks),
         tokens=TokenSpec(config.tokens, layout.n_cls, layout.n_registers, layout.grid),
@@ -107,7 +107,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def selected_rows(plan: StorePlan, layout: TokenLayout, indices: Sequence[int]) -> Tensor:
-    """Tokens of each picture, [pictures, rows]; random ones follow from the picture's number."""
+    """Tokens of each image, [images, rows]; random ones follow from the image's number."""
     selection = TokenSelection.parse(plan.tokens.selection)
     if not plan.tokens.random:
         return selection.rows(layout, len(indices))

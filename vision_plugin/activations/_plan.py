@@ -30,7 +30,7 @@ class HookSpec:
     d_in: int
     """Width of a row."""
     rows_per_image: int
-    """Rows of each picture: its selected tokens, or 1 for a pooled activation."""
+    """Rows of each image: its selected tokens, or 1 for a pooled activation."""
     per_token: bool
     """Whether the rows are tokens."""
 
@@ -66,13 +66,13 @@ class TokenSpec:
 
     @property
     def random(self) -> bool:
-        """Whether the tokens differ from picture to picture."""
+        """Whether the tokens differ from image to image."""
         return self.selection.startswith("random:")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard's share of the pictures: from ``start`` up to ``stop``."""
+    """One shard's share of the images: from ``start`` up to ``stop``."""
 
     index: int
     start: int
@@ -107,7 +107,7 @@ class StorePlan:
 
     @property
     def n_images(self) -> int:
-        """Pictures of the collection, bad ones included."""
+        """Images of the collection, bad ones included."""
         return int(self.images["n_images"])
 
     @property
@@ -181,7 +181,7 @@ class StorePlan:
         )
 
     def differences(self, other: StorePlan) -> list[str]:
-        """What differs, as ``field: mine there, other's here``; the pictures' path may."""
+        """What differs, as ``field: mine there, other's here``; the images' path may."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         names = dict.fromkeys([*mine, *theirs])
         return [

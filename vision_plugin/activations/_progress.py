@@ -22,7 +22,7 @@ LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts pictures."""
+    """Counts images."""
 
     def __init__(self, total: int, title: str) -> None:
         self._total, self._title = total, title
@@ -53,7 +53,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, n: int) -> None:
-        """Count n more pictures."""
+        """Count n more images."""
         self._done += n
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
@@ -61,6 +61,6 @@ class Progress:
         if now - self._logged >= LOG_EVERY_S:
             self._logged = now
             logger.info(
-                "%s: %d of %d pictures, %.0f a second, %.0f s left",
+                "%s: %d of %d images, %.0f a second, %.0f s left",
                 *(self._title, self._done, self._total, rate, (self._total - self._done) / rate),
             )

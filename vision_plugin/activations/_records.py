@@ -25,7 +25,7 @@ TOKEN_ROWS = "token_rows"
 
 @dataclass(frozen=True)
 class BadImage:
-    """A picture that is not in the store, and why."""
+    """An image that is not in the store, and why."""
 
     index: int
     """Its number in the collection."""
@@ -45,7 +45,7 @@ class ShardRecord:
     labels: tuple[str, ...] | None
     bad_images: tuple[BadImage, ...]
     checksums: dict[str, tuple[str, ...]]
-    """Per tensor, XXH3-64 of each chunk of pictures."""
+    """Per tensor, XXH3-64 of each chunk of images."""
 
     def to_json(self, plan: StorePlan) -> dict[str, Any]:
         """As its marker stores it."""
@@ -95,7 +95,7 @@ class ShardRecord:
         )
 
     def image_indices(self, task: ShardTask) -> list[int]:
-        """Numbers in the collection of the pictures that are in the shard, in order."""
+        """Numbers in the collection of the images that are in the shard, in order."""
         bad = {image.index for image in self.bad_images}
         return [index for index in range(task.start, task.stop) if index not in bad]
 
@@ -161,7 +161,7 @@ class Manifest:
         bad = tuple(_bad_image(entry, everything) for entry in fields.objects("bad_images"))
         expect(fields, "n_images", sum(entry.n_images for entry in shards))
         if fields.number("n_images") + len(bad) != plan.n_images:
-            raise fields.error("bad_images", "every picture that is not stored", str(len(bad)))
+            raise fields.error("bad_images", "every image that is not stored", str(len(bad)))
         return cls(plan, shards, bad)
 
 

@@ -1,4 +1,4 @@
-"""Shard tasks, run: pictures through the model, one complete shard after another."""
+"""Shard tasks, run: images through the model, one complete shard after another."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.activations._decoding import DecodedBatch, batch_tasks, decode
 from vision_plugin.activations._files import to_json, write_content
-from vision_plugin.activations._images import ImageSource
 from vision_plugin.activations._making import by_rows, selected_rows
 from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import TOKEN_ROWS, BadImage, ShardRecord, tensor_shapes
 from vision_plugin.activations._shards import write_shard
+from vision_plugin.images import ImageSource
 from vision_plugin.models import Harvester
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run_tasks(
         tasks: Which shards.
         folder: The store.
         model: The bridge that the plan was made for.
-        source: The pictures that the plan was made for.
+        source: The images that the plan was made for.
         n_workers: Processes that decode.
 
     Yields:
@@ -63,7 +63,7 @@ def run_tasks(
         ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
         freed_memory_kept() if on_cpu else nullcontext(),
     ):
-        for batch in decode(source, model.images, pending, n_workers, yielding=on_cpu):
+        for batch in decode(source, model.image_processor, pending, n_workers, yielding=on_cpu):
             shards[0].add(batch, forward(batch, source))
             yield batch
             if batch.task.last:
@@ -113,7 +113,7 @@ class _Forward:
             else "Check the model's weights and dtype"
         )
         raise ValueError(
-            f"{len(ids)} pictures ({', '.join(ids[:3])}, ...) have activations at {name} of "
+            f"{len(ids)} images ({', '.join(ids[:3])}, ...) have activations at {name} of "
             f"{self.plan.model.name} that are not finite. {advice}"
         )
 

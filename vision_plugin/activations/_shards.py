@@ -63,7 +63,7 @@ def write_shard(
         plan: The store's plan.
         task: Which shard.
         tensors: Contiguous tensors of the names and shapes that the plan gives.
-        n_images: Pictures in the shard.
+        n_images: Images in the shard.
 
     Raises:
         StoreFullError: there is no room.
@@ -130,11 +130,11 @@ class Shard:
 
     @property
     def n_chunks(self) -> int:
-        """Chunks of pictures, the last of which may be smaller."""
+        """Chunks of images, the last of which may be smaller."""
         return -(-self.n_images // self.plan.images_per_chunk)
 
     def chunk_images(self, chunk: int) -> range:
-        """The shard's pictures that a chunk holds."""
+        """The shard's images that a chunk holds."""
         size = self.plan.images_per_chunk
         return range(chunk * size, min((chunk + 1) * size, self.n_images))
 
@@ -194,7 +194,7 @@ class Shard:
         return {name: prod(shape[1:]) * size for name, (_, shape, size) in shapes.items()}
 
     def image_bytes(self, name: str) -> int:
-        """Bytes that a picture takes in a tensor."""
+        """Bytes that an image takes in a tensor."""
         return self._image_bytes[name]
 
     def read_chunk(self, descriptor: int, name: str, chunk: int, out: memoryview) -> None:
@@ -204,7 +204,7 @@ class Shard:
             descriptor: From :meth:`open`.
             name: Hook name, or ``token_rows``.
             chunk: Its number.
-            out: Takes its bytes: as many as the chunk's pictures have.
+            out: Takes its bytes: as many as the chunk's images have.
 
         Raises:
             ShardError: the bytes are not those that were written.
@@ -220,7 +220,7 @@ class Shard:
         self._check_chunk(name, chunk, out)
 
     def tensor(self, name: str, images: range) -> Tensor:
-        """Some consecutive pictures of a tensor, mapped from the file without copying.
+        """Some consecutive images of a tensor, mapped from the file without copying.
 
         Every chunk they touch is checked the first time.
 
@@ -262,7 +262,7 @@ class Shard:
             images = self.chunk_images(chunk)
             raise ShardError(
                 self.task.file,
-                f"{name}, pictures {images.start} to {images.stop - 1}: expected checksum "
+                f"{name}, images {images.start} to {images.stop - 1}: expected checksum "
                 f"{expected}, found {found}. {_REMEDY}",
             )
 

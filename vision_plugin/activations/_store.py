@@ -1,4 +1,4 @@
-"""``ActivationStore``: a store on disk as activations by hook and picture."""
+"""``ActivationStore``: a store on disk as activations by hook and image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ActivationStore:
 
     @classmethod
     def concatenate(cls, stores: Sequence[ActivationStore]) -> ActivationStore:
-        """Several stores as one, their pictures behind one another.
+        """Several stores as one, their images behind one another.
 
         Raises:
             StoreMismatchError: they differ in model, preprocessing, hooks, tokens or dtype.
@@ -94,7 +94,7 @@ class ActivationStore:
     # ------------------------------------------------------------------ what is inside
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return self._starts[-1]
 
     @property
@@ -103,7 +103,7 @@ class ActivationStore:
         return [spec.name for spec in self.plan.hooks]
 
     def spec(self, hook_name: str) -> HookSpec:
-        """Width and rows per picture of a hook.
+        """Width and rows per image of a hook.
 
         Raises:
             ValueError: it is not in the store.
@@ -120,12 +120,12 @@ class ActivationStore:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Id of each picture."""
+        """Id of each image."""
         return [id for shard in self._shards for id in shard.record.ids]
 
     @cached_property
     def labels(self) -> list[str] | None:
-        """Label of each picture, or None where the collection has none."""
+        """Label of each image, or None where the collection has none."""
         found: list[str] = []
         for shard in self._shards:
             if shard.record.labels is None and shard.n_images:
@@ -135,13 +135,13 @@ class ActivationStore:
 
     @property
     def image_indices(self) -> Int[Tensor, "n"]:
-        """Number of each picture in its collection, which bad ones leave gaps in."""
+        """Number of each image in its collection, which bad ones leave gaps in."""
         found = [i for shard in self._shards for i in shard.record.image_indices(shard.task)]
         return torch.tensor(found, dtype=torch.long)
 
     @property
     def bad_images(self) -> list[BadImage]:
-        """Pictures that are not in the store, with the reason."""
+        """Images that are not in the store, with the reason."""
         return [bad for shard in self._shards for bad in shard.record.bad_images]
 
     @property
@@ -164,17 +164,17 @@ class ActivationStore:
     def activations(
         self, hook_name: str, images: int | slice | Sequence[int] | Tensor | None = None
     ) -> Float[Tensor, "n rows d_in"]:
-        """Activations of some pictures, or of all, in the stored type.
+        """Activations of some images, or of all, in the stored type.
 
         A slice within one shard is mapped from the file and not copied.
 
         Args:
             hook_name: One of ``hook_names``.
-            images: Picture, slice, or numbers of pictures.
+            images: Image, slice, or numbers of images.
 
         Raises:
             ShardError: a shard that is needed is missing or damaged.
-            IndexError: there is no such picture.
+            IndexError: there is no such image.
         """
         self.spec(hook_name)
         return self._tensor(hook_name, images)
@@ -182,7 +182,7 @@ class ActivationStore:
     def token_rows(
         self, images: int | slice | Sequence[int] | Tensor | None = None
     ) -> Int[Tensor, "n rows"]:
-        """Which token of the model each row of a picture is."""
+        """Which token of the model each row of an image is."""
         if self.plan.tokens.random:
             return self._tensor(TOKEN_ROWS, images).long()
         from vision_plugin.models import TokenLayout
@@ -208,11 +208,11 @@ class ActivationStore:
         numbers = images.tolist() if isinstance(images, Tensor) else list(images)
         for number in numbers:
             if not -len(self) <= number < len(self):
-                raise IndexError(f"picture {number} of a store of {len(self)}")
+                raise IndexError(f"image {number} of a store of {len(self)}")
         return [number % len(self) for number in numbers]
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[tuple[Shard, range]]:
-        """Consecutive pictures of one shard, in the order of the numbers."""
+        """Consecutive images of one shard, in the order of the numbers."""
         place = 0
         while place < len(numbers):
             shard = bisect.bisect_right(self._starts, numbers[place]) - 1
@@ -296,7 +296,7 @@ class ActivationStore:
         Raises:
             StoreMismatchError: naming both sides of every difference.
         """
-        from vision_plugin.models._fit import _same_signature
+        from vision_plugin.models.site import same_signature
 
         here = self.metadata(str(expected["hook_name"]))
         wrong = [
@@ -306,7 +306,7 @@ class ActivationStore:
         ]
         trained_on = expected.get("model_signature")
         if trained_on is not None:
-            same = _same_signature(list(trained_on), here["model_signature"])
+            same = same_signature(list(trained_on), here["model_signature"])
         else:
             same = expected.get("model_name") in (None, here["model_name"])
         if not same:
@@ -320,7 +320,7 @@ class ActivationStore:
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
         return (
-            f"ActivationStore({', '.join(map(str, self.paths))}: {len(self):,} pictures at "
+            f"ActivationStore({', '.join(map(str, self.paths))}: {len(self):,} images at "
             f"{', '.join(self.hook_names)}, {self.plan.dtype}{state})"
         )
 

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vision_plugin.activations._errors import StoreMismatchError
-from vision_plugin.activations._picture import BadImageError
-from vision_plugin.activations._source import hash_ids
+from vision_plugin.images import BadImageError, hash_ids
 from vision_plugin.models import Harvester, TokenSelection
 
 logger = logging.getLogger(__name__)
@@ -22,8 +21,8 @@ PIXEL_CACHE_BYTES = 2 * 1024**3
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """A sequence of pictures with an id each."""
+class ImageCollection(Protocol):
+    """A sequence of images with an id each."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -36,16 +35,16 @@ class Pictures(Protocol):
 class ActivationStream:
     """An iterator over batches of activation vectors for SAELens's trainers.
 
-    Pictures go through the model in a new order every epoch. The vectors of their selected tokens
+    Images go through the model in a new order every epoch. The vectors of their selected tokens
     enter a buffer; batches are drawn from it at random without replacement, and it is filled up
-    again when half of it is gone, so that a batch mixes many pictures. Everything follows from
+    again when half of it is gone, so that a batch mixes many images. Everything follows from
     the seed, and the place in it can be saved with :meth:`state_dict`.
     """
 
     def __init__(
         self,
         model: Any,
-        pictures: Pictures,
+        images: ImageCollection,
         *,
         hook_names: list[str],
         tokens: str,
@@ -57,31 +56,31 @@ class ActivationStream:
         max_bad_images: int = 100,
         by_hook: bool = False,
     ) -> None:
-        """Check that the pictures and the hooks can serve.
+        """Check that the images and the hooks can serve.
 
         Args:
             model: A VisionBridge.
-            pictures: At least one picture.
+            images: At least one image.
             hook_names: One hook, or several whose activations are concatenated (a transcoder's
                 input and output).
             tokens: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
             batch_size: Vectors per batch.
-            images_per_forward: Pictures per forward pass.
+            images_per_forward: Images per forward pass.
             n_batches_in_buffer: Size of the buffer in batches, 2 or more.
-            seed: Order of the pictures, of the vectors, and the random tokens.
+            seed: Order of the images, of the vectors, and the random tokens.
             dtype: Type of the batches.
-            max_bad_images: Unreadable pictures to leave out, with a warning each, before giving up.
+            max_bad_images: Unreadable images to leave out, with a warning each, before giving up.
             by_hook: Serve dictionaries of batches by hook name instead, whose rows belong to the
                 same tokens. Each hook's batches are those of a stream of that hook alone.
 
         Raises:
-            ValueError: no pictures, or a buffer of fewer than two batches.
+            ValueError: no images, or a buffer of fewer than two batches.
         """
-        if len(pictures) == 0:
+        if len(images) == 0:
             raise ValueError("there are no images to train on")
         if n_batches_in_buffer < 2:
             raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: at least 2 are needed")
-        self.model, self.pictures = model, pictures
+        self.model, self.images = model, images
         self.harvester = Harvester(model, hook_names)
         self.selection = TokenSelection.parse(tokens)
         self.tokens, self.seed, self.by_hook = tokens, seed, by_hook
@@ -116,8 +115,8 @@ class ActivationStream:
         """Fill the buffer where it is half empty; the first call finds what is wrong with the data.
 
         Raises:
-            ValueError: too many pictures cannot be read, activations are not finite, or all
-                pictures together make less than a batch.
+            ValueError: too many images cannot be read, activations are not finite, or all
+                images together make less than a batch.
         """
         if self._n_buffered() < self.buffer_size // 2 + self.batch_size:
             self._refill()
@@ -138,7 +137,7 @@ class ActivationStream:
         """Go to a place that :meth:`state_dict` gave; the batches from there on are the same.
 
         Raises:
-            StoreMismatchError: it belongs to other pictures, hooks, tokens, seed or sizes.
+            StoreMismatchError: it belongs to other images, hooks, tokens, seed or sizes.
         """
         here = self._identity()
         wrong = [
@@ -152,13 +151,13 @@ class ActivationStream:
         self._order = state["order"].tolist()
         self._buffer = dict(state["buffer"])
         self.bad_images = {
-            int(i): BadImageError(self.pictures.ids[int(i)], reason)
+            int(i): BadImageError(self.images.ids[int(i)], reason)
             for i, reason in state["bad_images"].items()
         }
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "pictures": hash_ids(self.pictures.ids)[:16],
+            "pictures": hash_ids(self.images.ids)[:16],
             "hook_names": list(self.harvester.sources),
             "tokens": self.tokens,
             "seed": self.seed,
@@ -186,27 +185,27 @@ class ActivationStream:
         }
 
     def _next_rows(self) -> dict[str, Tensor]:
-        """Vectors of the next pictures' selected tokens, [n, d_in] by hook."""
+        """Vectors of the next images' selected tokens, [n, d_in] by hook."""
         pixels = self._next_pixels()
         harvested = self.harvester(torch.stack(list(pixels.values())))
         rows = self._selected(harvested)
         finite = torch.stack([torch.isfinite(part).all(dim=-1) for part in rows.values()]).all(0)
         if not bool(finite.all()):
-            ids = ", ".join(self.pictures.ids[i] for i in list(pixels)[:3])
+            ids = ", ".join(self.images.ids[i] for i in list(pixels)[:3])
             raise ValueError(
                 f"{int((~finite).sum())} activation vectors of {self.model.cfg.model_name} at "
-                f"{', '.join(self.harvester.sources)} are not finite (pictures {ids}, ...). "
+                f"{', '.join(self.harvester.sources)} are not finite (images {ids}, ...). "
                 "Check the model's weights and dtype."
             )
         if not self._enough:
             self._check_enough(len(finite) // len(pixels))
         return {name: part.cpu() for name, part in rows.items()}
 
-    def _check_enough(self, rows_per_picture: int) -> None:
-        readable = len(self.pictures) - len(self.bad_images)
-        if readable * rows_per_picture < self.batch_size:
+    def _check_enough(self, rows_per_image: int) -> None:
+        readable = len(self.images) - len(self.bad_images)
+        if readable * rows_per_image < self.batch_size:
             raise ValueError(
-                f"{readable} images give {readable * rows_per_picture} vectors, which is less "
+                f"{readable} images give {readable * rows_per_image} vectors, which is less "
                 f"than one batch of {self.batch_size}: add images, or make the batch smaller "
                 "(train_batch_size_tokens)"
             )
@@ -214,32 +213,30 @@ class ActivationStream:
 
     def _selected(self, harvested: dict[str, Tensor]) -> dict[str, Tensor]:
         """[n, d_in] of each hook; the tokens are drawn once for all of them."""
-        n_pictures = len(next(iter(harvested.values())))
+        n_images = len(next(iter(harvested.values())))
         layout, drawn = self.model.token_layout(), None
         rows: dict[str, Tensor] = {}
         for name, activation in harvested.items():
-            if activation.ndim == 2:  # one vector per picture: a pooled activation
+            if activation.ndim == 2:  # one vector per image: a pooled activation
                 rows[name] = activation
                 continue
             if activation.ndim == 4:  # one vector per head
                 activation = activation.flatten(-2)
             if drawn is None:
-                drawn = self.selection.rows(layout, n_pictures, self.generator)
-            batch = torch.arange(n_pictures)[:, None]
+                drawn = self.selection.rows(layout, n_images, self.generator)
+            batch = torch.arange(n_images)[:, None]
             rows[name] = activation[batch, drawn.to(activation.device)].flatten(0, 1)
         if len({len(part) for part in rows.values()}) > 1:
-            counts = {name: len(part) // n_pictures for name, part in rows.items()}
-            raise ValueError(
-                f"these hooks differ in vectors per picture: {counts}. Read them apart"
-            )
+            counts = {name: len(part) // n_images for name, part in rows.items()}
+            raise ValueError(f"these hooks differ in vectors per image: {counts}. Read them apart")
         return rows
 
     def _next_pixels(self) -> dict[int, Tensor]:
-        """Pixels of the next readable pictures, by index; at least one picture."""
+        """Pixels of the next readable images, by index; at least one image."""
         pixels: dict[int, Tensor] = {}
         while not pixels:
             if not self._order:
-                order = torch.randperm(len(self.pictures), generator=self.generator)
+                order = torch.randperm(len(self.images), generator=self.generator)
                 self._order = order.tolist()
             chosen = self._order[: self.images_per_forward]
             self._order = self._order[self.images_per_forward :]
@@ -248,29 +245,29 @@ class ActivationStream:
 
     def _pixels_of(self, indices: list[int]) -> dict[int, Tensor]:
         """Pixels of those that can be read, kept for the next epoch while they fit in memory."""
-        pictures = {i: p for i in indices if i not in self._pixels and (p := self._read(i))}
+        images = {i: p for i in indices if i not in self._pixels and (p := self._read(i))}
         fresh: dict[int, Tensor] = {}
-        if pictures:
-            pixels = self.model.preprocess(list(pictures.values()))
-            fresh = dict(zip(pictures, pixels, strict=True))
-            if pixels[0].nbytes * len(self.pictures) <= PIXEL_CACHE_BYTES:
+        if images:
+            pixels = self.model.preprocess(list(images.values()))
+            fresh = dict(zip(images, pixels, strict=True))
+            if pixels[0].nbytes * len(self.images) <= PIXEL_CACHE_BYTES:
                 self._pixels.update(fresh)
         found = {i: fresh.get(i, self._pixels.get(i)) for i in indices}
         return {i: pixels for i, pixels in found.items() if pixels is not None}
 
     def _read(self, index: int) -> Image.Image | None:
-        """One picture, or None for one that cannot be read, which is left out from then on."""
+        """One image, or None for one that cannot be read, which is left out from then on."""
         if index in self.bad_images:
             return None
         try:
-            return self.pictures[index]
+            return self.images[index]
         except BadImageError as error:
             self.bad_images[index] = error
             logger.warning("left out: %s", error)
-        allowed = min(self.max_bad_images, len(self.pictures) - 1)
+        allowed = min(self.max_bad_images, len(self.images) - 1)
         if len(self.bad_images) > allowed:
             raise ValueError(
-                f"{len(self.bad_images)} of {len(self.pictures)} images cannot be read, the last "
+                f"{len(self.bad_images)} of {len(self.images)} images cannot be read, the last "
                 f"of them: {self.bad_images[index]}. Mend or remove them."
             )
         return None

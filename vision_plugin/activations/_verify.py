@@ -49,7 +49,7 @@ class VerificationReport:
         """A line per problem, and a summary."""
         state = "complete" if self.complete else "incomplete (the same extraction goes on with it)"
         head = (
-            f"{self.path}: {state}, {self.n_shards:,} shards, {self.n_images:,} pictures, "
+            f"{self.path}: {state}, {self.n_shards:,} shards, {self.n_images:,} images, "
             f"{self.n_bytes / 1e9:.2f} GB checked"
         )
         found = [f"DAMAGED {problem.file}: {problem.message}" for problem in self.problems]
@@ -152,7 +152,7 @@ def _check_bytes(shard: Shard, expected: str | None) -> list[Problem]:
 
 
 def _damaged_chunks(shard: Shard, descriptor: int) -> str:
-    """Which pictures of which tensors are hit."""
+    """Which images of which tensors are hit."""
     found = []
     for name in shard.offsets:
         for chunk in range(shard.n_chunks):
@@ -161,7 +161,7 @@ def _damaged_chunks(shard: Shard, descriptor: int) -> str:
             try:
                 shard.read_chunk(descriptor, name, chunk, memoryview(room))
             except ShardError:
-                found.append(f"{name} of pictures {images.start} to {images.stop - 1}")
+                found.append(f"{name} of images {images.start} to {images.stop - 1}")
     if not found:
         return ""
     more = f" and {len(found) - 3} more places" if len(found) > 3 else ""

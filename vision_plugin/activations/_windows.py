@@ -31,9 +31,9 @@ class Window:
     activations: dict[str, Tensor]
     """By hook [rows, d_in], in the order in which they are served."""
     images: Tensor
-    """Numbers in the store of the window's pictures."""
+    """Numbers in the store of the window's images."""
     order: Tensor
-    """Which of the window's rows, counted picture by picture, is served at each place."""
+    """Which of the window's rows, counted image by image, is served at each place."""
     reads: list[Future[None]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class _Piece:
     shard: int
     chunk: int
     images: range
-    """Pictures of the shard."""
+    """Images of the shard."""
     row: int
     """The window's row that it begins with, before they are shuffled."""
 

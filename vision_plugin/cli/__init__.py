@@ -20,7 +20,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("run the whole job offline on drawn pictures, in minutes", "_demo"),
+    "demo": Command("run the whole job offline on drawn images, in minutes", "_demo"),
     "train": Command("train a sparse autoencoder on a vision transformer", "_train"),
     "eval": Command("score an SAE for monosemanticity and steerability", "_eval"),
     "sparsity": Command("L0 and fidelity by layer, kind of token and patch", "_sparsity"),

@@ -26,7 +26,7 @@ class ConvertConfig:
 
 def run(arguments: Sequence[str]) -> None:
     """Convert an SAE from flags."""
-    from vision_plugin.sae.foreign import convert
+    from vision_plugin.formats import convert
 
     cfg = parse(
         ConvertConfig,

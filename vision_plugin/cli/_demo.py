@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> None:
         DemoConfig,
         arguments,
         command="demo",
-        description="Draw pictures, train an SAE on the packaged CLIP, score it, steer it, and "
+        description="Draw images, train an SAE on the packaged CLIP, score it, steer it, and "
         "write a report: offline, in a minute or two.",
     )
     console = Console()
@@ -68,7 +68,7 @@ def ladder_table(result: Any) -> Table:
 def steering_table(result: Any) -> Table:
     """What steering did."""
     strength = result.evaluation.config.strength
-    table = Table(title=f"Steering: latents held at {strength:g} on eight pictures")
+    table = Table(title=f"Steering: latents held at {strength:g} on eight images")
     for heading in ("latent", "seen more", "gain", "seen less", "loss"):
         table.add_column(heading, justify="left" if "seen" in heading else "right")
     for latent, effect in result.effects.items():

@@ -14,7 +14,7 @@ from vision_plugin.cli._flags import parse
 
 def run(arguments: Sequence[str]) -> None:
     """Score an SAE from flags, print the table, and say where the results are."""
-    from vision_plugin.metrics.evaluation import EvaluationConfig, evaluate
+    from vision_plugin.evaluation import EvaluationConfig, evaluate
 
     cfg = parse(
         EvaluationConfig,

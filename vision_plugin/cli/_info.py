@@ -47,7 +47,7 @@ def installation() -> Iterator[tuple[str, Any]]:
     from importlib.metadata import version
 
     from vision_plugin import __version__, kernels, metrics
-    from vision_plugin.models._loading import adapters
+    from vision_plugin.models import adapters
 
     yield "vision_plugin", __version__
     for name in ("torch", "transformer-lens", "sae-lens", "transformers"):
@@ -72,7 +72,7 @@ def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
 
 def preset_facts() -> Iterator[tuple[str, Any]]:
     """Every backbone and architecture with what it is trained with, and the source of that."""
-    from vision_plugin.sae._presets import presets
+    from vision_plugin.sae import presets
 
     for one in presets():
         run, sae = one.run, one.sae

@@ -35,7 +35,7 @@ class ReportConfig:
     title: str | None = None
     """Heading of the pages."""
     image_column: str | None = None
-    """Column of pictures, where a data set has several."""
+    """Column of images, where a data set has several."""
     split: str | None = None
     """Split of a data set."""
     device: str = "cpu"
@@ -44,11 +44,11 @@ class ReportConfig:
 
 def run(arguments: Sequence[str]) -> None:
     """Write a report from flags and say where it is."""
-    from vision_plugin.activations import open_images
-    from vision_plugin.metrics.evaluation import model_of
+    from vision_plugin.evaluation import model_of
+    from vision_plugin.formats import load_sae
+    from vision_plugin.images import open_images
     from vision_plugin.models import load_model
     from vision_plugin.report import report
-    from vision_plugin.sae import load_sae
 
     cfg = parse(
         ReportConfig,

@@ -11,8 +11,7 @@ from vision_plugin.cli._flags import parse
 
 def run(arguments: Sequence[str]) -> None:
     """Study SAEs from flags, print the table, and say where the plot and the JSON are."""
-    from vision_plugin.metrics._sparsity_plot import table_of
-    from vision_plugin.metrics.sparsity_study import FILES, SparsityStudyConfig, sparsity_study
+    from vision_plugin.evaluation import FILES, SparsityStudyConfig, sparsity_study, table_of
 
     cfg = parse(
         SparsityStudyConfig,

@@ -15,7 +15,7 @@ from vision_plugin.cli._flags import parse
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
-    """What to steer, on which pictures, and which concepts to look for."""
+    """What to steer, on which images, and which concepts to look for."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
@@ -31,7 +31,7 @@ class SteerConfig:
     concept_template: str = "{}"
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8
-    """Pictures, evenly spread over the images."""
+    """Images, evenly spread over the images."""
     model_name: str | None = None
     """The model; by default the one the SAE's metadata names."""
     tokens: str = "all"
@@ -39,7 +39,7 @@ class SteerConfig:
     output_path: str | None = None
     """JSON file for the probabilities, if wanted."""
     image_column: str | None = None
-    """Column of pictures, where a data set has several."""
+    """Column of images, where a data set has several."""
     split: str | None = None
     """Split of a data set."""
     device: str = "cpu"
@@ -49,19 +49,19 @@ class SteerConfig:
         if not self.latents:
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
-            raise ValueError(f"n_images={self.n_images}: at least one picture is needed")
+            raise ValueError(f"n_images={self.n_images}: at least one image is needed")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Steer from flags and print what the pictures were and are taken for."""
-    from vision_plugin.metrics.evaluation import write_json
+    """Steer from flags and print what the images were and are taken for."""
+    from vision_plugin.evaluation import write_json
 
     cfg = parse(
         SteerConfig,
         arguments,
         command="steer",
         description="Hold latents of an SAE at a value and compare what the model sees in "
-        "pictures before and while it is steered.",
+        "images before and while it is steered.",
     )
     ids, effect = compute(cfg)
     console = Console()
@@ -81,36 +81,36 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
-    """Ids of the pictures, and the effect on them."""
-    from vision_plugin.activations import open_images
-    from vision_plugin.metrics.evaluation import model_of, read_concepts
+    """Ids of the images, and the effect on them."""
+    from vision_plugin.evaluation import model_of, read_concepts
+    from vision_plugin.formats import load_sae
+    from vision_plugin.images import open_images
     from vision_plugin.models import load_model
-    from vision_plugin.sae import load_sae
     from vision_plugin.steering import steering_effect
 
     sae = load_sae(cfg.sae, device=cfg.device)
     model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
-    pictures = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
-    concepts = read_concepts(cfg.concepts, pictures)
-    step = max(1, len(pictures) // cfg.n_images)
-    chosen = list(range(0, len(pictures), step))[: cfg.n_images]
+    images = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
+    concepts = read_concepts(cfg.concepts, images)
+    step = max(1, len(images) // cfg.n_images)
+    chosen = list(range(0, len(images), step))[: cfg.n_images]
     effect = steering_effect(
         model,
         sae,
-        model.preprocess([pictures[i] for i in chosen]),
+        model.preprocess([images[i] for i in chosen]),
         model.encode_text([cfg.concept_template.format(concept) for concept in concepts]),
         dict.fromkeys(cfg.latents, cfg.strength),
         concepts=concepts,
         tokens=cfg.tokens,
     )
-    return [pictures.ids[i] for i in chosen], effect
+    return [images.ids[i] for i in chosen], effect
 
 
 def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:
-    """One row per picture."""
+    """One row per image."""
     latents = ", ".join(map(str, cfg.latents))
     table = Table(title=f"latent {latents} held at {cfg.strength:g}")
-    for heading in ("picture", "seen before", "", "seen while steered", ""):
+    for heading in ("image", "seen before", "", "seen while steered", ""):
         table.add_column(heading, justify="left" if heading else "right")
     rows = zip(ids, effect.top(effect.before), effect.top(effect.after), strict=True)
     for id, (was, p_was), (now, p_now) in rows:

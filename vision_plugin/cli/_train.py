@@ -36,8 +36,7 @@ def read_config(arguments: Sequence[str]) -> Any:
     """The training configuration that a command line stands for."""
     from sae_lens import LoggingConfig
 
-    from vision_plugin.sae import VisionSAERunnerConfig
-    from vision_plugin.sae._architectures import architectures, training_config_class
+    from vision_plugin.sae import VisionSAERunnerConfig, architectures, training_config_class
 
     architecture, rest = take_flag(arguments, "--architecture", DEFAULT_ARCHITECTURE)
     preset, rest = take_flag(rest, "--preset", "")
@@ -72,8 +71,7 @@ def read_config(arguments: Sequence[str]) -> Any:
 
 def _defaults(preset: str, architecture: str) -> dict[str, Any]:
     """Values of the flags that are not given; a preset's, where one is named."""
-    from vision_plugin.sae import VisionSAERunnerConfig
-    from vision_plugin.sae._config import D_IN_OF_MODEL
+    from vision_plugin.sae import D_IN_OF_MODEL, VisionSAERunnerConfig
 
     values: dict[str, Any] = {"d_in": D_IN_OF_MODEL, "log_to_wandb": False}
     if not preset:

@@ -1,4 +1,4 @@
-"""The demo world: drawn pictures whose every factor is known, and a small CLIP trained on them.
+"""The demo world: drawn images whose every factor is known, and a small CLIP trained on them.
 
 ```python
 from vision_plugin.demo import checkpoint_path, draw, factor_codes
@@ -76,6 +76,6 @@ def checkpoint_path() -> Path:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"{folder} holds no model.safetensors. Install vision_plugin from its wheel, or train "
-            f"the checkpoint: python -m vision_plugin.demo.train_clip --out {folder}"
+            f"the checkpoint: python -m benchmarks.demo_checkpoint.train_clip --out {folder}"
         )
     return folder

@@ -25,21 +25,21 @@ def backdrop(scene: Scene, image_size: int) -> Float32[np.ndarray, "size size 3"
 
     Args:
         scene: the scene.
-        image_size: the side of the picture in pixels.
+        image_size: the side of the image in pixels.
     """
     random = np.random.default_rng([scene.variation, 1])
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     return _BACKDROPS[scene.background](random, axis[None, :], axis[:, None])
 
 
-def hang_label(picture: Image.Image, scene: Scene) -> None:
+def hang_label(image: Image.Image, scene: Scene) -> None:
     """Print the scene's word on a white label, above or below the object and never over it.
 
     The letters are Pillow's own built-in font.
     """
     if scene.word is None:
         return
-    size = picture.width
+    size = image.width
     font = _font(round(LETTER_SIZE * size))
     ascent, descent = font.getmetrics()
     pad = round(0.03 * size)
@@ -51,7 +51,7 @@ def hang_label(picture: Image.Image, scene: Scene) -> None:
     columns = range(margin, size - margin - width + 1, step)
     left = int(columns[random.integers(len(columns))])
     top = _free_row(scene, size, height, margin, random)
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     draw.rounded_rectangle(
         (left, top, left + width - 1, top + height - 1),
         radius=0.03 * size,
@@ -88,7 +88,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError(
             "Pillow was built without FreeType, so its built-in letters have one size only and no "
-            "word can be printed. Install a Pillow wheel from the package index, or draw pictures "
+            "word can be printed. Install a Pillow wheel from the package index, or draw images "
             "without words (words=0)."
         )
     return font

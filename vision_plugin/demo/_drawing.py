@@ -43,7 +43,7 @@ PALETTE = MappingProxyType(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an object stands, in shares of the picture's side, and how it is turned (radians)."""
+    """Where an object stands, in shares of the image's side, and how it is turned (radians)."""
 
     x: float
     y: float
@@ -54,7 +54,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of each pixel an object covers, inside a crop of the picture.
+    """How much of each pixel an object covers, inside a crop of the image.
 
     `inside` is the whole object; `second` and `outline` are the parts of it that are drawn in the
     texture's second tone and in the outline's tone. Each is a share from 0 to 1.
@@ -84,7 +84,7 @@ def place(scene: Scene) -> Placement:
 
 
 def contours(shape: str, placement: Placement) -> list[Contour]:
-    """The outlines of a placed shape, in shares of the picture's side; a second one is a hole."""
+    """The outlines of a placed shape, in shares of the image's side; a second one is a hole."""
     cos, sin = math.cos(placement.angle), math.sin(placement.angle)
     turn = np.array([[cos, sin], [-sin, cos]])
     centre = np.array([placement.x, placement.y])
@@ -92,11 +92,11 @@ def contours(shape: str, placement: Placement) -> list[Contour]:
 
 
 def cover(scene: Scene, image_size: int) -> Coverage:
-    """How much of each pixel of a square picture the scene's object covers.
+    """How much of each pixel of a square image the scene's object covers.
 
     Args:
         scene: the scene.
-        image_size: the side of the picture in pixels.
+        image_size: the side of the image in pixels.
     """
     placement = place(scene)
     outlines = contours(scene.shape, placement)

@@ -1,4 +1,4 @@
-"""The factors of the demo world: what can vary in a picture, and how its values are drawn."""
+"""The factors of the demo world: what can vary in an image, and how its values are drawn."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Combinations: TypeAlias = Literal["all", "training", "held out"]
 trained on, or those that it never saw."""
 
 TRAINING_SEED = 0
-"""The seed of the pictures that the packaged checkpoint was trained on."""
+"""The seed of the images that the packaged checkpoint was trained on."""
 
 NO_WORD = "no word"
-"""The value of the factor `word` of a picture without a printed word, in `factor_codes`."""
+"""The value of the factor `word` of an image without a printed word, in `factor_codes`."""
 
 SHAPE_GROUPS = MappingProxyType(
     {
@@ -65,7 +65,7 @@ _PAIRS_OF = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The factors of one picture. The same scene is always the same picture.
+    """The factors of one image. The same scene is always the same image.
 
     Raises:
         ValueError: if a value is not one of its factor's values in `FACTORS`.
@@ -78,7 +78,7 @@ class Scene:
     position: str = "centre"
     size: str = "large"
     word: str | None = None
-    """The word printed on a label in the picture, one of `WORDS`, or None."""
+    """The word printed on a label in the image, one of `WORDS`, or None."""
     variation: int = 0
     """Seeds what the factors leave open: exact place and angle, grain, where the label hangs. Two
     scenes that differ in one factor and share the variation differ in nothing else."""
@@ -117,7 +117,7 @@ class SceneRule:
     """What `draw` may draw."""
 
     words: float = 0.0
-    """The share of pictures with a printed word, from 0 to 1."""
+    """The share of images with a printed word, from 0 to 1."""
     naming: Literal["shape", "colour", "either"] = "either"
     """What the printed words name."""
     conflicting: bool = False
@@ -128,7 +128,7 @@ class SceneRule:
     def __post_init__(self) -> None:
         if not 0 <= self.words <= 1:
             raise ValueError(
-                f"words={self.words!r}: the share of pictures with a printed word runs from 0 to 1."
+                f"words={self.words!r}: the share of images with a printed word runs from 0 to 1."
             )
         if self.naming not in ("shape", "colour", "either"):
             raise ValueError(f"naming={self.naming!r}: use 'shape', 'colour' or 'either'.")
@@ -139,11 +139,11 @@ class SceneRule:
 
 
 def sample_scene(seed: int, index: int, rule: SceneRule) -> Scene:
-    """The scene of picture `index` of the sequence that `seed` names.
+    """The scene of image `index` of the sequence that `seed` names.
 
-    Every index has its own random generator, so a picture does not depend on how many are drawn,
+    Every index has its own random generator, so an image does not depend on how many are drawn,
     and each decision is drawn whether it is used or not, so two rules that differ in `words` alone
-    give the same pictures with and without their labels.
+    give the same images with and without their labels.
     """
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
     pairs = _PAIRS_OF[rule.combinations]
@@ -197,7 +197,7 @@ def factor_codes(
 
 
 def taxonomy(scenes: Iterable[Scene]) -> list[tuple[str, str, str, str]]:
-    """The place of each picture in a tree four levels deep, from the root down.
+    """The place of each image in a tree four levels deep, from the root down.
 
     Returns:
         One path per scene: (group of shapes, shape, colour, texture), such as

@@ -1,4 +1,4 @@
-"""Drawing many pictures at once, on every core, as arrays. Its worker processes need no torch."""
+"""Drawing many images at once, on every core, as arrays. Its worker processes need no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw_pixels(
 
     Args:
         scenes: n scenes.
-        image_size: the side of the shrunken pictures in pixels.
+        image_size: the side of the shrunken images in pixels.
         workers: processes; as many as there are cores if None.
     """
     pieces = [scenes[start : start + PIECE] for start in range(0, len(scenes), PIECE)]

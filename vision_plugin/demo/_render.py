@@ -1,4 +1,4 @@
-"""From a scene to its picture, and to the exact mask of its object."""
+"""From a scene to its image, and to the exact mask of its object."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def render(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
 
     Args:
         scene: what to draw.
-        image_size: the side of the square picture in pixels, at least 32.
+        image_size: the side of the square image in pixels, at least 32.
 
     Returns:
-        An RGB picture; the same scene and size give the same pixels.
+        An RGB image; the same scene and size give the same pixels.
 
     Raises:
-        ValueError: if the picture is to be smaller than 32 pixels.
+        ValueError: if the image is to be smaller than 32 pixels.
     """
     _check_size(image_size)
     pixels = paint(backdrop(scene, image_size), cover(scene, image_size), scene.colour)
-    picture = Image.fromarray(pixels)
-    hang_label(picture, scene)
-    return picture
+    image = Image.fromarray(pixels)
+    hang_label(image, scene)
+    return image
 
 
 def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarray, "size size"]:
@@ -42,10 +42,10 @@ def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarra
 
     Args:
         scene: the scene.
-        image_size: the side of the square picture in pixels, at least 32.
+        image_size: the side of the square image in pixels, at least 32.
 
     Raises:
-        ValueError: if the picture is to be smaller than 32 pixels.
+        ValueError: if the image is to be smaller than 32 pixels.
     """
     _check_size(image_size)
     coverage = cover(scene, image_size)
@@ -60,6 +60,6 @@ def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarra
 def _check_size(image_size: int) -> None:
     if image_size < SMALLEST_SIZE:
         raise ValueError(
-            f"image_size={image_size}: the demo world's pictures need at least {SMALLEST_SIZE} "
+            f"image_size={image_size}: the demo world's images need at least {SMALLEST_SIZE} "
             "pixels a side for their textures and words."
         )

@@ -1,4 +1,4 @@
-"""Sequences of drawn pictures with everything that is known about them."""
+"""Sequences of drawn images with everything that is known about them."""
 
 from __future__ import annotations
 
@@ -45,42 +45,42 @@ class Drawn(Sequence[T], Generic[T]):
 
 @dataclass(frozen=True)
 class DemoWorld:
-    """Pictures of known scenes. See `draw`."""
+    """Images of known scenes. See `draw`."""
 
     scenes: tuple[Scene, ...]
-    """What each picture shows."""
+    """What each image shows."""
     image_size: int = IMAGE_SIZE
-    """The side of the square pictures in pixels."""
+    """The side of the square images in pixels."""
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     @property
     def images(self) -> Drawn[Image.Image]:
-        """The pictures (RGB), each drawn when it is asked for."""
+        """The images (RGB), each drawn when it is asked for."""
         return Drawn(self.scenes, lambda scene: render(scene, image_size=self.image_size))
 
     @property
     def masks(self) -> Drawn[Bool[np.ndarray, "size size"]]:
-        """Which pixels belong to the object, one boolean array per picture."""
+        """Which pixels belong to the object, one boolean array per image."""
         return Drawn(self.scenes, lambda scene: object_mask(scene, image_size=self.image_size))
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """A full and true caption of each picture."""
+        """A full and true caption of each image."""
         return tuple(caption(scene) for scene in self.scenes)
 
     @cached_property
     def taxonomy_paths(self) -> list[tuple[str, str, str, str]]:
-        """Each picture's place in the tree of shapes; see `taxonomy`."""
+        """Each image's place in the tree of shapes; see `taxonomy`."""
         return taxonomy(self.scenes)
 
     def write(self, folder: str | Path) -> Path:
-        """Write the pictures as an image folder that Hugging Face datasets can read too.
+        """Write the images as an image folder that Hugging Face datasets can read too.
 
         Args:
             folder: made if missing. It gets `000000.png`, ..., and `metadata.jsonl` with one line
-                per picture: file_name, caption and every factor.
+                per image: file_name, caption and every factor.
 
         Returns:
             The folder.
@@ -92,7 +92,7 @@ class DemoWorld:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise FileExistsError(
-                f"{folder} is not empty. Name a new folder, so that no other picture is mixed in."
+                f"{folder} is not empty. Name a new folder, so that no other image is mixed in."
             )
         lines = []
         for index, (scene, image) in enumerate(zip(self.scenes, self.images, strict=True)):
@@ -114,21 +114,21 @@ def draw(
     combinations: Combinations = "all",
     image_size: int = IMAGE_SIZE,
 ) -> DemoWorld:
-    """Draw pictures with known factors.
+    """Draw images with known factors.
 
-    Picture `i` of a seed is the same however many are drawn, and the same but for its label if only
+    Image `i` of a seed is the same however many are drawn, and the same but for its label if only
     `words` differs.
 
     Args:
         n: how many.
         seed: names the sequence. The packaged checkpoint was trained on `TRAINING_SEED` alone, so
-            any other seed gives pictures that it never saw.
-        words: the share of pictures with a printed word, from 0 to 1 (False and True will do).
+            any other seed gives images that it never saw.
+        words: the share of images with a printed word, from 0 to 1 (False and True will do).
         naming: whether printed words name shapes, colours, or either.
         conflicting: whether a printed word must differ from the object's own shape and colour.
         combinations: which pairs of shape and colour may appear: "all", "training", or "held out"
-            (the pairs in `HELD_OUT`, of which the packaged checkpoint never saw a picture).
-        image_size: the side of the square pictures in pixels, at least 32.
+            (the pairs in `HELD_OUT`, of which the packaged checkpoint never saw an image).
+        image_size: the side of the square images in pixels, at least 32.
 
     Raises:
         ValueError: if an argument is out of its range.

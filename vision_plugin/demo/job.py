@@ -1,6 +1,6 @@
-"""The whole job on drawn pictures: model, activations, SAE, metrics, steering, report.
+"""The whole job on drawn images: model, activations, SAE, metrics, steering, report.
 
-Everything runs through the code that serves real checkpoints and real pictures. Since the world's
+Everything runs through the code that serves real checkpoints and real images. Since the world's
 factors are known, it also shows where the metrics stand between truth and noise.
 """
 
@@ -18,25 +18,21 @@ import torch
 from sae_lens import BatchTopKTrainingSAEConfig
 from torch import Tensor
 
-from vision_plugin.activations import ExtractionConfig, extract, open_images
+from vision_plugin.activations import ExtractionConfig, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
+from vision_plugin.evaluation import EvaluationConfig, evaluate_with, write_json
+from vision_plugin.images import open_images
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
-from vision_plugin.metrics.evaluation import (
-    EvaluationConfig,
-    evaluate_with,
-    write_json,
-)
 from vision_plugin.models import load_model
-from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
-from vision_plugin.sae._sources import is_store
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, is_store
 from vision_plugin.steering import SteeringEffect, steering_effect
 
 SCHEMA = "vision_plugin.demo/1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
-LEAST_PICTURES = 20
-"""Pictures a latent fires on, at least, to be steered."""
+LEAST_IMAGES = 20
+"""Images a latent fires on, at least, to be steered."""
 Announce = Callable[[str], None]
 
 
@@ -51,7 +47,7 @@ class DemoConfig:
     tokens: str = "cls"
     """Which tokens it reads: the one that becomes the image embedding."""
     training_images: int = 4000
-    """Pictures to train on."""
+    """Images to train on."""
     training_tokens: int = 150_000
     """Vectors to train on, with repetition."""
     d_sae: int = 256
@@ -59,7 +55,7 @@ class DemoConfig:
     k: int = 8
     """Latents active per token, on average."""
     images: int = 2000
-    """Other pictures, to score it on."""
+    """Other images, to score it on."""
     steered_latents: int = 5
     """Latents to steer and show."""
     seed: int = 0
@@ -103,18 +99,18 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     out = Path(cfg.output_path)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
-    with _stage(f"Extracting activations of {cfg.training_images} pictures", seconds, announce):
+    with _stage(f"Extracting activations of {cfg.training_images} images", seconds, announce):
         if is_store(out / "activations"):
             shutil.rmtree(out / "activations")  # of an earlier run, perhaps with other settings
         extract(_extraction(cfg, out), model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
         sae = VisionSAETrainingRunner(_training(cfg, out), override_model=model).run()
-    with _stage(f"Scoring it on {cfg.images} new pictures, neurons beside it", seconds, announce):
+    with _stage(f"Scoring it on {cfg.images} new images, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
-        pictures = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
+        images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
         concepts = [concept.text for concept in concept_vocabulary()]
         evaluation = evaluate_with(
-            _evaluation(cfg, out), model=model, sae=sae, pictures=pictures, concepts=concepts
+            _evaluation(cfg, out), model=model, sae=sae, images=images, concepts=concepts
         )
         embeddings = evaluation.encoded.first_embeddings
         own_code = {
@@ -122,11 +118,11 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
         }
         ladder = score_ladder(world.scenes, embeddings, evaluation.monosemanticity, cfg.seed)
     with _stage("Steering a few features", seconds, announce):
-        effects = _steer(cfg, model, sae, evaluation, pictures, concepts)
+        effects = _steer(cfg, model, sae, evaluation, images, concepts)
     with _stage("Writing the HTML report", seconds, announce):
         names = name_latents(evaluation.encoded.latents, embeddings, model.encode_text(concepts))
         report = _report(
-            model, sae, pictures, evaluation, [concepts[name] for name in names], out / "report"
+            model, sae, images, evaluation, [concepts[name] for name in names], out / "report"
         )
     result = DemoResult(own_code, ladder, evaluation, effects, report, seconds)
     write_json(to_dict(cfg, result), out / "results.json")
@@ -136,9 +132,9 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
 def own_code_test(scenes: tuple[Scene, ...], factor: str, seed: int) -> TruthTest:
     """Score a factor's one-hot code with itself as the embedding, then randomly rotated.
 
-    One latent per value of one factor scores 1: the pictures it fires on are all alike in that
+    One latent per value of one factor scores 1: the images it fires on are all alike in that
     factor. Rotated with the codes of every other factor, a latent fires on all values alike and
-    tends to the mean similarity of the pictures.
+    tends to the mean similarity of the images.
     """
     codes, _ = one_hot(scenes, factor)
     everything = torch.cat([one_hot(scenes, name)[0] for name in FACTORS_OF_TRUTH], dim=1)
@@ -173,7 +169,7 @@ def score_ladder(
 
 
 def true_latents(scenes: tuple[Scene, ...]) -> Tensor:
-    """One latent for each shape, colour and texture together, 1 on the pictures that show it."""
+    """One latent for each shape, colour and texture together, 1 on the images that show it."""
     shapes, colours, textures = (one_hot(scenes, name)[0] for name in OBJECT)
     return torch.einsum("ns,nc,nt->nsct", shapes, colours, textures).flatten(1)
 
@@ -234,19 +230,19 @@ def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
 
 
 def _steer(
-    cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, pictures: Any, concepts: list[str]
+    cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, images: Any, concepts: list[str]
 ) -> dict[int, SteeringEffect]:
-    """Steer the most monosemantic latents, one per top concept, on eight pictures."""
+    """Steer the most monosemantic latents, one per top concept, on eight images."""
     scores = evaluation.monosemanticity["sae"]
     steerability = evaluation.steerability["sae"]
-    common = scores.n_active >= LEAST_PICTURES
+    common = scores.n_active >= LEAST_IMAGES
     ranked = scores.score.where(common.to(scores.score.device), -1).nan_to_num(-1)
     chosen: dict[int, int] = {}
     for latent in ranked.argsort(descending=True).tolist():
         chosen.setdefault(int(steerability.top_concept[latent]), latent)
         if len(chosen) == cfg.steered_latents:
             break
-    pixels = model.preprocess([pictures[i] for i in range(8)])
+    pixels = model.preprocess([images[i] for i in range(8)])
     texts = model.encode_text(concepts)
     return {
         latent: steering_effect(
@@ -257,15 +253,15 @@ def _steer(
 
 
 def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int]:
-    """The concept that describes best what sets apart the pictures a latent fires on.
+    """The concept that describes best what sets apart the images a latent fires on.
 
     Args:
         latents: Image-level latents, sparse [n, d_sae].
-        embeddings: Of the pictures, [n, d].
+        embeddings: Of the images, [n, d].
         texts: Of the concepts, [concepts, d].
 
     Returns:
-        For each latent the concept most similar to the weighted mean of its pictures' embeddings
+        For each latent the concept most similar to the weighted mean of its images' embeddings
         less the mean of all.
     """
     weights = latents.to_dense().double()
@@ -276,7 +272,7 @@ def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int
 
 
 def _report(
-    model: Any, sae: Any, pictures: Any, evaluation: Any, names: list[str], out: Path
+    model: Any, sae: Any, images: Any, evaluation: Any, names: list[str], out: Path
 ) -> Path:
     from vision_plugin.report import report
 
@@ -284,7 +280,7 @@ def _report(
     return report(
         sae,
         model,
-        pictures,
+        images,
         out,
         scores={
             "monosemanticity": evaluation.monosemanticity["sae"].score.tolist(),

@@ -22,6 +22,8 @@ from vision_plugin.metrics._imagecodes import (
 from vision_plugin.metrics._probing import fit_quietly, require_sklearn
 from vision_plugin.metrics._result import MetricResult
 
+__all__ = ["Absorption", "AbsorptionPair", "AbsorptionResult", "sibling_groups"]
+
 FEWEST_GROUP_IMAGES = 10
 FEWEST_OF_EACH_SIDE = 3
 LARGE_OVERLAP = 0.5

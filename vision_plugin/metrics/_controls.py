@@ -21,6 +21,14 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.metrics._latents import check_finite
 
+__all__ = [
+    "ControlDictionary",
+    "neuron_dictionary",
+    "pca_dictionary",
+    "random_dictionary",
+    "with_controls",
+]
+
 
 @dataclass
 class DictionaryConfig:

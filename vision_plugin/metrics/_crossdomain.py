@@ -1,4 +1,4 @@
-"""Cross-domain generalisation: does an SAE still work on pictures unlike its training set?"""
+"""Cross-domain generalisation: does an SAE still work on images unlike its training set?"""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from vision_plugin.metrics._imagecodes import Array, ImageCodes, class_f_scores,
 from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._probing import check_classes, probe_accuracy, require_sklearn, split
 from vision_plugin.metrics._result import MetricResult
+
+__all__ = ["CrossDomain", "CrossDomainResult", "DomainScores"]
 
 HOME = "home"
 """Name of the domain that the SAE was trained on."""

@@ -24,6 +24,8 @@ from vision_plugin.metrics._latents import (
 from vision_plugin.metrics._result import MetricResult, mean_of_defined
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["Dissection", "DissectionResult", "dissection", "quantile_thresholds"]
+
 Upsample = Literal["nearest", "bilinear"]
 
 

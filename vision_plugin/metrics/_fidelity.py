@@ -14,6 +14,8 @@ from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._result import MetricResult
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["FVU", "FVUResult"]
+
 Definition = Literal["visaebench", "per_dimension"]
 
 

@@ -16,6 +16,8 @@ from vision_plugin.metrics._result import MetricResult, mean_of_defined
 from vision_plugin.metrics._taxonomy import TaxonomyPaths, prefix_numbers
 from vision_plugin.metrics._topimages import TopImages
 
+__all__ = ["Hierarchy", "HierarchyResult", "frequency_groups", "hierarchy", "matryoshka_groups"]
+
 LATENTS_AT_ONCE = 2**14
 
 

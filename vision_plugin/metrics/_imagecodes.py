@@ -18,6 +18,8 @@ from torch import Tensor
 from vision_plugin.metrics._latents import LatentColumns, read_latents
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["pool_latents"]
+
 Array = npt.NDArray[Any]
 Pooling = Literal["cls", "max", "mean"]
 

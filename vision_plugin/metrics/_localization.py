@@ -20,6 +20,8 @@ from vision_plugin.metrics._latents import LatentColumns, read_latents
 from vision_plugin.metrics._result import MetricResult, mean_of_defined, median_of_defined
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["Localization", "LocalizationResult", "morans_i"]
+
 NON_LOCALIZED_BELOW = 0.1
 SMALLEST_VARIATION = 1e-10
 """Sum of squared deviations at or below which a map counts as flat (VISAEBench's bound)."""

@@ -15,6 +15,8 @@ from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._result import MetricResult
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["LossRecovered", "LossRecoveredResult"]
+
 
 @dataclass(frozen=True)
 class LossRecoveredResult(MetricResult):

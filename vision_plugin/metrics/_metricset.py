@@ -10,6 +10,8 @@ from torchmetrics import Metric
 from vision_plugin.metrics._registry import build, feed, get, needs, takes
 from vision_plugin.metrics._result import summary_of
 
+__all__ = ["MetricSet"]
+
 
 class MetricSet:
     """Metrics by name: each takes from a batch what its ``update`` names.

@@ -31,6 +31,8 @@ from vision_plugin.metrics._result import (
 from vision_plugin.metrics._streaming import State, StreamingMetric
 from vision_plugin.metrics._top import N_TOP, VOID, TopRange, merge_top, top_values, top_weight_sums
 
+__all__ = ["Monosemanticity", "MonosemanticityResult", "monosemanticity"]
+
 logger = logging.getLogger(__name__)
 
 Images = Literal["all", "top16"]

@@ -22,6 +22,13 @@ from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._result import MetricResult
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = [
+    "DownstreamPreservation",
+    "DownstreamPreservationResult",
+    "SparseProbing",
+    "SparseProbingResult",
+]
+
 RankOn = Literal["all", "train"]
 K_VALUES = (1, 5, 10, 20, 50, 100)
 

@@ -52,6 +52,8 @@ from typing import Any
 
 from torchmetrics import Metric
 
+__all__ = ["MetricInfo", "available", "build", "feed", "get", "needs", "takes"]
+
 logger = logging.getLogger(__name__)
 
 GROUP = "vision_plugin.metrics"

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+__all__ = ["MetricResult", "headline_of", "summary_of", "to_json"]
+
 RARE_BELOW = 10
 """A feature that fires, but on fewer images (or tokens) than this, is counted as rare."""
 

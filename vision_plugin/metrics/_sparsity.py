@@ -16,6 +16,8 @@ from vision_plugin.metrics._latents import LatentColumns, read_latents
 from vision_plugin.metrics._result import RARE_BELOW, MetricResult
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["Sparsity", "SparsityResult", "l0_map"]
+
 HISTOGRAM_EDGES = tuple(-6 + half / 2 for half in range(13))
 """Bin edges of log10 firing frequency: -6, -5.5, ..., 0."""
 

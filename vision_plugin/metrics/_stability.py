@@ -15,6 +15,8 @@ from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._result import MetricResult, mean_of_defined
 from vision_plugin.metrics._streaming import StreamingMetric
 
+__all__ = ["Stability", "StabilityResult", "stability"]
+
 ROWS_AT_ONCE = 2**12
 LARGEST_ASSIGNMENT = 2**13
 """Above this many directions the assignment takes minutes: it is cubic."""

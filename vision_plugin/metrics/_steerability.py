@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,21 +11,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from vision_plugin.metrics._steerability_engine import Steering
-from vision_plugin.metrics._steerability_options import Options
+from vision_plugin.metrics._steerability_options import (
+    Scoring,
+    SteerabilityOptions,
+    takes_options,
+)
 from vision_plugin.metrics._steerability_result import (
-    THRESHOLD,
-    Definition,
     SteerabilityCurve,
     SteerabilityResult,
     join,
 )
 from vision_plugin.metrics._steerability_screening import Screening, screen
-from vision_plugin.metrics._steerability_site import Prepared
 from vision_plugin.metrics._streaming import StreamingMetric
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.steering import Prepared, Steering
 
-STRENGTH = 150.0
-"""What latents are set to for scoring (arXiv 2504.08729)."""
+__all__ = ["Steerability", "SteerabilityOptions", "steerability", "steerability_curve"]
 
 STRENGTHS = (-20.0, -5.0, 0.0, 5.0, 10.0, 20.0, 50.0, 150.0)
 """Strengths of the curves (arXiv 2504.08729)."""
@@ -45,23 +46,16 @@ class Steerability(StreamingMetric):
 
     The model below the hook runs once per image, the rest once per latent and image in batches.
     After the last block of a tower that looks at its class token only, nothing is run: the answer
-    has a closed form (``_steerability_head.py``). The change of each concept's probability is
-    summed per latent, so states merge by addition; they take ``4 * latents * concepts`` bytes.
+    has a closed form. The change of each concept's probability is summed per latent, so states
+    merge by addition; they take ``4 * latents * concepts`` bytes.
 
     Args:
-        model: a VisionBridge with a text space.
-        sae: a ``sae_lens.SAE``, a transcoder, or a dictionary such as
+        model: A VisionBridge with a text space.
+        sae: An SAE of SAELens, a transcoder, or a dictionary such as
             ``neuron_dictionary(768).at(hook_name)``, whose metadata names a hook of the model.
-        text_embeddings: one embedding per concept, ``[c, d_embed]``, of any norm but 0.
-        strength: what a latent is set to, in units of the SAE's latents.
-        latents: which latents; all of them by default.
-        tokens: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``.
-        concepts: names of the concepts.
-        definition: ``"sum"`` over concepts, as in the authors' code, or ``"mean"``.
-        threshold: sum of squares above which a latent is steerable, under either definition.
-        scale: what cosine similarities are multiplied by; None for the model's own.
-        batch_size: sequences per forward pass.
-        closed_form: set to False to run the head of the model instead of the closed form.
+        text_embeddings: One embedding per concept, ``[c, d_embed]``, of any norm but 0.
+        **options: The fields of :class:`SteerabilityOptions`, and arguments of
+            ``torchmetrics.Metric``.
 
     Raises:
         ValueError: the SAE does not fit the model, a latent is out of range or given twice, text
@@ -72,44 +66,19 @@ class Steerability(StreamingMetric):
     total: Tensor
     n_images: Tensor
 
+    @takes_options
     def __init__(
         self,
         model: Any,
-        sae: Any,
+        sae: Dictionary,
         text_embeddings: Float[Tensor, "c d_embed"],
-        *,
-        strength: float = STRENGTH,
-        latents: Iterable[int] | Tensor | None = None,
-        tokens: str = "all",
-        concepts: Sequence[str] | None = None,
-        definition: Definition = "sum",
-        threshold: float = THRESHOLD,
-        scale: float | None = None,
-        batch_size: int = 64,
-        closed_form: bool = True,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.options = Options.read(
-            sae,
-            text_embeddings,
-            strength=strength,
-            latents=latents,
-            tokens=tokens,
-            concepts=concepts,
-            definition=definition,
-            threshold=threshold,
-        )
-        self.steering = Steering(
-            model,
-            sae,
-            text_embeddings,
-            tokens=tokens,
-            scale=scale,
-            batch_size=batch_size,
-            closed_form=closed_form,
-        )
-        shape = (len(self.options.latents), len(text_embeddings))
+        own = {field.name for field in fields(SteerabilityOptions)}
+        super().__init__(**{name: value for name, value in options.items() if name not in own})
+        chosen = SteerabilityOptions(**{n: value for n, value in options.items() if n in own})
+        self.steering, self.scoring = chosen.open(model, sae, text_embeddings)
+        shape = (len(self.scoring.latents), len(text_embeddings))
         self.add_state("total", torch.zeros(shape), dist_reduce_fx="sum")
         self.add_state("n_images", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -124,7 +93,7 @@ class Steerability(StreamingMetric):
         """
         total = torch.zeros_like(self.total)
         for prepared in self.steering.prepare(pixels):
-            shift = self.steering.shift(prepared, self.options.latents, self.options.strength)
+            shift = self.steering.shift(prepared, self.scoring.latents, self.scoring.strength)
             total += shift.total.to(total)
         self.total += total
         self.n_images += len(pixels)
@@ -136,7 +105,7 @@ class Steerability(StreamingMetric):
             ValueError: the other metric steers other latents, or to another strength.
         """
         if isinstance(incoming_state, Steerability):
-            mine, theirs = self.options, incoming_state.options
+            mine, theirs = self.scoring, incoming_state.scoring
             for name in ("strength", "tokens", "definition", "threshold"):
                 if getattr(mine, name) != getattr(theirs, name):
                     raise ValueError(
@@ -156,82 +125,48 @@ class Steerability(StreamingMetric):
         n_images = int(self.n_images)
         if n_images == 0:
             raise ValueError("no images were seen: update with pixels before compute")
-        return self.options.result(self.total / n_images, self.steering.texts, n_images)
+        return self.scoring.result(self.total / n_images, self.steering.texts, n_images)
 
 
+@takes_options
 def steerability(
     model: Any,
-    sae: Any,
+    sae: Dictionary,
     pixels: Float[Tensor, "n channels height width"],
     text_embeddings: Float[Tensor, "c d_embed"],
     *,
-    strength: float = STRENGTH,
-    latents: Iterable[int] | Tensor | None = None,
-    tokens: str = "all",
-    concepts: Sequence[str] | None = None,
-    definition: Definition = "sum",
-    threshold: float = THRESHOLD,
-    scale: float | None = None,
-    batch_size: int = 64,
-    closed_form: bool = True,
     keep_delta: bool = True,
     adaptive: bool | Screening = False,
+    **options: Any,
 ) -> SteerabilityResult:
-    """Score every latent for steerability in one call; see :class:`Steerability`.
+    """Score latents for steerability in one call; see :class:`Steerability`.
 
     Args:
-        model: a VisionBridge with a text space.
-        sae: a ``sae_lens.SAE``, a transcoder or a dictionary at one of the model's hooks.
+        model: A VisionBridge with a text space.
+        sae: An SAE, a transcoder or a dictionary at one of the model's hooks.
         pixels: ``[n, channels, height, width]``, see ``model.preprocess``.
         text_embeddings: ``[c, d_embed]``.
-        strength: what a latent is set to.
-        latents: which latents; all of them by default.
-        tokens: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``.
-        concepts: names of the concepts.
-        definition: ``"sum"`` or ``"mean"`` over concepts.
-        threshold: sum of squares above which a latent is steerable.
-        scale: what cosine similarities are multiplied by; None for the model's own.
-        batch_size: sequences per forward pass.
-        closed_form: set to False to run the head of the model instead of the closed form.
-        keep_delta: keep the changes ``[k, c]``; without them memory stays bounded.
-        adaptive: steer every latent on a few images first and go on only with those that could
-            still pass the threshold. The others keep the estimate they were given up on; the
+        keep_delta: Keep the changes ``[k, c]``; without them memory stays bounded.
+        adaptive: Steer every latent on a few images first and go on only with those that could
+            still pass the threshold. The others keep the estimate at which they were given up; the
             result's ``n_seen`` tells which. A :class:`Screening` sets how it is done.
+        **options: The fields of :class:`SteerabilityOptions`.
 
     Raises:
-        ValueError: as in :class:`Steerability`.
+        ValueError: as :class:`Steerability` raises it.
     """
-    options = Options.read(
-        sae,
-        text_embeddings,
-        strength=strength,
-        latents=latents,
-        tokens=tokens,
-        concepts=concepts,
-        definition=definition,
-        threshold=threshold,
-    )
-    steering = Steering(
-        model,
-        sae,
-        text_embeddings,
-        tokens=tokens,
-        scale=scale,
-        batch_size=batch_size,
-        closed_form=closed_form,
-    )
+    steering, scoring = SteerabilityOptions(**options).open(model, sae, text_embeddings)
     if adaptive is False:
-        return _score(steering, list(steering.prepare(pixels)), options, keep_delta)
-    screening = Screening() if adaptive is True else adaptive
+        return _score(steering, list(steering.prepare(pixels)), scoring, keep_delta)
     screened = screen(
         steering,
         pixels,
-        options.latents,
-        options.strength,
-        threshold=options.threshold,
-        screening=screening,
+        scoring.latents,
+        scoring.strength,
+        threshold=scoring.threshold,
+        screening=Screening() if adaptive is True else adaptive,
     )
-    result = options.result(
+    result = scoring.result(
         screened.delta,
         steering.texts,
         len(pixels),
@@ -241,87 +176,56 @@ def steerability(
     return result if keep_delta else replace(result, delta=None)
 
 
+@takes_options
 def steerability_curve(
     model: Any,
-    sae: Any,
+    sae: Dictionary,
     pixels: Float[Tensor, "n channels height width"],
     text_embeddings: Float[Tensor, "c d_embed"],
     *,
     strengths: Sequence[float] = STRENGTHS,
-    latents: Iterable[int] | Tensor | None = None,
-    tokens: str = "all",
-    concepts: Sequence[str] | None = None,
-    definition: Definition = "sum",
-    threshold: float = THRESHOLD,
-    scale: float | None = None,
-    batch_size: int = 64,
-    closed_form: bool = True,
     keep_delta: bool = False,
+    **options: Any,
 ) -> SteerabilityCurve:
-    """Steerability at several strengths; the model below the hook still runs once per image.
+    """Score steerability at several strengths; the model below the hook runs once per image.
 
     Args:
-        model: as in :func:`steerability`, like every argument but the next.
-        sae: as there.
-        pixels: as there.
-        text_embeddings: as there.
-        strengths: what latents are set to, one after the other.
-        latents: as there.
-        tokens: as there.
-        concepts: as there.
-        definition: as there.
-        threshold: as there.
-        scale: as there.
-        batch_size: as there.
-        closed_form: as there.
-        keep_delta: as there; at many strengths the changes take much memory.
+        model: A VisionBridge with a text space.
+        sae: An SAE, a transcoder or a dictionary at one of the model's hooks.
+        pixels: ``[n, channels, height, width]``, see ``model.preprocess``.
+        text_embeddings: ``[c, d_embed]``.
+        strengths: What latents are set to, one value after the other, in place of ``strength``.
+        keep_delta: Keep the changes; at many strengths they take much memory.
+        **options: The fields of :class:`SteerabilityOptions`.
 
     Raises:
-        ValueError: no strengths, or as in :func:`steerability`.
+        ValueError: there are no strengths, or as :class:`Steerability` raises it.
     """
     if not strengths:
         raise ValueError("strengths is empty: name at least one")
-    steering = Steering(
-        model,
-        sae,
-        text_embeddings,
-        tokens=tokens,
-        scale=scale,
-        batch_size=batch_size,
-        closed_form=closed_form,
-    )
-    chosen = list(latents) if latents is not None else None
-    every = [
-        Options.read(
-            sae,
-            text_embeddings,
-            strength=strength,
-            latents=chosen,
-            tokens=tokens,
-            concepts=concepts,
-            definition=definition,
-            threshold=threshold,
-        )
-        for strength in strengths
-    ]
+    every = [SteerabilityOptions(**{**options, "strength": strength}) for strength in strengths]
+    steering, scoring = every[0].open(model, sae, text_embeddings)
     batches = list(steering.prepare(pixels))
-    results = tuple(_score(steering, batches, options, keep_delta) for options in every)
-    return SteerabilityCurve(tuple(options.strength for options in every), results)
+    results = tuple(
+        _score(steering, batches, replace(scoring, strength=float(strength)), keep_delta)
+        for strength in strengths
+    )
+    return SteerabilityCurve(tuple(float(strength) for strength in strengths), results)
 
 
 def _score(
-    steering: Steering, batches: list[Prepared], options: Options, keep_delta: bool
+    steering: Steering, batches: list[Prepared], scoring: Scoring, keep_delta: bool
 ) -> SteerabilityResult:
     """Steer on prepared images, in groups of latents whose changes are dropped if not kept."""
     n_images = sum(len(prepared) for prepared in batches)
     n_concepts = len(steering.texts)
-    size = len(options.latents) if keep_delta else max(1, _GROUP_ELEMENTS // n_concepts)
+    size = len(scoring.latents) if keep_delta else max(1, _GROUP_ELEMENTS // n_concepts)
     results = []
-    for latents in torch.split(options.latents, size):
+    for latents in torch.split(scoring.latents, size):
         total = steering.texts.new_zeros(len(latents), n_concepts)
         for prepared in batches:
-            total += steering.shift(prepared, latents, options.strength).total
-        group = replace(options, latents=latents)
+            total += steering.shift(prepared, latents, scoring.strength).total
+        group = replace(scoring, latents=latents)
         result = group.result(total.div_(n_images), steering.texts, n_images)
         results.append(result if keep_delta else replace(result, delta=None))
     return join(results)

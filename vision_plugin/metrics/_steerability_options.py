@@ -1,26 +1,123 @@
-"""What a steerability run was asked for, checked once, and the result made from it."""
+"""The options of steerability, written once: checked here, and made into results."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from vision_plugin.metrics._steerability_result import (
+    THRESHOLD,
     Definition,
     SteerabilityResult,
     assemble,
     score_changes,
 )
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.steering import Steering
+
+STRENGTH = 150.0
+"""What latents are set to for scoring (arXiv 2504.08729)."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerabilityOptions:
+    """What to steer, and how the outcome is judged.
+
+    Raises:
+        ValueError: a number is not finite, or the definition is unknown.
+    """
+
+    strength: float = STRENGTH
+    """What each latent is set to, in units of the dictionary's latents."""
+    latents: Iterable[int] | Tensor | None = None
+    """Which latents to steer; None steers all of them."""
+    tokens: str = "all"
+    """Which tokens to steer: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``."""
+    concepts: Sequence[str] | None = None
+    """Names of the concepts, one per text embedding."""
+    definition: Definition = "sum"
+    """``"sum"`` over concepts, as in the authors' code, or ``"mean"``."""
+    threshold: float = THRESHOLD
+    """Sum of squared changes above which a latent is steerable, under either definition."""
+    scale: float | None = None
+    """What cosine similarities are multiplied by; None takes the model's own scale."""
+    batch_size: int = 64
+    """Sequences per forward pass."""
+    closed_form: bool = True
+    """Use the closed form behind the last block where it applies; False runs the model's head."""
+
+    def __post_init__(self) -> None:
+        if self.definition not in get_args(Definition):
+            raise ValueError(
+                f"definition={self.definition!r} is not one of {list(get_args(Definition))}"
+            )
+        for name in ("strength", "threshold"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
+
+    def open(
+        self, model: Any, sae: Dictionary, text_embeddings: Tensor
+    ) -> tuple[Steering, Scoring]:
+        """Return what steers, and what scores the outcome.
+
+        Raises:
+            ValueError: a latent is out of range or given twice, there are no latents, there is not
+                one name per concept, or the dictionary does not fit the model.
+        """
+        if self.concepts is not None and len(self.concepts) != len(text_embeddings):
+            raise ValueError(
+                f"there are {len(self.concepts)} concept names and {len(text_embeddings)} text "
+                "embeddings; row i of text_embeddings must be the embedding of concepts[i]"
+            )
+        scoring = Scoring(
+            latents=_read_latents(self.latents, int(sae.cfg.d_sae)),
+            strength=float(self.strength),
+            tokens=self.tokens,
+            concepts=None if self.concepts is None else tuple(self.concepts),
+            definition=self.definition,
+            threshold=float(self.threshold),
+        )
+        steering = Steering(
+            model,
+            sae,
+            text_embeddings,
+            tokens=self.tokens,
+            scale=self.scale,
+            batch_size=self.batch_size,
+            closed_form=self.closed_form,
+        )
+        return steering, scoring
+
+
+def takes_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Show the fields of :class:`SteerabilityOptions` in a signature that ends in ``**options``.
+
+    Editors, ``help`` and the registry of metrics then see the options by their names.
+    """
+    signature = inspect.signature(function)
+    own = list(signature.parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    fields = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(SteerabilityOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own[:-1], *fields])  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
-class Options:
-    """Which latents are set to what, and how the outcome is judged; see ``Steerability``."""
+class Scoring:
+    """Which latents were set to what, and how the outcome is judged."""
 
     latents: Tensor
     strength: float
@@ -28,46 +125,6 @@ class Options:
     concepts: tuple[str, ...] | None
     definition: Definition
     threshold: float
-
-    @classmethod
-    def read(
-        cls,
-        sae: Any,
-        texts: Tensor,
-        *,
-        strength: float,
-        latents: Iterable[int] | Tensor | None,
-        tokens: str,
-        concepts: Sequence[str] | None,
-        definition: str,
-        threshold: float,
-    ) -> Options:
-        """Check the arguments of a user.
-
-        Raises:
-            ValueError: a latent out of range or given twice, no latents, a number that is not
-                finite, an unknown definition, or not one name per concept.
-        """
-        if definition not in get_args(Definition):
-            raise ValueError(
-                f"definition={definition!r} is not one of {list(get_args(Definition))}"
-            )
-        for name, value in (("strength", strength), ("threshold", threshold)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be a finite number")
-        if concepts is not None and len(concepts) != len(texts):
-            raise ValueError(
-                f"there are {len(concepts)} concept names and {len(texts)} text embeddings; row i "
-                "of text_embeddings must be the embedding of concepts[i]"
-            )
-        return cls(
-            latents=_read_latents(latents, int(sae.cfg.d_sae)),
-            strength=float(strength),
-            tokens=tokens,
-            concepts=None if concepts is None else tuple(concepts),
-            definition="sum" if definition == "sum" else "mean",
-            threshold=float(threshold),
-        )
 
     def result(
         self,

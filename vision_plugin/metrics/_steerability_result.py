@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vision_plugin.metrics._result import MetricResult, mean_of_defined
 
+__all__ = ["SteerabilityCurve", "SteerabilityResult"]
+
 Definition = Literal["sum", "mean"]
 
 THRESHOLD = 0.10

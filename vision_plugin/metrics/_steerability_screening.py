@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vision_plugin.metrics._steerability_engine import Shift, Steering
+from vision_plugin.steering import Shift, Steering
+
+__all__ = ["Screening"]
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+__all__ = ["StreamingMetric"]
+
 State = dict[str, Tensor]
 
 

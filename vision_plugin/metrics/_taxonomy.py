@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["TaxonomyPaths", "read_taxonomy", "taxonomy_from_columns"]
+
 T = TypeVar("T")
 TaxonomyPaths = Sequence[Sequence[str]]
 

@@ -14,6 +14,8 @@ from vision_plugin.metrics._result import MetricResult
 from vision_plugin.metrics._streaming import State, StreamingMetric
 from vision_plugin.metrics._top import VOID, merge_top, top_values
 
+__all__ = ["TopImages", "TopImagesResult", "top_images"]
+
 
 @dataclass(frozen=True)
 class TopImagesResult(MetricResult):

@@ -16,6 +16,8 @@ from torch import Tensor
 from vision_plugin.metrics._result import MetricResult
 from vision_plugin.metrics._topimages import TopImages
 
+__all__ = ["Uniqueness", "UniquenessResult", "uniqueness"]
+
 THRESHOLDS = tuple(tenths / 10 for tenths in range(10))
 PRODUCTS_AT_ONCE = 2**24
 """Upper bound on the multiply-adds of one block of the incidence product."""

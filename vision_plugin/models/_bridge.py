@@ -38,21 +38,21 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         adapter: Any,
         *,
         native: nn.Module,
-        images: ImageProcessor | None = None,
-        texts: TextProcessor | None = None,
+        image_processor: ImageProcessor | None = None,
+        tokenizer: TextProcessor | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__(module, adapter, None)
         self.__dict__["native"] = native
-        self.images = images
-        self.texts = texts
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
         self.revision = revision
         self._pending_stop: int | None = None
         self._hook_dict: dict[str, HookPoint] | None = None
         self._setup_splicing()
 
     adapter: Any
-    _picture_size: tuple[int, int] | None = None
+    _image_size: tuple[int, int] | None = None
 
     native: nn.Module
     """The module that was loaded or handed in; no bridge component is in it."""
@@ -80,7 +80,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
             stop_at_layer: Block to stop before, with the residual stream that would enter it as
                 result; the number of blocks stops after the last. Negative counts from the end.
             pixel_values: Another name for ``input``.
-            image_size: Height and width of the picture behind a residual stream, where it is not
+            image_size: Height and width of the image behind a residual stream, where it is not
                 the checkpoint's own.
             **kwargs: Handed to the native forward.
 
@@ -94,13 +94,13 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         """
         if return_type not in ("logits", None):
             raise ValueError(
-                f"return_type={return_type!r} does not apply to pictures: use 'logits' or None"
+                f"return_type={return_type!r} does not apply to images: use 'logits' or None"
             )
         data = input if pixel_values is None else pixel_values
         if not isinstance(data, Tensor):
             raise ValueError(
                 f"the model takes a tensor of pixels, not {type(data).__name__}: "
-                "model.preprocess(pictures) makes one"
+                "model.preprocess(images) makes one"
             )
         stop = stop_at_layer if stop_at_layer is not None else self._pending_stop
         try:
@@ -126,12 +126,12 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         if "pos_embed" in self._modules:
             self.pos_embed._current_batch_size = data.shape[0]
         height, width = pixels.shape[-2:]
-        self._picture_size = (height, width) if pixels.ndim == 4 else None
+        self._image_size = (height, width) if pixels.ndim == 4 else None
         try:
             with self._stretch(data, start, stop):
                 return self.original_model(pixel_values=pixels, **kwargs)
         finally:
-            self._picture_size = None
+            self._image_size = None
 
     def _layer(self, layer: int, argument: str) -> int:
         n_layers = int(self.cfg.n_layers)
@@ -280,11 +280,11 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         return Harvester(self, names)(pixels)
 
     def token_layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
-        """Kinds and order of the tokens for pictures of a height and width in pixels.
+        """Kinds and order of the tokens for images of a height and width in pixels.
 
         Without a size: for those of the pass in progress, or else of the checkpoint's own size.
         """
-        size = image_size or self._picture_size
+        size = image_size or self._image_size
         layout: TokenLayout = self.adapter.tower_dimensions.layout(size)
         return layout
 

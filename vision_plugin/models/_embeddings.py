@@ -1,4 +1,4 @@
-"""Embeddings of pictures and texts, as a bridge gives them, and how the model scores them."""
+"""Embeddings of images and texts, as a bridge gives them, and how the model scores them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vision_plugin.models._processing import ImageProcessor, TextProcessor
 
 
 class Embeddings:
-    """The part of a bridge that takes pictures and texts; mixed into VisionBridge."""
+    """The part of a bridge that takes images and texts; mixed into VisionBridge."""
 
     adapter: Any
     cfg: Any
-    images: ImageProcessor | None
+    image_processor: ImageProcessor | None
     native: nn.Module
-    texts: TextProcessor | None
+    tokenizer: TextProcessor | None
     __call__: Callable[..., Any]
     _run: Callable[..., Any]
 
@@ -32,20 +32,20 @@ class Embeddings:
         def dtype(self) -> torch.dtype: ...
 
     def preprocess(
-        self, pictures: Image | Sequence[Image]
+        self, images: Image | Sequence[Image]
     ) -> Float[Tensor, "n channels height width"]:
-        """Pictures as the checkpoint wants them: its own size, crop and normalisation.
+        """Images as the checkpoint wants them: its own size, crop and normalisation.
 
         Raises:
             ValueError: the model was wrapped without its preprocessing.
         """
-        if self.images is None:
+        if self.image_processor is None:
             raise ValueError(
                 f"{self.cfg.model_name} was wrapped without its preprocessing: hand it to "
                 "wrap(module, processor=...), or pass pixels that you prepared yourself"
             )
-        pictures = [pictures] if isinstance(pictures, Image) else pictures
-        return self.images(pictures).to(device=self.device, dtype=self.dtype)
+        images = [images] if isinstance(images, Image) else images
+        return self.image_processor(images).to(device=self.device, dtype=self.dtype)
 
     def encode_image(
         self, input: Tensor, *, normalize: bool = True, **kwargs: Any
@@ -71,7 +71,7 @@ class Embeddings:
     def image_features(
         self, input: Tensor, *, normalize: bool = True, **kwargs: Any
     ) -> Float[Tensor, "batch d_pooled"]:
-        """One vector per picture for any model: the joint embedding, or else the pooled output."""
+        """One vector per image for any model: the joint embedding, or else the pooled output."""
         if self.adapter.has_joint_space:
             return self.encode_image(input, normalize=normalize, **kwargs)
         start, size = kwargs.pop("start_at_layer", None), kwargs.pop("image_size", None)
@@ -88,18 +88,35 @@ class Embeddings:
             ValueError: the model has no text tower, or was wrapped without its tokenizer.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if self.texts is None:
+        if self.tokenizer is None:
             raise ValueError(
                 f"{self.cfg.model_name} has no tokenizer: load it from a checkpoint that has one, "
                 "or hand it to wrap(module, tokenizer=...)"
             )
         parts = []
         for start in range(0, len(texts), batch_size):
-            tokens = self.texts(texts[start : start + batch_size])
+            tokens = self.tokenizer(texts[start : start + batch_size])
             on_device = {name: value.to(self.device) for name, value in tokens.items()}
             parts.append(self.adapter.encode_text(self.native, **on_device))
         embedding = torch.cat(parts)
         return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+    def zero_shot_logits(
+        self,
+        embedding: Float[Tensor, "n d_embed"],
+        text_embeddings: Float[Tensor, "c d_embed"],
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "n c"]:
+        """Return ``scale * similarity + bias`` of unit embeddings of images and texts.
+
+        Args:
+            embedding: As :meth:`encode_image` gives them.
+            text_embeddings: As :meth:`encode_text` gives them.
+            scale: None takes the model's own :attr:`logit_scale`.
+        """
+        scale = self.logit_scale if scale is None else scale
+        return scale * (embedding @ text_embeddings.T) + self.logit_bias
 
     @property
     def logit_scale(self) -> float:

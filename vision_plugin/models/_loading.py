@@ -50,7 +50,7 @@ def wrap(
     Args:
         module: A vision tower or an image-text model of a supported family.
         name: What errors, SAEs and reports call it; the class name by default.
-        processor: Pictures to pixels: a transformers image processor, or a torchvision transform.
+        processor: Images to pixels: a transformers image processor, or a torchvision transform.
         tokenizer: A transformers tokenizer, or a callable from texts to the text tower's arguments.
         revision: The checkpoint's revision, for the record.
 
@@ -71,8 +71,8 @@ def wrap(
             structure,
             adapter,
             native=module,
-            images=images,
-            texts=_text_processor(tokenizer, module, adapter),
+            image_processor=images,
+            tokenizer=_text_processor(tokenizer, module, adapter),
             revision=revision,
         )
     except UnsupportedModelError as error:
@@ -177,7 +177,7 @@ def _part(module: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def _processed_size(dims: Any, images: ImageProcessor) -> Any:
-    """The sizes of a tower that takes any picture, with the size that its preprocessing makes."""
+    """The sizes of a tower that takes any image, with the size that its preprocessing makes."""
     height, width = images([Image.new("RGB", (dims.image_size[1], dims.image_size[0]))]).shape[-2:]
     return replace(dims, image_size=(height, width))
 

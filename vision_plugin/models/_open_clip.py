@@ -20,7 +20,7 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
 
     Raises:
         ValueError: nothing is found, or it is not said which weights to load.
-        UnsupportedModelError: there is no adapter for its picture tower.
+        UnsupportedModelError: there is no adapter for its image tower.
     """
     import open_clip
 

@@ -1,4 +1,4 @@
-"""The checkpoint's own preprocessing of pictures and texts."""
+"""The checkpoint's own preprocessing of images and texts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @runtime_checkable
 class ImageProcessor(Protocol):
-    """Pictures to pixels."""
+    """Images to pixels."""
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
         """Pixels [n, channels, height, width] in float32."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the pixels of a picture would."""
+        """A hash that changes when the pixels of an image would."""
         ...
 
 
@@ -36,14 +36,14 @@ class TextProcessor(Protocol):
 
 
 class HuggingFaceImages:
-    """A transformers image processor; transparent pictures are laid on white first."""
+    """A transformers image processor; transparent images are laid on white first."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
         """Resize, crop and normalise as the checkpoint's configuration says."""
-        batch = self.processor(images=[as_rgb(p) for p in pictures], return_tensors="pt")
+        batch = self.processor(images=[as_rgb(p) for p in images], return_tensors="pt")
         pixels: Tensor = batch["pixel_values"]
         return pixels
 
@@ -54,14 +54,14 @@ class HuggingFaceImages:
 
 
 class TorchvisionImages:
-    """A torchvision-style transform of one picture, as timm and open_clip give them."""
+    """A torchvision-style transform of one image, as timm and open_clip give them."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
-        """Transform each picture and stack."""
-        return torch.stack([self.transform(as_rgb(picture)) for picture in pictures])
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+        """Transform each image and stack."""
+        return torch.stack([self.transform(as_rgb(image)) for image in images])
 
     def fingerprint(self) -> str:
         """Hash of the transform's description."""
@@ -111,15 +111,15 @@ class PlainTexts:
         return dict(tokens) if isinstance(tokens, Mapping) else {"text": tokens}
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """An RGB picture; what is transparent becomes white, as on a page."""
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An RGB image; what is transparent becomes white, as on a page."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
         page = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(page, rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def hash_settings(settings: dict[str, Any]) -> str:

@@ -11,14 +11,18 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from vision_plugin.models._fit import check_fit
-from vision_plugin.models._tokens import TokenLayout, TokenSelection
-
-SAE = Any
-"""A ``sae_lens.SAE``; hooks, cfg, encode and decode are what is used of it."""
+from vision_plugin.models._tokens import TokenLayout
+from vision_plugin.models.dictionary import (
+    Dictionary,
+    d_out,
+    join_heads,
+    reconstruct,
+    silent_hooks,
+)
+from vision_plugin.models.site import Site, permanent_hook, remove_hook
 
 
 class Splicing:
@@ -35,7 +39,7 @@ class Splicing:
         self._splices: dict[str, Splice] = {}
 
     @property
-    def acts_to_saes(self) -> dict[str, SAE]:
+    def acts_to_saes(self) -> dict[str, Dictionary]:
         """The attached SAEs by hook name."""
         return {name: splice.sae for name, splice in self._splices.items()}
 
@@ -48,7 +52,7 @@ class Splicing:
 
     def add_sae(
         self,
-        sae: SAE,
+        sae: Dictionary,
         use_error_term: bool | None = None,
         *,
         tokens: str | None = None,
@@ -69,18 +73,14 @@ class Splicing:
             UnknownHookError: the model has no such hook.
             ValueError: width, model or token kind do not fit; both sides are named.
         """
-        hook_in, hook_out = _hook_names(sae)
-        self.check_hook_names([hook_in, hook_out])
-        check_fit(self, sae, check_model=check_model)
-        selection = TokenSelection.parse(tokens or trained_tokens(sae))
+        site = Site.of(self, sae, tokens=tokens, check_model=check_model)
         if use_error_term is None:
-            use_error_term = bool(sae.use_error_term)
-        splice = Splice(sae, hook_out, use_error_term, selection, self.token_layout)
-        if hook_in in self._splices:
-            self._splices.pop(hook_in).detach()
-        hooks = self.hook_dict
-        splice.attach(hooks[hook_in], hooks[hook_out])
-        self._splices[hook_in] = splice
+            use_error_term = bool(getattr(sae, "use_error_term", False))
+        if site.hook_name in self._splices:
+            self._splices.pop(site.hook_name).detach()
+        splice = Splice(sae, site, use_error_term)
+        splice.attach()
+        self._splices[site.hook_name] = splice
 
     def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
         """Take off the SAEs at these hooks, or all of them.
@@ -98,7 +98,7 @@ class Splicing:
     @contextmanager
     def saes(
         self,
-        saes: SAE | Sequence[SAE] = (),
+        saes: Dictionary | Sequence[Dictionary] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         *,
@@ -107,7 +107,7 @@ class Splicing:
         """SAEs for the length of a ``with`` block; what was attached before comes back after it."""
         before = dict(self._splices)
         try:
-            for sae in saes if isinstance(saes, (list, tuple)) else [saes]:
+            for sae in [saes] if isinstance(saes, Dictionary) else saes:
                 self.add_sae(sae, use_error_term=use_error_term, tokens=tokens)
             yield self
         finally:
@@ -120,14 +120,13 @@ class Splicing:
                 self._splices.pop(name).detach()
         for name, splice in before.items():
             if name not in self._splices:
-                hooks = self.hook_dict
-                splice.attach(hooks[name], hooks[splice.hook_name])
+                splice.attach()
                 self._splices[name] = splice
 
     def run_with_saes(
         self,
         *args: Any,
-        saes: SAE | Sequence[SAE] = (),
+        saes: Dictionary | Sequence[Dictionary] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
@@ -140,7 +139,7 @@ class Splicing:
     def run_with_cache_with_saes(
         self,
         *args: Any,
-        saes: SAE | Sequence[SAE] = (),
+        saes: Dictionary | Sequence[Dictionary] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
@@ -153,7 +152,7 @@ class Splicing:
     def run_with_hooks_with_saes(
         self,
         *args: Any,
-        saes: SAE | Sequence[SAE] = (),
+        saes: Dictionary | Sequence[Dictionary] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
@@ -164,7 +163,7 @@ class Splicing:
             return self.run_with_hooks(*args, **kwargs)
 
     def steer(
-        self, sae: SAE, latents: Mapping[int, float], *, tokens: str = "all"
+        self, sae: Dictionary, latents: Mapping[int, float], *, tokens: str = "all"
     ) -> AbstractContextManager[None]:
         """Clamp latents within a ``with`` block; see :func:`vision_plugin.steering.steer`."""
         from vision_plugin.steering import steer
@@ -175,30 +174,22 @@ class Splicing:
 class Splice:
     """One attached SAE: its hook function, its own hook points, and how to take it off."""
 
-    def __init__(
-        self,
-        sae: SAE,
-        hook_name: str,
-        use_error_term: bool,
-        selection: TokenSelection,
-        token_layout: Callable[[], TokenLayout],
-    ) -> None:
-        self.sae = sae
-        self.hook_name = hook_name
-        self.use_error_term = use_error_term
-        self.selection = selection
-        self.token_layout = token_layout
+    def __init__(self, sae: Dictionary, site: Site, use_error_term: bool) -> None:
+        self.sae, self.site, self.use_error_term = sae, site, use_error_term
         self.hooks: dict[str, HookPoint] = {}
         self._names_before: dict[str, str | None] = {}
         self._captured: Tensor | None = None
         self._handles: list[tuple[HookPoint, LensHandle]] = []
         self._own = {"hook_sae_error": HookPoint(), "hook_sae_output": HookPoint()}
 
-    def attach(self, hook_in: HookPoint, hook_out: HookPoint) -> None:
+    def attach(self) -> None:
         """Hang the hook functions up and name the SAE's hook points after their place."""
-        inner = {name: hook for name, hook in self.sae.hook_dict.items() if name not in self._own}
+        points = self.site.model.hook_dict
+        hook_in, hook_out = points[self.site.hook_name], points[self.site.hook_name_out]
+        own = getattr(self.sae, "hook_dict", {})
+        inner = {name: hook for name, hook in own.items() if name not in self._own}
         for name, hook in {**inner, **self._own}.items():
-            full_name = f"{self.hook_name}.{name}"
+            full_name = f"{self.site.hook_name_out}.{name}"
             self._names_before[full_name] = hook.name
             self.hooks[full_name] = hook
             hook.name = full_name
@@ -224,111 +215,17 @@ class Splice:
         del hook
         source = activation if self._captured is None else self._captured
         self._captured = None
-        flat = _flatten_heads(source, self.sae)
-        output = run(self.sae, flat)
+        flat = join_heads(source, int(self.sae.cfg.d_in))
+        output = reconstruct(self.sae, flat)
         if self.use_error_term:
-            with torch.no_grad():
-                clean = run(self.sae, flat, hooks=False)
-                error = _flatten_heads(activation, self.sae, out=True) - clean.to(activation.dtype)
+            with torch.no_grad(), silent_hooks(self.sae):
+                clean = reconstruct(self.sae, flat).to(activation.dtype)
+                error = join_heads(activation, d_out(self.sae)) - clean
                 error = self._own["hook_sae_error"](error)
             output = output + error
         output = output.to(activation.dtype).reshape(activation.shape)
-        mask = token_mask(self.selection, self.token_layout, activation)
+        mask = self.site.mask(activation)
         if mask is not None:
             output = torch.where(mask, output, activation)
         spliced: Tensor = self._own["hook_sae_output"](output)
         return spliced
-
-
-def run(sae: SAE, x: Tensor, *, hooks: bool = True) -> Tensor:
-    """Reconstruction of an SAE or (skip) transcoder; ``hooks=False`` fires none of its hooks."""
-    if not hooks:
-        with silent_hooks(sae):
-            return run(sae, x)
-    from vision_plugin.sae._sparse_inference import add_skip, decode_of_encode
-
-    output = decode_of_encode(sae, x)
-    if output is None:
-        output = sae.decode(sae.encode(x))
-    return add_skip(sae, x, output)
-
-
-@contextmanager
-def silent_hooks(sae: SAE) -> Iterator[None]:
-    """The SAE with its hook points passing everything through."""
-    hooks = dict(sae.hook_dict)
-    try:
-        for name in hooks:
-            setattr(sae, name, nn.Identity())
-        yield
-    finally:
-        for name, hook in hooks.items():
-            setattr(sae, name, hook)
-
-
-@contextmanager
-def heads_joined(sae: SAE) -> Iterator[None]:
-    """The SAE taking all heads of ``hook_z`` as one vector, ``[..., d_in]``.
-
-    SAELens has SAEs that take ``[..., n_heads, d_head]`` there (``reshape_activations="hook_z"``).
-    """
-    if not getattr(sae, "hook_z_reshaping_mode", False):
-        yield
-        return
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        sae.turn_on_forward_pass_hook_z_reshaping()
-
-
-def permanent_hook(hook_point: HookPoint, function: Callable[..., Any]) -> LensHandle:
-    """Add a hook that survives ``reset_hooks`` and return the handle that removes just it."""
-    hook_point.add_hook(function, is_permanent=True)
-    return hook_point.fwd_hooks[-1]
-
-
-def remove_hook(hook_point: HookPoint, handle: LensHandle) -> None:
-    """Remove one hook, also where something else has cleared the hook point before."""
-    handle.hook.remove()
-    if handle in hook_point.fwd_hooks:
-        hook_point.fwd_hooks.remove(handle)
-
-
-def trained_tokens(sae: SAE) -> str:
-    """The kind of token the SAE's metadata says it was trained on; ``"all"`` where it is silent."""
-    tokens = sae.cfg.metadata.get("tokens") or "all"
-    return "all" if str(tokens).startswith("random:") else str(tokens)
-
-
-def token_mask(
-    selection: TokenSelection, token_layout: Callable[[], TokenLayout], activation: Tensor
-) -> Tensor | None:
-    """[batch, tokens, 1...] of True where the tokens are selected; None for all of them."""
-    if selection == TokenSelection("all") or activation.ndim < 3:
-        return None
-    layout = token_layout()
-    if activation.shape[1] != layout.n_tokens:
-        raise ValueError(
-            f"tokens={selection.kind!r} needs the model's {layout.n_tokens} tokens in the second "
-            f"dimension, but this hook gives {list(activation.shape)}"
-        )
-    mask = selection.mask(layout, activation.shape[0]).to(activation.device)
-    return mask.reshape(*mask.shape, *[1] * (activation.ndim - 2))
-
-
-def _hook_names(sae: SAE) -> tuple[str, str]:
-    metadata = sae.cfg.metadata
-    hook_in = metadata.get("hook_name")
-    if not hook_in:
-        raise ValueError(
-            "this SAE does not say where it belongs: set sae.cfg.metadata.hook_name, for example "
-            "'blocks.10.hook_resid_post'"
-        )
-    return str(hook_in), str(metadata.get("hook_name_out") or hook_in)
-
-
-def _flatten_heads(x: Tensor, sae: SAE, *, out: bool = False) -> Tensor:
-    """[batch, tokens, n_heads, d_head] to [batch, tokens, d_in] for an SAE over all heads."""
-    width = (getattr(sae.cfg, "d_out", None) if out else None) or sae.cfg.d_in
-    return x.flatten(-2) if x.ndim == 4 and x.shape[-1] != width else x

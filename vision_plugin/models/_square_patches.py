@@ -1,4 +1,4 @@
-"""Preprocessing for towers whose native processor cuts each picture to its own grid (NaFlex)."""
+"""Preprocessing for towers whose native processor cuts each image to its own grid (NaFlex)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vision_plugin.models._processing import HuggingFaceImages, as_rgb
 
 
 class SquarePatches(HuggingFaceImages):
-    """The native processor on pictures made square, so that a batch has one grid.
+    """The native processor on images made square, so that a batch has one grid.
 
     What comes out are pixels again; the bridge cuts them, at this or at any other size.
     """
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
         """Resize to the largest square grid the processor allows, and normalise as it does."""
         grid = int(self.processor.max_num_patches**0.5)
         patch = int(self.processor.patch_size)
         side = grid * patch
-        square = [as_rgb(p).resize((side, side), self._resample()) for p in pictures]
+        square = [as_rgb(p).resize((side, side), self._resample()) for p in images]
         batch: Any = self.processor(images=square, max_num_patches=grid * grid, return_tensors="pt")
         patches: Tensor = batch["pixel_values"]
         cut = patches.reshape(len(square), grid, grid, patch, patch, -1)

@@ -32,6 +32,12 @@ class TokenLayout:
         """Length of the residual stream."""
         return self.n_cls + self.n_registers + self.n_patches
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each token: ``cls``, ``register`` or ``patch``."""
+        counts = {"cls": self.n_cls, "register": self.n_registers, "patch": self.n_patches}
+        return tuple(kind for kind, count in counts.items() for _ in range(count))
+
     def indices(self, kind: str) -> Int[Tensor, "selected"]:
         """Rows of one kind, ascending.
 

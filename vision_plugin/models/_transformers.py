@@ -128,7 +128,7 @@ def _images(path: str, revision: str | None) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        logger.warning("%s comes without preprocessing for pictures (%s)", path, error)
+        logger.warning("%s comes without preprocessing for images (%s)", path, error)
         return None
 
 

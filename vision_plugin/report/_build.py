@@ -15,18 +15,18 @@ from torch import Tensor
 from vision_plugin.report._content import Content, feature_pages
 from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._folder import write_marker
+from vision_plugin.report._images import LOSSLESS_BELOW, ImageReader, ImageWriter, ModelView
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._neighbours import decoder_neighbours
 from vision_plugin.report._pages import write_assets, write_features, write_index
 from vision_plugin.report._passes import (
     HeatMaps,
     map_heat,
-    show_pictures,
+    show_images,
     summarise,
     summarise_given,
     watch,
 )
-from vision_plugin.report._pictures import LOSSLESS_BELOW, ModelView, PictureReader, PictureWriter
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 from vision_plugin.report._steering import Steerer, effects
 from vision_plugin.steering import SteeringEffect
@@ -43,11 +43,11 @@ class Sizes:
     n_top: int
     n_sample: int
     n_neighbours: int
-    n_steered_pictures: int
-    picture_size: int
+    n_steered_images: int
+    image_size: int
 
     def __post_init__(self) -> None:
-        least = {"n_top": 1, "n_steered_pictures": 1, "picture_size": 8}
+        least = {"n_top": 1, "n_steered_images": 1, "image_size": 8}
         for name, value in asdict(self).items():
             if value < least.get(name, 0):
                 raise ValueError(f"{name}={value}: use a whole number from {least.get(name, 0)} up")
@@ -58,7 +58,7 @@ class Job:
     """All that one report needs, checked."""
 
     sae: Any
-    reader: PictureReader
+    reader: ImageReader
     encoder: TokenEncoder | None
     """Model and SAE; None where only given latents are shown."""
     latents: Any
@@ -75,8 +75,8 @@ class Job:
 def build(job: Job, folder: Path) -> None:
     """Write the whole report into an empty folder."""
     summary = _summarise(job)
-    shown = torch.cat([summary.top.pictures, summary.sample.pictures], dim=1)[job.features].numpy()
-    writer, heat = _write_pictures(job, shown, folder)
+    shown = torch.cat([summary.top.images, summary.sample.images], dim=1)[job.features].numpy()
+    writer, heat = _write_images(job, shown, folder)
     content = Content(
         title=clean(job.title or _title(job.sae)),
         facts=tuple(clean(fact) for fact in _facts(job, summary)),
@@ -107,26 +107,26 @@ def build(job: Job, folder: Path) -> None:
 def make_steerer(
     concepts: Mapping[str, Tensor] | Sequence[str] | None,
     encoder: TokenEncoder | None,
-    reader: PictureReader,
+    reader: ImageReader,
     strength: float,
-    n_pictures: int,
+    n_images: int,
 ) -> Steerer | None:
-    """A steerer over pictures spread over the source; None where there is nothing to steer for."""
+    """A steerer over images spread over the source; None where there is nothing to steer for."""
     if concepts is None or encoder is None:
         return None
     # Of a stream only what comes first is cheap to read.
-    step = 1 if reader.sequential else max(1, len(reader) // n_pictures)
-    numbers = range(0, len(reader), step)[:n_pictures]
-    pictures = [picture for n in numbers if (picture := reader.read(n)) is not None]
-    if not pictures:
+    step = 1 if reader.sequential else max(1, len(reader) // n_images)
+    numbers = range(0, len(reader), step)[:n_images]
+    images = [image for n in numbers if (image := reader.read(n)) is not None]
+    if not images:
         raise ValueError(
-            f"none of the {len(numbers)} pictures to be steered could be read: raise "
-            "n_steered_pictures, or mend the source"
+            f"none of the {len(numbers)} images to be steered could be read: raise "
+            "n_steered_images, or mend the source"
         )
     return Steerer(
         encoder.model,
         encoder.sae,
-        encoder.pixels(pictures),
+        encoder.pixels(images),
         concepts,
         strength=strength,
         tokens=encoder.tokens,
@@ -139,24 +139,24 @@ def _summarise(job: Job) -> LatentSummary:
     if job.latents is not None or job.encoder is None:
         return summarise_given(job.latents, statistics)
     summary = summarise(job.reader, job.encoder, statistics, progress=job.progress)
-    if summary.n_pictures == 0:
-        raise ValueError(f"none of the {len(job.reader)} pictures could be read")
+    if summary.n_images == 0:
+        raise ValueError(f"none of the {len(job.reader)} images could be read")
     return summary
 
 
-def _write_pictures(
+def _write_images(
     job: Job, shown: np.ndarray[Any, np.dtype[np.int64]], folder: Path
-) -> tuple[PictureWriter, HeatMaps | None]:
-    """Small copies of the pictures shown, and heat maps where the model can be run on them."""
-    pictures, size = folder / "pictures", job.sizes.picture_size
+) -> tuple[ImageWriter, HeatMaps | None]:
+    """Small copies of the images shown, and heat maps where the model can be run on them."""
+    images, size = folder / "images", job.sizes.image_size
     view = None if job.encoder is None else ModelView(job.encoder.model)
     if job.encoder is None or view is None or not view.usable:
         if view is not None:
             logger.warning("the model's pixels are not colours: the report has no heat maps")
-        writer = PictureWriter(pictures, size=size, lossless=False)
-        show_pictures(job.reader, writer, shown, progress=job.progress)
+        writer = ImageWriter(images, size=size, lossless=False)
+        show_images(job.reader, writer, shown, progress=job.progress)
         return writer, None
-    writer = PictureWriter(pictures, size=size, lossless=max(view.size) <= LOSSLESS_BELOW)
+    writer = ImageWriter(images, size=size, lossless=max(view.size) <= LOSSLESS_BELOW)
     heat = map_heat(
         job.reader,
         job.encoder,
@@ -185,7 +185,7 @@ def _facts(job: Job, summary: LatentSummary) -> list[str]:
         tokens = job.encoder.tokens
         facts.append(job.encoder.model.cfg.model_name)
         facts.append("all tokens" if tokens == "all" else f"{tokens} tokens")
-    facts.append(f"{summary.n_pictures:,} pictures")
+    facts.append(f"{summary.n_images:,} images")
     return [str(fact) for fact in facts if fact]
 
 
@@ -194,6 +194,6 @@ def _about(content: Content) -> dict[str, Any]:
         "title": content.title,
         "facts": list(content.facts),
         "n_features": len(content.features),
-        "n_pictures": content.n_pictures,
-        "n_bad_pictures": len(content.reader.bad),
+        "n_images": content.n_images,
+        "n_bad_images": len(content.reader.bad),
     }

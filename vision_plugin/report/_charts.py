@@ -56,8 +56,8 @@ def activation_chart(
     """Histogram of a latent's positive values in half octaves; None where it never fires.
 
     Args:
-        counts: Pictures per half octave.
-        lowest_shown: Value of the last of the top pictures, to be marked.
+        counts: Images per half octave.
+        lowest_shown: Value of the last of the top images, to be marked.
     """
     filled = np.flatnonzero(counts)
     if len(filled) == 0:
@@ -68,13 +68,13 @@ def activation_chart(
     if lowest_shown is not None and lowest_shown > 0:
         place = (math.log2(lowest_shown) - LOWEST_OCTAVE) * BINS_PER_OCTAVE - first
         marker = round(min(max(place / (last - first), 0.0), 1.0) * WIDTH, 2)
-        note = f"the top pictures shown are at {compact(lowest_shown)} and above"
+        note = f"the top images shown are at {compact(lowest_shown)} and above"
     return Chart(
-        title="Activation on pictures",
-        bars=_bars(counts[first:last].tolist(), edges, "picture"),
+        title="Activation on images",
+        bars=_bars(counts[first:last].tolist(), edges, "image"),
         ticks=_ticks(edges),
         description=(
-            f"Fires on {int(counts.sum()):,} pictures with values from {compact(edges[0])} to "
+            f"Fires on {int(counts.sum()):,} images with values from {compact(edges[0])} to "
             f"{compact(edges[-1])}, on a logarithmic axis"
         ),
         marker=marker,
@@ -82,12 +82,12 @@ def activation_chart(
     )
 
 
-def frequency_chart(frequency: Float[np.ndarray, " n"], n_pictures: int) -> Chart | None:
+def frequency_chart(frequency: Float[np.ndarray, " n"], n_images: int) -> Chart | None:
     """Histogram of log10 firing frequency of the latents that fire."""
     alive = frequency[frequency > 0]
     if len(alive) == 0:
         return None
-    low = math.log10(1 / max(1, n_pictures))
+    low = math.log10(1 / max(1, n_images))
     return _chart("Firing frequency (log scale)", np.log10(alive), low, 0.0, power=True)
 
 
@@ -124,7 +124,7 @@ def _bars(counts: Sequence[int], edges: Sequence[float], noun: str) -> tuple[Bar
     for place, count in enumerate(counts):
         if count == 0:
             continue
-        # A bar of one picture among thousands has to be seen.
+        # A bar of one image among thousands has to be seen.
         height = max(1.5, count / top * HEIGHT)
         span = f"{compact(edges[place])} to {compact(edges[place + 1])}"
         plural = noun if count == 1 else noun + "s"

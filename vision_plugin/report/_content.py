@@ -11,15 +11,15 @@ import numpy as np
 
 from vision_plugin.report._charts import activation_chart
 from vision_plugin.report._heat import heat_uri
+from vision_plugin.report._images import ImageReader, ImageWriter
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._neighbours import Neighbours
 from vision_plugin.report._numbers import compact, percent
 from vision_plugin.report._passes import HeatMaps
-from vision_plugin.report._pictures import PictureReader, PictureWriter
 from vision_plugin.report._statistics import LatentSummary
 from vision_plugin.report._steering import ConceptShift, Steered, shifts
 
-N_LABELS, N_NEIGHBOUR_PICTURES = 6, 4
+N_LABELS, N_NEIGHBOUR_IMAGES = 6, 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Content:
 
     title: str
     facts: tuple[str, ...]
-    """Short statements about SAE, model and pictures."""
+    """Short statements about SAE, model and images."""
     tokens: str | None
     """Kind of token that was encoded; None where latents were handed in."""
     features: list[int]
@@ -39,30 +39,30 @@ class Content:
     """Column by name, one number per latent of the SAE."""
     summary: LatentSummary
     shown: np.ndarray[Any, np.dtype[np.int64]]
-    """[features, n_top + n_sample]: picture numbers or -1."""
+    """[features, n_top + n_sample]: image numbers or -1."""
     n_top: int
-    reader: PictureReader
-    writer: PictureWriter
+    reader: ImageReader
+    writer: ImageWriter
     heat: HeatMaps | None
     neighbours: Neighbours | None
 
     @property
-    def n_pictures(self) -> int:
-        """Pictures that could be read."""
-        return self.summary.n_pictures
+    def n_images(self) -> int:
+        """Images that could be read."""
+        return self.summary.n_images
 
     def name(self, latent: int) -> str:
         """A latent's name, or the empty text."""
         return "" if self.names is None else self.names[latent]
 
     def source(self, number: int) -> str | None:
-        """Path of a picture's small copy inside the report; None where it could not be read."""
+        """Path of an image's small copy inside the report; None where it could not be read."""
         if number not in self.writer.written:
             return None
-        return f"pictures/{number}.{self.writer.suffix}"
+        return f"images/{number}.{self.writer.suffix}"
 
-    def top_pictures(self, row: int, n: int) -> list[int]:
-        """Numbers of the first so many top pictures that can be shown."""
+    def top_images(self, row: int, n: int) -> list[int]:
+        """Numbers of the first so many top images that can be shown."""
         numbers = self.shown[row, : self.n_top].tolist()
         return [number for number in numbers if number in self.writer.written][:n]
 
@@ -76,7 +76,7 @@ def feature_pages(content: Content, effects: Iterator[Steered | None]) -> Iterat
             "title": content.title,
             "before": content.features[row - 1] if row else None,
             "after": content.features[row + 1] if row + 1 < len(content.features) else None,
-            **_pictures(content, row, latent),
+            **_images(content, row, latent),
             "labels": _labels(content, row),
             "neighbours": _neighbours(content, row, rows),
             **_steering(effect),
@@ -88,22 +88,22 @@ def _figures(content: Content, latent: int) -> dict[str, Any]:
     n_fired = int(summary.n_fired[latent])
     share, count = (
         percent(float(summary.frequency[latent])),
-        f"{n_fired:,} of {content.n_pictures:,}",
+        f"{n_fired:,} of {content.n_images:,}",
     )
-    tiles = [_tile("Fires on pictures", share, count)]
+    tiles = [_tile("Fires on images", share, count)]
     if summary.token_frequency is not None:
         tiles.append(_tile("Fires on tokens", percent(float(summary.token_frequency[latent]))))
     largest = float(summary.top.values[latent, 0]) if n_fired else None
     tiles.append(_tile("Max activation", compact(largest)))
     for name, values in content.scores.items():
         tiles.append(_tile(name, compact(float(values[latent])), _rank(values, latent)))
-    n_top = int((summary.top.pictures[latent, : content.n_top] >= 0).sum())
+    n_top = int((summary.top.images[latent, : content.n_top] >= 0).sum())
     lowest = float(summary.top.values[latent, n_top - 1]) if n_top else None
     return {
         "number": latent,
         "name": content.name(latent),
         "dead": n_fired == 0,
-        "n_pictures": f"{content.n_pictures:,}",
+        "n_images": f"{content.n_images:,}",
         "tiles": tiles,
         "chart": activation_chart(summary.histogram[latent].numpy(), lowest_shown=lowest),
     }
@@ -122,7 +122,7 @@ def _rank(values: np.ndarray[Any, np.dtype[np.float64]], latent: int) -> str:
     )
 
 
-def _pictures(content: Content, row: int, latent: int) -> dict[str, Any]:
+def _images(content: Content, row: int, latent: int) -> dict[str, Any]:
     summary = content.summary
     values = np.concatenate(
         [summary.top.values[latent].numpy(), summary.sample.values[latent].numpy()]
@@ -130,18 +130,18 @@ def _pictures(content: Content, row: int, latent: int) -> dict[str, Any]:
     places = [place for place in range(content.shown.shape[1]) if content.shown[row, place] >= 0]
     scale = 0.0
     if content.heat is not None and places:
-        # One scale for all pictures of a feature, so that they can be compared.
+        # One scale for all images of a feature, so that they can be compared.
         scale = float(content.heat.values[row, places].max())
-    shown = {place: _picture(content, row, place, float(values[place]), scale) for place in places}
+    shown = {place: _image(content, row, place, float(values[place]), scale) for place in places}
     top = [shown[place] for place in places if place < content.n_top]
     sample = [shown[place] for place in places if place >= content.n_top]
-    # Where it fires on few pictures the sample would only repeat the top ones.
+    # Where it fires on few images the sample would only repeat the top ones.
     few = int(summary.n_fired[latent]) <= content.n_top
-    mapped = any(picture["heat"] for picture in shown.values())
+    mapped = any(image["heat"] for image in shown.values())
     return {"top": top, "sample": [] if few else sample, "mapped": mapped}
 
 
-def _picture(content: Content, row: int, place: int, value: float, scale: float) -> dict[str, Any]:
+def _image(content: Content, row: int, place: int, value: float, scale: float) -> dict[str, Any]:
     number = int(content.shown[row, place])
     source, heat, elsewhere = content.source(number), None, False
     if content.heat is not None and source is not None:
@@ -159,7 +159,7 @@ def _picture(content: Content, row: int, place: int, value: float, scale: float)
 
 
 def _labels(content: Content, row: int) -> list[dict[str, Any]]:
-    """The commonest labels of the top pictures, where there are labels."""
+    """The commonest labels of the top images, where there are labels."""
     numbers = [number for number in content.shown[row, : content.n_top].tolist() if number >= 0]
     labels = Counter(label for number in numbers if (label := content.reader.label(number)))
     ranked = sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:N_LABELS]
@@ -176,16 +176,16 @@ def _neighbours(content: Content, row: int, rows: dict[int, int]) -> list[dict[s
     pairs = zip(content.neighbours.latents[row], content.neighbours.cosines[row], strict=True)
     for latent, cosine in pairs:
         number = int(latent)
-        pictures = []
+        images = []
         if number in rows:
-            pictures = content.top_pictures(rows[number], N_NEIGHBOUR_PICTURES)
+            images = content.top_images(rows[number], N_NEIGHBOUR_IMAGES)
         found.append(
             {
                 "number": number,
                 "linked": number in rows,
                 "name": content.name(number),
                 "cosine": f"{float(cosine) + 0.0:.3f}",
-                "sources": [content.source(picture) for picture in pictures],
+                "sources": [content.source(image) for image in images],
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""Latents of every token, a few pictures at a time: what ranking and heat maps are made of."""
+"""Latents of every token, a few images at a time: what ranking and heat maps are made of."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vision_plugin.models import Harvester, TokenSelection
-from vision_plugin.models._fit import check_fit
-from vision_plugin.models._splicing import heads_joined, silent_hooks, trained_tokens
+from vision_plugin.models.dictionary import Dictionary, bare
+from vision_plugin.models.site import Site
 
 CHUNK_ELEMENTS = 2**25
-"""Most latents held at once (128 MiB in float32), unless one picture alone has more."""
+"""Most latents held at once (128 MiB in float32), unless one image alone has more."""
 
 
 @dataclass(frozen=True)
 class TokenLatents:
-    """Latents of the selected tokens of some pictures of a batch."""
+    """Latents of the selected tokens of some images of a batch."""
 
     start: int
-    """Row of the first picture in the batch."""
+    """Row of the first image in the batch."""
     values: Float[Tensor, "b tokens d_sae"]
 
 
 class TokenEncoder:
-    """Pictures to latents of the tokens an SAE reads."""
+    """Images to latents of the tokens an SAE reads."""
 
-    def __init__(self, model: Any, sae: Any, *, tokens: str | None) -> None:
+    def __init__(self, model: Any, sae: Dictionary, *, tokens: str | None) -> None:
         """Find the SAE's hook and tokens in the model.
 
         Args:
@@ -43,54 +42,35 @@ class TokenEncoder:
             UnknownHookError: the model has no such hook.
             ValueError: the SAE names no hook or does not fit, or the kind is unknown.
         """
-        hook_name = sae.cfg.metadata.get("hook_name")
-        if not hook_name:
-            raise ValueError(
-                "this SAE does not say where it belongs: set sae.cfg.metadata.hook_name, for "
-                "example 'blocks.10.hook_resid_post'"
-            )
-        model.check_hook_names([hook_name])
-        check_fit(model, sae)
-        self.model, self.sae, self.hook_name = model, sae, str(hook_name)
-        self.tokens = TokenSelection.parse(tokens or trained_tokens(sae)).kind
+        self.model, self.sae = model, sae
+        site = Site.of(model, sae, tokens=tokens)
+        self.tokens = site.selection.kind
+        self.site = Site(model, site.hook_name, site.hook_name, self.tokens)
         self.layout = model.token_layout()
-        self.selected = self.layout.indices(self.tokens)
-        self.harvester = Harvester(model, [self.hook_name])
+        self.harvester = self.site.harvester()
         self.has_patches = self.tokens in ("patch", "all")
 
     @property
     def patch_columns(self) -> Tensor:
         """Where the patches stand among the selected tokens."""
-        columns: Tensor = self.layout.mask("patch")[self.selected].nonzero()[:, 0]
+        columns = self.site.patch_rows
+        assert columns is not None
         return columns
 
-    def pixels(self, pictures: list[Image.Image]) -> Tensor:
-        """Pictures as the model wants them."""
-        pixels: Tensor = self.model.preprocess(pictures)
+    def pixels(self, images: list[Image.Image]) -> Tensor:
+        """Images as the model wants them."""
+        pixels: Tensor = self.model.preprocess(images)
         return pixels
 
     def encode(self, pixels: Tensor) -> Iterator[TokenLatents]:
         """Latents of a batch, in parts that fit in memory."""
-        activation = self._select(self.harvester(pixels)[self.hook_name])
+        found = self.harvester(pixels)
+        self.has_patches &= found[self.site.hook_name].ndim > 2
+        activation = self.site.read(found).source
         activation = activation.to(device=self.sae.device, dtype=self.sae.dtype)
-        per_picture = activation.shape[1] * int(self.sae.cfg.d_sae)
-        step = max(1, CHUNK_ELEMENTS // per_picture)
+        per_image = activation.shape[1] * int(self.sae.cfg.d_sae)
+        step = max(1, CHUNK_ELEMENTS // per_image)
         for start in range(0, len(activation), step):
-            with torch.no_grad(), silent_hooks(self.sae), heads_joined(self.sae):
+            with torch.no_grad(), bare(self.sae):
                 values = self.sae.encode(activation[start : start + step])
             yield TokenLatents(start, values.to_dense() if values.is_sparse else values)
-
-    def _select(self, activation: Tensor) -> Tensor:
-        """The selected tokens, [batch, tokens, d_in]."""
-        if activation.ndim == 4 and activation.shape[-1] != self.sae.cfg.d_in:
-            activation = activation.flatten(-2)
-        if activation.ndim == 2:
-            self.has_patches = False
-            return activation[:, None]
-        if activation.shape[1] != self.layout.n_tokens:
-            raise ValueError(
-                f"{self.hook_name} gives {activation.shape[1]} tokens, but "
-                f"{self.model.cfg.model_name} has {self.layout.n_tokens}: a report needs a hook "
-                "with one vector per token"
-            )
-        return activation[:, self.selected.to(activation.device)]

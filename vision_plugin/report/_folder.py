@@ -21,7 +21,7 @@ MARKER = "report.json"
 KIND = "vision_plugin.report"
 SCHEMA = 1
 _LOCK = ".building"
-CONTENTS = frozenset({MARKER, _LOCK, "index.html", "data.js", "assets", "features", "pictures"})
+CONTENTS = frozenset({MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images"})
 """All that a report's folder may hold at its top; anything else there is someone's own."""
 _MAX_MARKER_BYTES = 1 << 16
 

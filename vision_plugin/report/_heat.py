@@ -1,4 +1,4 @@
-"""Patch heat maps as tiny grey PNGs inside the page; the style sheet lays them over pictures."""
+"""Patch heat maps as tiny grey PNGs inside the page; the style sheet lays them over images."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def heat_uri(values: Float[np.ndarray, " patches"], grid: tuple[int, int], scale
 
 
 def _uri(levels: bytes, grid: tuple[int, int]) -> str:
-    picture: Any = Image.frombytes("P", (grid[1], grid[0]), levels)
-    picture.putpalette([round(level * 255 / (LEVELS - 1)) for level in _TRIPLES])
+    image: Any = Image.frombytes("P", (grid[1], grid[0]), levels)
+    image.putpalette([round(level * 255 / (LEVELS - 1)) for level in _TRIPLES])
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

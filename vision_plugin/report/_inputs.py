@@ -101,11 +101,11 @@ def check_latent(latent: Any, d_sae: int, where: str) -> None:
         raise ValueError(f"{where} names latent {latent}: the SAE has {d_sae}, from 0")
 
 
-def check_latents(latents: Any, n_pictures: int, d_sae: int) -> None:
-    """Raise ValueError where precomputed latents do not belong to the pictures and the SAE."""
+def check_latents(latents: Any, n_images: int, d_sae: int) -> None:
+    """Raise ValueError where precomputed latents do not belong to the images and the SAE."""
     shape = tuple(getattr(latents, "shape", ()))
-    if shape != (n_pictures, d_sae):
+    if shape != (n_images, d_sae):
         raise ValueError(
-            f"latents has shape {shape}, but there are {n_pictures} pictures and {d_sae} latents: "
-            "give one row per picture (the largest, or mean, over its tokens)"
+            f"latents has shape {shape}, but there are {n_images} images and {d_sae} latents: "
+            "give one row per image (the largest, or mean, over its tokens)"
         )

@@ -19,7 +19,7 @@ from vision_plugin.report._inputs import clean
 from vision_plugin.report._numbers import compact, percent, plain
 
 MADE_BY = f"Made by vision_plugin {__version__}"
-N_INDEX_PICTURES, N_CHARTS, N_BAD_LISTED, N_INDEX_NAME = 8, 6, 50, 160
+N_INDEX_IMAGES, N_CHARTS, N_BAD_LISTED, N_INDEX_NAME = 8, 6, 50, 160
 _ASSETS = ("report.css", "index.js", "feature.js")
 
 
@@ -72,7 +72,7 @@ def write_index(folder: Path, content: Content) -> None:
             charts_shown=charts,
             charts_open=len(charts) <= 4,
             n_features=f"{len(content.features):,}",
-            n_pictures=f"{content.n_pictures:,}",
+            n_images=f"{content.n_images:,}",
             n_all=f"{len(content.reader):,}",
             n_bad=f"{len(bad):,}",
             bad=[(clean(content.reader.id(n)), clean(why)) for n, why in bad[:N_BAD_LISTED]],
@@ -104,9 +104,7 @@ def data_script(content: Content) -> str:
         if content.names is None
         else [content.names[latent][:N_INDEX_NAME] for latent in content.features],
         "values": [[plain(float(v)) for v in column["values"][chosen]] for column in columns],
-        "pictures": [
-            content.top_pictures(row, N_INDEX_PICTURES) for row in range(len(content.features))
-        ],
+        "images": [content.top_images(row, N_INDEX_IMAGES) for row in range(len(content.features))],
     }
     return f'"use strict";\nconst REPORT = {_script_json(data)};\n'
 
@@ -129,9 +127,9 @@ def _columns(content: Content) -> list[dict[str, Any]]:
     columns.append(
         {
             "key": "frequency",
-            "title": "Pictures",
+            "title": "Images",
             "kind": "share",
-            "note": "Share of pictures on which the feature fires",
+            "note": "Share of images on which the feature fires",
             "values": summary.frequency.numpy(),
         }
     )
@@ -150,7 +148,7 @@ def _columns(content: Content) -> list[dict[str, Any]]:
             "key": "max",
             "title": "Max",
             "kind": "number",
-            "note": "Largest activation on any picture",
+            "note": "Largest activation on any image",
             "values": summary.top.values[:, 0].numpy().astype(np.float64),
         }
     )
@@ -169,9 +167,9 @@ def _tiles(content: Content) -> list[dict[str, str]]:
         share = content.summary.frequency.numpy()[chosen][fired > 0]
         value = percent(float(np.median(share)))
         tiles.append({"label": "Median frequency", "value": value, "note": "of those alive"})
-    if content.n_pictures:
-        mean = float(fired.sum()) / content.n_pictures
-        tiles.append({"label": "Active per picture", "value": compact(mean), "note": ""})
+    if content.n_images:
+        mean = float(fired.sum()) / content.n_images
+        tiles.append({"label": "Active per image", "value": compact(mean), "note": ""})
     for name, values in list(content.scores.items())[:N_CHARTS]:
         defined = values[chosen][np.isfinite(values[chosen])]
         median = compact(float(np.median(defined))) if len(defined) else compact(None)
@@ -186,7 +184,7 @@ def _of(content: Content) -> str:
 
 def _charts(content: Content) -> list[Chart]:
     chosen = np.array(content.features)
-    charts = [frequency_chart(content.summary.frequency.numpy()[chosen], content.n_pictures)]
+    charts = [frequency_chart(content.summary.frequency.numpy()[chosen], content.n_images)]
     charts += [
         score_chart(name, values[chosen])
         for name, values in list(content.scores.items())[: N_CHARTS - 1]

@@ -1,4 +1,4 @@
-"""The two passes over the pictures: every one for the ranking, the shown ones for heat maps."""
+"""The two passes over the images: every one for the ranking, the shown ones for heat maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vision_plugin.report._encoding import CHUNK_ELEMENTS, TokenEncoder
-from vision_plugin.report._pictures import ModelView, PictureReader, PictureWriter
+from vision_plugin.report._images import ImageReader, ImageWriter, ModelView
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 
 BATCH = 32
@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class HeatMaps:
-    """Patch latents of the shown pictures, on disk while the report is built."""
+    """Patch latents of the shown images, on disk while the report is built."""
 
     values: np.memmap[Any, np.dtype[np.float16]]
     """[features, places, patches]."""
@@ -37,15 +37,15 @@ class HeatMaps:
 
 
 def summarise(
-    reader: PictureReader, encoder: TokenEncoder, statistics: LatentStatistics, *, progress: bool
+    reader: ImageReader, encoder: TokenEncoder, statistics: LatentStatistics, *, progress: bool
 ) -> LatentSummary:
-    """Stream all pictures once; a picture's latent is the largest over its tokens."""
-    for numbers, pictures in _batches(reader, range(len(reader)), "Encoding pictures", progress):
-        for part in encoder.encode(encoder.pixels(pictures)):
-            n_pictures, n_tokens, _ = part.values.shape
-            rows = numbers[part.start : part.start + n_pictures]
+    """Stream all images once; an image's latent is the largest over its tokens."""
+    for numbers, images in _batches(reader, range(len(reader)), "Encoding images", progress):
+        for part in encoder.encode(encoder.pixels(images)):
+            n_images, n_tokens, _ = part.values.shape
+            rows = numbers[part.start : part.start + n_images]
             statistics.update(part.values.amax(dim=1), rows)
-            statistics.count_tokens((part.values > 0).sum((0, 1)), n_pictures * n_tokens)
+            statistics.count_tokens((part.values > 0).sum((0, 1)), n_images * n_tokens)
     return statistics.summary()
 
 
@@ -81,39 +81,39 @@ def _row_reader(latents: Any) -> Any:
     return rows
 
 
-def show_pictures(
-    reader: PictureReader,
-    writer: PictureWriter,
+def show_images(
+    reader: ImageReader,
+    writer: ImageWriter,
     shown: np.ndarray[Any, np.dtype[np.int64]],
     *,
     progress: bool,
 ) -> None:
-    """Write the small copies of the pictures shown, [features, places] with -1 for none."""
+    """Write the small copies of the images shown, [features, places] with -1 for none."""
     numbers = _distinct(shown)
-    for rows, pictures in _batches(reader, numbers, "Writing pictures", progress):
-        for number, picture in zip(rows.tolist(), pictures, strict=True):
-            writer.write(number, picture)
+    for rows, images in _batches(reader, numbers, "Writing images", progress):
+        for number, image in zip(rows.tolist(), images, strict=True):
+            writer.write(number, image)
 
 
 def map_heat(
-    reader: PictureReader,
+    reader: ImageReader,
     encoder: TokenEncoder,
     view: ModelView,
-    writer: PictureWriter,
+    writer: ImageWriter,
     shown: np.ndarray[Any, np.dtype[np.int64]],
     features: Sequence[int],
     scratch: Path,
     *,
     progress: bool,
 ) -> HeatMaps | None:
-    """Write the shown pictures as the model sees them, and their latents patch by patch.
+    """Write the shown images as the model sees them, and their latents patch by patch.
 
     Args:
         reader: The source.
         encoder: Model and SAE.
-        view: Pixels to pictures.
+        view: Pixels to images.
         writer: Takes the small copies.
-        shown: [features, places], picture numbers or -1.
+        shown: [features, places], image numbers or -1.
         features: The latents of the rows of ``shown``.
         scratch: File for the heat maps.
         progress: Show a bar.
@@ -124,14 +124,14 @@ def map_heat(
     n_patches = encoder.layout.n_patches
     values = np.memmap(scratch, dtype=np.float16, mode="w+", shape=(*shown.shape, n_patches))
     elsewhere = np.zeros(shown.shape, dtype=bool)
-    places = _places_by_picture(shown)
+    places = _places_by_image(shown)
     latent_of = torch.as_tensor(np.asarray(features, dtype=np.int64))
     columns = encoder.patch_columns if encoder.has_patches else None
-    for rows, pictures in _batches(reader, _distinct(shown), "Mapping patches", progress):
-        pixels = encoder.pixels(pictures)
+    for rows, images in _batches(reader, _distinct(shown), "Mapping patches", progress):
+        pixels = encoder.pixels(images)
         covered = _covered(pixels, encoder.layout.grid)
-        for number, picture in zip(rows.tolist(), view(covered), strict=True):
-            writer.write(number, picture)
+        for number, image in zip(rows.tolist(), view(covered), strict=True):
+            writer.write(number, image)
         for part in encoder.encode(pixels) if encoder.has_patches else ():
             if columns is None or not encoder.has_patches:
                 break
@@ -168,12 +168,12 @@ def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _batches(
-    reader: PictureReader, numbers: Sequence[int], what: str, progress: bool
+    reader: ImageReader, numbers: Sequence[int], what: str, progress: bool
 ) -> Iterator[tuple[Tensor, list[Image.Image]]]:
-    """Readable pictures with their numbers."""
+    """Readable images with their numbers."""
     for start in watch(range(0, len(numbers), BATCH), what, progress=progress):
         found = {n: reader.read(n) for n in numbers[start : start + BATCH]}
-        readable = {n: picture for n, picture in found.items() if picture is not None}
+        readable = {n: image for n, image in found.items() if image is not None}
         if readable:
             yield torch.tensor(list(readable)), list(readable.values())
 
@@ -182,10 +182,10 @@ def _distinct(shown: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
     return [int(number) for number in np.unique(shown) if number >= 0]
 
 
-def _places_by_picture(
+def _places_by_image(
     shown: np.ndarray[Any, np.dtype[np.int64]],
 ) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Flat places of ``shown`` by the picture that is there."""
+    """Flat places of ``shown`` by the image that is there."""
     flat = shown.reshape(-1)
     order = np.argsort(flat, kind="stable")
     numbers, starts = np.unique(flat[order], return_index=True)

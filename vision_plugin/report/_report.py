@@ -1,4 +1,4 @@
-"""The one public function: from an SAE, its model and pictures to a folder of pages."""
+"""The one public function: from an SAE, its model and images to a folder of pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from vision_plugin.report._build import Job, Sizes, build, make_steerer
 from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._folder import check_replaceable, new_folder
+from vision_plugin.report._images import ImageReader
 from vision_plugin.report._inputs import (
     check_latent,
     check_latents,
@@ -19,7 +20,6 @@ from vision_plugin.report._inputs import (
     read_names,
     read_scores,
 )
-from vision_plugin.report._pictures import PictureReader
 from vision_plugin.steering import SteeringEffect
 
 
@@ -41,30 +41,30 @@ def report(
     n_top: int = 16,
     n_sample: int = 8,
     n_neighbours: int = 8,
-    n_steered_pictures: int = 8,
-    picture_size: int = 224,
+    n_steered_images: int = 8,
+    image_size: int = 224,
     max_bad_images: int = 100,
     progress: bool | None = None,
 ) -> Path:
     """Write a folder of static pages in which an SAE's features can be browsed.
 
-    The index sorts, searches and filters all features and shows the top pictures of each; every
-    feature has a page with its top pictures and a random sample of those it fires on, each with
+    The index sorts, searches and filters all features and shows the top images of each; every
+    feature has a page with its top images and a random sample of those it fires on, each with
     a heat map over the patches, an activation histogram, decoder neighbours, and what steering
     does. It opens from the file system and fetches nothing.
 
-    Pictures are run through the model once to rank them (not where ``latents`` are given), and
-    those shown once more for their heat maps. Memory does not grow with the number of pictures.
+    Images are run through the model once to rank them (not where ``latents`` are given), and
+    those shown once more for their heat maps. Memory does not grow with the number of images.
     The same input makes the same bytes. The folder appears, or is replaced, as a whole.
 
     Args:
         sae: A ``sae_lens.SAE`` whose metadata names a hook of the model.
         model: A VisionBridge. None will do where ``latents`` are given; then there are no heat
-            maps, and pictures are shown whole.
-        images: An image source, a sequence of PIL pictures, or anything that ``open_images`` takes.
+            maps, and images are shown whole.
+        images: An image source, a sequence of PIL images, or anything that ``open_images`` takes.
         out: Folder of the report. It may not exist, be empty, or hold an earlier report.
-        latents: Latents per picture, [n_images, d_sae], dense or sparse CSR or COO, if they are at
-            hand; else the largest value over the picture's tokens is computed.
+        latents: Latents per image, [n_images, d_sae], dense or sparse CSR or COO, if they are at
+            hand; else the largest value over the image's tokens is computed.
         scores: One number per latent by column name, NaN where there is none.
         names: A text per latent, as a sequence of d_sae or a mapping from latents.
         tokens: ``"cls"``, ``"patch"`` or ``"all"``; by default what the SAE was trained on.
@@ -74,12 +74,12 @@ def report(
         steering: The same, computed before, by latent.
         strength: What a latent is held at.
         title: Heading of the index.
-        n_top: Top pictures per feature.
-        n_sample: Pictures drawn at random from those a feature fires on.
+        n_top: Top images per feature.
+        n_sample: Images drawn at random from those a feature fires on.
         n_neighbours: Decoder neighbours per feature.
-        n_steered_pictures: Pictures, spread over the source, that are steered.
-        picture_size: Longest side of the pictures in the report, in pixels.
-        max_bad_images: Unreadable pictures that are left out, with a warning and a note in the
+        n_steered_images: Images, spread over the source, that are steered.
+        image_size: Longest side of the images in the report, in pixels.
+        max_bad_images: Unreadable images that are left out, with a warning and a note in the
             report, before giving up.
         progress: Show progress bars; by default on a terminal.
 
@@ -89,17 +89,17 @@ def report(
     Raises:
         FileExistsError: ``out`` holds something that is no report.
         UnknownHookError: the model lacks the SAE's hook.
-        ValueError: what was handed in does not fit together, or too many pictures are broken.
+        ValueError: what was handed in does not fit together, or too many images are broken.
     """
     place = Path(out).expanduser().resolve()
     check_replaceable(place)
-    sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_pictures, picture_size)
+    sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_images, image_size)
     if model is None and latents is None:
         raise ValueError("without a model the latents are needed: pass latents=, or the model")
     if model is None and concepts is not None:
         raise ValueError("steering towards concepts needs the model: pass it, or steering=")
     d_sae = int(sae.cfg.d_sae)
-    reader = PictureReader(images, max_bad_images=max_bad_images)
+    reader = ImageReader(images, max_bad_images=max_bad_images)
     if latents is not None:
         check_latents(latents, len(reader), d_sae)
     for latent in steering or {}:
@@ -114,7 +114,7 @@ def report(
         names=read_names(names, d_sae),
         features=read_features(features, d_sae),
         steering=steering,
-        steerer=make_steerer(concepts, encoder, reader, strength, sizes.n_steered_pictures),
+        steerer=make_steerer(concepts, encoder, reader, strength, sizes.n_steered_images),
         title=title,
         sizes=sizes,
         progress=sys.stderr.isatty() if progress is None else progress,

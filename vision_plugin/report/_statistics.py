@@ -1,4 +1,4 @@
-"""What one pass over the pictures leaves of each latent: top pictures, a sample, counts."""
+"""What one pass over the images leaves of each latent: top images, a sample, counts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 
 @dataclass(frozen=True)
 class Ranking:
-    """Some pictures per latent, [d_sae, n] each; a free place has picture -1 and value 0."""
+    """Some images per latent, [d_sae, n] each; a free place has image -1 and value 0."""
 
-    pictures: Int[Tensor, "d_sae n"]
+    images: Int[Tensor, "d_sae n"]
     values: Float[Tensor, "d_sae n"]
 
 
@@ -26,15 +26,15 @@ class Ranking:
 class LatentSummary:
     """What the report knows of every latent."""
 
-    n_pictures: int
+    n_images: int
     top: Ranking
-    """The pictures on which the latent is largest, largest first."""
+    """The images on which the latent is largest, largest first."""
     sample: Ranking
-    """Pictures drawn evenly from those on which it fires, largest first."""
+    """Images drawn evenly from those on which it fires, largest first."""
     n_fired: Int[Tensor, " d_sae"]
-    """Pictures on which it fires."""
+    """Images on which it fires."""
     histogram: Int[Tensor, "d_sae n_bins"]
-    """Its positive values on pictures, counted in half octaves."""
+    """Its positive values on images, counted in half octaves."""
     token_frequency: Float[Tensor, " d_sae"] | None
     """Share of tokens on which it fires, where tokens were seen."""
 
@@ -45,15 +45,15 @@ class LatentSummary:
 
     @property
     def frequency(self) -> Float[Tensor, " d_sae"]:
-        """Share of pictures on which each latent fires, in float64."""
-        return self.n_fired.double() / max(1, self.n_pictures)
+        """Share of images on which each latent fires, in float64."""
+        return self.n_fired.double() / max(1, self.n_images)
 
 
 class LatentStatistics:
-    """Collects a :class:`LatentSummary` from image-level latents, a few pictures at a time.
+    """Collects a :class:`LatentSummary` from image-level latents, a few images at a time.
 
-    Memory is d_sae x (n_top + n_sample + 64) numbers, whatever the number of pictures. A latent
-    fires where it is above 0. Ties go to the earlier picture.
+    Memory is d_sae x (n_top + n_sample + 64) numbers, whatever the number of images. A latent
+    fires where it is above 0. Ties go to the earlier image.
     """
 
     def __init__(self, d_sae: int, *, n_top: int, n_sample: int, seed: int = 0) -> None:
@@ -64,24 +64,24 @@ class LatentStatistics:
         self._histogram = torch.zeros(d_sae * N_BINS, dtype=torch.int32)
         self._token_fired = torch.zeros(d_sae, dtype=torch.int64)
         self._n_tokens = 0
-        self._n_pictures = 0
+        self._n_images = 0
 
-    def update(self, latents: Float[Tensor, "b d_sae"], pictures: Int[Tensor, " b"]) -> None:
-        """Add the latents of some pictures.
+    def update(self, latents: Float[Tensor, "b d_sae"], images: Int[Tensor, " b"]) -> None:
+        """Add the latents of some images.
 
         Args:
             latents: Image-level latents.
-            pictures: The pictures' numbers in the source; those of later calls are larger.
+            images: The images' numbers in the source; those of later calls are larger.
         """
         rows, features = (latents > 0).nonzero(as_tuple=True)
         values = latents[rows, features].float().cpu()
         rows, features = rows.cpu(), features.cpu()
-        self._n_pictures += len(pictures)
+        self._n_images += len(images)
         self._n_fired += torch.bincount(features, minlength=self.d_sae)
         self._count(features, values)
-        numbers = pictures[rows]
+        numbers = images[rows]
         self._top.merge(features, values, values, numbers)
-        keys = _sampling_keys(pictures, self.seed)[rows]
+        keys = _sampling_keys(images, self.seed)[rows]
         self._sample.merge(features, keys, values, numbers)
 
     def count_tokens(self, fired: Int[Tensor, " d_sae"], n_tokens: int) -> None:
@@ -93,7 +93,7 @@ class LatentStatistics:
         """What has been collected."""
         share = self._token_fired.double() / self._n_tokens if self._n_tokens else None
         return LatentSummary(
-            n_pictures=self._n_pictures,
+            n_images=self._n_images,
             top=self._top.ranking(),
             sample=self._sample.ranking(by_value=True),
             n_fired=self._n_fired,
@@ -115,49 +115,49 @@ class _Running:
         self.n = n
         self.priorities = torch.zeros(d_sae, n)
         self.values = torch.zeros(d_sae, n)
-        self.pictures = torch.full((d_sae, n), -1, dtype=torch.int64)
+        self.images = torch.full((d_sae, n), -1, dtype=torch.int64)
 
-    def merge(self, features: Tensor, priorities: Tensor, values: Tensor, pictures: Tensor) -> None:
+    def merge(self, features: Tensor, priorities: Tensor, values: Tensor, images: Tensor) -> None:
         """Take in entries [m] with priorities above 0."""
         if self.n == 0:
             return
         # Only what beats the last place can enter, which soon is next to nothing.
         strong = priorities > self.priorities[features, -1]
         features, priorities = features[strong], priorities[strong]
-        values, pictures = values[strong], pictures[strong]
+        values, images = values[strong], images[strong]
         touched = features.unique()
-        places = self.pictures[touched] >= 0
+        places = self.images[touched] >= 0
         held = touched[:, None].expand(-1, self.n)[places]
         features = torch.cat([held, features])
         priorities = torch.cat([self.priorities[touched][places], priorities])
         values = torch.cat([self.values[touched][places], values])
-        pictures = torch.cat([self.pictures[touched][places], pictures])
+        images = torch.cat([self.images[touched][places], images])
         order = torch.sort(priorities, descending=True, stable=True).indices
         order = order[torch.sort(features[order], stable=True).indices]
         features = features[order]
-        counts = torch.bincount(features, minlength=len(self.pictures))
+        counts = torch.bincount(features, minlength=len(self.images))
         place = torch.arange(len(features)) - (counts.cumsum(0) - counts)[features]
         kept = place < self.n
         where, order = (features[kept], place[kept]), order[kept]
         self.priorities[where] = priorities[order]
         self.values[where] = values[order]
-        self.pictures[where] = pictures[order]
+        self.images[where] = images[order]
 
     def ranking(self, *, by_value: bool = False) -> Ranking:
         """The entries by priority, or by value, highest first."""
         if not by_value:
-            return Ranking(self.pictures, self.values)
+            return Ranking(self.images, self.values)
         values, order = torch.sort(self.values, dim=1, descending=True, stable=True)
-        return Ranking(self.pictures.gather(1, order), values)
+        return Ranking(self.images.gather(1, order), values)
 
 
-def _sampling_keys(pictures: Tensor, seed: int) -> Tensor:
-    """A number in (0, 1] per picture that looks random and is the same in every run.
+def _sampling_keys(images: Tensor, seed: int) -> Tensor:
+    """A number in (0, 1] per image that looks random and is the same in every run.
 
-    The same pictures rank high for all latents, so that they share thumbnails; within one latent
+    The same images rank high for all latents, so that they share thumbnails; within one latent
     the sample is even.
     """
-    x = (pictures + 1) * 0x9E3779B1 + seed * 0x85EBCA6B
+    x = (images + 1) * 0x9E3779B1 + seed * 0x85EBCA6B
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     x = x ^ (x >> 16)

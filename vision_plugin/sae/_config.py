@@ -50,7 +50,7 @@ class VisionSAERunnerConfig:
     hook_name_out: str | None = None
     """Where a transcoder writes, for example ``blocks.10.hook_mlp_out``."""
     tokens: str = "all"
-    """``cls``, ``patch``, ``all`` or ``random:n`` (n random tokens of each picture)."""
+    """``cls``, ``patch``, ``all`` or ``random:n`` (n random tokens of each image)."""
     training_tokens: int = 2_000_000
     """Vectors to train on."""
     output_path: str | None = "output"
@@ -65,14 +65,14 @@ class VisionSAERunnerConfig:
     after it was killed; the last two are kept, and all removed when the SAE is saved."""
 
     image_column: str | None = None
-    """Column of pictures, where a data set has several."""
+    """Column of images, where a data set has several."""
     split: str | None = None
     """Split of a data set."""
 
     train_batch_size_tokens: int = 4096
     """Vectors per training step."""
     store_batch_size_images: int = 32
-    """Pictures per forward pass."""
+    """Images per forward pass."""
     n_batches_in_buffer: int = 20
     """Training batches that the shuffle buffer holds."""
     n_batches_for_norm_estimate: int = 100

@@ -1,4 +1,4 @@
-"""Several SAEs from one pass of the pictures through the model."""
+"""Several SAEs from one pass of the images through the model."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from sae_lens import SAE, TrainingSAE
 
-from vision_plugin.activations import ActivationStore, open_images
+from vision_plugin.activations import ActivationStore
+from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.sae._checkpoint import CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig
@@ -123,7 +124,7 @@ def open_inputs(
     source = cfg.images if images is None else images
     if source == "":
         raise ValueError(
-            "the configuration does not say what to train on: set images (--images) to pictures, "
+            "the configuration does not say what to train on: set images (--images) to images, "
             "or to a store of activations"
         )
     if is_store(source):

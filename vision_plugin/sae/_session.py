@@ -53,7 +53,7 @@ class TrainingSession:
             saes: Likewise.
             batches: One tensor, or tensors by the SAE's name.
             checkpoints: Where checkpoints go.
-            validators: Looks at held-out pictures, by the SAE's name; none or all of them.
+            validators: Looks at held-out images, by the SAE's name; none or all of them.
             identity: What a checkpoint has to have been made with, as JSON has it.
         """
         self.cfgs, self.saes, self.batches = dict(cfgs), dict(saes), batches
@@ -186,7 +186,7 @@ class TrainingSession:
         }
 
     def _validate(self) -> None:
-        """Look at held-out pictures, and leave no trace in the run's random state."""
+        """Look at held-out images, and leave no trace in the run's random state."""
         if not self.validators:
             return
         found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Where training batches come from: pictures through the model on the fly, or a store."""
+"""Where training batches come from: images through the model on the fly, or a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vision_plugin.activations import ActivationStore, ActivationStream, ShuffledBatches
 from vision_plugin.models import VisionBridge, load_model
-from vision_plugin.models._fit import hook_width, signature
+from vision_plugin.models.site import hook_width, signature
 from vision_plugin.sae._config import D_IN_OF_MODEL, VisionSAERunnerConfig
 
 _STORE_FILES = ("manifest.json", "plan.json")
@@ -62,7 +62,7 @@ class StoreBatches:
                 ids = ", ".join(self.batches.store.ids[image] for image in broken)
                 raise ValueError(
                     f"{int((~finite).sum())} activation vectors of {self.batches.store!r} at "
-                    f"{name} are not finite (pictures {ids}, ...). Extract them again"
+                    f"{name} are not finite (images {ids}, ...). Extract them again"
                 )
         return self._as_served(batch.activations)
 
@@ -240,6 +240,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         found = images.metadata(cfg.hook_name)
         return {**{name: found[name] for name in _METADATA_OF_STORE}, **hooks}
     assert model is not None
+    processor = model.image_processor
     return {
         "model_name": cfg.model_name,
         "model_revision": model.revision,
@@ -247,7 +248,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         "tokens": cfg.tokens,
         "dataset_path": cfg.images,
         "n_images": len(images),
-        "preprocessing": None if model.images is None else model.images.fingerprint(),
+        "preprocessing": None if processor is None else processor.fingerprint(),
         "context_size": model.token_layout().n_tokens,
         **hooks,
     }

@@ -1,4 +1,4 @@
-"""The features that fire most, with the pictures they fire on, as a table in wandb."""
+"""The features that fire most, with the images they fire on, as a table in wandb."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from vision_plugin import metrics
 from vision_plugin.sae._validation import Validator
 from vision_plugin.sae._wandb import WandbRun
 
-N_FEATURES, N_PICTURES, PICTURE_SIZE = 20, 8, 96
+N_FEATURES, N_IMAGES, IMAGE_SIZE = 20, 8, 96
 TABLE = "validation/top_features"
 
 
 def log_top_features(run: WandbRun, validator: Validator, *, prefix: str = "") -> None:
-    """Log the latents of the last look with the highest monosemanticity that fire on ten pictures.
+    """Log the latents of the last look with the highest monosemanticity that fire on ten images.
 
     Latents that fire on fewer come behind them. Nothing happens where wandb is off.
 
@@ -29,27 +29,27 @@ def log_top_features(run: WandbRun, validator: Validator, *, prefix: str = "") -
     scores = metrics.monosemanticity(latents, held.embeddings)
     counts = scores.n_active
     order = (scores.score.nan_to_num(-1) + 2.0 * (counts >= 10)).argsort(descending=True)
-    top = metrics.top_images(latents, n_top=N_PICTURES)
-    pictures = [f"picture {place + 1}" for place in range(N_PICTURES)]
-    table = wandb.Table(columns=["latent", "monosemanticity", "fires on", *pictures])
+    top = metrics.top_images(latents, n_top=N_IMAGES)
+    images = [f"image {place + 1}" for place in range(N_IMAGES)]
+    table = wandb.Table(columns=["latent", "monosemanticity", "fires on", *images])
     for latent in order[:N_FEATURES].tolist():
         if int(counts[latent]) == 0:
             continue
         shown = [
-            _picture(validator, held.indices[image], value)
+            _image(validator, held.indices[image], value)
             for image, value in zip(
                 top.images[latent].tolist(), top.values[latent].tolist(), strict=True
             )
             if image >= 0
         ]
-        shown += [None] * (N_PICTURES - len(shown))
+        shown += [None] * (N_IMAGES - len(shown))
         table.add_data(latent, float(scores.score[latent]), int(counts[latent]), *shown)
     run.log({f"{prefix}{TABLE}": table}, step=None)
 
 
-def _picture(validator: Validator, index: int, activation: float) -> object:
+def _image(validator: Validator, index: int, activation: float) -> object:
     import wandb
 
-    picture = validator.pictures[index].copy()
-    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
-    return wandb.Image(picture, caption=f"{validator.pictures.ids[index]}: {activation:.2f}")
+    image = validator.images[index].copy()
+    image.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
+    return wandb.Image(image, caption=f"{validator.images.ids[index]}: {activation:.2f}")

@@ -1,4 +1,4 @@
-"""Held-out pictures, looked at while training, through SAELens's evaluator interface."""
+"""Held-out images, looked at while training, through SAELens's evaluator interface."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from vision_plugin import metrics
-from vision_plugin.activations import BadImageError
-from vision_plugin.metrics._lazy_batch import LazyBatch
-from vision_plugin.metrics._result import to_json
-from vision_plugin.metrics._token_latents import encode_tokens
-from vision_plugin.models import Harvester, TokenSelection, VisionBridge
-from vision_plugin.models._splicing import token_mask
+from vision_plugin.evaluation import LazyBatch
+from vision_plugin.images import BadImageError
+from vision_plugin.metrics import to_json
+from vision_plugin.models import Harvester, TokenSelection, VisionBridge, encode_tokens
+from vision_plugin.models.site import token_mask
 from vision_plugin.sae._saving import inference_sae
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class HeldOut:
     pixels: Tensor
     """[n, channels, height, width], on the CPU."""
     indices: list[int]
-    """Places of the pictures in the collection; bad ones are left out."""
+    """Places of the images in the collection; bad ones are left out."""
     embeddings: Tensor
     """[n, d_embed], of unit norm."""
     labels: Tensor | None
@@ -76,14 +75,14 @@ class _AtHook:
     """What stays the same at one hook."""
 
     kinds: list[str] | None
-    """Kind of each token that the SAE takes; None at a hook with one vector per picture."""
+    """Kind of each token that the SAE takes; None at a hook with one vector per image."""
     ablated: Tensor | None
     """Logits with zeros in place of what the SAE reconstructs, [n, classes]."""
 
 
 @dataclass
 class Validator:
-    """Scores an SAE in training on held-out pictures.
+    """Scores an SAE in training on held-out images.
 
     It is what SAELens's ``SAETrainer(evaluator=...)`` takes. The scores are of the SAE as it would
     be saved at that moment, on activations as the model gives them:
@@ -92,27 +91,27 @@ class Validator:
       ``n_dense``: latents over the held-out tokens;
     - ``explained_variance``, ``cosine``, ``mse`` of the reconstruction;
     - ``monosemanticity``: the mean score over all held-out images, and ``n_undefined`` beside it;
-    - ``loss_recovered``, with its window and accuracies, where the pictures have labels and the
+    - ``loss_recovered``, with its window and accuracies, where the images have labels and the
       model a text tower: zero-shot cross-entropy at the model's own logit scale;
     - every metric that ``names`` adds, as ``validation/<metric>/<entry of its summary>``; those of
       whole images get latents max-pooled over tokens.
     """
 
     model: VisionBridge
-    pictures: Any
-    """An image source, or any sequence of PIL pictures with ``ids``."""
+    images: Any
+    """An image source, or any sequence of PIL images with ``ids``."""
     hook_names: Sequence[str]
     """The SAE's hook, or a transcoder's two."""
     tokens: str = "all"
     """Kind of token that the SAE is for; ``random:n`` looks at all of them."""
     n_images: int = 256
-    """The first so many pictures."""
+    """The first so many images."""
     batch_size: int = 32
-    """Pictures per forward pass."""
+    """Images per forward pass."""
     names: Sequence[str] = ()
     """Further metrics, by their names in ``vision_plugin.metrics.available()``."""
     embedder: VisionBridge | None = None
-    """Model whose embeddings say which pictures are alike; by default ``model``."""
+    """Model whose embeddings say which images are alike; by default ``model``."""
     template: str = "a photo of a {}"
     """Sentence around a label."""
     latents: Tensor | None = field(default=None, init=False)
@@ -138,7 +137,7 @@ class Validator:
             activation_scaler: What training scales activations with.
 
         Raises:
-            ValueError: no held-out picture can be read, or a metric needs what is not at hand.
+            ValueError: no held-out image can be read, or a metric needs what is not at hand.
         """
         del data_provider
         stock = inference_sae(sae, activation_scaler)
@@ -198,14 +197,14 @@ class Validator:
             scores |= {name: float(value) for name, value in more.scalars().items()}
         return scores
 
-    # ------------------------------------------------------------------ the pictures
+    # ------------------------------------------------------------------ the images
 
     @property
     def held_out(self) -> HeldOut:
         """Pixels, embeddings, labels and clean logits, made at the first look.
 
         Raises:
-            ValueError: no picture can be read.
+            ValueError: no image can be read.
         """
         if not self._shared:
             self._shared.append(self._prepare())
@@ -221,12 +220,12 @@ class Validator:
     def _prepare(self) -> HeldOut:
         indices, pixels, embeddings = [], [], []
         embedder = self.embedder or self.model
-        wanted = min(self.n_images, len(self.pictures))
+        wanted = min(self.n_images, len(self.images))
         for start in range(0, wanted, self.batch_size):
             images = []
             for index in range(start, min(start + self.batch_size, wanted)):
                 try:
-                    images.append(self.pictures[index])
+                    images.append(self.images[index])
                     indices.append(index)
                 except BadImageError as error:
                     logger.warning("left out of the validation: %s", error)
@@ -257,13 +256,13 @@ class Validator:
         return _AtHook(kinds, ablated)
 
     def _classes(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Class numbers of the pictures and text embeddings of the classes, where there are any."""
-        labels = getattr(self.pictures, "labels", None)
+        """Class numbers of the images and text embeddings of the classes, where there are any."""
+        labels = getattr(self.images, "labels", None)
         if labels is None:
             return None, None
         names = list(dict.fromkeys(labels))
         numbers = torch.tensor([names.index(labels[index]) for index in indices])
-        if len(names) < 2 or self.model.texts is None or not self.model.adapter.has_joint_space:
+        if len(names) < 2 or self.model.tokenizer is None or not self.model.adapter.has_joint_space:
             return numbers, None
         return numbers, self.model.encode_text([self.template.format(name) for name in names])
 
@@ -308,7 +307,7 @@ class Validator:
 
     def _zeros(self, activation: Tensor, hook: Any) -> Tensor:
         del hook
-        mask = token_mask(self.selection, self.model.token_layout, activation)
+        mask = token_mask(self.selection, self.model.token_layout(), activation)
         zeros = torch.zeros_like(activation)
         return zeros if mask is None else torch.where(mask, zeros, activation)
 

@@ -1,6 +1,8 @@
-"""Steering: latents, or neurons, held at chosen values while the model runs."""
+"""Edits of activations while a model runs, the cached pass that scores them, and what they do.
 
-from vision_plugin.steering._effect import SteeringEffect, steering_effect
-from vision_plugin.steering._steer import latent_change, steer, steer_neurons
+Importing this package is quick; torch and TransformerLens come with the first name that needs them.
+"""
 
-__all__ = ["SteeringEffect", "latent_change", "steer", "steer_neurons", "steering_effect"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What a model sees in pictures before and while latents are held at values."""
+"""What a model sees in images before and while latents are held at values."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from vision_plugin.steering._steer import steer
+from vision_plugin.models.dictionary import Dictionary, join_heads
+from vision_plugin.models.site import Site
+from vision_plugin.steering._cached_pass import CachedPass
+from vision_plugin.steering._steer import latent_change, read_targets
 
 
 @dataclass(frozen=True)
 class SteeringEffect:
-    """Zero-shot probabilities of concepts, per picture."""
+    """Zero-shot probabilities of concepts, per image."""
 
     concepts: list[str]
     before: Float[Tensor, "n c"]
     after: Float[Tensor, "n c"]
 
     def gains(self, n: int = 5) -> list[tuple[str, float]]:
-        """The concepts that gain most over the pictures, with their mean gain in probability."""
+        """Return the concepts that gain most, with their mean gain in probability."""
         delta = (self.after - self.before).mean(dim=0)
         top = delta.topk(min(n, len(self.concepts)))
         return [
@@ -31,7 +34,7 @@ class SteeringEffect:
         ]
 
     def top(self, probabilities: Tensor) -> list[tuple[str, float]]:
-        """The likeliest concept of each picture, with its probability."""
+        """Return the likeliest concept of each image, with its probability."""
         best = probabilities.max(dim=-1)
         return [
             (self.concepts[i], float(p))
@@ -39,10 +42,71 @@ class SteeringEffect:
         ]
 
 
-@torch.no_grad()
+class EffectPass:
+    """Images that were run once, ready to be steered by any latents of a dictionary.
+
+    Args:
+        model: A VisionBridge with a space shared with text.
+        sae: An SAE, or any dictionary, at one of its hooks.
+        pixels: As ``model.preprocess`` gives them.
+        text_embeddings: Unit embeddings of the concepts.
+        concepts: Their names.
+        tokens: Kind of token to steer.
+
+    Raises:
+        ValueError: the dictionary does not fit the model, or concepts and embeddings differ in
+            number.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Any,
+        sae: Dictionary,
+        pixels: Float[Tensor, "n channels height width"],
+        text_embeddings: Float[Tensor, "c d_embed"],
+        *,
+        concepts: Sequence[str],
+        tokens: str = "all",
+    ) -> None:
+        if len(concepts) != len(text_embeddings):
+            raise ValueError(
+                f"{len(concepts)} concepts, but {len(text_embeddings)} text embeddings"
+            )
+        self.model, self.sae, self.concepts = model, sae, list(concepts)
+        self.text_embeddings = text_embeddings
+        self.cached_pass = CachedPass(Site.of(model, sae, tokens=tokens))
+        self.prepared = self.cached_pass.prepare(pixels)
+        self.before = self._probabilities(self.prepared.embedding)
+
+    @torch.no_grad()
+    def effect(self, latents: Mapping[int, float]) -> SteeringEffect:
+        """Hold latents at values, and compare what the images are taken for.
+
+        Args:
+            latents: Value per latent.
+
+        Raises:
+            ValueError: a latent is out of range, or its value is not finite.
+        """
+        index, values = read_targets(latents, int(self.sae.cfg.d_sae))
+        source, target = self.prepared.source, self.prepared.target
+        change = latent_change(self.sae, join_heads(source, int(self.sae.cfg.d_in)), index, values)
+        change = change.to(target.dtype).reshape(target.shape)
+        mask = self.cached_pass.site.mask(target)
+        edited = target + (change if mask is None else change * mask)
+        embedding = self.cached_pass.finish_edited(self.prepared.entry, edited)
+        return SteeringEffect(self.concepts, self.before, self._probabilities(embedding))
+
+    def _probabilities(self, embedding: Tensor) -> Tensor:
+        unit = nn.functional.normalize(embedding, dim=-1)
+        logits = self.model.zero_shot_logits(unit, self.text_embeddings)
+        return torch.softmax(logits, dim=-1).float().cpu()
+
+
 def steering_effect(
     model: Any,
-    sae: Any,
+    sae: Dictionary,
     pixels: Float[Tensor, "n channels height width"],
     text_embeddings: Float[Tensor, "c d_embed"],
     latents: Mapping[int, float],
@@ -50,29 +114,19 @@ def steering_effect(
     concepts: Sequence[str],
     tokens: str = "all",
 ) -> SteeringEffect:
-    """Run pictures plain and steered, and compare what they are taken for.
+    """Run images plain and steered, and compare what they are taken for.
 
     Args:
         model: A VisionBridge with a space shared with text.
-        sae: A ``sae_lens.SAE`` at one of its hooks.
+        sae: An SAE, or any dictionary, at one of its hooks.
         pixels: As ``model.preprocess`` gives them.
         text_embeddings: Unit embeddings of the concepts.
         latents: Value per latent.
-        concepts: Their names.
-        tokens: Tokens to steer.
+        concepts: Names of the concepts.
+        tokens: Kind of token to steer.
 
     Raises:
-        ValueError: as in :func:`~vision_plugin.steering.steer`, or concepts and embeddings differ
-            in number.
+        ValueError: as :class:`EffectPass` and :meth:`EffectPass.effect` raise it.
     """
-    if len(concepts) != len(text_embeddings):
-        raise ValueError(f"{len(concepts)} concepts, but {len(text_embeddings)} text embeddings")
-    before = _probabilities(model, pixels, text_embeddings)
-    with steer(model, sae, latents, tokens=tokens):
-        after = _probabilities(model, pixels, text_embeddings)
-    return SteeringEffect(list(concepts), before, after)
-
-
-def _probabilities(model: Any, pixels: Tensor, text_embeddings: Tensor) -> Tensor:
-    similarities = model.encode_image(pixels) @ text_embeddings.T
-    return torch.softmax(model.logit_scale * similarities, dim=-1).float().cpu()
+    images = EffectPass(model, sae, pixels, text_embeddings, concepts=concepts, tokens=tokens)
+    return images.effect(latents)

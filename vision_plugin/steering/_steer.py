@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from vision_plugin.models import TokenSelection
-from vision_plugin.models._fit import check_fit
-from vision_plugin.models._splicing import (
-    permanent_hook,
-    remove_hook,
-    silent_hooks,
-    token_mask,
-)
+from vision_plugin.models.dictionary import Dictionary, bare, join_heads
+from vision_plugin.models.site import Site, hooked, token_mask
 
 
 @contextmanager
 def steer(
-    model: Any, sae: Any, latents: Mapping[int, float], *, tokens: str = "all"
+    model: Any, sae: Dictionary, latents: Mapping[int, float], *, tokens: str = "all"
 ) -> Iterator[None]:
     """Set latents of an SAE to fixed values for the length of a ``with`` block.
 
@@ -40,19 +35,24 @@ def steer(
         ValueError: a latent out of range, a value that is not finite, or an SAE that does not
             belong to the model.
     """
-    hook_name = sae.cfg.metadata.get("hook_name_out") or sae.cfg.metadata["hook_name"]
-    model.check_hook_names([hook_name])
-    check_fit(model, sae)
-    index, values = _targets(latents, int(sae.cfg.d_sae))
-    selection = TokenSelection.parse(tokens)
+    site = Site.of(model, sae, tokens=tokens)
+    index, values = read_targets(latents, int(sae.cfg.d_sae))
+    captured: list[Tensor] = []
+
+    def capture(activation: Tensor, hook: Any) -> None:
+        del hook
+        captured[:] = [activation]
 
     def overwrite(activation: Tensor, hook: Any) -> Tensor:
         del hook
-        change = latent_change(sae, activation, index, values).to(activation.dtype)
-        mask = token_mask(selection, model.token_layout, activation)
+        source = captured.pop() if captured else activation
+        change = latent_change(sae, join_heads(source, int(sae.cfg.d_in)), index, values)
+        change = change.to(activation.dtype).reshape(activation.shape)
+        mask = site.mask(activation)
         return activation + (change if mask is None else change * mask)
 
-    with _hooked(model, hook_name, overwrite):
+    reads = {} if len(site.hook_names) == 1 else {site.hook_name: capture}
+    with hooked(model, {**reads, site.hook_name_out: overwrite}):
         yield
 
 
@@ -76,17 +76,17 @@ def steer_neurons(
 
     def overwrite(activation: Tensor, hook: Any) -> Tensor:
         del hook
-        index, values = _targets(neurons, activation.shape[-1])
+        index, values = read_targets(neurons, activation.shape[-1])
         edited = activation.clone()
         edited[..., index.to(activation.device)] = values.to(activation)
-        mask = token_mask(selection, model.token_layout, activation)
+        mask = token_mask(selection, model.token_layout(), activation)
         return edited if mask is None else torch.where(mask, edited, activation)
 
-    with _hooked(model, hook_name, overwrite):
+    with hooked(model, {hook_name: overwrite}):
         yield
 
 
-def latent_change(sae: Any, activation: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def latent_change(sae: Dictionary, activation: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """What overwriting latents adds to an activation, [..., d_in].
 
     Args:
@@ -95,7 +95,7 @@ def latent_change(sae: Any, activation: Tensor, index: Tensor, values: Tensor) -
         index: Latents, [m].
         values: Their new values, [m].
     """
-    with silent_hooks(sae):
+    with bare(sae):
         # Some SAEs keep the input's scale from encode to decode, so each decode has its encode.
         before: Tensor = sae.decode(sae.encode(activation))
         latents = sae.encode(activation).clone()
@@ -104,17 +104,8 @@ def latent_change(sae: Any, activation: Tensor, index: Tensor, values: Tensor) -
     return after - before
 
 
-@contextmanager
-def _hooked(model: Any, hook_name: str, function: Callable[..., Tensor]) -> Iterator[None]:
-    hook_point = model.hook_dict[hook_name]
-    handle = permanent_hook(hook_point, function)
-    try:
-        yield
-    finally:
-        remove_hook(hook_point, handle)
-
-
-def _targets(targets: Mapping[int, float], width: int) -> tuple[Tensor, Tensor]:
+def read_targets(targets: Mapping[int, float], width: int) -> tuple[Tensor, Tensor]:
+    """Return latents and their values as tensors ``[m]``; raise where one cannot be set."""
     for latent, value in targets.items():
         if not 0 <= latent < width:
             raise ValueError(f"latent {latent} is out of range: there are {width}, from 0")

@@ -99,7 +99,7 @@
       button.addEventListener("click", () => change({ sort: key, down: view.sort === key ? !view.down : key !== "id" && key !== "name", page: 1 }));
       byId("head").append(element("th", { scope: "col", class: key === "id" || key === "name" ? "" : "number" }, button));
     }
-    byId("head").append(element("th", { scope: "col" }, "Top pictures"));
+    byId("head").append(element("th", { scope: "col" }, "Top images"));
     for (const column of columns) byId("range-column").append(element("option", { value: column.key }, column.title));
   };
 
@@ -109,9 +109,9 @@
     if (fired[row] === 0) line.firstChild.append(" ", element("span", { class: "badge dead" }, "dead"));
     if (report.names) line.append(element("td", { class: "name", title: name }, isolated(name)));
     columns.forEach((column, place) => line.append(element("td", { class: "number" }, format(values[place][row], column.kind))));
-    const strip = element("a", { href, tabindex: "-1", "aria-label": `Feature ${id}: pictures` });
-    for (const picture of report.pictures[row]) {
-      strip.append(element("img", { src: `pictures/${picture}.${report.suffix}`, alt: "", width: 64, height: 64, loading: "lazy", decoding: "async" }));
+    const strip = element("a", { href, tabindex: "-1", "aria-label": `Feature ${id}: images` });
+    for (const image of report.images[row]) {
+      strip.append(element("img", { src: `images/${image}.${report.suffix}`, alt: "", width: 64, height: 64, loading: "lazy", decoding: "async" }));
     }
     line.append(element("td", { class: "strip" }, strip));
     return line;

@@ -1,0 +1,16 @@
+from ._batches import Batch as Batch
+from ._batches import ShuffledBatches as ShuffledBatches
+from ._config import ExtractionConfig as ExtractionConfig
+from ._errors import ManifestError as ManifestError
+from ._errors import ShardError as ShardError
+from ._errors import StoreError as StoreError
+from ._errors import StoreFullError as StoreFullError
+from ._errors import StoreLockedError as StoreLockedError
+from ._errors import StoreMismatchError as StoreMismatchError
+from ._errors import TooManyBadImagesError as TooManyBadImagesError
+from ._extract import extract as extract
+from ._store import ActivationStore as ActivationStore
+from ._stream import ActivationStream as ActivationStream
+from ._verify import VerificationReport as VerificationReport
+from ._verify import info as info
+from ._verify import verify as verify

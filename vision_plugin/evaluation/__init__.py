@@ -1,0 +1,8 @@
+"""The one loop that scores a dictionary over images: evaluation, controls, the sparsity study.
+
+Importing this package is quick; torch and the hosts come with the first name that needs them.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

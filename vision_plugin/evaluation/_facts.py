@@ -1,0 +1,252 @@
+"""What is known of images beside their pixels: classes, concepts, taxonomy, masks, domains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+
+from vision_plugin.evaluation._config import EvaluationConfig
+from vision_plugin.images import open_images
+from vision_plugin.metrics import (
+    TaxonomyPaths,
+    read_taxonomy,
+    sibling_groups,
+    taxonomy_from_columns,
+)
+
+DEMO = re.compile(r"demo:(\d+)@(\d+)")
+
+
+class Facts:
+    """Facts by place in the source, each read when it is first asked for."""
+
+    def __init__(self, cfg: EvaluationConfig, images: Any, concepts: list[str]) -> None:
+        self.cfg, self.images, self.concepts = cfg, images, concepts
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have classes."""
+        return self.cfg.labels is not None or getattr(self.images, "label_column", None) is not None
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """The class of each image."""
+        return class_of_images(self.images, self.cfg.labels)
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes; the place of a class is its number."""
+        return sorted(set(self.label_names))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Number of each image's class."""
+        number = {name: index for index, name in enumerate(self.class_names)}
+        return torch.tensor([number[name] for name in self.label_names])
+
+    @cached_property
+    def taxonomy_paths(self) -> TaxonomyPaths | None:
+        """A path per image, broadest step first; None where no taxonomy was named."""
+        named = self.cfg.taxonomy
+        if named is None:
+            return None
+        if named == "demo":
+            drawn: TaxonomyPaths = demo_world(self.images, "--taxonomy demo").taxonomy_paths
+            return drawn
+        kind, _, columns = named.partition(":")
+        if kind == "column":
+            names = columns.split(",")
+            table = {name: self.images.column(name) for name in names}
+            return taxonomy_from_columns(table, names)
+        if not Path(named).is_file():
+            raise FileNotFoundError(
+                f"--taxonomy {named}: there is no such file; columns of the images are written "
+                "column:BROAD,NARROW"
+            )
+        return read_taxonomy(named, image_ids=self.images.ids)
+
+    @cached_property
+    def sibling_groups(self) -> dict[str, list[int]]:
+        """Classes that share a parent in the taxonomy, by parent."""
+        paths = self.taxonomy_paths
+        assert paths is not None
+        place: dict[str, tuple[str, ...]] = {}
+        for name, path in zip(self.label_names, paths, strict=True):
+            steps = tuple(path)
+            own = steps[: steps.index(name) + 1] if name in steps else (*steps, name)
+            place.setdefault(name, own)
+        return sibling_groups([place[name] for name in self.class_names])
+
+    @cached_property
+    def masks(self) -> Masks | None:
+        """Where the concepts are; None where no masks were named."""
+        named = self.cfg.masks
+        if named is None:
+            return None
+        return _demo_masks(self.images) if named == "demo" else _folder_masks(named, self.images)
+
+    @cached_property
+    def domains(self) -> dict[str, Any]:
+        """Labelled images of other domains, by what they were called on the command line."""
+        found = {name: open_images(name) for name in self.cfg.domain_images}
+        for name, images in found.items():
+            if images.label_column is None:
+                raise ValueError(f"--domain-images {name}: these images have no labels")
+        return found
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Concepts and the pixels that show them.
+
+    Attributes:
+        names: the concepts.
+        of_image: the concepts that an image shows, by number, each with its mask ``[H, W]``.
+    """
+
+    names: tuple[str, ...]
+    of_image: Callable[[int], dict[int, Bool[np.ndarray, "height width"]]]
+
+    def batch(self, model: Any, images: Sequence[int]) -> Bool[Tensor, "n c height width"]:
+        """Masks as the model sees the images: resized and cropped by its own preprocessing."""
+        shown = [self.of_image(image) for image in images]
+        drawn = [_image(mask) for masks in shown for mask in masks.values()]
+        black, white = _pixels(model, [_image(np.full((64, 64), v, dtype=bool)) for v in (0, 1)])
+        found = torch.zeros(len(images), len(self.names), *black.shape[1:], dtype=torch.bool)
+        if not drawn:
+            return found
+        middle = (black + white) / 2
+        inside = ((_pixels(model, drawn) - middle) * (white - black)).sum(1) > 0
+        places = [(row, concept) for row, masks in enumerate(shown) for concept in masks]
+        rows, concepts = torch.tensor(places).unbind(1)
+        found[rows, concepts] = inside
+        return found
+
+
+def class_of_images(images: Any, column: str | None) -> list[str]:
+    """The class of each image, as text.
+
+    Args:
+        images: an image source.
+        column: ``column:NAME``; None for the labels that the images come with.
+
+    Raises:
+        ValueError: there are no labels, or no such column.
+    """
+    if column is None:
+        if images.labels is None:
+            raise ValueError("these images have no labels: --labels column:NAME names a column")
+        return list(images.labels)
+    kind, _, name = column.partition(":")
+    if kind != "column" or not name:
+        raise ValueError(f"--labels {column}: write column:NAME")
+    return [str(value) for value in images.column(name)]
+
+
+def read_concepts(concepts: str | None, images: Any) -> list[str]:
+    """Distinct concepts, from a column of the images or a text file; none where None.
+
+    Raises:
+        ValueError: there is no such column, or the file is empty.
+        FileNotFoundError: there is no such file.
+    """
+    if concepts is None:
+        return []
+    kind, _, column = concepts.partition(":")
+    if concepts == "labels":
+        if images.labels is None:
+            raise ValueError("--concepts labels: these images have no labels")
+        return list(dict.fromkeys(images.labels))
+    if kind == "column":
+        return list(dict.fromkeys(str(value) for value in images.column(column)))
+    path = Path(concepts)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--concepts {concepts}: there is no such file; a column of the images is written "
+            "column:NAME, their labels are written labels"
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    found = list(dict.fromkeys(line for line in lines if line))
+    if not found:
+        raise ValueError(f"{concepts} has no concepts: write one a line")
+    return found
+
+
+def demo_world(images: Any, flag: str) -> Any:
+    """The drawn world behind ``demo:N``.
+
+    Raises:
+        ValueError: the images are not drawn ones.
+    """
+    from vision_plugin.demo import draw
+
+    described = getattr(images, "description", {})
+    match = DEMO.fullmatch(str(described.get("path")))
+    if described.get("kind") != "demo" or match is None:
+        raise ValueError(f"{flag} is for the drawn images of --images demo:N, not for others")
+    return draw(int(match.group(1)), seed=int(match.group(2)))
+
+
+def _demo_masks(images: Any) -> Masks:
+    """The drawn object, as its shape and as its colour."""
+    from vision_plugin.demo import FACTORS
+
+    world = demo_world(images, "--masks demo")
+    names = tuple(
+        f"{factor}: {value}" for factor in ("shape", "colour") for value in FACTORS[factor]
+    )
+    number = {name: index for index, name in enumerate(names)}
+
+    def of_image(image: int) -> dict[int, Any]:
+        scene, mask = world.scenes[image], world.masks[image]
+        return {number[f"{name}: {scene.value(name)}"]: mask for name in ("shape", "colour")}
+
+    return Masks(names, of_image)
+
+
+def _folder_masks(folder: str, images: Any) -> Masks:
+    root = Path(folder)
+    listed = root / "names.txt"
+    if not listed.is_file():
+        raise FileNotFoundError(
+            f"--masks {folder}: there is no {listed}; write the names of the concepts there, one a "
+            "line, and beside it an image ID.png per image whose pixel values are line numbers"
+        )
+    names = tuple(listed.read_text(encoding="utf-8").split("\n"))
+    names = tuple(name.strip() for name in names if name.strip())
+
+    def of_image(image: int) -> dict[int, Any]:
+        path = root / f"{Path(images.ids[image]).with_suffix('')}.png"
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"image {images.ids[image]!r} names a mask outside {folder}")
+        if not path.is_file():
+            raise FileNotFoundError(f"--masks {folder}: there is no {path}")
+        numbers = np.asarray(Image.open(path))
+        shown = np.unique(numbers)
+        if numbers.ndim != 2 or int(shown.max()) > len(names):
+            raise ValueError(
+                f"{path} must have one channel with values from 0 to {len(names)}, the number of "
+                f"names in {listed}; it has shape {numbers.shape} and values up to {shown.max()}"
+            )
+        return {int(value) - 1: numbers == value for value in shown if value > 0}
+
+    return Masks(names, of_image)
+
+
+def _image(mask: Bool[np.ndarray, "height width"]) -> Image.Image:
+    return Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
+
+
+def _pixels(model: Any, images: list[Image.Image]) -> Tensor:
+    pixels: Tensor = model.preprocess(images).float().cpu()
+    return pixels

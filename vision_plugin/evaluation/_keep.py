@@ -1,0 +1,92 @@
+"""What an evaluation keeps of each image beside the metrics' own sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin.evaluation._config import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Image-level latents, neurons and embeddings of a set of images."""
+
+    ids: list[str]
+    """Ids of the images that could be read, in order."""
+    indices: list[int]
+    """Their places in the source."""
+    bad_images: dict[str, str]
+    """Ids of those that could not, with the reason."""
+    latents: Tensor
+    """SAE latents pooled over tokens, sparse CSR [n, d_sae]."""
+    neurons: Float[Tensor, "n d_in"]
+    """The activation itself pooled over tokens: the baseline."""
+    embeddings: dict[str, Float[Tensor, "n d"]]
+    """Unit embeddings by the name of the embedder, in the order in which they were named."""
+    fidelity: dict[str, float]
+    """``explained_variance``, ``cosine`` and ``l0`` over the selected tokens."""
+    tokens: str
+    """Kind of token that was encoded."""
+    pooling: Literal["max", "mean"]
+    """How tokens became images."""
+
+    @property
+    def first_embeddings(self) -> Float[Tensor, "n d"]:
+        """Those of the first embedder."""
+        return next(iter(self.embeddings.values()))
+
+
+class Keeper:
+    """Keeps the SAE's latents, the neurons and the embeddings of each image."""
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+        self.neurons: list[Tensor] = []
+        self.embeddings: dict[str, list[Tensor]] = {}
+        self.lengths: list[Tensor] = []
+        self.columns: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.width = 0
+
+    def add(
+        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: dict[str, Tensor]
+    ) -> None:
+        latents = latents.detach().cpu()
+        self.width = latents.shape[1]
+        entries = (latents if latents.is_sparse else latents.to_sparse()).coalesce()
+        rows, columns = entries.indices()
+        self.indices += indices
+        self.lengths.append(torch.bincount(rows, minlength=len(indices)))
+        self.columns.append(columns)
+        self.values.append(entries.values())
+        self.neurons.append(neurons.detach().float().cpu())
+        for name, embedded in embeddings.items():
+            self.embeddings.setdefault(name, []).append(embedded)
+
+    def finish(
+        self, images: Any, bad: dict[str, str], tokens: str, cfg: EvaluationConfig
+    ) -> EncodedImages:
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self.lengths).cumsum(0)])
+        latents = torch.sparse_csr_tensor(
+            ends,
+            torch.cat(self.columns),
+            torch.cat(self.values),
+            (len(ends) - 1, self.width),
+            check_invariants=False,
+        )
+        return EncodedImages(
+            ids=[images.ids[index] for index in self.indices],
+            indices=self.indices,
+            bad_images=bad,
+            latents=latents,
+            neurons=torch.cat(self.neurons),
+            embeddings={name: torch.cat(parts) for name, parts in self.embeddings.items()},
+            fidelity={},
+            tokens=tokens,
+            pooling="max" if cfg.pooling == "max" else "mean",
+        )

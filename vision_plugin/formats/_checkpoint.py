@@ -1,0 +1,211 @@
+"""A weights file with the config that belongs to it, and the options of its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vision_plugin.formats._errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RefusedCheckpointError,
+)
+from vision_plugin.formats._files import read_config, read_weights
+from vision_plugin.formats._unpickle import InertObject
+
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+RowNormalization = Literal["l2", "max_l2", "l1", "max_l1", "identity"]
+NegativeLatents = Literal["refuse", "clip"]
+
+_CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
+_MAX_METADATA_TEXT = 500
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a file may leave out, and what its owner then has to say.
+
+    Attributes:
+        activation: The sparsifier, for formats that do not record it.
+        k: Latents kept per sample, for formats that do not record it.
+        threshold: The scalar threshold of a BatchTopK SAE whose file does not hold it.
+        row_normalization: What overcomplete's dictionary does to its rows; its default is l2.
+        negative_latents: What to do with an SAE whose top-k keeps negative latents, which no stock
+            architecture does: refuse, or set them to zero (which changes the SAE where they occur).
+        input_mean: Mean [d_in] that the SAE expects to be subtracted from its input, to be folded.
+        input_std: Std, one or [d_in], that it expects its input to be divided by, to be folded.
+    """
+
+    activation: Activation | None = None
+    k: int | None = None
+    threshold: float | None = None
+    row_normalization: RowNormalization | None = None
+    negative_latents: NegativeLatents = "refuse"
+    input_mean: Tensor | None = None
+    input_std: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        choices: tuple[tuple[str, object, tuple[Any, ...]], ...] = (
+            ("activation", self.activation, (None, *get_args(Activation))),
+            ("row_normalization", self.row_normalization, (None, *get_args(RowNormalization))),
+            ("negative_latents", self.negative_latents, get_args(NegativeLatents)),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; expected one of {allowed}.")
+        if (self.input_mean is None) != (self.input_std is None):
+            raise ValueError("input_mean and input_std belong together; give both or neither.")
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """A checkpoint as its own project lays it out.
+
+    Attributes:
+        path: The weights file.
+        tensors: The state dict.
+        settings: The config that was pickled beside the tensors, else the one in a file beside
+            them, else empty.
+        settings_class: Name of the pickled config's class, where there is one.
+        header: saev's header, or None.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings_class: str | None = None
+    header: Mapping[str, Any] | None = None
+
+    def take(self, *required: str, optional: Collection[str] = ()) -> dict[str, Tensor]:
+        """Exactly these tensors.
+
+        Raises:
+            CorruptCheckpointError: One of `required` is missing.
+            RefusedCheckpointError: There are others, so the file holds more than its reader knows.
+        """
+        missing = [name for name in required if name not in self.tensors]
+        if missing:
+            raise CorruptCheckpointError(
+                f"the tensors {missing} are missing; it holds {sorted(self.tensors)[:20]}."
+            )
+        unknown = sorted(set(self.tensors) - set(required) - set(optional))
+        if unknown:
+            raise RefusedCheckpointError(
+                f"it also holds {unknown[:20]}, so it computes more than this format is known to."
+            )
+        return dict(self.tensors)
+
+    def setting(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        """One value of the config, of a checked type.
+
+        Raises:
+            CorruptCheckpointError: It is missing and has no default, or has another type.
+        """
+        value = self.settings.get(name, default)
+        if value is ...:
+            raise CorruptCheckpointError(f"its config has no {name!r}.")
+        if value is default or isinstance(value, kind):
+            return value
+        raise CorruptCheckpointError(f"its config has {name!r} = {str(value)[:80]!r}.")
+
+    def announced_shape(self) -> tuple[int | None, int | None]:
+        """`d_in` and `d_sae` as the config states them, None where it does not."""
+        nested = self.settings.get("trainer")
+        stated = nested if isinstance(nested, dict) else self.settings
+        sizes: list[int | None] = []
+        for names in (
+            ("d_in", "input_dim", "d_model", "activation_dim"),
+            ("d_sae", "hidden_dim", "dict_size"),
+        ):
+            found = [stated[name] for name in names if isinstance(stated.get(name), int)]
+            sizes.append(found[0] if found else None)
+        return sizes[0], sizes[1]
+
+    def text(self, name: str) -> str | None:
+        """A setting that is worth recording, if it is a short text."""
+        value = self.settings.get(name)
+        return value if isinstance(value, str) and 0 < len(value) <= _MAX_METADATA_TEXT else None
+
+
+def whole_number(value: object, name: str) -> int:
+    """`value`, once it is known to be an int.
+
+    Raises:
+        CorruptCheckpointError: It is something else.
+    """
+    if type(value) is not int:
+        raise CorruptCheckpointError(f"{name} is {str(value)[:80]!r}; expected a whole number.")
+    return value
+
+
+def read_checkpoint(path: Path) -> RawCheckpoint:
+    """Read a weights file, and the config beside it.
+
+    Args:
+        path: The weights file. A `config.json` or `.yaml` is looked for in its folder, and above a
+            folder called `checkpoints`.
+    """
+    weights = read_weights(path)
+    try:
+        return _assembled(path, weights.content, weights.header)
+    except CheckpointError as error:
+        raise type(error)(f"Cannot load {path}: {error}") from error
+
+
+def _assembled(path: Path, content: Any, header: dict[str, Any] | None) -> RawCheckpoint:
+    if isinstance(content, InertObject):
+        raise RefusedCheckpointError(
+            f"the file is nothing but a pickled {content.class_name}, which can only be read by "
+            "running code. Re-save its tensors where that class can be imported: "
+            "`torch.save(sae.state_dict(), 'state_dict.pth')`. What the state dict leaves out (k, "
+            "BatchTopK's running_threshold) is then given as an option: "
+            "load_sae('state_dict.pth', activation='batchtopk', "
+            "threshold=float(sae.running_threshold)) or activation='topk', k=sae.top_k."
+        )
+    if isinstance(content, Tensor):
+        raise RefusedCheckpointError(
+            "the file is one bare tensor (a feature-sparsity log, perhaps), not an SAE."
+        )
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"the file holds a {type(content).__name__}, not a dict.")
+    settings: Mapping[str, Any] = {}
+    settings_class = None
+    if "state_dict" in content:
+        embedded = content.get("cfg", content.get("config"))
+        if isinstance(embedded, InertObject):
+            settings, settings_class = embedded.attributes, embedded.class_name
+        elif isinstance(embedded, dict):
+            settings = embedded
+        content = content["state_dict"]
+    if not settings:
+        config = _config_beside(path)
+        settings = read_config(config) if config is not None else {}
+    return RawCheckpoint(path, _state_dict(content), settings, settings_class, header)
+
+
+def _state_dict(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not content:
+        raise CorruptCheckpointError("its state dict is empty or not a dict.")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CorruptCheckpointError(
+                f"its state dict maps {str(key)[:80]!r} to a {type(value).__name__}; "
+                "only names and tensors belong there."
+            )
+    return content
+
+
+def _config_beside(path: Path) -> Path | None:
+    folders = [path.parent]
+    if path.parent.name == "checkpoints":
+        folders.append(path.parent.parent)
+    for folder in folders:
+        for name in _CONFIG_NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    return None

@@ -1,0 +1,86 @@
+"""Which project wrote a checkpoint, and its translation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from vision_plugin.formats import (
+    _dictionary_learning,
+    _overcomplete,
+    _patchsae,
+    _prisma,
+    _saev,
+    _visaebench,
+)
+from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, read_checkpoint
+from vision_plugin.formats._errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnknownFormatError,
+)
+from vision_plugin.formats._stock import StockCheckpoint
+
+
+class _Format(NamedTuple):
+    describes: Callable[[RawCheckpoint], bool]
+    to_stock: Callable[[RawCheckpoint, ReadOptions], StockCheckpoint]
+
+
+# In this order: the earlier ones are recognised by what the later ones never have.
+FORMATS: dict[str, _Format] = {
+    "saev": _Format(_saev.describes, _saev.to_stock),
+    "prisma": _Format(_prisma.describes, _prisma.to_stock),
+    "patchsae": _Format(_patchsae.describes, _patchsae.to_stock),
+    "dictionary_learning": _Format(_dictionary_learning.describes, _dictionary_learning.to_stock),
+    "visaebench": _Format(_visaebench.describes, _visaebench.to_stock),
+    "overcomplete": _Format(_overcomplete.describes, _overcomplete.to_stock),
+}
+
+
+def read_stock(path: Path, *, format: str = "auto", options: ReadOptions) -> StockCheckpoint:
+    """Read a foreign weights file as a stock SAELens SAE.
+
+    Args:
+        path: The weights file.
+        format: A name in `FORMATS`, or "auto".
+        options: What the file leaves out.
+
+    Raises:
+        CheckpointError: One of its subclasses, naming the file and the reason.
+    """
+    raw = read_checkpoint(path)
+    try:
+        name = _detected(raw) if format == "auto" else format
+        stock = FORMATS[name].to_stock(raw, options).checked()
+        _compare_with_announced_shape(stock, raw)
+        if options.input_mean is not None and options.input_std is not None:
+            stock = stock.standardized(options.input_mean, options.input_std).checked()
+    except CheckpointError as error:
+        raise type(error)(f"Cannot load {path}: {error}") from error
+    source = {"format": name, "file": path.name}
+    known = {key: value for key, value in stock.metadata.items() if value is not None}
+    return replace(stock, metadata={**known, "source": source})
+
+
+def _detected(raw: RawCheckpoint) -> str:
+    for name, candidate in FORMATS.items():
+        if candidate.describes(raw):
+            return name
+    raise UnknownFormatError(
+        f"nothing says which project wrote it. It holds the tensors {sorted(raw.tensors)[:12]} and "
+        f"the settings {sorted(map(str, raw.settings))[:12]}. If it is one of {list(FORMATS)}, put "
+        "the config that belongs to it beside it, or pass format=."
+    )
+
+
+def _compare_with_announced_shape(stock: StockCheckpoint, raw: RawCheckpoint) -> None:
+    pairs = zip(("d_in", "d_sae"), raw.announced_shape(), (stock.d_in, stock.d_sae), strict=True)
+    for name, announced, actual in pairs:
+        if announced is not None and announced != actual:
+            raise CorruptCheckpointError(
+                f"its config says {name}={announced}, its tensors {actual}. The config belongs to "
+                "another checkpoint, or the file is damaged."
+            )

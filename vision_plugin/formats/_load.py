@@ -1,0 +1,131 @@
+"""`load_sae`: any published checkpoint as a stock SAELens SAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from torch import Tensor
+
+from vision_plugin.formats._checkpoint import Activation, NegativeLatents, RowNormalization
+from vision_plugin.formats._errors import CheckpointError, CorruptCheckpointError
+from vision_plugin.formats._formats import FORMATS
+from vision_plugin.formats._loaders import disk_converter, hub_converter
+from vision_plugin.formats._locate import download, inside, is_repository
+from vision_plugin.formats._releases import read_releases, register
+
+
+def load_sae(
+    path_or_repo: str | Path,
+    sae_id: str = "",
+    *,
+    format: str = "auto",
+    device: str = "cpu",
+    dtype: str | None = None,
+    fold_W_dec_norm: bool = False,
+    activation: Activation | None = None,
+    k: int | None = None,
+    threshold: float | None = None,
+    row_normalization: RowNormalization | None = None,
+    negative_latents: NegativeLatents = "refuse",
+    input_mean: Tensor | None = None,
+    input_std: Tensor | float | None = None,
+    revision: str | None = None,
+    force_download: bool = False,
+) -> SAE[Any]:
+    """Load an SAE of any supported format as one of SAELens's own classes.
+
+    Formats: SAELens's folder, Prisma, dictionary_learning (sae-for-vlm), PatchSAE, saev,
+    overcomplete, VISAEBench; told apart by content. The result computes what the writing project's
+    code computes, or the file is refused with the reason. No class of another project is built and
+    no code of the file is run.
+
+    Args:
+        path_or_repo: A file, a folder, a release that SAELens knows, or a hub id `owner/name`.
+        sae_id: The release's SAE id, or the folder or weights file inside the folder or repository.
+        format: "auto", "sae_lens", or one of "saev", "prisma", "patchsae", "dictionary_learning",
+            "visaebench", "overcomplete".
+        device: Where to put it.
+        dtype: "float32" and so on; None keeps the file's.
+        fold_W_dec_norm: Scale the decoder's rows to unit norm and the latents to match.
+        activation: The sparsifier, where the file does not say (overcomplete, a bare `ae.pt`).
+        k: Latents kept per sample, where the file does not say.
+        threshold: BatchTopK's scalar threshold, where the file does not hold it.
+        row_normalization: overcomplete's dictionary normalisation, if not its default.
+        negative_latents: "clip" accepts a saev TopK SAE with its negative latents set to zero.
+        input_mean: Mean [d_in] of the activations, for an SAE that expects `(x - mean) / std`.
+        input_std: Their std, one number or [d_in]; folded exactly together with the mean.
+        revision: Branch, tag or commit on the hub.
+        force_download: Fetch again what is cached.
+
+    Returns:
+        A `StandardSAE`, `TopKSAE`, `JumpReLUSAE`, `GatedSAE`, ...; `cfg.metadata` records `source`,
+        `input_normalization` and, where the file says, `model_name`, `hook_name` and `tokens`.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder, release or repository.
+        CheckpointError: `UnknownFormatError`, `CorruptCheckpointError`, `UnsafeCheckpointError` or
+            `RefusedCheckpointError`, naming the file and the way out.
+    """
+    if format not in ("auto", "sae_lens", *FORMATS):
+        raise ValueError(f"format is {format!r}; expected 'auto', 'sae_lens' or {list(FORMATS)}.")
+    options: dict[str, Any] = {
+        "format": format,
+        "activation": activation,
+        "k": k,
+        "threshold": threshold,
+        "row_normalization": row_normalization,
+        "negative_latents": negative_latents,
+        "input_mean": input_mean,
+        "input_std": input_std,
+    }
+    register()
+    text = str(path_or_repo)
+    path = Path(path_or_repo)
+    if not path.exists() and text in get_pretrained_saes_directory():
+        return SAE.from_pretrained(
+            text,
+            sae_id,
+            device=device,
+            dtype=dtype or "float32",
+            force_download=force_download,
+            converter=hub_converter(**options) if _is_ours(text) else None,
+            fold_W_dec_norm=fold_W_dec_norm,
+        )
+    if path.exists():
+        path = inside(path, sae_id) if sae_id else path
+    elif is_repository(text):
+        path = download(text, sae_id, revision=revision, force_download=force_download)
+    else:
+        raise FileNotFoundError(
+            f"{text!r} is not a file or folder, not a release that SAELens knows, and not a hub id "
+            "of the form owner/name."
+        )
+    return _from_disk(path, device, dtype, fold_W_dec_norm, options)
+
+
+def _is_ours(release: str) -> bool:
+    return release in read_releases()
+
+
+def _from_disk(
+    path: Path, device: str, dtype: str | None, fold_W_dec_norm: bool, options: dict[str, Any]
+) -> SAE[Any]:
+    try:
+        return SAE.load_from_disk(
+            path,
+            device=device,
+            dtype=dtype,
+            converter=disk_converter(**options),
+            fold_W_dec_norm=fold_W_dec_norm,
+        )
+    except (CheckpointError, OSError, NotImplementedError):
+        raise
+    except (KeyError, TypeError, RuntimeError) as error:
+        # SAELens says nothing of the file when its own config and tensors disagree.
+        raise CorruptCheckpointError(
+            f"Cannot load {path}: SAELens cannot build an SAE from it ({type(error).__name__}: "
+            f"{error})."
+        ) from error

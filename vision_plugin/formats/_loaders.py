@@ -1,0 +1,136 @@
+"""SAELens's own sockets: what `SAE.load_from_disk` and `SAE.from_pretrained` take as a loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+from torch import Tensor
+
+from vision_plugin.formats._checkpoint import ReadOptions
+from vision_plugin.formats._errors import CorruptCheckpointError
+from vision_plugin.formats._files import read_config, read_weights
+from vision_plugin.formats._formats import read_stock
+from vision_plugin.formats._locate import (
+    NATIVE_CONFIG,
+    NATIVE_WEIGHTS,
+    download,
+    is_native,
+    weights_in,
+)
+from vision_plugin.formats._stock import require_finite
+
+State = dict[str, Tensor]
+
+
+@runtime_checkable
+class DiskConverter(Protocol):
+    """The signature of `SAE.load_from_disk`'s `converter`."""
+
+    def __call__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], State]:
+        """Read the checkpoint at `path`."""
+
+
+@runtime_checkable
+class HubConverter(Protocol):
+    """The signature of `SAE.from_pretrained`'s `converter`."""
+
+    def __call__(
+        self,
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], State, Tensor | None]:
+        """Read the checkpoint in a repository."""
+
+
+def disk_converter(*, format: str = "auto", **options: Any) -> DiskConverter:
+    """A converter for `SAE.load_from_disk(path, converter=...)`.
+
+    Args:
+        format: The project that wrote the file, or "auto".
+        **options: The fields of `ReadOptions`, for what the file leaves out.
+    """
+    chosen = ReadOptions(**options)
+
+    def convert(
+        path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], State]:
+        return _read(Path(path), device, cfg_overrides, format, chosen)
+
+    return convert
+
+
+def hub_converter(*, format: str = "auto", **options: Any) -> HubConverter:
+    """A converter for `SAE.from_pretrained("owner/name", "folder", converter=...)`.
+
+    Args:
+        format: The project that wrote the file, or "auto".
+        **options: The fields of `ReadOptions`, for what the file leaves out.
+    """
+    chosen = ReadOptions(**options)
+
+    def convert(
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], State, Tensor | None]:
+        local = download(repo_id, folder_name, force_download=force_download)
+        return (*_read(local, device, cfg_overrides, format, chosen), None)
+
+    return convert
+
+
+def hub_config(
+    repo_id: str,
+    folder_name: str,
+    device: str | None = None,
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config alone, for SAELens's `load_sae_config_from_huggingface`."""
+    local = download(repo_id, folder_name, force_download=force_download)
+    return _read(local, device or "cpu", cfg_overrides, "auto", ReadOptions())[0]
+
+
+def _read(
+    path: Path,
+    device: str,
+    overrides: dict[str, Any] | None,
+    format: str,
+    options: ReadOptions,
+) -> tuple[dict[str, Any], State]:
+    overrides = dict(overrides or {})
+    if path.name == NATIVE_WEIGHTS and is_native(path.parent):
+        path = path.parent
+    if format in ("auto", "sae_lens") and is_native(path):
+        return _read_native(path, device, overrides)
+    stock = read_stock(weights_in(path), format=format, options=options)
+    config, state = stock.to_sae_lens(device=device, dtype=overrides.pop("dtype", None))
+    config["metadata"] |= overrides.pop("metadata", {})
+    return {**config, **overrides}, state
+
+
+def _read_native(
+    path: Path, device: str, overrides: dict[str, Any]
+) -> tuple[dict[str, Any], State]:
+    config = read_config(path / NATIVE_CONFIG)
+    if "architecture" not in config and "d_in" not in config:
+        raise CorruptCheckpointError(f"Cannot load {path}: its {NATIVE_CONFIG} is no SAE's.")
+    weights = read_weights(path / NATIVE_WEIGHTS)
+    try:
+        require_finite(weights.content)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"Cannot load {weights.path}: {error}") from error
+    result: tuple[dict[str, Any], State] = sae_lens_disk_loader(path, device, overrides)
+    return result

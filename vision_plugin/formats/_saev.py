@@ -1,0 +1,106 @@
+"""saev's files: one line of JSON, then a torch archive of the state dict.
+
+Until August 2025 `b_dec` was subtracted from the input; files of that time have no schema, or
+schema 1 with the activation's name under `cls`. We follow the code that wrote the file, which the
+current saev does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
+from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._stock import StockCheckpoint
+
+_THRESHOLD = "activation.threshold"
+_LAST_SCHEMA = 5
+
+
+def describes(raw: RawCheckpoint) -> bool:
+    """Whether saev wrote this."""
+    return raw.header is not None
+
+
+def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
+    """Translate saev's Relu, BatchTopK and (on request) TopK activations.
+
+    Raises:
+        RefusedCheckpointError: TopK unless `negative_latents="clip"`; a threshold that is missing;
+            a schema that is newer than this reader.
+    """
+    header = raw.header or {}
+    schema = header.get("schema", 0)
+    if not isinstance(schema, int) or not 0 <= schema <= _LAST_SCHEMA:
+        raise RefusedCheckpointError(f"its schema is {schema!r}; known are none to {_LAST_SCHEMA}.")
+    name, parameters = _activation(header, schema)
+    tensors = raw.take("W_enc", "b_enc", "W_dec", "b_dec", optional=[_THRESHOLD])
+    threshold = tensors.pop(_THRESHOLD, None)
+    _check_announced_shape(header, tuple(tensors["W_enc"].shape))
+    subtracts = schema <= 1
+    metadata: dict[str, Any] = {"input_normalization": "none", "schema": schema or None}
+    if name == "Relu":
+        return StockCheckpoint("standard", tensors, subtracts, metadata=metadata)
+    if name == "TopK":
+        if options.negative_latents == "refuse":
+            raise RefusedCheckpointError(
+                "saev's TopK keeps the k largest pre-activations even where they are negative; "
+                "SAELens's sets those to zero, and no stock architecture keeps them. If that "
+                "difference is acceptable, pass negative_latents='clip'; samples whose k largest "
+                "are all positive are then exact."
+            )
+        metadata["negative_latents"] = "clipped"
+        k = whole_number(parameters.get("top_k", options.k), "top_k")
+        return StockCheckpoint("topk", tensors, subtracts, k=k, metadata=metadata)
+    if name == "BatchTopK":
+        metadata["trained_k"] = parameters.get("top_k")
+        if options.threshold is not None:
+            threshold = torch.tensor(float(options.threshold))
+        if threshold is None:
+            raise RefusedCheckpointError(
+                "it is a BatchTopK of before saev stored its threshold; without one a latent "
+                "depends on the other samples of the batch. Estimate one and pass threshold=."
+            )
+        if threshold.numel() != 1:
+            raise CorruptCheckpointError(f"{_THRESHOLD} should be one number.")
+        # h > threshold, and h > 0 where the threshold is not positive: SAELens's JumpReLU.
+        tensors["threshold"] = torch.full_like(tensors["b_enc"], max(float(threshold), 0.0))
+        return StockCheckpoint("jumprelu", tensors, subtracts, metadata=metadata)
+    raise RefusedCheckpointError(f"its activation is {name!r}; known are Relu, TopK, BatchTopK.")
+
+
+def _activation(header: Mapping[str, Any], schema: int) -> tuple[str, Mapping[str, Any]]:
+    if schema == 0:
+        if "d_vit" not in header:
+            raise CorruptCheckpointError("its header is not one that saev writes.")
+        return "Relu", {}
+    config = header.get("cfg")
+    if not isinstance(config, dict):
+        raise CorruptCheckpointError("its header has no cfg.")
+    if schema == 1:
+        name = header.get("cls")
+        if name not in ("Relu", "TopK", "BatchTopK"):
+            raise RefusedCheckpointError(
+                "it is of the few hours in which schema 1 was written both with and without "
+                "subtracting b_dec, and does not say which. Re-save it with saev's dump()."
+            )
+        return str(name), config
+    activation = config.get("activation")
+    if not isinstance(activation, dict) or not isinstance(activation.get("params", {}), dict):
+        raise CorruptCheckpointError("its header has no activation.")
+    return str(activation.get("cls")), activation.get("params", {})
+
+
+def _check_announced_shape(header: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    config = header.get("cfg", header)
+    d_in = config.get("d_model", config.get("d_vit"))
+    d_sae = config.get("d_sae")
+    if d_sae is None and isinstance(d_in, int) and isinstance(config.get("exp_factor"), int):
+        d_sae = d_in * config["exp_factor"]
+    if (d_in, d_sae) != shape:
+        raise CorruptCheckpointError(
+            f"its header announces d_in={d_in} and d_sae={d_sae}, its W_enc is {shape}."
+        )

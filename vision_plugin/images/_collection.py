@@ -1,0 +1,113 @@
+"""What every kind of image collection offers, and the columns that come with it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from vision_plugin.images._image import Raw
+
+LABEL_COLUMNS = ("label", "labels")
+"""Columns that are taken for labels where no other is named."""
+
+
+class ImageCollection(ABC):
+    """Images that can be read by number, with their ids and columns.
+
+    Subclasses open files only when they are first asked for an image, and again in every process
+    that they are sent to.
+    """
+
+    kind: str
+    """What the collection is, for the record: ``folder``, ``parquet``, ..."""
+    ids: Sequence[str]
+    """A name per image that stays the same from run to run."""
+    sequential = False
+    """Whether jumping back, or far ahead, is slow."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def raw(self, index: int) -> Raw:
+        """Image ``index`` as bytes, a file or an image in memory."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns beside the image."""
+        return []
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        raise ValueError(no_column(name, self.column_names, self.where))
+
+    def value(self, name: str, index: int) -> Any:
+        """One value of a column."""
+        return self.column(name)[index]
+
+    @property
+    def default_label(self) -> str | None:
+        """The column that holds the labels, where the collection has one."""
+        return next((name for name in LABEL_COLUMNS if name in self.column_names), None)
+
+    @property
+    def where(self) -> str:
+        """The collection as an error names it."""
+        return str(self.details.get("path", self.kind))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What identifies the collection, for the manifest; JSON values."""
+        return {}
+
+
+def no_column(name: str, columns: Sequence[str], where: str) -> str:
+    """The sentence for a column that is not there."""
+    have = f"it has {', '.join(columns)}" if columns else "it has none beside the image"
+    return f"{where} has no column {name!r}: {have}"
+
+
+def hash_ids(ids: Sequence[str]) -> str:
+    """SHA-256 of the ids in order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for id in ids:
+        digest.update(id.encode("utf-8", "surrogateescape"))
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def find_image_column(
+    images: Sequence[str], columns: Sequence[str], wanted: str | None, where: str
+) -> str:
+    """Name of the column with the images.
+
+    Args:
+        images: Columns that hold images.
+        columns: All columns.
+        wanted: The one that was asked for.
+        where: The collection as the error names it.
+
+    Raises:
+        ValueError: the wanted one is not there, none holds images, or several do.
+    """
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(no_column(wanted, columns, where))
+        return wanted
+    if len(images) == 1:
+        return images[0]
+    if not images:
+        raise ValueError(
+            f"{where} has no column with images among {', '.join(columns) or 'none'}: name the "
+            "one to use with column= (image_column in a config)"
+        )
+    raise ValueError(
+        f"{where} has several columns with images, {', '.join(images)}: name the one to use "
+        "with column= (image_column in a config)"
+    )

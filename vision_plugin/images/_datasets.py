@@ -1,0 +1,219 @@
+"""Images in Hugging Face datasets: from the hub, a saved folder, in memory, or streamed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vision_plugin.images._collection import ImageCollection, find_image_column, no_column
+from vision_plugin.images._image import Raw
+from vision_plugin.images._parquet import class_name, raw_of_cell
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetImages(ImageCollection):
+    """Rows of a ``datasets.Dataset``; an image's id is its row number."""
+
+    kind = "dataset"
+
+    def __init__(
+        self, dataset: datasets.Dataset, *, name: str, split: str | None, column: str | None
+    ) -> None:
+        self._name, self._split = name, split
+        self.image_column = _image_column(dataset, column, name)
+        if len(dataset) == 0:
+            raise ValueError(f"{name} holds no rows")
+        dataset = dataset.with_format(None)
+        self.dataset = dataset
+        self._cells = _undecoded(dataset.select_columns([self.image_column]), self.image_column)
+        self.ids = [str(row) for row in range(len(dataset))]
+
+    def raw(self, index: int) -> Raw:
+        """The bytes in the row, or the file that it names."""
+        return raw_of_cell(self._cells[index][self.image_column], self.ids[index])
+
+    @property
+    def column_names(self) -> list[str]:
+        """Every column but the images'."""
+        return [name for name in self.dataset.column_names if name != self.image_column]
+
+    def column(self, name: str) -> list[Any]:
+        """A column read whole; class numbers become their names."""
+        if name not in self.column_names:
+            raise ValueError(no_column(name, self.column_names, self._name))
+        values = list(self.dataset.select_columns([name])[name])
+        names = _class_names(self.dataset, name)
+        return values if names is None else [class_name(value, names) for value in values]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Name, split and column."""
+        return {"path": self._name, "split": self._split, "column": self.image_column}
+
+
+class StreamedImages(ImageCollection):
+    """The first rows of a ``datasets.IterableDataset``, read in order and never stored.
+
+    Reading ahead skips, reading back starts over; both cost what the stream costs.
+    """
+
+    kind = "stream"
+    sequential = True
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        *,
+        name: str,
+        split: str | None,
+        column: str | None,
+        n_images: int | None,
+    ) -> None:
+        self._name, self._split = name, split
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
+        self.image_column = _image_column(dataset, column, name)
+        known = _announced_length(dataset, split)
+        if n_images is None and known is None:
+            raise ValueError(
+                f"{name} is streamed and does not say how many rows it has: give n_images"
+            )
+        n_rows = min(n for n in (n_images, known) if n is not None)
+        self.ids = [str(row) for row in range(n_rows)]
+        self.dataset = _undecoded(dataset, self.image_column)
+        self._names = {n: _class_names(dataset, n) for n in dataset.features or {}}
+        self._rows: Iterator[dict[str, Any]] | None = None
+        self._next = 0
+        self._row: dict[str, Any] = {}
+
+    def raw(self, index: int) -> Raw:
+        """The bytes in the row."""
+        return raw_of_cell(self._read(index)[self.image_column], self.ids[index])
+
+    def _read(self, index: int) -> dict[str, Any]:
+        if index == self._next - 1:
+            return self._row
+        if self._rows is None or index < self._next:
+            self._rows, self._next = iter(self.dataset.skip(index)), index
+        while self._next <= index:
+            row = next(self._rows, None)
+            if row is None:
+                raise ValueError(
+                    f"the stream {self._name} ends before row {index} of the {len(self)} expected"
+                )
+            self._row, self._next = row, self._next + 1
+        return self._row
+
+    @property
+    def column_names(self) -> list[str]:
+        """Every column but the images'."""
+        return [name for name in self._names if name != self.image_column]
+
+    def column(self, name: str) -> list[Any]:
+        """A column, read by going through the stream."""
+        if name not in self.column_names:
+            raise ValueError(no_column(name, self.column_names, self._name))
+        values = [row[name] for row in self.dataset.select_columns([name]).take(len(self))]
+        names = self._names[name]
+        return values if names is None else [class_name(value, names) for value in values]
+
+    def value(self, name: str, index: int) -> Any:
+        """One value, free of cost for the row that was read last."""
+        names = self._names[name]
+        value = self._read(index)[name]
+        return value if names is None else class_name(value, names)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Name, split and column."""
+        return {"path": self._name, "split": self._split, "column": self.image_column}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None, "_next": 0, "_row": {}}
+
+
+def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, str]:
+    """A dataset of the hub, or from its cache, by name.
+
+    Returns:
+        The dataset, and the split that was taken.
+
+    Raises:
+        FileNotFoundError: nothing is found under that name.
+        ValueError: the split is not there, or has to be named.
+    """
+    try:
+        loaded = datasets.load_dataset(name, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:
+        if split is not None and re.search(r"split", str(error), re.IGNORECASE):
+            raise ValueError(f"{name}: {_first_line(error)}") from error
+        raise FileNotFoundError(
+            f"{name!r} is neither a file or folder here nor a dataset to be had from the hub "
+            f"({_first_line(error)})"
+        ) from error
+    return pick_split(loaded, name, split)
+
+
+def load_saved(folder: Path, split: str | None) -> tuple[Any, str | None]:
+    """A dataset that ``save_to_disk`` wrote.
+
+    Raises:
+        ValueError: the folder cannot be read, or the split has to be named.
+    """
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} looks like a saved dataset but cannot be read ({_first_line(error)})"
+        ) from error
+    return pick_split(loaded, str(folder), split)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def pick_split(loaded: Any, name: str, split: str | None) -> tuple[Any, str]:
+    """The split that was asked for; the only one, or ``train``, where none was."""
+    if not isinstance(loaded, dict):
+        return loaded, split or str(loaded.split or "train")
+    splits = list(loaded)
+    chosen = split or (splits[0] if len(splits) == 1 else "train")
+    if chosen not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}: name one with split=")
+    return loaded[chosen], chosen
+
+
+def _image_column(dataset: Any, wanted: str | None, where: str) -> str:
+    features = dataset.features or {}
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    return find_image_column(images, list(features), wanted, where)
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """The dataset with encoded images, so that a broken one is met where it can be counted."""
+    if isinstance((dataset.features or {}).get(column), datasets.Image):
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def _class_names(dataset: Any, name: str) -> list[str] | None:
+    kind = (dataset.features or {}).get(name)
+    return list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+
+
+def _announced_length(dataset: Any, split: str | None) -> int | None:
+    splits = dataset.info.splits or {}
+    found = splits.get(split) if split in splits else None
+    return None if found is None else int(found.num_examples) or None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

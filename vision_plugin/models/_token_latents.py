@@ -1,0 +1,135 @@
+"""Latents of the tokens of some images, in sparse form wherever the dictionary allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vision_plugin.kernels import SparseLatents
+from vision_plugin.models.dictionary import Dictionary, encode_and_decode
+
+
+@dataclass(frozen=True)
+class TokenLatents:
+    """What a dictionary makes of the tokens of some images.
+
+    Attributes:
+        rows: latents ``[n * tokens, k]``, image by image: compressed rows, or dense where latents
+            may be negative (a zero is then no minimum, and metrics ask which images have one).
+        reconstruction: ``[n, tokens, d_out]``.
+    """
+
+    rows: SparseLatents | Tensor
+    reconstruction: Tensor
+
+    @property
+    def n_images(self) -> int:
+        """The number of images."""
+        return int(self.reconstruction.shape[0])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of an image."""
+        return int(self.reconstruction.shape[1])
+
+    @property
+    def n_active(self) -> int:
+        """Latents that are not zero, over all tokens."""
+        values = self.rows.values if isinstance(self.rows, SparseLatents) else self.rows
+        return int(torch.count_nonzero(values))
+
+    @cached_property
+    def dense(self) -> Float[Tensor, "n tokens k"]:
+        """All of them, zeros included."""
+        rows = self.rows.to_dense() if isinstance(self.rows, SparseLatents) else self.rows
+        return rows.view(self.n_images, self.n_tokens, rows.shape[1])
+
+    def flat(self, tokens: Int[Tensor, " chosen"] | None = None) -> Tensor:
+        """Latents of some tokens of each image, ``[n * chosen, k]``: sparse COO, or dense.
+
+        Args:
+            tokens: places among the tokens of an image; all by default.
+        """
+        if not isinstance(self.rows, SparseLatents):
+            chosen = self.dense if tokens is None else self.dense[:, tokens.to(self.rows.device)]
+            return chosen.flatten(0, 1)
+        if tokens is None:
+            return self.rows.to_sparse_coo()
+        place = torch.full((self.n_tokens,), -1, device=self.rows.values.device)
+        place[tokens.to(place.device)] = torch.arange(len(tokens), device=place.device)
+        rows = self.rows.rows()
+        to = place[rows % self.n_tokens]
+        kept = to >= 0
+        to = (rows // self.n_tokens * len(tokens) + to)[kept]
+        where = torch.stack([to, self.rows.indices.long()[kept]])
+        size = (self.n_images * len(tokens), self.rows.d_sae)
+        entries = torch.sparse_coo_tensor(
+            where, self.rows.values[kept], size, check_invariants=False
+        )
+        return entries.coalesce()
+
+    def pooled(self, how: str) -> Tensor:
+        """Latents of each image, ``[n, k]``: sparse COO, or dense.
+
+        Args:
+            how: ``"max"`` or ``"mean"`` over the tokens.
+        """
+        if not isinstance(self.rows, SparseLatents):
+            return self.dense.amax(dim=1) if how == "max" else self.dense.mean(dim=1)
+        width = self.rows.d_sae
+        entry = self.rows.rows() // self.n_tokens * width + self.rows.indices.long()
+        found, group = entry.unique(return_inverse=True)
+        # Latents are positive here, so the zeros of other tokens never are the maximum.
+        start = self.rows.values.new_zeros(len(found))
+        if how == "max":
+            values = start.scatter_reduce(0, group, self.rows.values, "amax")
+        else:
+            values = start.index_add(0, group, self.rows.values) / self.n_tokens
+        where = torch.stack([found // width, found % width])
+        return torch.sparse_coo_tensor(
+            where, values, (self.n_images, width), is_coalesced=True, check_invariants=False
+        )
+
+    def entries(self, pooling: str) -> dict[str, Callable[[], Tensor]]:
+        """Makers of the entries of a batch for metrics: dense, and sparse beside them."""
+        makers: dict[str, Callable[[], Tensor]] = {
+            "latents": lambda: _as_dense(self.pooled(pooling)),
+            "token_latents": lambda: self.dense,
+            "reconstruction": lambda: self.reconstruction,
+        }
+        if isinstance(self.rows, SparseLatents):
+            makers["sparse_latents"] = lambda: self.pooled(pooling)
+            makers["sparse_token_latents"] = self.flat
+        return makers
+
+    def patch_entries(self, patches: Int[Tensor, " patches"]) -> dict[str, Callable[[], Tensor]]:
+        """The same for the patches alone, by their places among the tokens."""
+        makers: dict[str, Callable[[], Tensor]] = {
+            "patch_latents": lambda: self.dense[:, patches.to(self.reconstruction.device)]
+        }
+        if isinstance(self.rows, SparseLatents):
+            makers["sparse_patch_latents"] = lambda: self.flat(patches)
+        return makers
+
+
+@torch.no_grad()
+def encode_tokens(dictionary: Dictionary, source: Float[Tensor, "n tokens d_in"]) -> TokenLatents:
+    """Encode and decode the tokens of some images.
+
+    Args:
+        dictionary: An SAE or a transcoder of SAELens, a control, or any other dictionary.
+        source: Activations.
+    """
+    latents, reconstruction = encode_and_decode(dictionary, source)
+    if isinstance(latents, SparseLatents) and bool((latents.values < 0).any()):
+        latents = latents.to_dense()
+    return TokenLatents(latents, reconstruction)
+
+
+def _as_dense(latents: Tensor) -> Tensor:
+    return latents.to_dense() if latents.is_sparse else latents

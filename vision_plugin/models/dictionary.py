@@ -1,0 +1,180 @@
+"""What a dictionary is to this package, and how one is run.
+
+SAELens's SAEs and transcoders are dictionaries, and so are the controls of ``vp.metrics``. A
+dictionary encodes activations to latents and decodes latents to activations; its configuration
+holds its widths and, in ``metadata``, its place in a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vision_plugin.kernels import SparseLatents
+
+
+@runtime_checkable
+class DictionaryConfig(Protocol):
+    """The configuration of a dictionary."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations that are encoded."""
+        ...
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        ...
+
+    @property
+    def metadata(self) -> Any:
+        """SAELens's metadata: ``hook_name``, ``hook_name_out``, ``tokens``, ``model_name``."""
+        ...
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """Encodes activations to latents, and decodes latents to activations."""
+
+    @property
+    def cfg(self) -> Any:
+        """Widths and metadata, see :class:`DictionaryConfig`."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return latents ``[..., d_sae]`` of activations ``[..., d_in]``."""
+        ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Return activations of latents."""
+        ...
+
+
+def d_out(dictionary: Dictionary) -> int:
+    """Width of what a dictionary decodes to: ``d_in``, or a transcoder's ``d_out``."""
+    return int(getattr(dictionary.cfg, "d_out", None) or dictionary.cfg.d_in)
+
+
+def is_sae_lens(dictionary: object) -> bool:
+    """Whether a dictionary is one of SAELens's classes; SAELens is not imported for the answer."""
+    sae_lens = sys.modules.get("sae_lens")
+    return sae_lens is not None and isinstance(dictionary, sae_lens.SAE)
+
+
+@contextmanager
+def bare(dictionary: Dictionary) -> Iterator[None]:
+    """Let a dictionary take flat activations, and silence whatever watches it.
+
+    The dictionary's own hook points pass everything through, and one that SAELens made for
+    ``hook_z`` takes all heads as one vector.
+    """
+    with silent_hooks(dictionary), heads_joined(dictionary):
+        yield
+
+
+@contextmanager
+def silent_hooks(dictionary: Dictionary) -> Iterator[None]:
+    """Let the dictionary's own hook points pass everything through."""
+    hooks = dict(getattr(dictionary, "hook_dict", {}))
+    try:
+        for name in hooks:
+            setattr(dictionary, name, nn.Identity())
+        yield
+    finally:
+        for name, hook in hooks.items():
+            setattr(dictionary, name, hook)
+
+
+@contextmanager
+def heads_joined(dictionary: Any) -> Iterator[None]:
+    """Let a dictionary take all heads of ``hook_z`` as one vector, ``[..., d_in]``.
+
+    SAELens has SAEs that take ``[..., n_heads, d_head]`` there (``reshape_activations="hook_z"``).
+    """
+    if not getattr(dictionary, "hook_z_reshaping_mode", False):
+        yield
+        return
+    dictionary.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        dictionary.turn_on_forward_pass_hook_z_reshaping()
+
+
+def join_heads(activation: Tensor, width: int) -> Tensor:
+    """Return ``[n, tokens, n_heads, d_head]`` as ``[n, tokens, width]``, others as they are."""
+    if activation.ndim == 4 and activation.shape[-1] != width:
+        return activation.flatten(-2)
+    return activation
+
+
+def reconstruct(dictionary: Any, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+    """Encode and decode, on the sparse kernel where the dictionary allows it.
+
+    Args:
+        dictionary: A dictionary; what a skip transcoder adds from its input is added.
+        x: Activations, with all heads joined.
+    """
+    with heads_joined(dictionary):
+        if not is_sae_lens(dictionary):
+            decoded: Tensor = dictionary.decode(dictionary.encode(x))
+            return decoded
+        from vision_plugin.models._sparse_inference import add_skip, decode_of_encode
+
+        output = decode_of_encode(dictionary, x)
+        if output is None:
+            output = dictionary.decode(dictionary.encode(x))
+        return add_skip(dictionary, x, output)
+
+
+def encode_and_decode(
+    dictionary: Any, x: Float[Tensor, "*batch d_in"]
+) -> tuple[SparseLatents | Tensor, Float[Tensor, "*batch d_out"]]:
+    """Return latents and reconstruction.
+
+    Args:
+        dictionary: A dictionary.
+        x: Activations, with all heads joined.
+
+    Returns:
+        Latents of every activation vector, leading axes flattened: compressed rows where the
+        dictionary gives them, or else dense ``[rows, d_sae]``; and the reconstruction.
+    """
+    with heads_joined(dictionary):
+        if is_sae_lens(dictionary):
+            from vision_plugin.models._sparse_inference import sparse_forward
+
+            return sparse_forward(dictionary, x)
+        if hasattr(dictionary, "sparse_forward") and getattr(dictionary, "k", None) is not None:
+            sparse: tuple[SparseLatents, Tensor] = dictionary.sparse_forward(x)
+            return sparse
+        dense = dictionary.encode(x)
+        return dense.flatten(0, -2), dictionary.decode(dense)
+
+
+def encode(dictionary: Any, x: Float[Tensor, "*batch d_in"]) -> SparseLatents | Tensor:
+    """Return the latents of :func:`encode_and_decode` alone."""
+    with heads_joined(dictionary):
+        if is_sae_lens(dictionary):
+            from vision_plugin.models._sparse_inference import sparse_latents
+
+            return sparse_latents(dictionary, x)
+        dense: Tensor = dictionary.encode(x).to(x.device)
+        return dense.flatten(0, -2)

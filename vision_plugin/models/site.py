@@ -1,0 +1,379 @@
+"""A dictionary at a hook of a model, on chosen tokens: where it reads, where it writes, what fits.
+
+Splicing, steering, the training stream, evaluation and the report all read and replace activations
+through a :class:`Site`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+from vision_plugin.models._harvest import Harvester
+from vision_plugin.models._token_latents import TokenLatents, encode_tokens
+from vision_plugin.models._tokens import TokenLayout, TokenSelection
+from vision_plugin.models.dictionary import Dictionary, d_out, join_heads
+
+LATENT_ELEMENTS = 2**27
+"""Largest latent tensor of a batch (512 MiB in float32)."""
+
+_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a batch of images gave at a site.
+
+    Attributes:
+        source: activations that a dictionary encodes, ``[n, tokens, d_in]``.
+        target: activations that it is to give, ``[n, tokens, d_out]``; the same tensor except for
+            a transcoder.
+        rows: places of the selected tokens in the model's sequence, ``[n, tokens]``.
+    """
+
+    source: Float[Tensor, "n tokens d_in"]
+    target: Float[Tensor, "n tokens d_out"]
+    rows: Int[Tensor, "n selected"]
+
+    def encode(self, dictionary: Dictionary) -> TokenLatents:
+        """Return what a dictionary makes of these tokens, sparse where it can be."""
+        return encode_tokens(dictionary, self.source)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model, the hooks that a dictionary reads and writes there, and the tokens it is for.
+
+    Attributes:
+        model: a VisionBridge.
+        hook_name: where a dictionary reads.
+        hook_name_out: where it writes; the same hook except for a transcoder.
+        tokens: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``.
+    """
+
+    model: Any
+    hook_name: str
+    hook_name_out: str
+    tokens: str = "all"
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        dictionary: Dictionary,
+        *,
+        tokens: str | None = None,
+        check_model: bool = True,
+    ) -> Site:
+        """Find a dictionary's place in a model.
+
+        Args:
+            model: A VisionBridge.
+            dictionary: Its metadata names the hooks.
+            tokens: Kind of token; None takes the kind that the dictionary was trained on.
+            check_model: Refuse a dictionary that was trained on another model.
+
+        Raises:
+            UnknownHookError: the model has no such hook.
+            ValueError: the dictionary names no hook, or does not fit the model.
+        """
+        hook_name, hook_name_out = hook_names(dictionary)
+        model.check_hook_names([hook_name, hook_name_out])
+        check_fit(model, dictionary, check_model=check_model)
+        tokens = tokens or trained_tokens(dictionary)
+        TokenSelection.parse(tokens)
+        return cls(model, hook_name, hook_name_out, tokens)
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The hooks, each once."""
+        return list(dict.fromkeys([self.hook_name, self.hook_name_out]))
+
+    @property
+    def selection(self) -> TokenSelection:
+        """The selected tokens."""
+        return TokenSelection.parse(self.tokens)
+
+    @property
+    def token_kinds(self) -> tuple[str, ...] | None:
+        """Kind of each selected token of an image; None for random tokens."""
+        if self.selection.n_random is not None:
+            return None
+        layout = self.model.token_layout()
+        return tuple(layout.kinds[row] for row in layout.indices(self.selection.kind).tolist())
+
+    @property
+    def patch_rows(self) -> Int[Tensor, " patches"] | None:
+        """Places of the patches among the selected tokens; None where they are not all there."""
+        kinds = self.token_kinds or ()
+        rows = torch.tensor([row for row, kind in enumerate(kinds) if kind == "patch"])
+        return rows if len(rows) == self.model.token_layout().n_patches else None
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of selected tokens of an image."""
+        return self.selection.n_random or len(self.token_kinds or ())
+
+    def images_at_once(self, width: int, batch_size: int) -> int:
+        """Return how many images fit in memory together, with ``width`` numbers a token."""
+        return min(batch_size, max(1, LATENT_ELEMENTS // max(1, self.n_tokens * width)))
+
+    # ------------------------------------------------------------------ reading
+
+    def harvester(self) -> Harvester:
+        """Return what collects this site's activations."""
+        return Harvester(self.model, self.hook_names)
+
+    def rows(
+        self, n_images: int, generator: torch.Generator | None = None
+    ) -> Int[Tensor, "n selected"]:
+        """Return the places of the selected tokens of each image."""
+        return self.selection.rows(self.model.token_layout(), n_images, generator)
+
+    def read(
+        self, found: Mapping[str, Tensor], rows: Int[Tensor, "n selected"] | None = None
+    ) -> Reading:
+        """Take the selected tokens out of harvested activations.
+
+        Args:
+            found: Activations by hook name.
+            rows: Places of the tokens; drawn, or read off the layout, where None.
+
+        Raises:
+            ValueError: an activation has no axis for the model's tokens.
+        """
+        source = found[self.hook_name]
+        if rows is None:
+            rows = self.rows(len(source))
+        keep_all = self.selection == TokenSelection("all")
+        n_tokens = self.model.token_layout().n_tokens
+        parts = {
+            name: select_tokens(found[name], rows, name, n_tokens=n_tokens, keep_all=keep_all)
+            for name in self.hook_names
+        }
+        return Reading(parts[self.hook_name], parts[self.hook_name_out], rows)
+
+    # ------------------------------------------------------------------ replacing
+
+    def mask(self, activation: Tensor) -> Tensor | None:
+        """Return ``[batch, tokens, 1...]``, True at the selected tokens; None for all of them."""
+        return token_mask(self.selection, self.model.token_layout(), activation)
+
+    def put(self, activation: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        """Return an activation with ``values`` ``[n, tokens, d]`` at the places ``rows``."""
+        new = values.to(activation.dtype)
+        if activation.ndim == 2:
+            return new[:, 0]
+        flat = activation.flatten(2)
+        places = rows.to(flat.device)[..., None].expand(-1, -1, flat.shape[-1])
+        return flat.scatter(1, places, new).view_as(activation)
+
+    @contextmanager
+    def replaced(self, rows: Tensor, values: Tensor) -> Iterator[None]:
+        """Run the model with other activations ``[n, tokens, d]`` where a dictionary writes."""
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            return self.put(activation, rows, values)
+
+        with self.model.hooks(fwd_hooks=[(self.hook_name_out, replace)]):
+            yield
+
+
+def select_tokens(
+    activation: Tensor, rows: Tensor, hook_name: str, *, n_tokens: int, keep_all: bool = False
+) -> Float[Tensor, "n selected d"]:
+    """Return the activations of some tokens, with all heads joined.
+
+    Args:
+        activation: ``[n, d]`` of a pooled hook, which counts as one token, ``[n, tokens, d]``, or
+            ``[n, tokens, n_heads, d_head]``.
+        rows: Places of the tokens, ``[n, selected]``.
+        hook_name: What an error names.
+        n_tokens: Length of the model's sequence.
+        keep_all: All tokens are selected: nothing is copied.
+
+    Raises:
+        ValueError: the second axis is not the model's tokens.
+    """
+    if activation.ndim == 4:
+        activation = activation.flatten(-2)
+    if activation.ndim == 2:
+        return activation.unsqueeze(1)
+    if activation.ndim != 3 or activation.shape[1] != n_tokens:
+        raise ValueError(
+            f"{hook_name} gives {list(activation.shape)}, which does not have the model's "
+            f"{n_tokens} tokens in the second dimension, so no tokens can be selected there; "
+            "choose a hook with one vector per token"
+        )
+    if keep_all:
+        return activation
+    rows = rows.to(activation.device)
+    return activation.gather(1, rows[..., None].expand(-1, -1, activation.shape[-1]))
+
+
+def token_mask(selection: TokenSelection, layout: TokenLayout, activation: Tensor) -> Tensor | None:
+    """Return ``[batch, tokens, 1...]``, True at the selected tokens; None for all of them.
+
+    Raises:
+        ValueError: the activation has no axis for the model's tokens.
+    """
+    if selection == TokenSelection("all") or activation.ndim < 3:
+        return None
+    if activation.shape[1] != layout.n_tokens:
+        raise ValueError(
+            f"tokens={selection.kind!r} needs the model's {layout.n_tokens} tokens in the second "
+            f"dimension, but this hook gives {list(activation.shape)}"
+        )
+    mask = selection.mask(layout, activation.shape[0]).to(activation.device)
+    return mask.reshape(*mask.shape, *[1] * (activation.ndim - 2))
+
+
+# ---------------------------------------------------------------------- what a dictionary says
+
+
+def hook_names(dictionary: Dictionary) -> tuple[str, str]:
+    """Return the hooks that a dictionary reads and writes, as its metadata names them.
+
+    Raises:
+        ValueError: it names none.
+    """
+    metadata = dictionary.cfg.metadata
+    hook_name = metadata.get("hook_name")
+    if not hook_name:
+        raise ValueError(
+            "this SAE does not say where it belongs: set sae.cfg.metadata.hook_name, for example "
+            "'blocks.10.hook_resid_post'"
+        )
+    return str(hook_name), str(metadata.get("hook_name_out") or hook_name)
+
+
+def trained_tokens(dictionary: Dictionary) -> str:
+    """Return the kind of token that a dictionary was trained on; ``"all"`` where it is silent."""
+    tokens = dictionary.cfg.metadata.get("tokens") or "all"
+    return "all" if str(tokens).startswith("random:") else str(tokens)
+
+
+# ---------------------------------------------------------------------- what fits
+
+
+def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -> None:
+    """Raise where a dictionary and a model do not fit together.
+
+    Args:
+        model: A VisionBridge.
+        dictionary: Its metadata names a hook of the model.
+        check_model: Compare the weights' signature as well, where the dictionary carries one.
+
+    Raises:
+        ValueError: the widths or the models differ; both sides are named.
+    """
+    metadata, name = dictionary.cfg.metadata, model.cfg.model_name
+    hook_in = metadata["hook_name"]
+    _check_width(dictionary.cfg.d_in, hook_in, model)
+    hook_out = metadata.get("hook_name_out")
+    if hook_out:
+        _check_width(d_out(dictionary), hook_out, model)
+    trained_on = metadata.get("model_signature")
+    if check_model and trained_on and not same_signature(trained_on, signature(model.native)):
+        raise ValueError(
+            f"this SAE was trained on {metadata.get('model_name') or 'another model'}, whose "
+            f"weights are not those of {name}. Load that model, or attach it all the same with "
+            "check_model=False"
+        )
+
+
+def signature(module: nn.Module) -> list[float]:
+    """Return the norms of eight weight matrices spread over a model, to tell checkpoints apart.
+
+    Norms survive a change of dtype or device, which hashes of the bytes would not.
+    """
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    step = max(1, len(matrices) // 8)
+    with torch.no_grad():
+        return [round(float(p.float().norm()), 4) for p in matrices[::step][:8]]
+
+
+def same_signature(trained_on: Sequence[float], here: Sequence[float]) -> bool:
+    """Return whether two signatures are of the same weights."""
+    if len(trained_on) != len(here):
+        return False
+    pairs = zip(trained_on, here, strict=True)
+    return all(abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)) for a, b in pairs)
+
+
+def hook_width(model: Any, hook_name: str) -> int | None:
+    """Return the width of the activation at a hook; None where the name does not tell."""
+    cfg = model.cfg
+    if re.search(r"mlp\.hook_(pre|post)$|mlp\.(in\.hook_out|out\.hook_in)$", hook_name):
+        return int(cfg.d_mlp)
+    if re.search(r"attn\.hook_(q|k|v|z)$", hook_name):
+        return int(cfg.n_heads * cfg.d_head)
+    if re.search(r"hook_(resid_(pre|mid|post)|attn_out|mlp_out|embed)$|^ln_final", hook_name):
+        return int(cfg.d_model)
+    return None
+
+
+def _check_width(width_of_dictionary: int, hook_name: str, model: Any) -> None:
+    width = hook_width(model, hook_name)
+    if width is not None and width != width_of_dictionary:
+        raise ValueError(
+            f"the SAE works on {width_of_dictionary} dimensions, but {hook_name} of "
+            f"{model.cfg.model_name} has {width}: it belongs to another model or hook"
+        )
+
+
+# ---------------------------------------------------------------------- hooks of our own
+
+
+def permanent_hook(hook_point: HookPoint, function: Any) -> LensHandle:
+    """Add a hook that survives ``reset_hooks``, and return the handle that removes just it."""
+    hook_point.add_hook(function, is_permanent=True)
+    return hook_point.fwd_hooks[-1]
+
+
+def remove_hook(hook_point: HookPoint, handle: LensHandle) -> None:
+    """Remove one hook, also where something else has cleared the hook point before."""
+    handle.hook.remove()
+    if handle in hook_point.fwd_hooks:
+        hook_point.fwd_hooks.remove(handle)
+
+
+@contextmanager
+def hooked(model: Any, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Run hook functions, by hook name, for the length of a ``with`` block."""
+    hooks = model.hook_dict
+    handles = [(hooks[name], permanent_hook(hooks[name], run)) for name, run in functions.items()]
+    try:
+        yield
+    finally:
+        for hook_point, handle in handles:
+            remove_hook(hook_point, handle)
+
+
+__all__ = [
+    "LATENT_ELEMENTS",
+    "Dictionary",
+    "Reading",
+    "Site",
+    "check_fit",
+    "hook_names",
+    "hook_width",
+    "hooked",
+    "join_heads",
+    "permanent_hook",
+    "remove_hook",
+    "same_signature",
+    "select_tokens",
+    "signature",
+    "token_mask",
+    "trained_tokens",
+]

@@ -1,0 +1,15 @@
+from ._architectures import architectures as architectures
+from ._architectures import training_config_class as training_config_class
+from ._config import D_IN_OF_MODEL as D_IN_OF_MODEL
+from ._config import VisionSAERunnerConfig as VisionSAERunnerConfig
+from ._multi import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
+from ._multi import train_many as train_many
+from ._presets import Preset as Preset
+from ._presets import presets as presets
+from ._runner import VisionSAETrainingRunner as VisionSAETrainingRunner
+from ._runner import train as train
+from ._sources import is_store as is_store
+from ._sparse_register import register as register
+from ._transcoder import SkipTranscoderTrainingConfig as SkipTranscoderTrainingConfig
+from ._transcoder import TranscoderTrainingConfig as TranscoderTrainingConfig
+from ._validation import Validator as Validator

@@ -1,0 +1,11 @@
+from ._cached_pass import CachedPass as CachedPass
+from ._cached_pass import Prepared as Prepared
+from ._effect import EffectPass as EffectPass
+from ._effect import SteeringEffect as SteeringEffect
+from ._effect import steering_effect as steering_effect
+from ._engine import Shift as Shift
+from ._engine import Spread as Spread
+from ._engine import Steering as Steering
+from ._steer import latent_change as latent_change
+from ._steer import steer as steer
+from ._steer import steer_neurons as steer_neurons

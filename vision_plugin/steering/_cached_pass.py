@@ -1,0 +1,186 @@
+"""The model below a site once per image, the rest once per edit.
+
+A pass that is edited at a dictionary's hook begins at the latest place from which the edit can
+still be made: at the block that the residual stream enters, at the first block that holds one of
+the hooks, or at the pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_plugin.models.site import Site, hooked
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Some images, run once.
+
+    Attributes:
+        entry: what an edited pass begins with: the residual stream ``[n, tokens, d_model]``, or
+            pixels.
+        source: activation at the hook that the dictionary encodes, ``[n, ..., d]``.
+        target: activation at the hook that is edited.
+        final: the residual stream behind the last block; None where nothing asks for it.
+        embedding: image embeddings without an edit, not normalised, ``[n, d_embed]``.
+    """
+
+    entry: Tensor
+    source: Tensor
+    target: Tensor
+    final: Tensor | None
+    embedding: Tensor
+
+    def __len__(self) -> int:
+        return self.entry.shape[0]
+
+
+@dataclass(frozen=True)
+class CachedPass:
+    """A forward pass in two parts, with a dictionary's site between them."""
+
+    site: Site
+
+    @property
+    def model(self) -> Any:
+        """The VisionBridge."""
+        return self.site.model
+
+    @cached_property
+    def _begin(self) -> tuple[int | None, bool]:
+        """First block to run again, and whether the edited activation is the stream entering it."""
+        hooks, site = self.model.hook_dict, self.site
+        if any(hook.fwd_hooks for hook in hooks.values()):
+            # Hooks of a user, or spliced SAEs, are part of the model: all of it runs every time.
+            return None, False
+        if site.hook_name == site.hook_name_out:
+            target = hooks[site.hook_name_out]
+            for block in range(self.n_layers):
+                if target is hooks[f"blocks.{block}.hook_resid_pre"]:
+                    return block, True
+                if target is hooks[f"blocks.{block}.hook_resid_post"]:
+                    return block + 1, True
+        starts = [self._block_of(name) for name in (site.hook_name, site.hook_name_out)]
+        known = [start for start in starts if start is not None]
+        return (min(known) if len(known) == 2 else None), False
+
+    @property
+    def start(self) -> int | None:
+        """Block at which an edited pass begins; the number of blocks for the head alone; None for
+        the pixels."""
+        return self._begin[0]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the edited activation is the residual stream that enters block ``start``."""
+        return self._begin[1]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.model.cfg.n_layers)
+
+    @property
+    def final_stream(self) -> str:
+        """The hook behind the last block."""
+        return f"blocks.{self.n_layers - 1}.hook_resid_post"
+
+    def prepare(self, pixels: Tensor, *, keep_final: bool = False) -> Prepared:
+        """Run images up to the site and, without an edit, from there to their embeddings.
+
+        Raises:
+            ValueError: a hook of the site does not fire.
+        """
+        entry = pixels if self.start is None else self.model(pixels, stop_at_layer=self.start)
+        if self.is_stream:
+            return Prepared(entry, entry, entry, entry, self.finish(entry))
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
+            def hook_function(activation: Tensor, hook: Any) -> None:
+                del hook
+                seen[name] = activation.detach().clone()
+
+            return hook_function
+
+        hooks = self.site.hook_names
+        names = {*hooks} | ({self.final_stream} if keep_final else set())
+        with hooked(self.model, {name: keep(name) for name in names}):
+            embedding = self.finish(entry)
+        missing = [name for name in hooks if name not in seen]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} did not fire when the model ran, so nothing can be steered there; "
+                "choose a hook that the forward pass goes through"
+            )
+        source, target = seen[self.site.hook_name], seen[self.site.hook_name_out]
+        return Prepared(entry, source, target, seen.get(self.final_stream), embedding)
+
+    def finish(self, entry: Tensor) -> Tensor:
+        """Run the model from the site on; embeddings ``[n, d_embed]``, not normalised."""
+        kwargs = {} if self.start is None else {"start_at_layer": self.start}
+        embedding: Tensor = self.model.encode_image(entry, normalize=False, **kwargs)
+        return embedding
+
+    def finish_edited(self, entry: Tensor, edited: Tensor) -> Tensor:
+        """Run the model from the site on, with ``edited`` in place of the target's activation."""
+        if self.is_stream:
+            return self.finish(edited)
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            return edited.reshape(activation.shape).to(activation.dtype)
+
+        with hooked(self.model, {self.site.hook_name_out: replace}):
+            return self.finish(entry)
+
+    def into_final_stream(self) -> Tensor | None:
+        """Return what turns an edit at the site into one of the stream behind the last block.
+
+        Returns:
+            Float64 ``[d_target, d_model]`` for the last MLP's neurons and its output, from which
+            the stream is reached by a linear map; None for any other place.
+        """
+        model, last = self.model, self.n_layers - 1
+        hooks = model.hook_dict
+        place = hooks[self.site.hook_name_out]
+        if place is hooks.get(f"blocks.{last}.hook_mlp_out"):
+            return torch.eye(int(model.cfg.d_model), dtype=torch.float64, device=model.device)
+        if place is not hooks.get(f"blocks.{last}.mlp.hook_post"):
+            return None
+        out = getattr(getattr(model.blocks[last].mlp, "out", None), "original_component", None)
+        return out.weight.detach().double().T if isinstance(out, nn.Linear) else None
+
+    def _block_of(self, name: str) -> int | None:
+        """First block to run for a hook in a block or in the head; None for one before both."""
+        inside = re.match(r"blocks\.(\d+)\.", name)
+        if inside:
+            return int(inside.group(1))
+        return self.n_layers if re.match(r"(ln_final|unembed)\b", name) else None
+
+
+def repeat(tensor: Tensor, times: int) -> Tensor:
+    """Return ``times`` copies of a batch, one after the other."""
+    return tensor.expand(times, *tensor.shape).flatten(0, 1)
+
+
+def check_images(pixels: Tensor) -> None:
+    """Raise unless ``pixels`` is a batch of images without NaN or infinity."""
+    if pixels.ndim != 4 or pixels.shape[0] == 0:
+        raise ValueError(
+            f"pixels must be [images, channels, height, width] with at least one image, got "
+            f"{list(pixels.shape)}; model.preprocess(images) makes them"
+        )
+    bad = torch.nonzero(~pixels.isfinite().flatten(1).all(dim=1)).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"pixels of image {bad[0]} ({len(bad)} of {len(pixels)} images) hold NaN or infinity; "
+            "leave them out"
+        )

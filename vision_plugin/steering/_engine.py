@@ -1,0 +1,322 @@
+"""The work behind steerability: the model below the hook once, the rest once per latent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vision_plugin.models.dictionary import Dictionary, join_heads
+from vision_plugin.models.site import Site
+from vision_plugin.steering._cached_pass import CachedPass, Prepared, check_images, repeat
+from vision_plugin.steering._editor import LatentEditor, Reading
+from vision_plugin.steering._head import ClassTokenHead
+
+_LATENT_ELEMENTS = 2**26
+"""Most latents of a batch of images, zeros counted: a bound however many are active."""
+
+_LOGIT_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+"""Logits formed at once: what stays in a CPU's cache; what keeps a GPU busy."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the images of one batch differ in what steering does to them, float64 ``[k]``.
+
+    Attributes:
+        squares: sum over images of the squared norm of the change.
+        agreement: sum over images of the squared deviation of ``h_i``, the mean inner product of an
+            image's change with those of the batch's other images.
+    """
+
+    squares: Tensor
+    agreement: Tensor
+
+    @classmethod
+    def of(cls, change: Tensor) -> Spread:
+        """Measure changes ``[k, n, concepts]``."""
+        total = change.sum(1)
+        squares = change.square().sum(2)
+        with_all = torch.bmm(change, total.unsqueeze(2)).squeeze(2)
+        others = ((with_all - squares) / max(1, change.shape[1] - 1)).double()
+        agreement = (others - others.mean(1, keepdim=True)).square().sum(1)
+        return cls(squares.sum(1, dtype=torch.float64), agreement)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What steering did, summed over images.
+
+    Attributes:
+        total: sum over images of the change of each concept's probability, ``[k, concepts]``.
+        spread: how the images differ; None where it was not asked for.
+        n_images: number of images.
+    """
+
+    total: Tensor
+    spread: Spread | None
+    n_images: int
+
+
+class Steering:
+    """A model, an SAE and a vocabulary, ready to steer any latent on any images.
+
+    Args:
+        model: a VisionBridge with a joint space.
+        sae: a ``sae_lens.SAE``, or what encodes and decodes like one.
+        texts: text embeddings ``[concepts, d_embed]``; they are scaled to norm 1 here.
+        tokens: kind of token to steer.
+        scale: what cosine similarities are multiplied by; None for the model's own.
+        batch_size: sequences run at once.
+        closed_form: use the algebra from the last block's MLP on where it applies.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sae: Dictionary,
+        texts: Tensor,
+        *,
+        tokens: str = "all",
+        scale: float | None = None,
+        batch_size: int = 64,
+        closed_form: bool = True,
+    ) -> None:
+        self.model, self.sae = model, sae
+        self.site = Site.of(model, sae, tokens=tokens)
+        self.cached_pass = CachedPass(self.site)
+        if self.site.selection.n_random is not None:
+            raise ValueError(
+                f"tokens={tokens!r} would steer other tokens on every pass: use 'cls', 'patch' or "
+                "'all'"
+            )
+        if not model.adapter.has_joint_space:
+            raise ValueError(
+                f"{model.cfg.model_name} ({model.cfg.architecture}) has no space shared with text, "
+                "so there are no concepts to steer towards; use a model with a text tower (CLIP)"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.texts = _unit_texts(texts).to(model.device)
+        self.scale = float(model.logit_scale if scale is None else scale)
+        self.batch_size = batch_size
+        self.editor = LatentEditor(sae)
+        run = self.cached_pass
+        behind_all = run.is_stream and run.start == run.n_layers
+        self._into_stream = None if behind_all else run.into_final_stream()
+        self._wants_head = closed_form and (behind_all or self._into_stream is not None)
+        self._head: ClassTokenHead | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steering:
+        """A copy of a metric steers the same model."""
+        return self
+
+    @property
+    def uses_closed_form(self) -> bool:
+        """Whether the algebra after the last block is in use; known once images were prepared."""
+        return self._head is not None
+
+    def prepare(self, pixels: Tensor) -> Iterator[Prepared]:
+        """Run images below the hook, in batches, each image once."""
+        check_images(pixels)
+        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
+        for batch in torch.split(pixels, self._images_at_once()):
+            yield self._prepare(batch)
+
+    @torch.no_grad()
+    def _prepare(self, batch: Tensor) -> Prepared:
+        head_is_of_use = self._wants_head or self._head is not None
+        prepared = self.cached_pass.prepare(batch, keep_final=head_is_of_use)
+        self._check_width(prepared.embedding)
+        if self._wants_head:
+            self._wants_head = False
+            self._head = self._checked_head(prepared)
+        return prepared
+
+    def _checked_head(self, prepared: Prepared) -> ClassTokenHead | None:
+        """The head's algebra, where it gives on two images what the model gives."""
+        if prepared.final is None:
+            return None
+        final, target = prepared.final[:2], prepared.target[:2]
+        head = ClassTokenHead.of(self.model, final, prepared.embedding[:2])
+        if head is None or self._into_stream is None:
+            return head
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(target.shape, generator=generator).to(target) * target.std()
+        seen = self.cached_pass.finish_edited(prepared.entry[:2], target + noise)
+        moved = final[:, head.row].double() + noise[:, head.row].double() @ self._into_stream
+        return head if head.agrees(moved, seen) else None
+
+    @torch.no_grad()
+    def shift(
+        self, prepared: Prepared, latents: Tensor, strength: float, *, spread: bool = False
+    ) -> Shift:
+        """Steer each of ``latents`` on each image and sum the changes of the probabilities.
+
+        Raises:
+            ValueError: the model answered with NaN or infinity.
+        """
+        before = self._probabilities(prepared.embedding)
+        if self._head is not None and self.editor_is_affine(prepared):
+            shift = self._shift_of_head(self._head, prepared, latents, strength, before, spread)
+        else:
+            shift = self._shift_of_rest(prepared, latents, strength, before, spread)
+        if not bool(shift.total.sum().isfinite()):
+            bad = latents[(~shift.total.isfinite().all(dim=1)).to(latents.device)].tolist()
+            raise ValueError(
+                f"steering latent {bad[0]} ({len(bad)} of {len(latents)} latents) to {strength} "
+                "gave NaN or infinite probabilities; check the SAE's and the model's weights, or "
+                "use a smaller strength"
+            )
+        return shift
+
+    def editor_is_affine(self, prepared: Prepared) -> bool:
+        """Whether the SAE's decoder passed the check for an affine one."""
+        if self.editor.directions is None:
+            self._read(prepared.source[:1])
+        return self.editor.directions is not None
+
+    # ------------------------------------------------------------------ the two ways
+
+    def _shift_of_rest(
+        self,
+        prepared: Prepared,
+        latents: Tensor,
+        strength: float,
+        before: Tensor,
+        spread: bool,
+    ) -> Shift:
+        """Run the model above the hook for every latent and image."""
+        totals, spreads = [], []
+        reading = self._read(prepared.source)
+        mask = self.site.mask(prepared.target)
+        for some in torch.split(latents, max(1, self.batch_size // len(prepared))):
+            edited = self._edited(prepared, reading, mask, some, strength)
+            # The entry is repeated for hooks inside a block; a stream is edited in its place.
+            entry = edited if self.cached_pass.is_stream else repeat(prepared.entry, len(some))
+            embedding = self.cached_pass.finish_edited(entry, edited)
+            after = self._probabilities(embedding)
+            change = after.reshape(len(some), -1, after.shape[1]) - before
+            totals.append(change.sum(1))
+            if spread:
+                spreads.append(Spread.of(change))
+        return Shift(torch.cat(totals), _join(spreads), len(prepared))
+
+    def _edited(
+        self,
+        prepared: Prepared,
+        reading: Reading,
+        mask: Tensor | None,
+        latents: Tensor,
+        strength: float,
+    ) -> Tensor:
+        """Edited activations of some latents, ``[k * n, ..., d]``."""
+        target = prepared.target
+        directions = self.editor.directions
+        if directions is None:
+            changes = [
+                self.editor.change_by_decoding(reading, latent, strength)
+                for latent in latents.tolist()
+            ]
+            change = torch.stack(changes).to(target.dtype).reshape(-1, *target.shape)
+            edited = target + (change if mask is None else change * mask)
+            return edited.flatten(0, 1)
+        flat = join_heads(target, directions.shape[1])
+        amount = self.editor.coefficients(reading, latents, strength).to(target.dtype)
+        if mask is not None:
+            amount = amount * mask.reshape(*mask.shape[:2], *[1] * (amount.ndim - 2))
+        chosen = directions[latents].to(target.dtype)
+        chosen = chosen.reshape(len(latents), *[1] * (flat.ndim - 1), -1)
+        edited = torch.addcmul(flat, amount.movedim(-1, 0).unsqueeze(-1), chosen)
+        return edited.flatten(0, 1)
+
+    def _shift_of_head(
+        self,
+        head: ClassTokenHead,
+        prepared: Prepared,
+        latents: Tensor,
+        strength: float,
+        before: Tensor,
+        spread: bool,
+    ) -> Shift:
+        """Steer from the last MLP on without running anything; see ``_head.py``."""
+        if self.site.selection.kind not in ("all", "cls"):
+            zero = torch.zeros(len(latents), dtype=torch.float64, device=before.device)
+            total = before.new_zeros(len(latents), before.shape[1])
+            return Shift(total, Spread(zero, zero) if spread else None, len(prepared))
+        assert self.editor.directions is not None
+        assert prepared.final is not None
+        token, directions = prepared.final[:, head.row], self.editor.directions
+        if self._into_stream is not None:
+            directions = directions.double() @ self._into_stream
+        reading = self._read(prepared.source[:, head.row])
+        limit = _LOGIT_ELEMENTS.get(before.device.type, _LOGIT_ELEMENTS["cpu"])
+        totals, spreads = [], []
+        for some in torch.split(latents, max(1, limit // before.shape[1])):
+            amount = self.editor.coefficients(reading, some, strength)
+            images = head.steered_logits(token, directions[some], amount, self.texts, self.scale)
+            if spread:
+                after = torch.stack([torch.softmax(logits, dim=-1) for logits in images], dim=1)
+                change = after.sub_(before)
+                totals.append(change.sum(1))
+                spreads.append(Spread.of(change))
+                continue
+            total = -before.sum(0).repeat(len(some), 1)
+            for logits in images:
+                total += torch.softmax(logits, dim=-1)
+            totals.append(total)
+        return Shift(torch.cat(totals), _join(spreads), len(prepared))
+
+    # ------------------------------------------------------------------ parts
+
+    def _read(self, activation: Tensor) -> Reading:
+        return self.editor.read(join_heads(activation, int(self.sae.cfg.d_in)))
+
+    def _probabilities(self, embedding: Tensor) -> Tensor:
+        """Probabilities of the concepts, ``[n, concepts]``, float32."""
+        unit = functional.normalize(embedding.to(self.texts.dtype), dim=-1)
+        return torch.softmax(self.scale * (unit @ self.texts.T), dim=-1)
+
+    def _images_at_once(self) -> int:
+        layout = self.model.token_layout()
+        fitting = _LATENT_ELEMENTS // (int(layout.n_tokens) * int(self.sae.cfg.d_sae))
+        return min(self.batch_size, max(1, fitting))
+
+    def _check_width(self, embedding: Tensor) -> None:
+        if embedding.shape[-1] != self.texts.shape[-1]:
+            raise ValueError(
+                f"text embeddings have width {self.texts.shape[-1]}, but "
+                f"{self.model.cfg.model_name} embeds images in {embedding.shape[-1]} dimensions: "
+                "embed the concepts with the text tower of the same model"
+            )
+
+
+def _join(parts: list[Spread]) -> Spread | None:
+    if not parts:
+        return None
+    return Spread(
+        torch.cat([part.squares for part in parts]), torch.cat([part.agreement for part in parts])
+    )
+
+
+def _unit_texts(texts: Tensor) -> Tensor:
+    if texts.ndim != 2 or texts.shape[0] < 2:
+        raise ValueError(
+            "text_embeddings must be [concepts, d_embed] with at least two concepts, got "
+            f"{list(texts.shape)}"
+        )
+    if not bool(texts.isfinite().all()):
+        row = int((~texts.isfinite().all(dim=1)).nonzero()[0])
+        raise ValueError(f"text_embeddings hold NaN or infinity, first in row {row}")
+    norms = texts.double().norm(dim=1, keepdim=True)
+    if bool((norms == 0).any()):
+        row = int((norms[:, 0] == 0).nonzero()[0])
+        raise ValueError(
+            f"the text embedding of concept {row} is zero: it has no direction; leave it out"
+        )
+    unit: Tensor = texts.detach().double() / norms
+    return unit.float()
