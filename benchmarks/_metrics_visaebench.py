@@ -127,7 +127,7 @@ def compare(
             "sparse_probing": ("auc", {}, {}, labelled),
             "monosemanticity": (
                 "mean_score",
-                {"images": "top16"},
+                {"definition": "top16"},
                 {"max_features": everything},
                 embedded,
             ),

@@ -126,7 +126,7 @@ def score(
             latents = TokenLatents(acts.flatten(0, 1), sae.decode(acts))
         else:
             latents = encode_tokens(sae, batch["source"])
-        makers = latents.entries("max") | latents.patch_entries(patches)
+        makers = latents.entries("max", patches)
         scores.update(
             LazyBatch(makers).plus(activations=batch["source"], embeddings=batch["embeddings"])
         )

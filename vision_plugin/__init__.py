@@ -4,12 +4,20 @@ Importing this package is quick: torch and the hosts are imported by the first a
 needs them.
 """
 
+from importlib import import_module
+from typing import Any
+
 import lazy_loader
 
 from vision_plugin import _hosts
+from vision_plugin._version import __version__ as __version__
 
-__version__ = "0.1.0"
+_get, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+def __getattr__(name: str) -> Any:
+    # The package of this name can be called, and is the same whichever way it was reached.
+    return import_module("vision_plugin.report") if name == "report" else _get(name)
+
 
 _hosts.register()

@@ -15,7 +15,7 @@ import vision_plugin as vp
 from tests.metrics._steerability_reference import standard_sae
 from vision_plugin import metrics
 from vision_plugin.cli._eval import notes, scores_table
-from vision_plugin.evaluation import EvaluationConfig, evaluate_with, randomized_model
+from vision_plugin.evaluation import EvaluationConfig, Facts, evaluate_config, randomized_model
 from vision_plugin.images import open_images
 
 HOOK = "blocks.1.hook_resid_post"
@@ -44,7 +44,7 @@ def score(world: SimpleNamespace, path: Any, **changes: Any) -> Any:
     cfg = EvaluationConfig(
         sae="sae", images=f"demo:{N}@3", output_path=str(path / "scores.json"), **changes
     )
-    return evaluate_with(
+    return evaluate_config(
         cfg, model=world.model, sae=world.sae, images=world.images, concepts=CONCEPTS
     )
 
@@ -149,12 +149,12 @@ def everything_masks(world: SimpleNamespace) -> torch.Tensor:
     drawn = draw(N, seed=3)
     colours_from = len(FACTORS["shape"])
     masks = torch.zeros(N, 17, 32, 32, dtype=torch.bool)
-    for image, scene in enumerate(drawn.scenes):
-        image = Image.fromarray(drawn.masks[image].astype(np.uint8) * 255).convert("RGB")
+    for row, scene in enumerate(drawn.scenes):
+        image = Image.fromarray(drawn.masks[row].astype(np.uint8) * 255).convert("RGB")
         pixels = world.model.preprocess([image])[0]
         inside = pixels.sum(0) > 0.5 * (pixels.sum(0).max() + pixels.sum(0).min())
         for first, factor in ((0, "shape"), (colours_from, "colour")):
-            masks[image, first + list(FACTORS[factor]).index(scene.value(factor))] = inside
+            masks[row, first + list(FACTORS[factor]).index(scene.value(factor))] = inside
     return masks
 
 
@@ -187,14 +187,14 @@ def test_what_the_inputs_do_not_allow_is_left_out_by_default_and_an_error_by_nam
     result = score(world, tmp_path, controls=(), steering_images=0)
     assert list(result.results) == ["fvu", "sparsity", "monosemanticity", "uniqueness"]
     assert list(result.left_out) == ["steerability"]
-    assert any("--concepts" in line for line in notes(result))
+    assert any("concepts=" in line for line in notes(result))
     assert any("the model's own embeddings" in line for line in notes(result))
     for name, hint in {
-        "dissection": "--masks",
-        "hierarchy": "--taxonomy",
-        "stability": "--other",
+        "dissection": "masks=",
+        "hierarchy": "taxonomy=",
+        "stability": "other_saes=",
     }.items():
-        with pytest.raises(ValueError, match=f"--metrics {name} needs .*{hint}"):
+        with pytest.raises(ValueError, match=f"metrics={name} needs .*{hint}"):
             score(world, tmp_path, metrics=(name,), controls=())
     with pytest.raises(ValueError, match="did you mean 'uniqueness'"):
         score(world, tmp_path, metrics=("uniquenes",), controls=())
@@ -217,10 +217,7 @@ def test_masks_from_a_folder_follow_the_models_own_crop(
     numbers[:, :32], numbers[:, 32:] = 1, 2
     for name in ("0", "1"):
         Image.fromarray(numbers).save(folder / f"{name}.png")
-    from vision_plugin.evaluation._facts import Facts
-
-    cfg = EvaluationConfig(sae="a", images="b", masks=str(folder))
-    masks = Facts(cfg, open_images(wide), []).masks
+    masks = Facts(open_images(wide), masks=str(folder)).masks
     assert masks is not None
     found = masks.batch(world.model, [0, 1])
     assert found.shape == (2, 2, 32, 32)
@@ -271,5 +268,5 @@ def test_intervals_and_curves_are_there_when_asked_for(
     written = json.loads((tmp_path / "scores.json").read_text())
     assert "share_steerable_at_20" in written["summary"]["steerability_curve/sae"]
     assert "steerability_curve" in written["details"]
-    with pytest.raises(ValueError, match="goes with monosemanticity_images='all'"):
-        score(world, tmp_path, confidence=0.9, monosemanticity_images="top16")
+    with pytest.raises(ValueError, match="goes with monosemanticity_definition='all'"):
+        score(world, tmp_path, confidence=0.9, monosemanticity_definition="top16")

@@ -21,7 +21,7 @@ from vision_plugin.evaluation import (
     SparsityStudyConfig,
     figure_of,
     labels_of,
-    sparsity_study_with,
+    sparsity_study,
     table_of,
     text_of,
 )
@@ -57,8 +57,9 @@ def world(tiny_clip: str, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 
 def study(world: SimpleNamespace, saes: dict[str, Any] | None = None, **changes: Any) -> Any:
     saes = saes or world.saes
+    changes = {"output_path": None, **changes}
     cfg = SparsityStudyConfig(saes=tuple(saes), images=f"demo:{N}@3", **changes)
-    return sparsity_study_with(cfg, model=world.model, saes=saes, images=world.images)
+    return sparsity_study(cfg, model=world.model, saes=saes, images=world.images)
 
 
 @pytest.fixture(scope="module")

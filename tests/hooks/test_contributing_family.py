@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vision_plugin as vp
 from benchmarks import _family_checks as checks
-from vision_plugin.models import UnsupportedModelError, _loading
+from vision_plugin.models import UnsupportedModelError, _wrapping
 
 # --8<-- the family
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter  # isort: skip
@@ -136,8 +136,8 @@ class PebbleTower(nn.Module):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The family's entry point, as an installed package would have it."""
     entry = EntryPoint("PebbleTower", f"{__name__}:PebbleAdapter", "vision_plugin.architectures")
-    known = dict(_loading.adapters())
-    monkeypatch.setattr(_loading, "adapters", lambda: {**known, "PebbleTower": entry})
+    known = dict(_wrapping.adapters())
+    monkeypatch.setattr(_wrapping, "adapters", lambda: {**known, "PebbleTower": entry})
 
 
 @pytest.fixture

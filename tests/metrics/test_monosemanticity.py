@@ -105,24 +105,24 @@ def test_score_is_the_double_loop(seed, n, k, d, kind, layout):
     kind=st.sampled_from(KINDS),
     n_parts=st.integers(1, 6),
     mixed=st.booleans(),
-    images=st.sampled_from(["all", "top16"]),
+    definition=st.sampled_from(["all", "top16"]),
 )
-@example(seed=310, kind="signed sparse", n_parts=4, mixed=False, images="top16")
-def test_any_split_and_merge_order_gives_one_pass(seed, kind, n_parts, mixed, images):
+@example(seed=310, kind="signed sparse", n_parts=4, mixed=False, definition="top16")
+def test_any_split_and_merge_order_gives_one_pass(seed, kind, n_parts, mixed, definition):
     n, k, d = 40, 5, 4
     latents, embeddings = random_case(seed, n, k, d, kind)
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, n + 1, n_parts - 1).tolist()), n]
-    whole = monosemanticity(latents, embeddings, images=images)
+    whole = monosemanticity(latents, embeddings, definition=definition)
     parts = []
     for start, stop in itertools.pairwise(cuts):
-        part = Monosemanticity(n_features=k, d_embed=d, images=images)
+        part = Monosemanticity(n_features=k, d_embed=d, definition=definition)
         layout = rng.choice(["dense", "coo", "csr"]) if mixed else "dense"
         part.update(layouts(latents[start:stop])[layout], embeddings[start:stop])
         parts.append(part)
     while len(parts) > 1:
         first, second = sorted(rng.choice(len(parts), 2, replace=False))
-        if kind == "signed sparse" and images == "top16":
+        if kind == "signed sparse" and definition == "top16":
             second = first + 1  # Zeros tie for a place among the 16, and ties go by image order.
         other = parts.pop(second)
         parts[first].merge_state(other)
@@ -283,10 +283,10 @@ def test_z_is_that_of_drawn_permutations(kind):
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
-@pytest.mark.parametrize("images", ["all", "top16"])
-def test_null_deviation_is_exact_over_all_permutations(n, images):
+@pytest.mark.parametrize("definition", ["all", "top16"])
+def test_null_deviation_is_exact_over_all_permutations(n, definition):
     latents, embeddings = random_case(n, n, 2, 3, "random")
-    result = monosemanticity(latents, embeddings, images=images)
+    result = monosemanticity(latents, embeddings, definition=definition)
     scores = np.array(
         [
             double_loop(latents, embeddings[list(order)])
@@ -371,12 +371,12 @@ def double_loop_weights(w, e, _):
 def test_top16_is_the_double_loop_over_the_16_largest(seed, n, kind, layout, top_range):
     latents, embeddings = random_case(seed, n, 4, 3, kind)
     result = monosemanticity(
-        layouts(latents)[layout], embeddings, images="top16", top_range=top_range
+        layouts(latents)[layout], embeddings, definition="top16", top_range=top_range
     )
     np.testing.assert_allclose(
         result.score.numpy(), top16_loop(latents, embeddings, top_range), rtol=0, atol=1e-10
     )
-    assert result.images == "top16"
+    assert result.definition == "top16"
 
 
 def test_top16_ranks_zeros_that_sparse_shards_leave_out_above_negative_latents():
@@ -384,7 +384,7 @@ def test_top16_ranks_zeros_that_sparse_shards_leave_out_above_negative_latents()
     embeddings = random_case(1, 25, 1, 3, "random")[1]
     expected = top16_loop(latents, embeddings, "dataset")
     for layout in ("dense", "csr"):
-        metric = Monosemanticity(n_features=1, d_embed=3, images="top16")
+        metric = Monosemanticity(n_features=1, d_embed=3, definition="top16")
         for part in (slice(0, 9), slice(9, 21), slice(21, 25)):
             metric.update(layouts(latents[part])[layout], embeddings[part])
         np.testing.assert_allclose(metric.compute().score.numpy(), expected, atol=1e-12)
@@ -394,10 +394,10 @@ def test_images_without_a_direction_are_left_out_and_counted(caplog):
     latents, embeddings = random_case(9, 12, 3, 4, "sparse")
     embeddings[[2, 7]] = 0
     keep = embeddings.norm(dim=1) > 0
-    for layout, images in itertools.product(["dense", "csr"], ["all", "top16"]):
+    for layout, definition in itertools.product(["dense", "csr"], ["all", "top16"]):
         with caplog.at_level(logging.WARNING):
-            result = monosemanticity(layouts(latents)[layout], embeddings, images=images)
-        expected = monosemanticity(latents[keep], embeddings[keep], images=images)
+            result = monosemanticity(layouts(latents)[layout], embeddings, definition=definition)
+        expected = monosemanticity(latents[keep], embeddings[keep], definition=definition)
         torch.testing.assert_close(result.score, expected.score, equal_nan=True)
         assert torch.equal(result.n_active, expected.n_active)
         assert (result.n_images, result.n_excluded) == (10, 2)
@@ -449,5 +449,5 @@ def test_shapes_that_disagree_are_refused():
 def test_options_are_checked():
     with pytest.raises(ValueError, match="confidence=95"):
         monosemanticity(torch.rand(3, 2), torch.rand(3, 2), confidence=95.0)
-    with pytest.raises(ValueError, match="images='all' only"):
-        monosemanticity(torch.rand(3, 2), torch.rand(3, 2), confidence=0.9, images="top16")
+    with pytest.raises(ValueError, match="definition='all' only"):
+        monosemanticity(torch.rand(3, 2), torch.rand(3, 2), confidence=0.9, definition="top16")

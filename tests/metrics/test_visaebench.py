@@ -149,7 +149,7 @@ def test_monosemanticity(world, layout):
     )
     latents = world["image_latents"]
     latents = latents if layout == "dense" else latents.to_sparse_csr()
-    result = metrics.monosemanticity(latents, world["embeddings"], images="top16")
+    result = metrics.monosemanticity(latents, world["embeddings"], definition="top16")
     assert result.summary()["n_defined"] == expected.metadata["num_features_scored"]
     assert result.summary()["mean_score"] == pytest.approx(expected.value, abs=1e-5)
     np.testing.assert_allclose(
@@ -244,7 +244,7 @@ def test_an_sae_of_ours_goes_through_the_benchmark_as_it_is(world, tmp_path, mon
     ours = metrics.MetricSet(
         ["fvu", "sparse_probing", "downstream_preservation", "localization", "monosemanticity"],
         {"n_features": K, "d_in": D, "d_embed": 9, "grid_size": GRID},
-        options={"monosemanticity": {"images": "top16"}},
+        options={"monosemanticity": {"definition": "top16"}},
     )
     ours.update(
         {

@@ -23,7 +23,7 @@ from torchmetrics import Metric
 import vision_plugin as vp
 from tests.metrics._cases import CASES, images
 from vision_plugin import metrics
-from vision_plugin.evaluation import EvaluationConfig, evaluate_with
+from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 from vision_plugin.kernels import SparseLatents
 from vision_plugin.metrics import neuron_dictionary, random_dictionary
@@ -133,10 +133,7 @@ class Sparse(Plain):
 @pytest.mark.parametrize("level", ["image", "token", "patch"])
 def test_a_metric_gets_the_form_that_it_takes(metric: type[Plain], level: str) -> None:
     found = encode_tokens(dictionary("topk"), torch.randn(N, TOKENS, D_IN))
-    batch = {
-        key: make()
-        for key, make in (found.entries("max") | found.patch_entries(torch.tensor([1, 2]))).items()
-    }
+    batch = {key: make() for key, make in (found.entries("max", torch.tensor([1, 2]))).items()}
     asks = type(metric.__name__, (metric,), {"latents_per": level})()
     metrics.feed(asks, batch)
     assert asks.compute() > 0
@@ -165,7 +162,7 @@ def test_a_metric_scores_sparse_latents_as_dense_ones(name: str) -> None:
     patches = torch.arange(1, tokens.shape[1])
     results = []
     for latents in (rows, sparse):
-        makers = latents.entries("max") | latents.patch_entries(patches)
+        makers = latents.entries("max", patches)
         assert ("sparse_patch_latents" in makers) == (latents is sparse)
         metric = CASES[name].build()
         batch = {**known, **{key: make() for key, make in makers.items()}}
@@ -207,7 +204,7 @@ def test_nothing_dense_is_made_of_a_sparse_sae(
         steering_images=0,
         metric_options='{"localization": {"min_images": 1, "min_active_patches": 1}}',
     )
-    result = evaluate_with(cfg, model=model, sae=sae, images=images, concepts=[])
+    result = evaluate_config(cfg, model=model, sae=sae, images=images, concepts=[])
     assert set(result.left_out) == {"steerability", "stability"}
     assert {"dissection", "localization", "sparse_probing", "sparsity"} <= result.results.keys()
     assert result.encoded.latents.layout == torch.sparse_csr

@@ -27,7 +27,7 @@ def summarise(latents, cuts, n_top=3, n_sample=2, numbers=None):
     edges = [0, *cuts, len(latents)]
     for start, stop in itertools.pairwise(edges):
         statistics.update(latents[start:stop], numbers[start:stop])
-    return statistics.summary()
+    return statistics.compute()
 
 
 @st.composite

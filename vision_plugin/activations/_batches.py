@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vision_plugin.activations._errors import StoreMismatchError
-from vision_plugin.activations._windows import Window, WindowReader
-
-if TYPE_CHECKING:
-    from vision_plugin.activations._store import ActivationStore
+from vision_plugin.activations._windows import ReadableStore, Window, WindowReader
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class ShuffledBatches:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ReadableStore,
         hook_names: str | Sequence[str],
         batch_size: int,
         *,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vision_plugin._progress import Progress
 from vision_plugin.activations._config import ExtractionConfig
 from vision_plugin.activations._decoding import DecodedBatch, default_workers
 from vision_plugin.activations._errors import (
@@ -28,7 +29,6 @@ from vision_plugin.activations._files import (
 )
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
-from vision_plugin.activations._progress import Progress
 from vision_plugin.activations._records import (
     MANIFEST,
     PLAN,

@@ -95,7 +95,7 @@ class ActivationStore:
 
     def __len__(self) -> int:
         """Number of images."""
-        return self._starts[-1]
+        return self.starts[-1]
 
     @property
     def hook_names(self) -> list[str]:
@@ -156,7 +156,8 @@ class ActivationStore:
         return sha256("".join(parts).encode())[:16]
 
     @cached_property
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
+        """First image of each shard, and the number of images at the end."""
         return [0, *accumulate(shard.n_images for shard in self._shards)]
 
     # ------------------------------------------------------------------ reading
@@ -215,16 +216,16 @@ class ActivationStore:
         """Consecutive images of one shard, in the order of the numbers."""
         place = 0
         while place < len(numbers):
-            shard = bisect.bisect_right(self._starts, numbers[place]) - 1
+            shard = bisect.bisect_right(self.starts, numbers[place]) - 1
             first = numbers[place]
             length = 1
             while (
                 place + length < len(numbers)
                 and numbers[place + length] == first + length
-                and first + length < self._starts[shard + 1]
+                and first + length < self.starts[shard + 1]
             ):
                 length += 1
-            start = first - self._starts[shard]
+            start = first - self.starts[shard]
             yield self._shards[shard], range(start, start + length)
             place += length
 

@@ -8,15 +8,14 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vision_plugin.activations._shards import Shard
-    from vision_plugin.activations._store import ActivationStore
+from vision_plugin.activations._plan import HookSpec, StorePlan
+from vision_plugin.activations._shards import Shard
 
 MAX_OPEN_FILES = 200
 """Of each reader: a window touches hundreds of a large store's shards."""
@@ -61,6 +60,44 @@ class _Piece:
     """The window's row that it begins with, before they are shuffled."""
 
 
+@runtime_checkable
+class ReadableStore(Protocol):
+    """What windows and batches ask of a store."""
+
+    @property
+    def plan(self) -> StorePlan:
+        """How the store was made."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the images."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The shards, in order."""
+        ...
+
+    @property
+    def starts(self) -> list[int]:
+        """First image of each shard, and the number of images at the end."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the store apart from others."""
+        ...
+
+    def spec(self, hook_name: str) -> HookSpec:
+        """Return the shape of a hook's activations."""
+        ...
+
+
 class WindowReader:
     """Reads windows in threads of its own.
 
@@ -70,7 +107,7 @@ class WindowReader:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ReadableStore,
         hook_names: Sequence[str],
         *,
         rows_per_image: int,
@@ -130,7 +167,7 @@ class WindowReader:
         return pieces
 
     def _numbers(self, piece: _Piece) -> Any:
-        start = self.store._starts[piece.shard]
+        start = self.store.starts[piece.shard]
         return np.arange(start + piece.images.start, start + piece.images.stop)
 
     def _room(self, name: str, n_rows: int) -> Tensor:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from vision_plugin import __version__
+        from vision_plugin._version import __version__
 
         sys.stdout.write(f"vision-plugin {__version__}\n")
         return 0
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VISION_PLUGIN_DEBUG"):
             raise
-        sys.stderr.write(f"vision-plugin {name}: {' '.join(str(error).split())}\n")
+        from vision_plugin.cli._flags import as_flags
+
+        sys.stderr.write(f"vision-plugin {name}: {as_flags(' '.join(str(error).split()))}\n")
         return 1
     return 0
 

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vision_plugin.cli._flags import parse
+from vision_plugin.cli._flags import as_flags, parse
 
 
 def run(arguments: Sequence[str]) -> None:
     """Score an SAE from flags, print the table, and say where the results are."""
-    from vision_plugin.evaluation import EvaluationConfig, evaluate
+    from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 
     cfg = parse(
         EvaluationConfig,
@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> None:
         "same hook and other controls, in one table. `vision-plugin info` lists the metrics.",
     )
     console = Console()
-    result = evaluate(cfg, progress=console.is_terminal)
+    result = evaluate_config(cfg)
     console.print(scores_table(result))
     for note in notes(result):
         console.print(note, highlight=False)
@@ -90,11 +90,11 @@ def notes(result: Any) -> list[str]:
             lines.append(
                 "Similarities are the model's own embeddings; --embedder names an outside encoder."
             )
-    lines += [f"Left out: {name}: {reason}" for name, reason in result.left_out.items()]
+    lines += [f"Left out: {name}: {as_flags(why)}" for name, why in result.left_out.items()]
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
-    path = result.config.output_path or f"{result.config.sae}/evaluation.json"
-    return [*lines, f"All numbers, per latent as well: {path}"]
+    where = result.path or "not written: --output-path names a file for them"
+    return [*lines, f"All numbers, per latent as well: {where}"]
 
 
 def _cell(value: float | int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 T = TypeVar("T")
+
+_FLAGS: set[str] = set()
+"""Fields of the configurations that were parsed: the flags of the command that runs."""
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: str) -> T:
@@ -24,12 +28,33 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
         command: Name of the command, for the usage line.
         description: What ``--help`` says first.
     """
+    _FLAGS.update(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
     return tyro.cli(
         cls,
         args=list(arguments),
         prog=f"vision-plugin {command}",
         description=description,
     )
+
+
+def as_flags(message: str) -> str:
+    """Return a message of the library with its arguments written as flags of the command.
+
+    Example:
+        >>> _FLAGS.add("output_path")
+        >>> as_flags("runs exists: name another output_path=")
+        'runs exists: name another --output-path'
+    """
+    names = "|".join(sorted(_FLAGS, key=len, reverse=True))
+    if not names:
+        return message
+    return re.sub(rf"\b({names})=(?P<value>\S?)", _as_flag, message)
+
+
+def _as_flag(match: re.Match[str]) -> str:
+    flag = f"--{match.group(1).replace('_', '-')}"
+    value = match.group("value")
+    return f"{flag} {value}" if value and value not in ",;.)" else f"{flag}{value}"
 
 
 def flat_class(

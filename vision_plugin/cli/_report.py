@@ -11,43 +11,30 @@ from typing import Any
 
 from rich.console import Console
 
+from vision_plugin._inputs import Inputs
 from vision_plugin.cli._flags import parse
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Inputs):
     """What to report on."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
     output_path: str = "report"
     """Folder of the pages; an earlier report in it is replaced."""
     evaluation: str | None = None
     """JSON of ``vision-plugin eval``; ``evaluation.json`` beside the SAE where there is one."""
-    model_name: str | None = None
-    """The model; by default the one the SAE's metadata names."""
     features: tuple[int, ...] = ()
     """Latents to report; all by default."""
     title: str | None = None
     """Heading of the pages."""
-    image_column: str | None = None
-    """Column of images, where a data set has several."""
-    split: str | None = None
-    """Split of a data set."""
-    device: str = "cpu"
-    """Where to compute."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Write a report from flags and say where it is."""
-    from vision_plugin.evaluation import model_of
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.models import load_model
     from vision_plugin.report import report
 
     cfg = parse(
@@ -56,12 +43,11 @@ def run(arguments: Sequence[str]) -> None:
         command="report",
         description="Write static HTML pages in which an SAE's features can be browsed.",
     )
-    sae = load_sae(cfg.sae, device=cfg.device)
-    model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
+    sae = cfg.open_sae(cfg.sae)
     report(
         sae,
-        model,
-        open_images(cfg.images, column=cfg.image_column, split=cfg.split),
+        cfg.open_model(sae, where=cfg.sae),
+        cfg.open_images(),
         cfg.output_path,
         features=list(cfg.features) or None,
         title=cfg.title,

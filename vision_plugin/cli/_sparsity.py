@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> None:
         "patches), with a map of L0 over the patch grid, for one or several SAEs of a model.",
     )
     console = Console()
-    result = sparsity_study(cfg, progress=console.is_terminal)
+    result = sparsity_study(cfg)
     console.print(table_of(result))
     if result.bad_images:
         console.print(f"{len(result.bad_images)} images could not be read; see the JSON.")

@@ -10,17 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vision_plugin._inputs import Inputs
 from vision_plugin.cli._flags import parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig:
+class SteerConfig(Inputs):
     """What to steer, on which images, and which concepts to look for."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
     latents: tuple[int, ...]
     """Latents to hold, one or several."""
     strength: float = 150.0
@@ -32,18 +31,10 @@ class SteerConfig:
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8
     """Images, evenly spread over the images."""
-    model_name: str | None = None
-    """The model; by default the one the SAE's metadata names."""
     tokens: str = "all"
     """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``."""
     output_path: str | None = None
     """JSON file for the probabilities, if wanted."""
-    image_column: str | None = None
-    """Column of images, where a data set has several."""
-    split: str | None = None
-    """Split of a data set."""
-    device: str = "cpu"
-    """Where to compute."""
 
     def __post_init__(self) -> None:
         if not self.latents:
@@ -54,7 +45,7 @@ class SteerConfig:
 
 def run(arguments: Sequence[str]) -> None:
     """Steer from flags and print what the images were and are taken for."""
-    from vision_plugin.evaluation import write_json
+    from vision_plugin._disk import write_json
 
     cfg = parse(
         SteerConfig,
@@ -82,15 +73,12 @@ def run(arguments: Sequence[str]) -> None:
 
 def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     """Ids of the images, and the effect on them."""
-    from vision_plugin.evaluation import model_of, read_concepts
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.models import load_model
+    from vision_plugin.evaluation import read_concepts
     from vision_plugin.steering import steering_effect
 
-    sae = load_sae(cfg.sae, device=cfg.device)
-    model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
-    images = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
+    sae = cfg.open_sae(cfg.sae)
+    model = cfg.open_model(sae, where=cfg.sae)
+    images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
     step = max(1, len(images) // cfg.n_images)
     chosen = list(range(0, len(images), step))[: cfg.n_images]

@@ -18,9 +18,10 @@ import torch
 from sae_lens import BatchTopKTrainingSAEConfig
 from torch import Tensor
 
+from vision_plugin._disk import write_json
 from vision_plugin.activations import ExtractionConfig, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
-from vision_plugin.evaluation import EvaluationConfig, evaluate_with, write_json
+from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
 from vision_plugin.models import load_model
@@ -109,8 +110,13 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
         world = draw(cfg.images, seed=cfg.seed + 1)
         images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
         concepts = [concept.text for concept in concept_vocabulary()]
-        evaluation = evaluate_with(
-            _evaluation(cfg, out), model=model, sae=sae, images=images, concepts=concepts
+        evaluation = evaluate_config(
+            _evaluation(cfg, out),
+            sae=sae,
+            model=model,
+            images=images,
+            concepts=concepts,
+            progress=False,
         )
         embeddings = evaluation.encoded.first_embeddings
         own_code = {

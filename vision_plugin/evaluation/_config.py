@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Control = Literal["neurons", "pca", "random", "random_model"]
+from vision_plugin._inputs import Inputs
 
-USUAL_METRICS = ("fvu", "sparsity", "monosemanticity", "uniqueness", "steerability")
-"""What is computed, as far as the inputs allow, where no metric is named."""
+Control = Literal["neurons", "pca", "random", "random_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Inputs):
     """What to score an SAE on."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
     metrics: tuple[str, ...] = ()
     """Registered metrics by name, those of other packages included, or ``all`` that the inputs
     allow; by default fvu, sparsity, monosemanticity, uniqueness and steerability."""
@@ -30,8 +27,6 @@ class EvaluationConfig:
     controls: tuple[Control, ...] = ("neurons", "pca", "random", "random_model")
     """What stands beside the SAE in the table: the raw neurons, their principal components, random
     directions as sparse as the SAE, and the neurons of the same model with random weights."""
-    model_name: str | None = None
-    """The model; by default the one the SAE's metadata names."""
     embedder: tuple[str, ...] = ()
     """Models whose embeddings say which images are alike, as for ``--model-name``; ``model`` stands
     for the model itself, the default, which the result then marks, since an outside encoder is the
@@ -62,8 +57,8 @@ class EvaluationConfig:
     """Which tokens to encode and steer; by default those the SAE was trained on."""
     pooling: str = "max"
     """Image-level latents are the ``max`` or the ``mean`` over tokens."""
-    monosemanticity_images: str = "all"
-    """``all`` or ``top16``: the two definitions in use."""
+    monosemanticity_definition: str = "all"
+    """Over ``all`` images, or over the ``top16`` of each latent: the two definitions in use."""
     confidence: float | None = None
     """Coverage, such as 0.95, of a jackknife interval around each latent's and neuron's
     monosemanticity."""
@@ -79,17 +74,11 @@ class EvaluationConfig:
     steerable."""
     batch_size: int = 64
     """Images per forward pass."""
-    image_column: str | None = None
-    """Column of images, where a data set has several."""
-    split: str | None = None
-    """Split of a data set."""
     seed: int = 0
     """Seed of the random controls."""
-    device: str = "cpu"
-    """Where to compute."""
 
     def __post_init__(self) -> None:
-        choices = {"pooling": ("max", "mean"), "monosemanticity_images": ("all", "top16")}
+        choices = {"pooling": ("max", "mean"), "monosemanticity_definition": ("all", "top16")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use {' or '.join(allowed)}")
@@ -97,9 +86,9 @@ class EvaluationConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} names one of them twice")
-        if self.confidence is not None and self.monosemanticity_images != "all":
+        if self.confidence is not None and self.monosemanticity_definition != "all":
             raise ValueError(
-                f"confidence={self.confidence} goes with monosemanticity_images='all' only: "
+                f"confidence={self.confidence} goes with monosemanticity_definition='all' only: "
                 "leaving out one of the top 16 images lets another one in"
             )
         if self.batch_size < 1:
@@ -123,5 +112,5 @@ class EvaluationConfig:
                 f"metric_options={self.metric_options!r} must be a JSON object from metric to its "
                 'arguments, such as {"localization": {"min_images": 10}}'
             )
-        usual = {"images": self.monosemanticity_images, **given.get("monosemanticity", {})}
+        usual = {"definition": self.monosemanticity_definition, **given.get("monosemanticity", {})}
         return {**given, "monosemanticity": usual}

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vision_plugin.evaluation._config import USUAL_METRICS, Control, EvaluationConfig
+from vision_plugin._disk import write_json
+from vision_plugin._inputs import named
+from vision_plugin.evaluation._choice import USUAL_METRICS, choose_metrics
+from vision_plugin.evaluation._config import EvaluationConfig
+from vision_plugin.evaluation._controls import make_subjects
 from vision_plugin.evaluation._facts import Facts, read_concepts
 from vision_plugin.evaluation._keep import EncodedImages
-from vision_plugin.evaluation._pass import OWN, Run
-from vision_plugin.evaluation._subjects import choose_metrics, make_subjects
-from vision_plugin.formats import load_sae
-from vision_plugin.images import open_images
+from vision_plugin.evaluation._run import Run
 from vision_plugin.metrics import MonosemanticityResult, SteerabilityResult, summary_of, to_json
 from vision_plugin.models import VisionBridge, load_model
-from vision_plugin.models.site import check_fit
-
-logger = logging.getLogger(__name__)
+from vision_plugin.models.site import Site
 
 SCHEMA = "vision_plugin.evaluation/1"
 
-__all__ = [
-    "USUAL_METRICS",
-    "Control",
-    "Evaluation",
-    "EvaluationConfig",
-    "evaluate",
-    "evaluate_with",
-    "model_of",
-    "read_concepts",
-    "write_json",
-]
+OWN = "model"
+"""Name of the model under study among the embedders."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,14 @@ class Evaluation:
     """By name, whether it is the model under study itself."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a metric, or ``metric/dictionary``, has no result."""
+
+    @property
+    def path(self) -> Path | None:
+        """The JSON of the results: ``output_path``, or beside an SAE that has a folder."""
+        if self.config.output_path is not None:
+            return Path(self.config.output_path).expanduser()
+        folder = Path(self.config.sae).expanduser()
+        return folder / "evaluation.json" if folder.is_dir() else None
 
     @property
     def monosemanticity(self) -> dict[str, MonosemanticityResult]:
@@ -111,86 +108,115 @@ class Evaluation:
         }
 
 
-def evaluate(cfg: EvaluationConfig, *, progress: bool = False) -> Evaluation:
-    """Score an SAE and its controls, and write the results as JSON.
+def evaluate(
+    sae: Any, model: Any = None, images: Any = None, *, progress: bool = True, **settings: Any
+) -> Evaluation:
+    """Score an SAE beside its controls by any registered metrics.
+
+    Args:
+        sae: An SAE in hand, or its folder, or any checkpoint that ``vp.load_sae`` reads.
+        model: A VisionBridge in hand, or a name for ``vp.load_model``; None takes the model that
+            the SAE's metadata names.
+        images: Whatever ``vp.open_images`` takes.
+        progress: Show how far it is on a terminal, or log a line every half minute.
+        **settings: Fields of :class:`EvaluationConfig`: ``metrics``, ``controls`` and so on;
+            ``concepts`` may be a list of texts. Results are written to ``output_path``, or beside
+            an SAE that came from a folder.
 
     Raises:
         ValueError: the SAE, model, images, concepts or metrics are not there or do not fit
             together.
+
+    Example:
+        >>> found = evaluate(sae, model, "photos/", metrics=["fvu"])  # doctest: +SKIP
+        >>> found.results["fvu"]["sae"].explained_variance  # doctest: +SKIP
     """
-    sae = load_sae(cfg.sae, device=cfg.device)
-    model = load_model(cfg.model_name or model_of(sae, cfg.sae), device=cfg.device)
-    check_fit(model, sae)
-    images = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
-    concepts = read_concepts(cfg.concepts, images) if cfg.steering_images else []
-    return evaluate_with(
-        cfg, model=model, sae=sae, images=images, concepts=concepts, progress=progress
+    concepts = settings.pop("concepts", None)
+    given = {name: _settled(value) for name, value in settings.items()}
+    if isinstance(concepts, str):
+        given["concepts"], concepts = concepts, None
+    given["model_name"] = named(model) if isinstance(model, str) else given.get("model_name")
+    cfg = EvaluationConfig(sae=named(sae), images=named(images), **given)
+    in_hand = None if isinstance(model, str) else model
+    return evaluate_config(
+        cfg, sae=sae, model=in_hand, images=images, concepts=concepts, progress=progress
     )
 
 
-def evaluate_with(
+def evaluate_config(
     cfg: EvaluationConfig,
     *,
-    model: VisionBridge,
-    sae: Any,
-    images: Any,
-    concepts: list[str],
-    progress: bool = False,
+    sae: Any = None,
+    model: VisionBridge | None = None,
+    images: Any = None,
+    concepts: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> Evaluation:
-    """:func:`evaluate` for a model, an SAE, images and concepts in hand."""
-    facts = Facts(cfg, images, concepts)
+    """Score what a configuration names, and write the results as JSON.
+
+    Args:
+        cfg: What to score, and how.
+        sae: An SAE in hand, in place of ``cfg.sae``.
+        model: A model in hand, in place of ``cfg.model_name``.
+        images: Images in hand, in place of ``cfg.images``.
+        concepts: Concepts in hand, in place of ``cfg.concepts``.
+        progress: As in :func:`evaluate`.
+
+    Raises:
+        ValueError: as :func:`evaluate` raises it.
+    """
+    sae = cfg.open_sae(cfg.sae if sae is None else sae)
+    model = cfg.open_model(sae, model, where=cfg.sae)
+    site = Site.of(model, sae, tokens=cfg.tokens)
+    images = cfg.open_images(images)
+    if concepts is None:
+        concepts = read_concepts(cfg.concepts, images)
+    facts = Facts(
+        images,
+        labels=cfg.labels,
+        concepts=concepts if cfg.steering_images else [],
+        taxonomy=cfg.taxonomy,
+        group_widths=cfg.group_widths,
+        masks=cfg.masks,
+        domain_images=cfg.domain_images,
+    )
     embedders = _embedders(cfg, model, sae)
-    paths: list[Any] = []
-    subjects = make_subjects(cfg, model, sae, facts, paths)
-    chosen, left_out = choose_metrics(cfg, subjects[0], facts)
+    subjects = make_subjects(
+        sae, site, facts, controls=cfg.controls, batch_size=cfg.batch_size, seed=cfg.seed
+    )
+    chosen, left_out = choose_metrics(
+        cfg.metrics,
+        subjects[0],
+        options=cfg.options(),
+        compares_weights=bool(cfg.other_saes),
+    )
     # Steering has a way of its own, which runs the model below the hook once for all latents.
-    of_pass = [name for name in chosen if name != "steerability"]
-    run = Run(cfg, facts, subjects, of_pass, embedders, paths)
+    of_loop = [name for name in chosen if name != "steerability"]
+    run = Run(cfg, facts, subjects, of_loop, embedders)
     encoded = run.score_images(progress=progress)
-    run.score_domains(progress=progress)
     run.compare_weights()
-    results, failures = run.compute()
-    run.add_intervals(results, encoded)
     if "steerability" in chosen:
-        steered, unsteered = run.steer(encoded.indices)
-        failures |= unsteered
-        results |= steered
+        run.steer(encoded.indices)
+    results = {name: found for name, found in run.results.items() if found}
     if not results and chosen:
-        raise ValueError(f"no metric could be computed: {next(iter(failures.values()))}")
+        raise ValueError(f"no metric could be computed: {next(iter(run.failures.values()))}")
     encoded.fidelity.update(_fidelity(results))
     result = Evaluation(
         config=cfg,
         encoded=encoded,
         results={name: results[name] for name in _order(cfg, results)},
-        concepts=concepts,
+        concepts=facts.concepts,
         embedders={name: name == OWN for name in embedders},
-        left_out=left_out | failures,
+        left_out=left_out | run.failures,
     )
-    write_json(result.to_dict(), Path(cfg.output_path or Path(cfg.sae) / "evaluation.json"))
+    if result.path is not None:
+        write_json(result.to_dict(), result.path)
     return result
 
 
-def model_of(sae: Any, path: str) -> str:
-    """The model that an SAE's metadata names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    name = sae.cfg.metadata.get("model_name")
-    if not name:
-        raise ValueError(f"{path} does not say which model it was trained on: give --model-name")
-    return str(name)
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write strict JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _settled(value: Any) -> Any:
+    """A list as the tuple that a frozen configuration holds."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _embedders(cfg: EvaluationConfig, model: VisionBridge, sae: Any) -> dict[str, VisionBridge]:
@@ -203,10 +229,10 @@ def _embedders(cfg: EvaluationConfig, model: VisionBridge, sae: Any) -> dict[str
 def _fidelity(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The numbers that every reader looks for first, where they were computed."""
     found: dict[str, float] = {}
-    if "fvu" in results:
+    if "sae" in results.get("fvu", {}):
         fvu = results["fvu"]["sae"]
         found |= {"explained_variance": fvu.explained_variance, "cosine": fvu.cosine}
-    if "sparsity" in results:
+    if "sae" in results.get("sparsity", {}):
         found["l0"] = results["sparsity"]["sae"].l0
     return found
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.images import open_images
 from vision_plugin.metrics import (
     TaxonomyPaths,
@@ -28,20 +28,55 @@ DEMO = re.compile(r"demo:(\d+)@(\d+)")
 
 
 class Facts:
-    """Facts by place in the source, each read when it is first asked for."""
+    """Facts by place in the source, each read when it is first asked for.
 
-    def __init__(self, cfg: EvaluationConfig, images: Any, concepts: list[str]) -> None:
-        self.cfg, self.images, self.concepts = cfg, images, concepts
+    Args:
+        images: An image source.
+        labels: ``column:NAME`` of the classes; None takes the labels that the images come with.
+        concepts: What steerability looks for.
+        taxonomy: ``column:BROAD,NARROW,NAME``, a JSON or CSV file by image id, or ``demo``.
+        group_widths: Cumulative widths of a Matryoshka dictionary's groups.
+        masks: A folder of masks, or ``demo``.
+        domain_images: Labelled images of other domains, as ``open_images`` takes them.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        *,
+        labels: str | None = None,
+        concepts: Sequence[str] = (),
+        taxonomy: str | None = None,
+        group_widths: Sequence[int] = (),
+        masks: str | None = None,
+        domain_images: Sequence[str] = (),
+    ) -> None:
+        self.images, self.label_column, self.concepts = images, labels, list(concepts)
+        self.taxonomy, self.group_widths = taxonomy, tuple(group_widths)
+        self.masks_named, self.domain_images = masks, tuple(domain_images)
+        self.paths_read: list[Sequence[str]] = []
+        """Taxonomy paths of the images read so far, which the metrics share."""
 
     @property
     def has_labels(self) -> bool:
         """Whether the images have classes."""
-        return self.cfg.labels is not None or getattr(self.images, "label_column", None) is not None
+        if self.label_column is not None:
+            return True
+        if hasattr(self.images, "label_column"):
+            return self.images.label_column is not None
+        # Asking a stream for its labels reads all of it.
+        is_stream = getattr(self.images, "sequential", False)
+        return not is_stream and getattr(self.images, "labels", None) is not None
+
+    def note_read(self, indices: Sequence[int]) -> None:
+        """Add the taxonomy paths of images that were read, where there is a taxonomy."""
+        if self.taxonomy_paths is not None:
+            self.paths_read += [self.taxonomy_paths[index] for index in indices]
 
     @cached_property
     def label_names(self) -> list[str]:
         """The class of each image."""
-        return class_of_images(self.images, self.cfg.labels)
+        return class_of_images(self.images, self.label_column)
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -57,11 +92,11 @@ class Facts:
     @cached_property
     def taxonomy_paths(self) -> TaxonomyPaths | None:
         """A path per image, broadest step first; None where no taxonomy was named."""
-        named = self.cfg.taxonomy
+        named = self.taxonomy
         if named is None:
             return None
         if named == "demo":
-            drawn: TaxonomyPaths = demo_world(self.images, "--taxonomy demo").taxonomy_paths
+            drawn: TaxonomyPaths = demo_world(self.images, "taxonomy='demo'").taxonomy_paths
             return drawn
         kind, _, columns = named.partition(":")
         if kind == "column":
@@ -70,7 +105,7 @@ class Facts:
             return taxonomy_from_columns(table, names)
         if not Path(named).is_file():
             raise FileNotFoundError(
-                f"--taxonomy {named}: there is no such file; columns of the images are written "
+                f"taxonomy={named!r}: there is no such file; columns of the images are written "
                 "column:BROAD,NARROW"
             )
         return read_taxonomy(named, image_ids=self.images.ids)
@@ -90,7 +125,7 @@ class Facts:
     @cached_property
     def masks(self) -> Masks | None:
         """Where the concepts are; None where no masks were named."""
-        named = self.cfg.masks
+        named = self.masks_named
         if named is None:
             return None
         return _demo_masks(self.images) if named == "demo" else _folder_masks(named, self.images)
@@ -98,10 +133,10 @@ class Facts:
     @cached_property
     def domains(self) -> dict[str, Any]:
         """Labelled images of other domains, by what they were called on the command line."""
-        found = {name: open_images(name) for name in self.cfg.domain_images}
+        found = {name: open_images(name) for name in self.domain_images}
         for name, images in found.items():
             if images.label_column is None:
-                raise ValueError(f"--domain-images {name}: these images have no labels")
+                raise ValueError(f"domain_images={name!r}: these images have no labels")
         return found
 
 
@@ -145,11 +180,11 @@ def class_of_images(images: Any, column: str | None) -> list[str]:
     """
     if column is None:
         if images.labels is None:
-            raise ValueError("these images have no labels: --labels column:NAME names a column")
+            raise ValueError("these images have no labels: labels=column:NAME names a column")
         return list(images.labels)
     kind, _, name = column.partition(":")
     if kind != "column" or not name:
-        raise ValueError(f"--labels {column}: write column:NAME")
+        raise ValueError(f"labels={column!r}: write column:NAME")
     return [str(value) for value in images.column(name)]
 
 
@@ -165,14 +200,14 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
     kind, _, column = concepts.partition(":")
     if concepts == "labels":
         if images.labels is None:
-            raise ValueError("--concepts labels: these images have no labels")
+            raise ValueError("concepts='labels': these images have no labels")
         return list(dict.fromkeys(images.labels))
     if kind == "column":
         return list(dict.fromkeys(str(value) for value in images.column(column)))
     path = Path(concepts)
     if not path.is_file():
         raise FileNotFoundError(
-            f"--concepts {concepts}: there is no such file; a column of the images is written "
+            f"concepts={concepts!r}: there is no such file; a column of the images is written "
             "column:NAME, their labels are written labels"
         )
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -182,28 +217,26 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
     return found
 
 
-def demo_world(images: Any, flag: str) -> Any:
+def demo_world(images: Any, argument: str) -> Any:
     """The drawn world behind ``demo:N``.
 
     Raises:
         ValueError: the images are not drawn ones.
     """
-    from vision_plugin.demo import draw
-
+    draw = import_module("vision_plugin.demo").draw
     described = getattr(images, "description", {})
     match = DEMO.fullmatch(str(described.get("path")))
     if described.get("kind") != "demo" or match is None:
-        raise ValueError(f"{flag} is for the drawn images of --images demo:N, not for others")
+        raise ValueError(f"{argument} is for the drawn images of images=demo:N, not for others")
     return draw(int(match.group(1)), seed=int(match.group(2)))
 
 
 def _demo_masks(images: Any) -> Masks:
     """The drawn object, as its shape and as its colour."""
-    from vision_plugin.demo import FACTORS
-
-    world = demo_world(images, "--masks demo")
+    factors = import_module("vision_plugin.demo").FACTORS
+    world = demo_world(images, "masks='demo'")
     names = tuple(
-        f"{factor}: {value}" for factor in ("shape", "colour") for value in FACTORS[factor]
+        f"{factor}: {value}" for factor in ("shape", "colour") for value in factors[factor]
     )
     number = {name: index for index, name in enumerate(names)}
 
@@ -219,7 +252,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
     listed = root / "names.txt"
     if not listed.is_file():
         raise FileNotFoundError(
-            f"--masks {folder}: there is no {listed}; write the names of the concepts there, one a "
+            f"masks={folder!r}: there is no {listed}; write the names of the concepts there, one a "
             "line, and beside it an image ID.png per image whose pixel values are line numbers"
         )
     names = tuple(listed.read_text(encoding="utf-8").split("\n"))
@@ -230,7 +263,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"image {images.ids[image]!r} names a mask outside {folder}")
         if not path.is_file():
-            raise FileNotFoundError(f"--masks {folder}: there is no {path}")
+            raise FileNotFoundError(f"masks={folder!r}: there is no {path}")
         numbers = np.asarray(Image.open(path))
         shown = np.unique(numbers)
         if numbers.ndim != 2 or int(shown.max()) > len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,11 @@ class EncodedImages:
         return next(iter(self.embeddings.values()))
 
 
+def pool(activations: Tensor, pooling: str) -> Tensor:
+    """Return image-level activations ``[n, d]`` of ``[n, tokens, d]``."""
+    return activations.amax(dim=1) if pooling == "max" else activations.mean(dim=1)
+
+
 class Keeper:
     """Keeps the SAE's latents, the neurons and the embeddings of each image."""
 
@@ -54,7 +60,7 @@ class Keeper:
         self.width = 0
 
     def add(
-        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: dict[str, Tensor]
+        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: Mapping[str, Tensor]
     ) -> None:
         latents = latents.detach().cpu()
         self.width = latents.shape[1]

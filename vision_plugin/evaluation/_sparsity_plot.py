@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from vision_plugin.evaluation._sparsity_study import SAEStudy, SparsityStudy
+from vision_plugin.evaluation._sparsity_result import SAEStudy, SparsityStudy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,3 +2,4 @@ from ._collection import hash_ids as hash_ids
 from ._image import BadImageError as BadImageError
 from ._open import ImageSource as ImageSource
 from ._open import open_images as open_images
+from ._reading import read_batches as read_batches

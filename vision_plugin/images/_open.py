@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,7 @@ class DemoImages(ImageCollection):
     kind = "demo"
 
     def __init__(self, n: int, seed: int) -> None:
-        from vision_plugin.demo import draw
-
-        self._world = draw(n, seed=seed)
+        self._world = import_module("vision_plugin.demo").draw(n, seed=seed)
         self._seed = seed
         self.ids = [str(index) for index in range(n)]
 
@@ -147,9 +146,7 @@ class DemoImages(ImageCollection):
     @property
     def column_names(self) -> list[str]:
         """The caption, and the factors."""
-        from vision_plugin.demo import FACTORS
-
-        return ["caption", *FACTORS]
+        return ["caption", *import_module("vision_plugin.demo").FACTORS]
 
     @property
     def default_label(self) -> str:

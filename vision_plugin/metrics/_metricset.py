@@ -56,6 +56,17 @@ class MetricSet:
                 raise ValueError(f"metric {name!r} needs {lacking}; known are {sorted(known)}")
             self.metrics[name] = build(metric, {**known, **own})
 
+    @classmethod
+    def of(cls, metrics: Mapping[str, Any]) -> MetricSet:
+        """Return a set of metrics in hand, by the names that it is to call them.
+
+        Args:
+            metrics: Whatever has an ``update`` and a ``compute``.
+        """
+        made = cls([], {})
+        made.metrics.update(metrics)
+        return made
+
     def update(self, batch: Mapping[str, Any]) -> None:
         """Feed every metric from one batch.
 

@@ -35,7 +35,7 @@ __all__ = ["Monosemanticity", "MonosemanticityResult", "monosemanticity"]
 
 logger = logging.getLogger(__name__)
 
-Images = Literal["all", "top16"]
+Definition = Literal["all", "top16"]
 Reason = Literal["ok", "dead", "constant", "one_image"]
 
 SMALLEST_SHARE = 1e-10
@@ -64,7 +64,7 @@ class MonosemanticityResult(MetricResult):
         high: upper end of the interval, cut at 1.
         n_images: images that entered.
         n_excluded: images left out because their embedding has norm 0.
-        images: which definition this is; scores of different definitions do not compare.
+        definition: which definition this is; scores of different definitions do not compare.
     """
 
     headline = ("mean_score", "median_score", "share_z_above_3", "n_dead", "n_constant", "n_rare")
@@ -80,7 +80,7 @@ class MonosemanticityResult(MetricResult):
     high: Float[Tensor, " k"] | None
     n_images: int
     n_excluded: int
-    images: Images
+    definition: Definition
 
     @property
     def reason_counts(self) -> dict[str, int]:
@@ -122,8 +122,8 @@ class Monosemanticity(StreamingMetric):
     non-zeros touch; larger batches spare memory traffic. Beside the state, ``n_features`` by
     ``d_embed`` in float64, memory holds one batch.
 
-    ``images="top16"`` is the definition of VISAEBench: the same expression over the 16 images on
-    which the latent is largest. Its weights are scaled by the range over all images
+    ``definition="top16"`` is the definition of VISAEBench: the same expression over the 16 images
+    on which the latent is largest. Its weights are scaled by the range over all images
     (``top_range="dataset"``, what that benchmark computes) or over the 16 (``"top"``, which gives
     the 16th image weight 0). Equal activations are ranked in the order seen.
 
@@ -133,7 +133,7 @@ class Monosemanticity(StreamingMetric):
     Args:
         n_features: number of latents, ``k``.
         d_embed: width of the embeddings.
-        images: ``"all"`` or ``"top16"``.
+        definition: ``"all"`` or ``"top16"``.
         top_range: range for the weights of ``"top16"``.
 
     Example:
@@ -151,7 +151,7 @@ class Monosemanticity(StreamingMetric):
         *,
         n_features: int,
         d_embed: int,
-        images: Images = "all",
+        definition: Definition = "all",
         top_range: TopRange = "dataset",
         **kwargs: Any,
     ) -> None:
@@ -160,12 +160,12 @@ class Monosemanticity(StreamingMetric):
             raise ValueError(
                 f"n_features={n_features} and d_embed={d_embed} must both be at least 1"
             )
-        _check_choice("images", images, Images)
+        _check_choice("definition", definition, Definition)
         _check_choice("top_range", top_range, TopRange)
         self.n_features, self.d_embed = n_features, d_embed
-        self.images, self.top_range = images, top_range
+        self.definition, self.top_range = definition, top_range
         states = {**moments.empty_image_sums(d_embed), **moments.empty_ranges(n_features)}
-        if images == "all":
+        if definition == "all":
             states.update(moments.empty_pair_sums(n_features, d_embed))
         else:
             states["top_value"] = torch.full((n_features, N_TOP), VOID, dtype=torch.float64)
@@ -211,7 +211,7 @@ class Monosemanticity(StreamingMetric):
             return
         ranges = {name: state[name] for name in ("minimum", "maximum", "n_active")}
         moments.add_ranges(ranges, latents)
-        if self.images == "all":
+        if self.definition == "all":
             moments.move_minimum(state, ranges["minimum"])
             moments.add_pairs(state, latents, unit)
         else:
@@ -277,12 +277,12 @@ class Monosemanticity(StreamingMetric):
             high=high,
             n_images=n_images,
             n_excluded=n_excluded,
-            images=self.images,
+            definition=self.definition,
         )
 
     def _sums(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """Return the score's numerator and denominator and the power sums of the weights."""
-        if self.images == "all":
+        if self.definition == "all":
             powers = state["powers"]
             squared_norm = torch.einsum("kd,kd->k", state["weighted"], state["weighted"])
         else:
@@ -296,7 +296,7 @@ def monosemanticity(
     latents: Tensor,
     embeddings: Float[Tensor, "n d"],
     *,
-    images: Images = "all",
+    definition: Definition = "all",
     top_range: TopRange = "dataset",
     confidence: float | None = None,
 ) -> MonosemanticityResult:
@@ -305,10 +305,10 @@ def monosemanticity(
     Args:
         latents: image-level latents ``[n, k]``, dense, sparse COO or sparse CSR.
         embeddings: the images' embeddings ``[n, d]`` by an encoder other than the one studied.
-        images: ``"all"``, or ``"top16"`` for the 16 images on which each latent is largest.
+        definition: ``"all"``, or ``"top16"`` for the 16 images on which each latent is largest.
         top_range: for ``"top16"``: weights scaled by the range over the data set or over the 16.
         confidence: coverage, such as 0.95, of a jackknife interval over images, which costs a
-            second pass over the non-zeros; only with ``images="all"``.
+            second pass over the non-zeros; only with ``definition="all"``.
 
     Raises:
         ValueError: shapes disagree, fewer than two images, NaN or infinity, an unknown option.
@@ -320,15 +320,15 @@ def monosemanticity(
         )
     if confidence is not None and not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, such as 0.95")
-    if confidence is not None and images != "all":
+    if confidence is not None and definition != "all":
         raise ValueError(
-            "the jackknife interval is defined for images='all' only: leaving out one of the top "
-            "16 images lets another image in"
+            "the jackknife interval is defined for definition='all' only: leaving out one of the "
+            "top 16 images lets another image in"
         )
     metric = Monosemanticity(
         n_features=latents.shape[1],
         d_embed=embeddings.shape[1],
-        images=images,
+        definition=definition,
         top_range=top_range,
         sync_on_compute=False,
     ).to(latents.device)

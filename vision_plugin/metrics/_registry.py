@@ -131,11 +131,11 @@ def build(metric: str | type[Metric], known: Mapping[str, Any]) -> Metric:
     return found(**_arguments(found.__init__, known, who))
 
 
-def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
+def feed(metric: Any, batch: Mapping[str, Any]) -> None:
     """Update a metric with whatever its ``update`` names.
 
     Args:
-        metric: any metric.
+        metric: any metric, or whatever else has an ``update``.
         batch: values by name; those that ``update`` does not name are ignored.
 
     Raises:
@@ -149,7 +149,7 @@ def feed(metric: Metric, batch: Mapping[str, Any]) -> None:
     metric.update(**_arguments(type(metric).update, batch, who, names))
 
 
-def needs(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def needs(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what a metric cannot do without: parameters of its constructor, entries of a batch.
 
     Args:
@@ -161,7 +161,7 @@ def needs(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]
     return _required(metric.__init__), wanted
 
 
-def takes(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def takes(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return all that a metric makes use of, what it can do without included; see :func:`needs`."""
     metric = get(metric) if isinstance(metric, str) else metric
     names = _batch_names(metric)
@@ -169,7 +169,7 @@ def takes(metric: str | type[Metric]) -> tuple[tuple[str, ...], tuple[str, ...]]
     return tuple(item.name for item in _parameters(metric.__init__)), used
 
 
-def _batch_names(metric: type[Metric]) -> dict[str, str]:
+def _batch_names(metric: type[Any]) -> dict[str, str]:
     """Which entry of a batch stands for a parameter of another name."""
     level = getattr(metric, "latents_per", "image")
     levels = {"image": {}, "token": {"latents": "token_latents"}}

@@ -4,9 +4,7 @@ from ._harvest import Harvester as Harvester
 from ._harvest import Source as Source
 from ._harvest import component_sources as component_sources
 from ._hook_names import UnknownHookError as UnknownHookError
-from ._loading import adapters as adapters
 from ._loading import load_model as load_model
-from ._loading import wrap as wrap
 from ._processing import as_rgb as as_rgb
 from ._sparse_inference import sparse_forward as sparse_forward
 from ._sparse_inference import sparse_latents as sparse_latents
@@ -14,3 +12,5 @@ from ._token_latents import TokenLatents as TokenLatents
 from ._token_latents import encode_tokens as encode_tokens
 from ._tokens import TokenLayout as TokenLayout
 from ._tokens import TokenSelection as TokenSelection
+from ._wrapping import adapters as adapters
+from ._wrapping import wrap as wrap

@@ -1,90 +1,22 @@
-"""``load_model`` and ``wrap``: from a name, a folder or a module in hand to a bridge."""
+"""``load_model``: from a name or a folder to a bridge."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
-from importlib.metadata import entry_points
-from itertools import chain
-from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
 
 from vision_plugin.models._bridge import VisionBridge
-from vision_plugin.models._errors import UnsupportedModelError
-from vision_plugin.models._processing import (
-    HuggingFaceImages,
-    HuggingFaceTexts,
-    ImageProcessor,
-    PlainTexts,
-    TextProcessor,
-    TorchvisionImages,
-)
-from vision_plugin.models._square_patches import SquarePatches
+from vision_plugin.models._open_clip import load_open_clip
+from vision_plugin.models._timm import load_timm
+from vision_plugin.models._transformers import load_transformers
 
-ENTRY_POINTS = "transformer_lens.architectures"
-OWN_ENTRY_POINTS = "vision_plugin.architectures"
-_HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
-_LIBRARIES = {"timm": "Timm", "open_clip": "OpenClip"}
-"""Prefix of an architecture's entry-point name by the library its module class comes from."""
-
-
-def wrap(
-    module: nn.Module,
-    *,
-    name: str | None = None,
-    processor: Any = None,
-    tokenizer: Any = None,
-    revision: str | None = None,
-) -> VisionBridge:
-    """Put a native vision transformer under TransformerLens names.
-
-    The module itself is not touched: the bridge is built on a copy of its structure that shares
-    every weight with it. Of a model that carries a supported tower inside (LLaVA, a masked
-    autoencoder with its decoder), the tower is what is wrapped.
-
-    Args:
-        module: A vision tower or an image-text model of a supported family.
-        name: What errors, SAEs and reports call it; the class name by default.
-        processor: Images to pixels: a transformers image processor, or a torchvision transform.
-        tokenizer: A transformers tokenizer, or a callable from texts to the text tower's arguments.
-        revision: The checkpoint's revision, for the record.
-
-    Raises:
-        UnsupportedModelError: no adapter fits; it says which part did not match.
-    """
-    name = name or type(module).__name__
-    architecture, adapter_class = find_adapter(module)
-    if tower := inner_tower(adapter_class):
-        inner = _part(module, tower, name)
-        return wrap(inner, name=name, processor=processor, tokenizer=tokenizer, revision=revision)
-    adapter = _make_adapter(adapter_class, architecture, module, name)
-    images = _image_processor(processor)
-    try:
-        structure = share_weights(module)
-        adapter.prepare_model(structure)
-        bridge = VisionBridge(
-            structure,
-            adapter,
-            native=module,
-            image_processor=images,
-            tokenizer=_text_processor(tokenizer, module, adapter),
-            revision=revision,
-        )
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{name}: the adapter for {architecture} expects a part that this module does not "
-            f"have ({error}). {_HOW_TO_ADD}"
-        ) from error
-    if adapter.tower_dimensions.any_size and images is not None:
-        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
-    return bridge
+LOADERS: dict[str, Callable[[str, str | None, str | None], VisionBridge]] = {
+    "hf": load_transformers,
+    "open_clip": load_open_clip,
+    "timm": load_timm,
+}
+"""Loaders by the prefix in front of the colon."""
 
 
 def load_model(
@@ -110,116 +42,11 @@ def load_model(
         ValueError: nothing is found under that name, or its kind of model is not supported.
     """
     source, _, rest = name.partition(":")
-    loaders = sources()
-    if rest and source in loaders:
-        model = loaders[source](rest, pretrained, revision)
+    if rest and source in LOADERS:
+        model = LOADERS[source](rest, pretrained, revision)
     else:
-        model = loaders["hf"](name, pretrained, revision)
+        model = LOADERS["hf"](name, pretrained, revision)
     model.eval()
     if device is not None or dtype != torch.float32:
         model.to(device=device or "cpu", dtype=dtype)
     return model
-
-
-def sources() -> dict[str, Callable[[str, str | None, str | None], VisionBridge]]:
-    """Loaders by the prefix in front of the colon."""
-    from vision_plugin.models._open_clip import load_open_clip
-    from vision_plugin.models._timm import load_timm
-    from vision_plugin.models._transformers import load_transformers
-
-    return {"hf": load_transformers, "open_clip": load_open_clip, "timm": load_timm}
-
-
-@cache
-def adapters() -> dict[str, Any]:
-    """Architecture names to the entry points of their adapters, other packages' included.
-
-    The package's own group comes first: TransformerLens has adapters of its own for some
-    architectures, and its group cannot replace them.
-    """
-    found: dict[str, Any] = {}
-    for group in (ENTRY_POINTS, OWN_ENTRY_POINTS):
-        found.update({entry.name: entry for entry in entry_points(group=group)})
-    return found
-
-
-def find_adapter(module: nn.Module) -> tuple[str, Any]:
-    """Architecture name and adapter class for a module, by its class or the classes it extends.
-
-    Raises:
-        UnsupportedModelError: no entry point has a matching name.
-    """
-    for cls in type(module).__mro__:
-        library = cls.__module__.partition(".")[0]
-        name = _LIBRARIES.get(library, "") + cls.__name__
-        if name in adapters():
-            return name, adapters()[name].load()
-    cls = type(module)
-    raise UnsupportedModelError(
-        f"no adapter for {cls.__module__}.{cls.__name__}. Supported: "
-        f"{', '.join(sorted(adapters()))}. {_HOW_TO_ADD}"
-    )
-
-
-def inner_tower(adapter_class: Any) -> str | None:
-    """Path of the vision tower, where an entry point says that a model carries one inside."""
-    return getattr(adapter_class, "inner_path", None)
-
-
-def _part(module: nn.Module, path: str, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{name}: a {type(module).__name__} keeps its vision tower in {path!r}, but this one "
-            f"has no such part. {_HOW_TO_ADD}"
-        ) from error
-
-
-def _processed_size(dims: Any, images: ImageProcessor) -> Any:
-    """The sizes of a tower that takes any image, with the size that its preprocessing makes."""
-    height, width = images([Image.new("RGB", (dims.image_size[1], dims.image_size[0]))]).shape[-2:]
-    return replace(dims, image_size=(height, width))
-
-
-def share_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module's structure whose parameters and buffers are the module's own."""
-    shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
-    return copy.deepcopy(module, shared)
-
-
-def _make_adapter(adapter_class: Any, architecture: str, module: nn.Module, name: str) -> Any:
-    from transformer_lens.config import TransformerBridgeConfig
-
-    # The adapter reads the true sizes from the module in prepare_model.
-    cfg = TransformerBridgeConfig(
-        d_model=1, d_head=1, n_layers=1, n_ctx=1, n_heads=1, act_fn="gelu"
-    )
-    cfg.architecture, cfg.model_name = architecture, name
-    parameter = next(module.parameters())
-    cfg.device, cfg.dtype = str(parameter.device), parameter.dtype
-    return adapter_class(cfg)
-
-
-def _image_processor(processor: Any) -> ImageProcessor | None:
-    if processor is None or hasattr(processor, "fingerprint"):
-        return processor  # type: ignore[no-any-return]
-    if hasattr(processor, "max_num_patches"):
-        return SquarePatches(processor)
-    if hasattr(processor, "to_dict"):
-        return HuggingFaceImages(processor)
-    return TorchvisionImages(processor)
-
-
-def _text_processor(tokenizer: Any, module: nn.Module, adapter: Any) -> TextProcessor | None:
-    if tokenizer is None:
-        return None
-    if not hasattr(tokenizer, "pad"):
-        return PlainTexts(tokenizer)
-    config: Any = getattr(module.config, "text_config", module.config)
-    return HuggingFaceTexts(
-        tokenizer,
-        int(config.max_position_embeddings),
-        padding=adapter.text_padding,
-        mask=adapter.text_mask,
-    )

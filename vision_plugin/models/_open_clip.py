@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import not_found
-from vision_plugin.models._loading import wrap
+from vision_plugin.models._wrapping import wrap
 
 
 def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> VisionBridge:

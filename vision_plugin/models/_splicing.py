@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -166,9 +167,9 @@ class Splicing:
         self, sae: Dictionary, latents: Mapping[int, float], *, tokens: str = "all"
     ) -> AbstractContextManager[None]:
         """Clamp latents within a ``with`` block; see :func:`vision_plugin.steering.steer`."""
-        from vision_plugin.steering import steer
-
-        return steer(self, sae, latents, tokens=tokens)
+        steering = import_module("vision_plugin.steering")
+        steered: AbstractContextManager[None] = steering.steer(self, sae, latents, tokens=tokens)
+        return steered
 
 
 class Splice:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import not_found
-from vision_plugin.models._loading import wrap
+from vision_plugin.models._wrapping import wrap
 
 
 def load_timm(name: str, pretrained: str | None, revision: str | None) -> VisionBridge:

@@ -95,25 +95,32 @@ class TokenLatents:
             where, values, (self.n_images, width), is_coalesced=True, check_invariants=False
         )
 
-    def entries(self, pooling: str) -> dict[str, Callable[[], Tensor]]:
-        """Makers of the entries of a batch for metrics: dense, and sparse beside them."""
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the latents are held in compressed rows."""
+        return isinstance(self.rows, SparseLatents)
+
+    def entries(
+        self, pooling: str, patches: Int[Tensor, " patches"] | None = None
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Return makers of the forms that metrics take latents in: dense, and sparse beside them.
+
+        Args:
+            pooling: How tokens become images, see :meth:`pooled`.
+            patches: Places of the patches among the tokens.
+        """
         makers: dict[str, Callable[[], Tensor]] = {
-            "latents": lambda: _as_dense(self.pooled(pooling)),
+            "latents": lambda: _with_zeros(self.pooled(pooling)),
             "token_latents": lambda: self.dense,
             "reconstruction": lambda: self.reconstruction,
         }
-        if isinstance(self.rows, SparseLatents):
+        if self.is_sparse:
             makers["sparse_latents"] = lambda: self.pooled(pooling)
             makers["sparse_token_latents"] = self.flat
-        return makers
-
-    def patch_entries(self, patches: Int[Tensor, " patches"]) -> dict[str, Callable[[], Tensor]]:
-        """The same for the patches alone, by their places among the tokens."""
-        makers: dict[str, Callable[[], Tensor]] = {
-            "patch_latents": lambda: self.dense[:, patches.to(self.reconstruction.device)]
-        }
-        if isinstance(self.rows, SparseLatents):
-            makers["sparse_patch_latents"] = lambda: self.flat(patches)
+        if patches is not None:
+            makers["patch_latents"] = lambda: self.dense[:, patches.to(self.reconstruction.device)]
+            if self.is_sparse:
+                makers["sparse_patch_latents"] = lambda: self.flat(patches)
         return makers
 
 
@@ -131,5 +138,5 @@ def encode_tokens(dictionary: Dictionary, source: Float[Tensor, "n tokens d_in"]
     return TokenLatents(latents, reconstruction)
 
 
-def _as_dense(latents: Tensor) -> Tensor:
+def _with_zeros(latents: Tensor) -> Tensor:
     return latents.to_dense() if latents.is_sparse else latents

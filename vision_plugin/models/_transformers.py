@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import UnsupportedModelError, not_found
-from vision_plugin.models._loading import adapters, inner_tower, wrap
+from vision_plugin.models._wrapping import adapters, inner_tower, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
 
 def _local_folder(name: str) -> str:
     if name == "demo":
-        from vision_plugin.demo import checkpoint_path
-
-        return str(checkpoint_path())
+        return str(import_module("vision_plugin.demo").checkpoint_path())
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -46,16 +45,6 @@ class Dictionary(Protocol):
     @property
     def cfg(self) -> Any:
         """Widths and metadata, see :class:`DictionaryConfig`."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
         ...
 
     def encode(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ class Site:
 
     @property
     def token_kinds(self) -> tuple[str, ...] | None:
-        """Kind of each selected token of an image; None for random tokens."""
-        if self.selection.n_random is not None:
+        """Kind of each selected token of an image; None for random tokens and pooled hooks."""
+        if self.selection.n_random is not None or not self.has_tokens:
             return None
         layout = self.model.token_layout()
         return tuple(layout.kinds[row] for row in layout.indices(self.selection.kind).tolist())
@@ -117,10 +118,23 @@ class Site:
         rows = torch.tensor([row for row, kind in enumerate(kinds) if kind == "patch"])
         return rows if len(rows) == self.model.token_layout().n_patches else None
 
+    @cached_property
+    def has_tokens(self) -> bool:
+        """Whether the hook gives a vector per token, and not one per image.
+
+        Hooks before and in the blocks do. Any other hook is asked with an empty image.
+        """
+        if self.hook_name.startswith(("blocks.", "embed.", "embed_ln.", "hook_")):
+            return True
+        size = self.model.adapter.tower_dimensions
+        shape = (1, size.n_channels, *size.image_size)
+        blank = torch.zeros(shape, device=self.model.device, dtype=self.model.dtype)
+        return self.harvester()(blank)[self.hook_name].ndim > 2
+
     @property
     def n_tokens(self) -> int:
         """Number of selected tokens of an image."""
-        return self.selection.n_random or len(self.token_kinds or ())
+        return self.selection.n_random or len(self.token_kinds or (None,))
 
     def images_at_once(self, width: int, batch_size: int) -> int:
         """Return how many images fit in memory together, with ``width`` numbers a token."""

@@ -67,10 +67,16 @@ class TokenEncoder:
         found = self.harvester(pixels)
         self.has_patches &= found[self.site.hook_name].ndim > 2
         activation = self.site.read(found).source
-        activation = activation.to(device=self.sae.device, dtype=self.sae.dtype)
+        activation = activation.to(_weights_of(self.sae, activation))
         per_image = activation.shape[1] * int(self.sae.cfg.d_sae)
         step = max(1, CHUNK_ELEMENTS // per_image)
         for start in range(0, len(activation), step):
             with torch.no_grad(), bare(self.sae):
                 values = self.sae.encode(activation[start : start + step])
             yield TokenLatents(start, values.to_dense() if values.is_sparse else values)
+
+
+def _weights_of(dictionary: Dictionary, otherwise: Tensor) -> Tensor:
+    """A tensor of the dictionary's type and device."""
+    W_dec = getattr(dictionary, "W_dec", None)
+    return W_dec if isinstance(W_dec, Tensor) else otherwise

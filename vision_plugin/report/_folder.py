@@ -21,8 +21,13 @@ MARKER = "report.json"
 KIND = "vision_plugin.report"
 SCHEMA = 1
 _LOCK = ".building"
-CONTENTS = frozenset({MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images"})
-"""All that a report's folder may hold at its top; anything else there is someone's own."""
+CONTENTS = frozenset(
+    {MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images", "pictures"}
+)
+"""All that a report's folder may hold at its top; anything else there is someone's own.
+
+Reports of version 0.1.0 keep their images in ``pictures``.
+"""
 _MAX_MARKER_BYTES = 1 << 16
 
 

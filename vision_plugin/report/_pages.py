@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vision_plugin import __version__
+from vision_plugin._version import __version__
 from vision_plugin.report._charts import Chart, frequency_chart, score_chart
 from vision_plugin.report._content import Content
 from vision_plugin.report._inputs import clean

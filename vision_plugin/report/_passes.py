@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from vision_plugin._progress import Progress
+from vision_plugin.evaluation import Facts, Group, ImageBatch, Loop, Place, Subject
+from vision_plugin.metrics import MetricSet
 from vision_plugin.report._encoding import CHUNK_ELEMENTS, TokenEncoder
 from vision_plugin.report._images import ImageReader, ImageWriter, ModelView
-from vision_plugin.report._statistics import LatentStatistics, LatentSummary
+from vision_plugin.report._statistics import LatentStatistics, LatentSummary, TokenFrequency
 
 BATCH = 32
 _FLOAT16_MAX = 65504.0
@@ -40,13 +43,14 @@ def summarise(
     reader: ImageReader, encoder: TokenEncoder, statistics: LatentStatistics, *, progress: bool
 ) -> LatentSummary:
     """Stream all images once; an image's latent is the largest over its tokens."""
-    for numbers, images in _batches(reader, range(len(reader)), "Encoding images", progress):
-        for part in encoder.encode(encoder.pixels(images)):
-            n_images, n_tokens, _ = part.values.shape
-            rows = numbers[part.start : part.start + n_images]
-            statistics.update(part.values.amax(dim=1), rows)
-            statistics.count_tokens((part.values > 0).sum((0, 1)), n_images * n_tokens)
-    return statistics.summary()
+    frequency = TokenFrequency(statistics.d_sae)
+    metrics = MetricSet.of({"ranking": statistics, "frequency": frequency})
+    place = Place(encoder.site, encoder.sae, Facts(reader.images))
+    loop = Loop([Subject("sae", place, [Group(metrics)])])
+    size = loop.images_at_once(BATCH)
+    for numbers, images in _batches(reader, range(len(reader)), "encoding", progress, size=size):
+        loop.feed(ImageBatch(numbers.tolist(), encoder.pixels(images)))
+    return replace(statistics.compute(), token_frequency=frequency.compute())
 
 
 def summarise_given(latents: Any, statistics: LatentStatistics) -> LatentSummary:
@@ -56,7 +60,7 @@ def summarise_given(latents: Any, statistics: LatentStatistics) -> LatentSummary
     for start in range(0, latents.shape[0], step):
         part = rows(start, min(start + step, latents.shape[0]))
         statistics.update(part.float(), torch.arange(start, start + len(part)))
-    return statistics.summary()
+    return statistics.compute()
 
 
 def _row_reader(latents: Any) -> Any:
@@ -90,7 +94,7 @@ def show_images(
 ) -> None:
     """Write the small copies of the images shown, [features, places] with -1 for none."""
     numbers = _distinct(shown)
-    for rows, images in _batches(reader, numbers, "Writing images", progress):
+    for rows, images in _batches(reader, numbers, "writing", progress):
         for number, image in zip(rows.tolist(), images, strict=True):
             writer.write(number, image)
 
@@ -127,7 +131,7 @@ def map_heat(
     places = _places_by_image(shown)
     latent_of = torch.as_tensor(np.asarray(features, dtype=np.int64))
     columns = encoder.patch_columns if encoder.has_patches else None
-    for rows, images in _batches(reader, _distinct(shown), "Mapping patches", progress):
+    for rows, images in _batches(reader, _distinct(shown), "mapping patches of", progress):
         pixels = encoder.pixels(images)
         covered = _covered(pixels, encoder.layout.grid)
         for number, image in zip(rows.tolist(), view(covered), strict=True):
@@ -168,14 +172,16 @@ def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _batches(
-    reader: ImageReader, numbers: Sequence[int], what: str, progress: bool
+    reader: ImageReader, numbers: Sequence[int], what: str, progress: bool, *, size: int = BATCH
 ) -> Iterator[tuple[Tensor, list[Image.Image]]]:
-    """Readable images with their numbers."""
-    for start in watch(range(0, len(numbers), BATCH), what, progress=progress):
-        found = {n: reader.read(n) for n in numbers[start : start + BATCH]}
-        readable = {n: image for n, image in found.items() if image is not None}
-        if readable:
-            yield torch.tensor(list(readable)), list(readable.values())
+    """Yield readable images with their numbers."""
+    with Progress(len(numbers), what, shown=progress) as shown:
+        for start in range(0, len(numbers), size):
+            found = {n: reader.read(n) for n in numbers[start : start + size]}
+            readable = {n: image for n, image in found.items() if image is not None}
+            if readable:
+                yield torch.tensor(list(readable)), list(readable.values())
+            shown.advance(len(found))
 
 
 def _distinct(shown: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:

@@ -53,8 +53,11 @@ class LatentStatistics:
     """Collects a :class:`LatentSummary` from image-level latents, a few images at a time.
 
     Memory is d_sae x (n_top + n_sample + 64) numbers, whatever the number of images. A latent
-    fires where it is above 0. Ties go to the earlier image.
+    fires where it is above 0. Ties go to the earlier image. The evaluation's loop feeds it like a
+    metric.
     """
+
+    sparse_latents = True
 
     def __init__(self, d_sae: int, *, n_top: int, n_sample: int, seed: int = 0) -> None:
         self.d_sae, self.seed = d_sae, seed
@@ -62,20 +65,17 @@ class LatentStatistics:
         self._sample = _Running(d_sae, n_sample)
         self._n_fired = torch.zeros(d_sae, dtype=torch.int64)
         self._histogram = torch.zeros(d_sae * N_BINS, dtype=torch.int32)
-        self._token_fired = torch.zeros(d_sae, dtype=torch.int64)
-        self._n_tokens = 0
         self._n_images = 0
 
-    def update(self, latents: Float[Tensor, "b d_sae"], images: Int[Tensor, " b"]) -> None:
+    def update(self, latents: Float[Tensor, "b d_sae"], image_indices: Int[Tensor, " b"]) -> None:
         """Add the latents of some images.
 
         Args:
-            latents: Image-level latents.
-            images: The images' numbers in the source; those of later calls are larger.
+            latents: Image-level latents, dense or sparse COO.
+            image_indices: The images' numbers in the source; those of later calls are larger.
         """
-        rows, features = (latents > 0).nonzero(as_tuple=True)
-        values = latents[rows, features].float().cpu()
-        rows, features = rows.cpu(), features.cpu()
+        rows, features, values = _positive(latents)
+        images = image_indices
         self._n_images += len(images)
         self._n_fired += torch.bincount(features, minlength=self.d_sae)
         self._count(features, values)
@@ -84,21 +84,15 @@ class LatentStatistics:
         keys = _sampling_keys(images, self.seed)[rows]
         self._sample.merge(features, keys, values, numbers)
 
-    def count_tokens(self, fired: Int[Tensor, " d_sae"], n_tokens: int) -> None:
-        """Add the number of tokens on which each latent fired, of ``n_tokens``."""
-        self._token_fired += fired.cpu()
-        self._n_tokens += n_tokens
-
-    def summary(self) -> LatentSummary:
-        """What has been collected."""
-        share = self._token_fired.double() / self._n_tokens if self._n_tokens else None
+    def compute(self) -> LatentSummary:
+        """Return what has been collected."""
         return LatentSummary(
             n_images=self._n_images,
             top=self._top.ranking(),
             sample=self._sample.ranking(by_value=True),
             n_fired=self._n_fired,
             histogram=self._histogram.reshape(self.d_sae, N_BINS),
-            token_frequency=share,
+            token_frequency=None,
         )
 
     def _count(self, features: Tensor, values: Tensor) -> None:
@@ -106,6 +100,40 @@ class LatentStatistics:
         bins = (octave * BINS_PER_OCTAVE).floor().long().clamp(0, N_BINS - 1)
         ones = torch.ones(1, dtype=torch.int32).expand(len(bins))
         self._histogram.scatter_add_(0, features * N_BINS + bins, ones)
+
+
+class TokenFrequency:
+    """Counts the tokens on which each latent fires, fed like a metric."""
+
+    sparse_latents = True
+    latents_per = "token"
+
+    def __init__(self, d_sae: int) -> None:
+        self._fired = torch.zeros(d_sae, dtype=torch.int64)
+        self._n_tokens = 0
+
+    def update(self, latents: Tensor) -> None:
+        """Add latents, ``[..., d_sae]`` dense or ``[tokens, d_sae]`` sparse COO."""
+        _, features, _ = _positive(latents if latents.is_sparse else latents.flatten(0, -2))
+        self._fired += torch.bincount(features, minlength=len(self._fired))
+        self._n_tokens += latents.shape[:-1].numel()
+
+    def compute(self) -> Float[Tensor, " d_sae"]:
+        """Return the share of tokens on which each latent fires, in float64."""
+        return self._fired.double() / max(1, self._n_tokens)
+
+
+def _positive(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and value of every positive entry, row by row, on the CPU."""
+    if latents.is_sparse:
+        entries = latents.coalesce()
+        (rows, features), values = entries.indices(), entries.values()
+        kept = values > 0
+        rows, features, values = rows[kept], features[kept], values[kept]
+    else:
+        rows, features = (latents > 0).nonzero(as_tuple=True)
+        values = latents[rows, features]
+    return rows.cpu(), features.cpu(), values.float().cpu()
 
 
 class _Running:

@@ -15,16 +15,17 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from vision_plugin import metrics
-from vision_plugin.evaluation import LazyBatch
-from vision_plugin.images import BadImageError
+from vision_plugin.evaluation import Facts, ImageBatch, Loop, Place, Subject, embed
+from vision_plugin.images import read_batches
 from vision_plugin.metrics import to_json
-from vision_plugin.models import Harvester, TokenSelection, VisionBridge, encode_tokens
-from vision_plugin.models.site import token_mask
+from vision_plugin.models import TokenSelection, VisionBridge
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.models.site import Site
 from vision_plugin.sae._saving import inference_sae
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ("cls", "register", "patch")
+EMBEDDER = "embedder"
 
 
 class ValidationLog:
@@ -62,22 +63,10 @@ class HeldOut:
     """Places of the images in the collection; bad ones are left out."""
     embeddings: Tensor
     """[n, d_embed], of unit norm."""
-    labels: Tensor | None
-    """[n], class numbers."""
     texts: Tensor | None
     """[classes, d_embed], where the model can classify by text."""
     logits: Tensor | None
     """[n, classes] of the untouched model, at its own scale."""
-
-
-@dataclass(frozen=True)
-class _AtHook:
-    """What stays the same at one hook."""
-
-    kinds: list[str] | None
-    """Kind of each token that the SAE takes; None at a hook with one vector per image."""
-    ablated: Tensor | None
-    """Logits with zeros in place of what the SAE reconstructs, [n, classes]."""
 
 
 @dataclass
@@ -118,11 +107,11 @@ class Validator:
     """Of the last look, max-pooled over tokens, sparse COO [n, d_sae]."""
 
     def __post_init__(self) -> None:
-        kind = "all" if self.tokens.startswith("random:") else self.tokens
-        self.selection = TokenSelection.parse(kind)
-        self.tokens = kind
+        self.tokens = "all" if self.tokens.startswith("random:") else self.tokens
+        TokenSelection.parse(self.tokens)
+        self.facts = Facts(self.images)
         self._shared: list[HeldOut] = []
-        self._at_hook: _AtHook | None = None
+        self._ablated: Tensor | None = None
         for name in self.names:
             metrics.get(name)  # an unknown name is found before training begins
 
@@ -144,58 +133,55 @@ class Validator:
         return {f"validation/{key}": value for key, value in self.score(stock).items()}
 
     @torch.no_grad()
-    def score(self, sae: Any) -> dict[str, float]:
-        """Scores of an inference SAE whose metadata names its hook."""
+    def score(self, sae: Dictionary) -> dict[str, float]:
+        """Score an inference SAE whose metadata names its hook."""
         held = self.held_out
-        if self._at_hook is None:
-            self._at_hook = self._prepare_hook()
-        kinds, ablated = self._at_hook.kinds, self._at_hook.ablated
-        d_sae, d_in = int(sae.cfg.d_sae), int(getattr(sae.cfg, "d_out", sae.cfg.d_in))
-        sparsity = metrics.Sparsity(n_features=d_sae, token_kinds=kinds)
-        fidelity = metrics.FVU(d_in=d_in, definition="per_dimension")
-        known = {
-            "n_features": d_sae,
-            "d_in": d_in,
-            "d_embed": held.embeddings.shape[1],
-            "grid_size": self.model.token_layout().grid,
-            "token_kinds": kinds,
-            "model": self.model,
-            "sae": sae,
-            "tokens": self.tokens,
-        }
-        more = metrics.MetricSet(self.names, known)
-        pooled, spliced = [], []
-        for place, pixels in self._batches(held.pixels):
-            x, target = self._activations(pixels)
-            latents = encode_tokens(sae, x)
-            sparsity.update(latents.flat())
-            fidelity.update(target, latents.reconstruction)
-            pooled.append(latents.pooled("max").float().to_sparse().cpu())
-            batch: dict[str, Any] = {
-                "pixels": pixels,
-                "activations": target,
-                "embeddings": held.embeddings[place],
-            }
-            makers = latents.entries("max")
-            patches = [row for row, kind in enumerate(kinds or ()) if kind == "patch"]
-            if patches:
-                makers |= latents.patch_entries(torch.tensor(patches))
-            if held.labels is not None:
-                batch["labels"] = held.labels[place]
-            if held.logits is not None and ablated is not None:
-                spliced.append(self._spliced_logits(sae, pixels))
-                batch |= {"logits": held.logits[place], "ablated_logits": ablated[place]}
-                batch["spliced_logits"] = spliced[-1]
-            if self.names:
-                more.update(LazyBatch(makers).plus(**batch))
-        self.latents = torch.cat(pooled).coalesce()
-        scores = _sparsity_scores(sparsity.compute()) | _fidelity_scores(fidelity.compute())
-        scores |= self._monosemanticity(self.latents, held.embeddings)
-        if spliced and ablated is not None:
-            scores |= _loss_scores(held, torch.cat(spliced), ablated)
+        site = Site(self.model, self.hook_names[0], self.hook_names[-1], self.tokens)
+        subject = Subject("sae", Place(site, sae, self.facts))
+        widths = {EMBEDDER: held.embeddings.shape[1]}
+        usual = ["sparsity", "fvu", "monosemanticity"]
+        if held.texts is not None:
+            usual.append("loss_recovered")
+        subject.add(usual, widths=widths, options={"fvu": {"definition": "per_dimension"}})
+        n_usual = len(subject.groups)
         if self.names:
-            scores |= {name: float(value) for name, value in more.scalars().items()}
+            subject.add(self.names, widths=widths)
+        loop = Loop([subject], class_texts=held.texts)
+        pooled, ablated = [], []
+        for place, pixels in self._batches(held.pixels):
+            [offer] = loop.feed(
+                ImageBatch(
+                    held.indices[place],
+                    pixels,
+                    {EMBEDDER: held.embeddings[place]},
+                    given=self._given(place),
+                )
+            )
+            pooled.append(offer.latents.pooled("max").float().to_sparse().cpu())
+            if held.texts is not None:
+                ablated.append(offer["ablated_logits"].cpu())
+        if ablated:
+            self._ablated = torch.cat(ablated)
+        self.latents = torch.cat(pooled).coalesce()
+        found: dict[str, Any] = {}
+        for group in subject.groups[:n_usual]:
+            found |= group.metrics.compute()
+        scores = _sparsity_scores(found["sparsity"]) | _fidelity_scores(found["fvu"])
+        scores |= _monosemanticity_scores(found["monosemanticity"])
+        if "loss_recovered" in found:
+            scores |= _loss_scores(found["loss_recovered"])
+        for group in subject.groups[n_usual:]:
+            scores |= {name: float(value) for name, value in group.metrics.scalars().items()}
         return scores
+
+    def _given(self, place: slice) -> dict[str, Any]:
+        """What is kept from one look to the next."""
+        given: dict[str, Any] = {}
+        if self.held_out.logits is not None:
+            given["logits"] = self.held_out.logits[place].to(self.model.device)
+        if self._ablated is not None:
+            given["ablated_logits"] = self._ablated[place].to(self.model.device)
+        return given
 
     # ------------------------------------------------------------------ the images
 
@@ -219,105 +205,40 @@ class Validator:
     @torch.no_grad()
     def _prepare(self) -> HeldOut:
         indices, pixels, embeddings = [], [], []
-        embedder = self.embedder or self.model
-        wanted = min(self.n_images, len(self.images))
-        for start in range(0, wanted, self.batch_size):
-            images = []
-            for index in range(start, min(start + self.batch_size, wanted)):
-                try:
-                    images.append(self.images[index])
-                    indices.append(index)
-                except BadImageError as error:
-                    logger.warning("left out of the validation: %s", error)
-            if images:
-                pixels.append(self.model.preprocess(images).cpu())
-                embeddings.append(embedder.image_features(embedder.preprocess(images)).cpu())
+        bad: dict[str, str] = {}
+        chosen = range(min(self.n_images, len(self.images)))
+        for images in read_batches(self.images, self.batch_size, bad, indices=chosen):
+            indices += list(images)
+            prepared = self.model.preprocess(list(images.values()))
+            pixels.append(prepared.cpu())
+            embedder = self.embedder or self.model
+            embeddings.append(embed(embedder, self.model, list(images.values()), prepared))
+        for reason in bad.values():
+            logger.warning("left out of the validation: %s", reason)
         if not indices:
             raise ValueError("none of the validation images can be read")
-        every = torch.cat(pixels)
-        labels, texts = self._classes(indices)
-        logits = None
+        every, texts, logits = torch.cat(pixels), self._class_texts(), None
         if texts is not None:
-            logits = torch.cat([self._logits(p, texts) for _, p in self._batches(every)])
-        return HeldOut(every, indices, torch.cat(embeddings).float(), labels, texts, logits)
+            parts = [
+                self.model.zero_shot_logits(self.model.encode_image(part), texts)
+                for _, part in self._batches(every)
+            ]
+            logits = torch.cat(parts).cpu()
+        return HeldOut(every, indices, torch.cat(embeddings), texts, logits)
 
-    def _prepare_hook(self) -> _AtHook:
-        held = self.held_out
-        harvested = Harvester(self.model, list(self.hook_names))(
-            held.pixels[:1].to(self.model.device)
-        )
-        has_tokens = harvested[self.hook_names[0]].ndim > 2
-        kinds = self._token_kinds() if has_tokens else None
-        if held.texts is None:
-            return _AtHook(kinds, None)
-        hooks = [(self.hook_names[-1], self._zeros)]
-        batches = self._batches(held.pixels)
-        ablated = torch.cat([self._logits(pixels, held.texts, hooks) for _, pixels in batches])
-        return _AtHook(kinds, ablated)
-
-    def _classes(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Class numbers of the images and text embeddings of the classes, where there are any."""
-        labels = getattr(self.images, "labels", None)
-        if labels is None:
-            return None, None
-        names = list(dict.fromkeys(labels))
-        numbers = torch.tensor([names.index(labels[index]) for index in indices])
-        if len(names) < 2 or self.model.tokenizer is None or not self.model.adapter.has_joint_space:
-            return numbers, None
-        return numbers, self.model.encode_text([self.template.format(name) for name in names])
+    def _class_texts(self) -> Tensor | None:
+        """Text embeddings of the classes, where there are several and the model reads text."""
+        model, facts = self.model, self.facts
+        if not facts.has_labels or model.tokenizer is None or not model.adapter.has_joint_space:
+            return None
+        if len(facts.class_names) < 2:
+            return None
+        return model.encode_text([self.template.format(name) for name in facts.class_names])
 
     def _batches(self, pixels: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(pixels), self.batch_size):
             place = slice(start, start + self.batch_size)
             yield place, pixels[place].to(self.model.device)
-
-    # ------------------------------------------------------------------ the model
-
-    def _activations(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the SAE reads and what it is to give, [n, tokens, d], the selected tokens alone."""
-        harvested = Harvester(self.model, list(self.hook_names))(pixels.to(self.model.device))
-        parts = [self._select(harvested[name]) for name in self.hook_names]
-        return parts[0], parts[-1]
-
-    def _select(self, activation: Tensor) -> Tensor:
-        if activation.ndim == 4:
-            activation = activation.flatten(-2)
-        if activation.ndim == 2:
-            return activation[:, None].float()
-        rows = self.model.token_layout().indices(self.selection.kind)
-        return activation[:, rows.to(activation.device)].float()
-
-    def _token_kinds(self) -> list[str]:
-        layout = self.model.token_layout()
-        counts = (layout.n_cls, layout.n_registers, layout.n_patches)
-        kinds = [kind for kind, n in zip(_KINDS, counts, strict=True) for _ in range(n)]
-        return [kinds[row] for row in layout.indices(self.selection.kind).tolist()]
-
-    def _logits(self, pixels: Tensor, texts: Tensor, hooks: Sequence[Any] = ()) -> Tensor:
-        with self.model.hooks(fwd_hooks=list(hooks)):
-            embedding = self.model.encode_image(pixels)
-        scale, bias = self.model.logit_scale, self.model.logit_bias
-        return (scale * embedding @ texts.T + bias).float().cpu()
-
-    def _spliced_logits(self, sae: Any, pixels: Tensor) -> Tensor:
-        texts = self.held_out.texts
-        assert texts is not None
-        with self.model.saes([sae], use_error_term=False, tokens=self.tokens):
-            return self._logits(pixels, texts)
-
-    def _zeros(self, activation: Tensor, hook: Any) -> Tensor:
-        del hook
-        mask = token_mask(self.selection, self.model.token_layout(), activation)
-        zeros = torch.zeros_like(activation)
-        return zeros if mask is None else torch.where(mask, zeros, activation)
-
-    def _monosemanticity(self, latents: Tensor, embeddings: Tensor) -> dict[str, float]:
-        result = metrics.monosemanticity(latents, embeddings)
-        defined = result.score[~result.score.isnan()]
-        return {
-            "monosemanticity": float(defined.mean()) if len(defined) else math.nan,
-            "monosemanticity_n_undefined": float(latents.shape[1] - len(defined)),
-        }
 
 
 def _sparsity_scores(result: metrics.SparsityResult) -> dict[str, float]:
@@ -330,12 +251,15 @@ def _fidelity_scores(result: metrics.FVUResult) -> dict[str, float]:
     return {name: getattr(result, name) for name in ("explained_variance", "cosine", "mse")}
 
 
-def _loss_scores(held: HeldOut, spliced: Tensor, ablated: Tensor) -> dict[str, float]:
-    assert held.logits is not None
-    assert held.labels is not None
-    metric = metrics.LossRecovered()
-    metric.update(held.logits, spliced, ablated, held.labels)
-    result = metric.compute()
+def _monosemanticity_scores(result: metrics.MonosemanticityResult) -> dict[str, float]:
+    defined = result.score[~result.score.isnan()]
+    return {
+        "monosemanticity": float(defined.mean()) if len(defined) else math.nan,
+        "monosemanticity_n_undefined": float(len(result.score) - len(defined)),
+    }
+
+
+def _loss_scores(result: metrics.LossRecoveredResult) -> dict[str, float]:
     return {
         "loss_recovered": result.recovered,
         "loss_window": result.window,

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from vision_plugin.activations import _progress
-from vision_plugin.activations._progress import Progress
+from vision_plugin import _progress
+from vision_plugin._progress import Progress
 
 
 def test_a_log_tells_the_count_the_rate_and_the_time_left(

@@ -22,9 +22,16 @@ LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts images."""
+    """Counts images: a bar on a terminal, and a line every half minute in the log elsewhere.
 
-    def __init__(self, total: int, title: str) -> None:
+    Args:
+        total: Number of images.
+        title: What is being done to them.
+        shown: False shows and logs nothing.
+    """
+
+    def __init__(self, total: int, title: str, *, shown: bool = True) -> None:
+        self._shown = shown
         self._total, self._title = total, title
         self._done = 0
         self._start = self._logged = time.monotonic()
@@ -35,7 +42,7 @@ class Progress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, rate="")
@@ -58,7 +65,7 @@ class Progress:
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
         self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} images/s")
-        if now - self._logged >= LOG_EVERY_S:
+        if self._shown and now - self._logged >= LOG_EVERY_S:
             self._logged = now
             logger.info(
                 "%s: %d of %d images, %.0f a second, %.0f s left",

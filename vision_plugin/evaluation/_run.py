@@ -1,0 +1,241 @@
+"""An evaluation under way: images through the loop, pairs of decoders, steering."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vision_plugin._progress import Progress
+from vision_plugin.evaluation._config import EvaluationConfig
+from vision_plugin.evaluation._facts import Facts
+from vision_plugin.evaluation._keep import EncodedImages, Keeper, pool
+from vision_plugin.evaluation._loop import Loop, Subject, embed, needs_class_texts
+from vision_plugin.evaluation._offer import OF_WEIGHTS, ImageBatch
+from vision_plugin.formats import load_sae
+from vision_plugin.images import read_batches
+from vision_plugin.metrics import (
+    MetricSet,
+    monosemanticity,
+    needs,
+    steerability,
+    steerability_curve,
+)
+from vision_plugin.models import VisionBridge
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.models.site import Site
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """An evaluation under way.
+
+    Attributes:
+        cfg: what was asked for.
+        facts: of the images.
+        subjects: the SAE first.
+        metrics: names of the metrics that see the images, and of those that see weights alone.
+        embedders: models by name.
+        results: by metric (and embedder, where there are several) and subject.
+        failures: why a metric has no result, by ``metric/subject``.
+    """
+
+    cfg: EvaluationConfig
+    facts: Facts
+    subjects: list[Subject]
+    metrics: list[str]
+    embedders: dict[str, VisionBridge]
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def site(self) -> Site:
+        """Where the SAE reads and writes."""
+        return self.subjects[0].site
+
+    def score_images(self, *, progress: bool) -> EncodedImages:
+        """Feed every metric with every image, and compute what they make of it.
+
+        Raises:
+            ValueError: no image could be read.
+        """
+        cfg, facts = self.cfg, self.facts
+        of_images = [name for name in self.metrics if not self._sees_weights(name)]
+        self._add_metrics(of_images)
+        class_texts = self._texts(facts.class_names) if needs_class_texts(of_images) else None
+        loop = Loop(self.subjects, pooling=cfg.pooling, class_texts=class_texts, tolerant=True)
+        keep = Keeper()
+        bad: dict[str, str] = {}
+        with Progress(len(facts.images), "scoring", shown=progress) as shown:
+            at_once = loop.images_at_once(cfg.batch_size)
+            for images in read_batches(facts.images, at_once, bad):
+                batch = self._batch(images, embedded=True)
+                facts.note_read(batch.indices)
+                of_sae = loop.feed(batch)[0]
+                pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
+                neurons = pool(of_sae.reading.source, cfg.pooling)
+                keep.add(batch.indices, pooled, neurons, batch.embeddings)
+                shown.advance(len(images))
+        if not keep.indices:
+            raise ValueError("none of the images could be read")
+        self._score_domains(loop)
+        self._compute(loop)
+        encoded = keep.finish(facts.images, bad, self.site.tokens, cfg)
+        self._add_intervals(encoded)
+        return encoded
+
+    def compare_weights(self) -> None:
+        """Feed pairs of decoders to the metrics that ask for them."""
+        names = [name for name in self.metrics if self._sees_weights(name)]
+        if not names:
+            return
+        others = [load_sae(path, device=self.cfg.device) for path in self.cfg.other_saes]
+        for subject in self.subjects:
+            pairs = MetricSet(names, subject.known(), options=self.cfg.options())
+            for other in others:
+                pair = {"decoder": subject.dictionary, "other": other}
+                pairs.update({name: _directions(one) for name, one in pair.items()})
+            for name, metric in pairs.metrics.items():
+                self._keep_result(name, subject.key, metric)
+
+    def steer(self, indices: list[int]) -> None:
+        """Score the steerability of every subject on images spread over those that were read.
+
+        Every latent of the SAE is steered. Of a control that has more latents than there are
+        neurons, random directions, as many as there are neurons tell as much.
+        """
+        cfg, model, facts = self.cfg, self.site.model, self.facts
+        texts = self._texts(facts.concepts)
+        step = max(1, len(indices) // cfg.steering_images)
+        chosen = indices[::step][: cfg.steering_images]
+        pixels = model.preprocess([facts.images[index] for index in chosen])
+        for subject in self.subjects:
+            options: dict[str, Any] = {
+                "strength": cfg.strength,
+                "adaptive": cfg.adaptive,
+                "keep_delta": False,
+                "tokens": subject.site.tokens,
+                "concepts": facts.concepts,
+                "latents": _steered_latents(subject),
+                **cfg.options().get("steerability", {}),
+            }
+            with self._caught("steerability", subject.key):
+                self.results.setdefault("steerability", {})[subject.key] = steerability(
+                    subject.site.model, subject.dictionary, pixels, texts, **options
+                )
+        if cfg.strengths and "steerability" in self.results:
+            sae = self.subjects[0]
+            with self._caught("steerability_curve", "sae"):
+                curve = steerability_curve(
+                    model,
+                    sae.dictionary,
+                    pixels,
+                    texts,
+                    strengths=cfg.strengths,
+                    tokens=sae.site.tokens,
+                )
+                self.results["steerability_curve"] = {"sae": curve}
+
+    # ------------------------------------------------------------------ parts
+
+    @staticmethod
+    def _sees_weights(name: str) -> bool:
+        return bool(set(OF_WEIGHTS) & set(needs(name)[1]))
+
+    def _batch(self, images: dict[int, Any], *, embedded: bool) -> ImageBatch:
+        model, shown = self.site.model, list(images.values())
+        pixels = model.preprocess(shown)
+        embeddings = {}
+        if embedded:
+            for name, embedder in self.embedders.items():
+                embeddings[name] = embed(embedder, model, shown, pixels)
+        return ImageBatch(list(images), pixels, embeddings)
+
+    def _add_metrics(self, names: list[str]) -> None:
+        """Construct every subject's metrics; the width of embeddings is read off one image."""
+        probe = [Image.new("RGB", (64, 64))]
+        pixels = self.site.model.preprocess(probe)
+        widths = {
+            name: embed(embedder, self.site.model, probe, pixels).shape[1]
+            for name, embedder in self.embedders.items()
+        }
+        for subject in self.subjects:
+            subject.add(names, widths=widths, options=self.cfg.options())
+
+    def _score_domains(self, loop: Loop) -> None:
+        """Feed the images of other domains to the metrics that ask for a domain."""
+        for name, images in self.facts.domains.items():
+            facts = Facts(images)
+            for subject in self.subjects:
+                subject.place = replace(subject.place, facts=facts)
+            for found in read_batches(images, loop.images_at_once(self.cfg.batch_size), {}):
+                batch = replace(self._batch(found, embedded=False), given={"domain": name})
+                loop.feed(batch, only="domain")
+            for subject in self.subjects:
+                subject.place = replace(subject.place, facts=self.facts)
+
+    def _compute(self, loop: Loop) -> None:
+        for (subject, embedder, name), reason in loop.failures.items():
+            self.failures[f"{self._key(name, embedder)}/{subject}"] = reason
+        for one in self.subjects:
+            for group in one.groups:
+                for name, metric in group.metrics.metrics.items():
+                    self._keep_result(self._key(name, group.embedder), one.key, metric)
+
+    def _key(self, name: str, embedder: str | None) -> str:
+        return name if embedder is None or len(self.embedders) == 1 else f"{name}@{embedder}"
+
+    def _keep_result(self, key: str, subject: str, metric: Any) -> None:
+        with self._caught(key, subject):
+            self.results.setdefault(key, {})[subject] = metric.compute()
+
+    @contextmanager
+    def _caught(self, key: str, subject: str) -> Iterator[None]:
+        """Keep the reason of whatever goes wrong: one metric must not cost the others."""
+        try:
+            with torch.no_grad():
+                yield
+        except Exception as error:
+            logger.warning("%s of %s is left out: %s", key, subject, error)
+            self.failures[f"{key}/{subject}"] = str(error) or type(error).__name__
+
+    def _add_intervals(self, encoded: EncodedImages) -> None:
+        """Put jackknife intervals around monosemanticity, where latents were kept to do it."""
+        confidence = self.cfg.confidence
+        if confidence is None:
+            return
+        kept: dict[str, Tensor] = {"sae": encoded.latents, "neurons": encoded.neurons}
+        for key, by_dictionary in self.results.items():
+            name, _, embedder = key.partition("@")
+            if name != "monosemanticity":
+                continue
+            embedded = encoded.embeddings[embedder] if embedder else encoded.first_embeddings
+            for subject in kept.keys() & by_dictionary.keys():
+                by_dictionary[subject] = monosemanticity(
+                    kept[subject], embedded, confidence=confidence
+                )
+
+    def _texts(self, texts: list[str]) -> Tensor:
+        template = self.cfg.concept_template
+        embedded: Tensor = self.site.model.encode_text([template.format(text) for text in texts])
+        return embedded
+
+
+def _steered_latents(subject: Subject) -> list[int] | None:
+    d_in, d_sae = int(subject.dictionary.cfg.d_in), int(subject.dictionary.cfg.d_sae)
+    return None if subject.key == "sae" or d_sae <= d_in else list(range(d_in))
+
+
+def _directions(dictionary: Dictionary) -> Tensor:
+    W_dec = getattr(dictionary, "W_dec", None)
+    if not isinstance(W_dec, Tensor):
+        raise ValueError(f"{type(dictionary).__name__} has no W_dec to compare with another's")
+    return W_dec.detach()

@@ -1,0 +1,135 @@
+"""What a sparsity study is asked for, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin._inputs import Inputs
+from vision_plugin.metrics import FVUResult, SparsityResult, to_json
+
+SCHEMA = "vision_plugin.sparsity/1"
+_LEFT_TO_THE_MAP = ("l0_by_kind", "l0_by_position", "frequency", "n_active")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityStudyConfig(Inputs):
+    """Which SAEs to study, and on what."""
+
+    saes: tuple[str, ...]
+    """Folders of the SAEs, or any checkpoints that ``vp.load_sae`` reads: one or several, at any
+    hooks of one model."""
+    output_path: str | None = "sparsity"
+    """Folder of the table, the plot and the JSON; an earlier study in it is replaced. None, in
+    Python, writes nothing."""
+    tokens: str | None = None
+    """Which tokens to encode: ``cls``, ``register``, ``patch`` or ``all``; by default those that
+    each SAE was trained on."""
+    dense_above: float = 0.1
+    """Share of tokens on which a latent has to fire to be counted as dense."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+    def __post_init__(self) -> None:
+        if not self.saes:
+            raise ValueError("saes is empty: name at least one SAE, as in saes=runs/layer3")
+        if len(set(self.saes)) < len(self.saes):
+            raise ValueError(f"saes={list(self.saes)} names one of them twice")
+        if self.tokens not in (None, "cls", "register", "patch", "all"):
+            raise ValueError(
+                f"tokens={self.tokens!r}: use cls, register, patch or all; the kind of a random "
+                "token is not known"
+            )
+        if self.batch_size < 1 or not 0 <= self.dense_above <= 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be at least 1 and "
+                f"dense_above={self.dense_above} between 0 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class KindStudy:
+    """An SAE on one kind of token.
+
+    Attributes:
+        kind: ``cls``, ``register``, ``patch``, or ``all`` for the selected tokens together.
+        sparsity: L0, dead, rare and dense latents over these tokens alone.
+        fidelity: of the reconstruction; the explained variance is around the mean of these tokens.
+    """
+
+    kind: str
+    sparsity: SparsityResult
+    fidelity: FVUResult
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without what there is one of per latent."""
+        sparsity = self.sparsity.to_dict().items()
+        return {
+            "kind": self.kind,
+            **{name: value for name, value in sparsity if name not in _LEFT_TO_THE_MAP},
+            **self.fidelity.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class SAEStudy:
+    """One SAE on every kind of token that it was given.
+
+    Attributes:
+        sae: its path.
+        hook_name: where it reads.
+        layer: number of the hook's block; None for a hook outside the blocks.
+        d_sae: number of latents.
+        tokens: which tokens were selected.
+        kinds: by kind of token, in the order of the sequence; ``all`` last.
+        patch_map: mean L0 at each place of the patch grid; None where patches were not selected.
+    """
+
+    sae: str
+    hook_name: str
+    layer: int | None
+    d_sae: int
+    tokens: str
+    kinds: dict[str, KindStudy]
+    patch_map: Float[Tensor, "rows columns"] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "sae": self.sae,
+            "hook_name": self.hook_name,
+            "layer": self.layer,
+            "d_sae": self.d_sae,
+            "tokens": self.tokens,
+            "kinds": [kind.to_dict() for kind in self.kinds.values()],
+            "patch_map": None if self.patch_map is None else self.patch_map.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class SparsityStudy:
+    """SAEs of one model side by side, from the first layer to the last."""
+
+    config: SparsityStudyConfig
+    model_name: str
+    n_images: int
+    bad_images: dict[str, str]
+    """Why an image was not read, by its id."""
+    saes: tuple[SAEStudy, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: everything but what there is one of per latent."""
+        found: dict[str, Any] = to_json(
+            {
+                "schema": SCHEMA,
+                "config": asdict(self.config),
+                "model_name": self.model_name,
+                "n_images": self.n_images,
+                "bad_images": self.bad_images,
+                "saes": [sae.to_dict() for sae in self.saes],
+            }
+        )
+        return found

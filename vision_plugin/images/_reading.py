@@ -1,0 +1,47 @@
+"""Images in batches, with those that cannot be read set apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from vision_plugin.images._image import BadImageError
+
+
+def read_batches(
+    images: Any,
+    batch_size: int,
+    bad: dict[str, str],
+    *,
+    indices: Sequence[int] | None = None,
+    max_bad: int | None = None,
+) -> Iterator[dict[int, Image.Image]]:
+    """Yield images by their place in a source, ``batch_size`` places at a time.
+
+    Args:
+        images: An image source.
+        batch_size: Places to look at for each batch; a batch without a readable image is skipped.
+        bad: Takes the reason by id for each image that cannot be read.
+        indices: Places to read, in this order; all by default.
+        max_bad: Unreadable images to put up with; any number by default.
+
+    Raises:
+        ValueError: more than ``max_bad`` images cannot be read.
+    """
+    places = range(len(images)) if indices is None else indices
+    for start in range(0, len(places), batch_size):
+        batch = {}
+        for index in places[start : start + batch_size]:
+            try:
+                batch[index] = images[index]
+            except BadImageError as error:
+                bad[images.ids[index]] = str(error)
+                if max_bad is not None and len(bad) > max_bad:
+                    raise ValueError(
+                        f"{len(bad)} of {len(images)} images cannot be read, the last of them: "
+                        f"{error}. Mend or remove them, or allow more with max_bad_images="
+                    ) from error
+        if batch:
+            yield batch
