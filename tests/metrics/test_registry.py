@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
+from tests.metrics._cases import CASES, K, images
 from vision_plugin import metrics
 
 
@@ -105,3 +106,11 @@ def test_what_a_metric_lacks_is_named():
     metric = metrics.build("monosemanticity", {"n_features": 3, "d_embed": 2})
     with pytest.raises(ValueError, match=r"Monosemanticity.update needs \['embeddings'\]"):
         metrics.feed(metric, {"latents": torch.ones(4, 3)})
+
+
+@pytest.mark.parametrize("name", ["sparsity", "uniqueness", "hierarchy", "dissection"])
+def test_every_result_per_latent_has_a_score(name: str) -> None:
+    case = CASES[name]
+    metric = case.build()
+    metrics.feed(metric, images())
+    assert metric.compute().score.shape == (K,)

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vision_plugin._disk import write_json
 from vision_plugin._inputs import named
 from vision_plugin.evaluation._choice import USUAL_METRICS, choose_metrics
@@ -78,10 +76,11 @@ class Evaluation:
         per_latent: dict[str, Any] = {}
         details: dict[str, Any] = {}
         for name, by_dictionary in self.results.items():
-            score = getattr(by_dictionary.get("sae"), "score", None)
-            has_scores = isinstance(score, Tensor) and score.ndim == 1
-            place = per_latent if has_scores else details
-            place[name] = {key: _plain(result) for key, result in by_dictionary.items()}
+            plain = {key: _plain(result) for key, result in by_dictionary.items()}
+            of_sae = plain.get("sae")
+            score = of_sae.get("score") if isinstance(of_sae, dict) else None
+            has_scores = isinstance(score, list) and not any(isinstance(s, list) for s in score)
+            (per_latent if has_scores else details)[name] = plain
         return {
             "schema": SCHEMA,
             "config": asdict(self.config),

@@ -56,6 +56,11 @@ class DissectionResult(MetricResult):
     best_iou: Float[Tensor, " k"]
     n_images: int
 
+    @property
+    def score(self) -> Float[Tensor, " k"]:
+        """The intersection over union with the best concept."""
+        return self.best_iou
+
     def summary(self) -> dict[str, float | int]:
         """Return means over latents at their best concepts, and how many concepts are found."""
         found = self.best_iou > 0.04

@@ -45,6 +45,11 @@ class HierarchyResult(MetricResult):
     chance_depth: float
     n_left_out: int
 
+    @property
+    def score(self) -> Float[Tensor, " k"]:
+        """The depth."""
+        return self.depth
+
     def summary(self) -> dict[str, float | int]:
         """Return the mean depth, by group and frequency where known, and the counts."""
         groups = {f"depth_group_{group}": depth for group, depth in self.group_depth.items()}

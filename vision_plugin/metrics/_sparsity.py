@@ -56,6 +56,11 @@ class SparsityResult(MetricResult):
     dense_above: float
     n_tokens: int
 
+    @property
+    def score(self) -> Float[Tensor, " k"]:
+        """The firing frequency."""
+        return self.frequency
+
     def summary(self) -> dict[str, float | int]:
         """Return L0, by kind of token where known, and the counts."""
         kinds = {f"l0_{kind}": value for kind, value in self.l0_by_kind.items()}

@@ -47,6 +47,11 @@ class UniquenessResult(MetricResult):
     n_features: int
     n_left_out: int
 
+    @property
+    def score(self) -> Float[Tensor, " k"]:
+        """``1 - max_jaccard``: 1 for a latent that shares no top image with any other."""
+        return 1 - self.max_jaccard
+
     def summary(self) -> dict[str, float | int]:
         """Return the shares above each threshold, the mean and the counts."""
         named = zip(self.thresholds, self.share_above, strict=True)
