@@ -142,7 +142,7 @@ def extras(d_sae: int) -> dict[str, Any]:
 def build(folder: Path, **arguments: Any) -> dict[str, float]:
     """Seconds, files and bytes of one build."""
     start = time.perf_counter()
-    vp.report(out=folder, progress=False, **arguments)
+    vp.report(output_path=folder, progress=False, **arguments)
     seconds = time.perf_counter() - start
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk, a quota, and a limit on the size of files."""
@@ -67,27 +68,61 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield made
+        for path in made.iterdir():
+            if path.is_file():  # some libraries write files that their owner alone can read
+                path.chmod(0o666 & ~umask())
         sync_files(made)
-        made.chmod(0o777 & ~_umask())
+        made.chmod(0o777 & ~umask())
         put_in_place(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is seen complete or not at all, and outlasts a power cut."""
+def write_whole(
+    path: Path, content: bytes | Callable[[BinaryIO], object], *, prefix: str = ".unfinished-"
+) -> None:
+    """Write a file so that it is seen complete or not at all, and outlasts a power cut.
+
+    Args:
+        path: The file; it is replaced if it exists.
+        content: The bytes, or what writes them to a stream.
+        prefix: Begins the name that the file has while it is written.
+
+    Raises:
+        OSError: there is no room (``error.errno in NO_ROOM``), or the system refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    unfinished = path.with_name(f"{prefix}{os.getpid()}-{path.name}")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+        with unfinished.open("wb") as stream:
+            if isinstance(content, bytes):
+                stream.write(content)
+            else:
+                content(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(unfinished).chmod(0o666 & ~_umask())
-        Path(unfinished).replace(path)
+        unfinished.replace(path)
         sync(path.parent)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(path: Path, busy: Exception) -> Iterator[None]:
+    """Hold a file's lock; the system releases it when the process ends, however it ends.
+
+    Args:
+        path: The lock file; it is made if need be.
+        busy: Raised where another process holds the lock.
+    """
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        yield
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
@@ -95,7 +130,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _umask() -> int:
+def umask() -> int:
     """The mask that the system takes off the modes of new files."""
     mask = os.umask(0)
     os.umask(mask)

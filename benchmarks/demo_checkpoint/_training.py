@@ -94,7 +94,7 @@ def train(config: ClipTraining) -> tuple[CLIPModel, CLIPTokenizer]:
     ).scenes
     started = time.monotonic()
     pixels = draw_pixels(scenes, config.image_size)
-    logger.info("drew %d pictures in %.0f s", len(pixels), time.monotonic() - started)
+    logger.info("drew %d images in %.0f s", len(pixels), time.monotonic() - started)
     _train_images(model, tokenizer, scenes, pixels, config)
     model.eval()
     return model, tokenizer

@@ -123,31 +123,31 @@ def _card(size: float, config: ClipTraining, measured: ClipEvaluation) -> str:
             f"A Hugging Face `CLIPModel` with {size:.2f} million parameters: a vision tower of "
             f"{config.layers} blocks (width {config.width}, {config.image_size} "
             f"pixels a side, patches of {config.patch_size}) and a joint space of "
-            f"{config.embedding} dimensions. It knows the drawn pictures of "
+            f"{config.embedding} dimensions. It knows the drawn images of "
             "`vision_plugin.demo` and nothing else. Weights are float16 and load as float32.",
             "",
-            "Trained from one seed, on drawn pictures only, by",
+            "Trained from one seed, on drawn images only, by",
             "",
             "```",
             "python -m benchmarks.demo_checkpoint.train_clip --out vision_plugin/demo/checkpoint",
             "```",
             "",
-            f"Zero-shot accuracy, one prompt per value, on {measured.pictures} pictures that it "
+            f"Zero-shot accuracy, one prompt per value, on {measured.images} images that it "
             "never saw; and on pairs of shape and colour that it never saw:",
             "",
-            "| factor | new pictures | new pairs |",
+            "| factor | new images | new pairs |",
             "|---|---|---|",
             *rows,
             "",
             "It reads, and believes what it reads, as CLIP does: most training captions of a "
-            "picture with a printed word name what the word names. Pictures with a printed word "
+            "image with a printed word name what the word names. Images with a printed word "
             "that names another shape, or another colour, than the object's:",
             "",
             "| asked for | right without the word | right with it | named as the word says |",
             "|---|---|---|---|",
             *attacks,
             "",
-            f"The printed word itself is named rightly in {measured.printed_word:.1%} of pictures. "
+            f"The printed word itself is named rightly in {measured.printed_word:.1%} of images. "
             "`evaluation.json` holds these figures and the training's settings.",
             "",
         ]

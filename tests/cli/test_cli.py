@@ -124,7 +124,7 @@ BAD = {
     "another width": (
         "train --model-name {clip} --images {images} --hook-name blocks.1.hook_resid_post "
         "--d-in 99 --d-sae 8 --k 2 --output-path {tmp}/out",
-        "d_in=99",
+        "--d-in 99",
     ),
     "another model": (
         "eval --sae {sae} --model-name {other} --images {images} --output-path {tmp}/out",

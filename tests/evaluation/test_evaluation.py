@@ -187,7 +187,7 @@ def test_what_the_inputs_do_not_allow_is_left_out_by_default_and_an_error_by_nam
     result = score(world, tmp_path, controls=(), steering_images=0)
     assert list(result.results) == ["fvu", "sparsity", "monosemanticity", "uniqueness"]
     assert list(result.left_out) == ["steerability"]
-    assert any("concepts=" in line for line in notes(result))
+    assert any("--concepts" in line for line in notes(result))
     assert any("the model's own embeddings" in line for line in notes(result))
     for name, hint in {
         "dissection": "masks=",

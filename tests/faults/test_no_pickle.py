@@ -20,7 +20,7 @@ from vision_plugin.images import open_images
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PACKAGE = Path(vision_plugin.__file__).parent
-RESTRICTED = PACKAGE / "sae" / "foreign" / "_unpickle.py"
+RESTRICTED = PACKAGE / "formats" / "_unpickle.py"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != RESTRICTED)
 
 

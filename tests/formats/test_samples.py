@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from vision_plugin.formats import RefusedCheckpointError, convert, disk_converter, load_sae
 
-DATA = Path(__file__).parent / "data" / "foreign"
+DATA = Path(__file__).parent / "data"
 NAMES = sorted(folder.name for folder in DATA.iterdir() if (folder / "about.json").exists())
 REFUSED = [name for name in NAMES if name.endswith("-pickle")]
 KEEPS_NEGATIVES = ["saev-topk"] + [f"saev-legacy-s{schema}-topk" for schema in (1, 2, 4)]

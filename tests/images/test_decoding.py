@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.activations.conftest import image
+from tests._images import image
 from vision_plugin.images import BadImageError
 from vision_plugin.images import _image as decoding
 from vision_plugin.images._image import decode_image

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.activations.conftest import image
+from tests._images import image
 from vision_plugin.images import BadImageError, ImageSource, open_images
 
 NOTO = Path(__file__).parents[3] / "shared" / "data" / "noto.parquet"

@@ -25,7 +25,7 @@ from vision_plugin.activations._files import (
     read_capped,
     remove_partial,
     to_json,
-    write_content,
+    write_whole,
 )
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
@@ -124,7 +124,7 @@ def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
         StoreMismatchError: the store there was made another way; every difference is named.
     """
     if not (folder / PLAN).exists():
-        write_content(folder / PLAN, to_json(plan.to_json()))
+        write_whole(folder / PLAN, to_json(plan.to_json()))
         return plan
     there = read_plan(folder)
     differences = there.differences(plan)
@@ -234,5 +234,5 @@ def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
     manifest = Manifest(plan, tuple(entries), tuple(bad))
     content = to_json(manifest.to_json())
     if not (folder / MANIFEST).is_file() or read_capped(folder, MANIFEST) != content:
-        write_content(folder / MANIFEST, content)
+        write_whole(folder / MANIFEST, content)
     return manifest

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vision_plugin._disk import NO_ROOM, sync
+from vision_plugin import _disk
 from vision_plugin.activations._errors import (
     ManifestError,
     ShardError,
@@ -28,39 +27,22 @@ TEMPORARY = ".partial-"
 LOCK = ".lock"
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it is seen complete or not at all, and stays after a power cut.
+def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file of the store so that it is seen complete or not at all.
 
     Args:
         path: The file; it is replaced if it exists.
-        write: Writes the content to a stream.
+        content: The bytes, or what writes them to a stream.
 
     Raises:
         StoreFullError: the disk is full, a quota or a limit on file sizes is reached.
     """
-    partial = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with partial.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        sync(path.parent)
+        _disk.write_whole(path, content, prefix=TEMPORARY)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if error.errno in NO_ROOM:
+        if error.errno in _disk.NO_ROOM:
             raise _no_room(path, error) from error
         raise
-
-
-def write_content(path: Path, content: bytes) -> None:
-    """Write bytes as a whole file, as :func:`write_whole`."""
-
-    def write(stream: BinaryIO) -> None:
-        stream.write(content)
-
-    write_whole(path, write)
 
 
 def _no_room(path: Path, error: OSError) -> StoreFullError:
@@ -78,21 +60,14 @@ def remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Hold the folder's lock; the system releases it when the process ends, however it ends.
 
     Raises:
         StoreLockedError: another process holds it.
     """
-    with (folder / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreLockedError(
-                f"another extraction is writing into {folder}. Wait for it, or name another folder"
-            ) from error
-        yield
+    message = f"another extraction is writing into {folder}. Wait for it, or name another folder"
+    return _disk.locked(folder / LOCK, StoreLockedError(message))
 
 
 def open_regular(folder: Path, name: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.activations._decoding import DecodedBatch, batch_tasks, decode
-from vision_plugin.activations._files import to_json, write_content
+from vision_plugin.activations._files import to_json, write_whole
 from vision_plugin.activations._making import by_rows, selected_rows
 from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import TOKEN_ROWS, BadImage, ShardRecord, tensor_shapes
@@ -164,5 +164,5 @@ class _ShardBuffers:
             bad_images=tuple(self._bad),
             checksums=written.checksums,
         )
-        write_content(folder / task.marker, to_json(record.to_json(self.plan)))
+        write_whole(folder / task.marker, to_json(record.to_json(self.plan)))
         return record

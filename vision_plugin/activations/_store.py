@@ -28,11 +28,12 @@ from vision_plugin.activations._records import (
     read_plan,
 )
 from vision_plugin.activations._shards import Shard
+from vision_plugin.activations._windows import ReadableStore
 
 logger = logging.getLogger(__name__)
 
 
-class ActivationStore:
+class ActivationStore(ReadableStore):
     """Activations that :func:`extract` stored, read when they are asked for and checked then.
 
     A store whose extraction was interrupted opens to the shards that are complete.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,42 +61,39 @@ class _Piece:
     """The window's row that it begins with, before they are shuffled."""
 
 
-@runtime_checkable
-class ReadableStore(Protocol):
+class ReadableStore(ABC):
     """What windows and batches ask of a store."""
 
-    @property
-    def plan(self) -> StorePlan:
-        """How the store was made."""
-        ...
+    plan: StorePlan
+    """How the store was made."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
 
     @property
+    @abstractmethod
     def ids(self) -> Sequence[str]:
         """Ids of the images."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
 
     @property
+    @abstractmethod
     def shards(self) -> Sequence[Shard]:
         """The shards, in order."""
-        ...
 
     @property
+    @abstractmethod
     def starts(self) -> list[int]:
         """First image of each shard, and the number of images at the end."""
-        ...
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """What tells the store apart from others."""
-        ...
 
+    @abstractmethod
     def spec(self, hook_name: str) -> HookSpec:
         """Return the shape of a hook's activations."""
-        ...
 
 
 class WindowReader:

@@ -90,7 +90,10 @@ def notes(result: Any) -> list[str]:
             lines.append(
                 "Similarities are the model's own embeddings; --embedder names an outside encoder."
             )
-    lines += [f"Left out: {name}: {as_flags(why)}" for name, why in result.left_out.items()]
+    lines += [
+        f"Left out: {name}: {as_flags(why, type(result.config))}"
+        for name, why in result.left_out.items()
+    ]
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
     where = result.path or "not written: --output-path names a file for them"

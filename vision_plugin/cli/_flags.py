@@ -15,8 +15,8 @@ import tyro
 
 T = TypeVar("T")
 
-_FLAGS: set[str] = set()
-"""Fields of the configurations that were parsed: the flags of the command that runs."""
+_parsed: list[type] = []
+"""The configuration that was parsed last: that of the command that runs."""
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: str) -> T:
@@ -28,7 +28,7 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
         command: Name of the command, for the usage line.
         description: What ``--help`` says first.
     """
-    _FLAGS.update(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    _parsed[:] = [cls]
     return tyro.cli(
         cls,
         args=list(arguments),
@@ -37,17 +37,23 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
     )
 
 
-def as_flags(message: str) -> str:
-    """Return a message of the library with its arguments written as flags of the command.
+def as_flags(message: str, cls: type | None = None) -> str:
+    """Return a message of the library with its arguments written as flags of a command.
+
+    Args:
+        message: Names arguments as ``name=``.
+        cls: The command's configuration; None takes the one that was parsed last.
 
     Example:
-        >>> _FLAGS.add("output_path")
-        >>> as_flags("runs exists: name another output_path=")
-        'runs exists: name another --output-path'
+        >>> from vision_plugin._inputs import Inputs
+        >>> as_flags("two columns hold images: name one with image_column=", Inputs)
+        'two columns hold images: name one with --image-column'
     """
-    names = "|".join(sorted(_FLAGS, key=len, reverse=True))
-    if not names:
+    cls = cls or next(iter(_parsed), None)
+    if cls is None:
         return message
+    fields = [field.name for field in dataclasses.fields(cls)]
+    names = "|".join(sorted(fields, key=len, reverse=True))
     return re.sub(rf"\b({names})=(?P<value>\S?)", _as_flag, message)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from vision_plugin._disk import put_in_place, sync_files
+from vision_plugin._disk import whole_folder
 from vision_plugin.formats._load import load_sae
 
 
@@ -40,13 +38,6 @@ def convert(
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FileExistsError(f"{target} is not a folder; it is not overwritten.")
     sae = load_sae(path, sae_id, **options)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        written = staging / "new"
-        sae.save_model(written)
-        sync_files(written)
-        put_in_place(written, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with whole_folder(target) as made:
+        sae.save_model(made)
     return target

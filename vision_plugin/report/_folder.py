@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vision_plugin._disk import put_in_place
+from vision_plugin._disk import put_in_place, umask
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
             check_replaceable(out)
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(0o777 & ~umask())
             put_in_place(folder, out, aside=_earlier(out))
             (out / _LOCK).unlink()
     except BaseException:
@@ -68,20 +67,22 @@ def check_replaceable(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"{out} is a file; a report needs a folder: give another out=")
+        raise FileExistsError(
+            f"{out} is a file; a report needs a folder: name another output_path="
+        )
     names = {path.name for path in out.iterdir()}
     if not names:
         return
     if not _is_report(out):
         raise FileExistsError(
-            f"{out} holds files and is not a report of vision_plugin, so it is left alone: give "
-            "another out=, or empty that folder yourself"
+            f"{out} holds files and is not a report of vision_plugin, so it is left alone: name "
+            "another output_path=, or empty that folder yourself"
         )
     foreign = sorted(names - CONTENTS)
     if foreign:
         raise FileExistsError(
             f"{out} is a report, but {foreign[0]!r} in it was not written by vision_plugin and "
-            "would be lost: move it elsewhere, or give another out="
+            "would be lost: move it elsewhere, or name another output_path="
         )
 
 
@@ -128,9 +129,3 @@ def _sweep(out: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             logger.info("removing %s, left behind by an interrupted build", path)
             shutil.rmtree(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

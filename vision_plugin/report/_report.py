@@ -27,7 +27,7 @@ def report(
     sae: Any,
     model: Any,
     images: Any,
-    out: str | Path,
+    output_path: str | Path,
     *,
     latents: Any = None,
     scores: Mapping[str, Any] | None = None,
@@ -62,7 +62,7 @@ def report(
         model: A VisionBridge. None will do where ``latents`` are given; then there are no heat
             maps, and images are shown whole.
         images: An image source, a sequence of PIL images, or anything that ``open_images`` takes.
-        out: Folder of the report. It may not exist, be empty, or hold an earlier report.
+        output_path: Folder of the report. It may not exist, be empty, or hold an earlier report.
         latents: Latents per image, [n_images, d_sae], dense or sparse CSR or COO, if they are at
             hand; else the largest value over the image's tokens is computed.
         scores: One number per latent by column name, NaN where there is none.
@@ -91,7 +91,7 @@ def report(
         UnknownHookError: the model lacks the SAE's hook.
         ValueError: what was handed in does not fit together, or too many images are broken.
     """
-    place = Path(out).expanduser().resolve()
+    place = Path(output_path).expanduser().resolve()
     check_replaceable(place)
     sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_images, image_size)
     if model is None and latents is None:
