@@ -16,7 +16,7 @@ _get, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    # The package of this name can be called, and is the same whichever way it was reached.
+    # The package itself is callable: an attribute and an import must give the same object.
     return import_module("vision_plugin.report") if name == "report" else _get(name)
 
 

@@ -1,4 +1,4 @@
-"""The C library's allocator, while tensors of the same sizes come and go."""
+"""Keep the C library's allocator from giving memory back while a model runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
 _USUAL = {_M_MMAP_THRESHOLD: 32 * 2**20, _M_TRIM_THRESHOLD: 64 * 2**20}
-"""What glibc's own adjustment comes to in a process that has freed large tensors; mallopt(3)."""
+"""Values that glibc reaches by itself in a process that freed large tensors, see mallopt(3)."""
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep what is freed in the process, to be given out again; all of it goes back at the end.
+    """Keep freed memory in the process for reuse, and give it back to the system at the end.
 
     By default glibc hands large blocks back to the system when they are freed. A model that runs on
     the CPU frees and allocates the same blocks at every layer, and the system clears each of their
-    pages anew: up to a quarter of a forward pass. Nothing is changed with another C library, or
-    where the allocator is configured by the environment.
+    pages anew, which takes up to a quarter of a forward pass. This does nothing with another C
+    library, or where the environment configures the allocator.
     """
     if not _may_be_set():
         yield

@@ -18,14 +18,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def put_in_place(made: Path, folder: Path, *, aside: Path | None = None) -> None:
-    """Give a finished folder its name, in place of what has it.
+    """Rename a finished folder, and replace the folder that has the name.
 
-    What had the name comes back if that fails.
+    The replaced folder comes back if the renaming fails.
 
     Args:
         made: The finished folder, on the same file system.
-        folder: Its name to be. Its parent exists.
-        aside: Where what has the name goes meanwhile; by default beside ``made``.
+        folder: Its final name. The parent folder must exist.
+        aside: Where the replaced folder waits meanwhile; by default beside ``made``.
     """
     sync(made)
     if folder.exists():
@@ -59,10 +59,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, and put it in the place of ``folder`` once it is full.
+    """Yield an empty folder to fill, and rename it to ``folder`` once it is full.
 
-    Nobody sees it half full, and it is gone if the ``with`` block fails. What had the name is
-    replaced.
+    Nobody sees it half full, and it is deleted if the ``with`` block fails. A folder that has the
+    name is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -81,12 +81,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def write_whole(
     path: Path, content: bytes | Callable[[BinaryIO], object], *, prefix: str = ".unfinished-"
 ) -> None:
-    """Write a file so that it is seen complete or not at all, and outlasts a power cut.
+    """Write a file that is seen complete or not at all, and that outlasts a power cut.
 
     Args:
-        path: The file; it is replaced if it exists.
-        content: The bytes, or what writes them to a stream.
-        prefix: Begins the name that the file has while it is written.
+        path: File to write; an existing one is replaced.
+        content: The bytes, or a function that writes them to a stream.
+        prefix: Prefix of the file's name while it is written.
 
     Raises:
         OSError: there is no room (``error.errno in NO_ROOM``), or the system refuses.
@@ -111,11 +111,11 @@ def write_whole(
 
 @contextmanager
 def locked(path: Path, busy: Exception) -> Iterator[None]:
-    """Hold a file's lock; the system releases it when the process ends, however it ends.
+    """Hold a file's lock; the system releases it when the process ends for any reason.
 
     Args:
-        path: The lock file; it is made if need be.
-        busy: Raised where another process holds the lock.
+        path: The lock file; it is made if it does not exist.
+        busy: Error to raise if another process holds the lock.
     """
     with path.open("w") as stream:
         try:
@@ -131,7 +131,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def umask() -> int:
-    """The mask that the system takes off the modes of new files."""
+    """Return the mask that the system takes off the modes of new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,6 +1,6 @@
-"""What we add to the hosts' registries, once they are imported; nothing is imported for it.
+"""Add our entries to the registries of TransformerLens and SAELens once those are imported.
 
-Only programs that import ``vision_plugin`` are touched. Every addition is idempotent and none
+Only programs that import ``vision_plugin`` are affected. Every addition is idempotent and none
 replaces an entry of the host's own.
 """
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Arrange for the additions to be made when, or as soon as, each host is imported."""
+    """Add our entries to each host as soon as it is imported, without importing it."""
     try:
         import wrapt
     except ModuleNotFoundError:

@@ -14,23 +14,23 @@ class Inputs:
     images: str
     """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
     image_column: str | None = None
-    """Column of the images; it has to be named where a data set has several."""
+    """Column that holds the images; name it where a data set has several."""
     split: str | None = None
-    """Split of a data set."""
+    """Split of a data set; by default its only one, or ``train``."""
     model_name: str | None = None
     """Model, as ``vp.load_model`` takes it; by default the one that the SAE's metadata names."""
     device: str = "cpu"
     """Device that the model and the SAE run on."""
 
     def open_images(self, images: Any = None) -> Any:
-        """Return an image source: the one in hand, or what ``images`` names.
+        """Return an image source for the argument, or else for the field ``images``.
 
         Args:
-            images: Whatever ``vp.open_images`` takes.
+            images: Whatever ``vp.open_images`` takes; None opens the field ``images``.
 
         Raises:
             FileNotFoundError: there is no such path.
-            ValueError: it holds no images, or a column or split is missing.
+            ValueError: the source holds no images, or a column or split is missing.
         """
         from vision_plugin.images import open_images
 
@@ -38,12 +38,12 @@ class Inputs:
         return open_images(source, column=self.image_column, split=self.split)
 
     def open_model(self, sae: Any, model: Any = None, *, where: str = "this SAE") -> Any:
-        """Return the VisionBridge: the one in hand, or the one that is named.
+        """Return ``model``, or load the VisionBridge that is named.
 
         Args:
-            sae: Its metadata names the model where ``model_name`` does not.
-            model: A VisionBridge in hand.
-            where: What an error calls the SAE.
+            sae: SAE whose metadata names the model where ``model_name`` is None.
+            model: A loaded VisionBridge; None loads one by name.
+            where: Name of the SAE in errors.
 
         Raises:
             ValueError: nothing names a model, or it cannot be loaded.
@@ -60,10 +60,10 @@ class Inputs:
         return load_model(str(name), device=self.device)
 
     def open_sae(self, sae: Any) -> Any:
-        """Return a SAELens SAE: the one in hand, or the one that a path or a name leads to.
+        """Return ``sae`` as it is, or load the SAELens SAE at that path or of that name.
 
         Raises:
-            ValueError: there is none, or its format is unknown.
+            ValueError: no SAE is found, or its format is unknown.
         """
         if not isinstance(sae, (str, Path)):
             return sae
@@ -73,5 +73,5 @@ class Inputs:
 
 
 def named(value: Any) -> str:
-    """Return what a record calls an input: its path or name, or its type where it is in hand."""
+    """Return an input's name for records: its path or name, or the type of an object."""
     return str(value) if isinstance(value, (str, Path)) else type(value).__name__

@@ -26,8 +26,8 @@ class Progress:
 
     Args:
         total: Number of images.
-        title: What is being done to them.
-        shown: False shows and logs nothing.
+        title: Name of the work.
+        shown: Whether to show and log anything.
     """
 
     def __init__(self, total: int, title: str, *, shown: bool = True) -> None:

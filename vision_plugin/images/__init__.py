@@ -1,6 +1,6 @@
-"""Where images come from and how they are decoded: folders, Parquet files, data sets, tar shards.
+"""Open and decode images: folders, Parquet files, data sets, tar shards.
 
-Importing this package is quick; a source's library comes with the first source that needs it.
+Importing this package is quick: the first source that needs a library imports it.
 """
 
 import lazy_loader

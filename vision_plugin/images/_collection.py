@@ -1,4 +1,4 @@
-"""What every kind of image collection offers, and the columns that come with it."""
+"""The base of every kind of image collection, and the columns beside the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vision_plugin.images._image import Raw
 
 LABEL_COLUMNS = ("label", "labels")
-"""Columns that are taken for labels where no other is named."""
+"""Columns that hold the labels where no other is named."""
 
 
 class ImageCollection(ABC):
@@ -21,18 +21,18 @@ class ImageCollection(ABC):
     """
 
     kind: str
-    """What the collection is, for the record: ``folder``, ``parquet``, ..."""
+    """Kind of collection, as records name it: ``folder``, ``parquet``, ..."""
     ids: Sequence[str]
     """A name per image that stays the same from run to run."""
     sequential = False
-    """Whether jumping back, or far ahead, is slow."""
+    """Whether reading backwards, or far ahead, is slow."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @abstractmethod
     def raw(self, index: int) -> Raw:
-        """Image ``index`` as bytes, a file or an image in memory."""
+        """Return image ``index`` as bytes, a file or an image in memory."""
 
     @property
     def column_names(self) -> list[str]:
@@ -40,7 +40,7 @@ class ImageCollection(ABC):
         return []
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column.
+        """Return all values of a column.
 
         Raises:
             ValueError: there is no such column.
@@ -48,7 +48,7 @@ class ImageCollection(ABC):
         raise ValueError(no_column(name, self.column_names, self.where))
 
     def value(self, name: str, index: int) -> Any:
-        """One value of a column."""
+        """Return one value of a column."""
         return self.column(name)[index]
 
     @property
@@ -58,23 +58,23 @@ class ImageCollection(ABC):
 
     @property
     def where(self) -> str:
-        """The collection as an error names it."""
+        """Name of the collection in errors."""
         return str(self.details.get("path", self.kind))
 
     @property
     def details(self) -> dict[str, Any]:
-        """What identifies the collection, for the manifest; JSON values."""
+        """JSON values that identify the collection in a manifest."""
         return {}
 
 
 def no_column(name: str, columns: Sequence[str], where: str) -> str:
-    """The sentence for a column that is not there."""
+    """Return the message for a column that does not exist."""
     have = f"it has {', '.join(columns)}" if columns else "it has none beside the image"
     return f"{where} has no column {name!r}: {have}"
 
 
 def hash_ids(ids: Sequence[str]) -> str:
-    """SHA-256 of the ids in order, in hexadecimal."""
+    """Return the SHA-256 of the ids in order, in hexadecimal."""
     digest = hashlib.sha256()
     for id in ids:
         digest.update(id.encode("utf-8", "surrogateescape"))
@@ -85,16 +85,16 @@ def hash_ids(ids: Sequence[str]) -> str:
 def find_image_column(
     images: Sequence[str], columns: Sequence[str], wanted: str | None, where: str
 ) -> str:
-    """Name of the column with the images.
+    """Return the name of the column that holds the images.
 
     Args:
         images: Columns that hold images.
         columns: All columns.
-        wanted: The one that was asked for.
-        where: The collection as the error names it.
+        wanted: The column asked for, or None.
+        where: Name of the collection in errors.
 
     Raises:
-        ValueError: the wanted one is not there, none holds images, or several do.
+        ValueError: the column asked for does not exist, or none or several hold images.
     """
     if wanted is not None:
         if wanted not in columns:
@@ -105,9 +105,9 @@ def find_image_column(
     if not images:
         raise ValueError(
             f"{where} has no column with images among {', '.join(columns) or 'none'}: name the "
-            "one to use with column= (image_column in a config)"
+            "one to use with column= (image_column= in a configuration)"
         )
     raise ValueError(
         f"{where} has several columns with images, {', '.join(images)}: name the one to use "
-        "with column= (image_column in a config)"
+        "with column= (image_column= in a configuration)"
     )

@@ -35,16 +35,16 @@ class DatasetImages(ImageCollection):
         self.ids = [str(row) for row in range(len(dataset))]
 
     def raw(self, index: int) -> Raw:
-        """The bytes in the row, or the file that it names."""
+        """Return the bytes in the row, or the file that it names."""
         return raw_of_cell(self._cells[index][self.image_column], self.ids[index])
 
     @property
     def column_names(self) -> list[str]:
-        """Every column but the images'."""
+        """Every column except the image column."""
         return [name for name in self.dataset.column_names if name != self.image_column]
 
     def column(self, name: str) -> list[Any]:
-        """A column read whole; class numbers become their names."""
+        """Return a whole column, with the names of classes in place of their numbers."""
         if name not in self.column_names:
             raise ValueError(no_column(name, self.column_names, self._name))
         values = list(self.dataset.select_columns([name])[name])
@@ -60,7 +60,7 @@ class DatasetImages(ImageCollection):
 class StreamedImages(ImageCollection):
     """The first rows of a ``datasets.IterableDataset``, read in order and never stored.
 
-    Reading ahead skips, reading back starts over; both cost what the stream costs.
+    Reading ahead skips rows, and reading back starts the stream again: both are slow.
     """
 
     kind = "stream"
@@ -82,7 +82,7 @@ class StreamedImages(ImageCollection):
         known = _announced_length(dataset, split)
         if n_images is None and known is None:
             raise ValueError(
-                f"{name} is streamed and does not say how many rows it has: give n_images"
+                f"{name} is streamed and does not say how many rows it has: give n_images="
             )
         n_rows = min(n for n in (n_images, known) if n is not None)
         self.ids = [str(row) for row in range(n_rows)]
@@ -93,7 +93,7 @@ class StreamedImages(ImageCollection):
         self._row: dict[str, Any] = {}
 
     def raw(self, index: int) -> Raw:
-        """The bytes in the row."""
+        """Return the bytes in the row."""
         return raw_of_cell(self._read(index)[self.image_column], self.ids[index])
 
     def _read(self, index: int) -> dict[str, Any]:
@@ -112,11 +112,11 @@ class StreamedImages(ImageCollection):
 
     @property
     def column_names(self) -> list[str]:
-        """Every column but the images'."""
+        """Every column except the image column."""
         return [name for name in self._names if name != self.image_column]
 
     def column(self, name: str) -> list[Any]:
-        """A column, read by going through the stream."""
+        """Return a column by reading the whole stream."""
         if name not in self.column_names:
             raise ValueError(no_column(name, self.column_names, self._name))
         values = [row[name] for row in self.dataset.select_columns([name]).take(len(self))]
@@ -124,7 +124,7 @@ class StreamedImages(ImageCollection):
         return values if names is None else [class_name(value, names) for value in values]
 
     def value(self, name: str, index: int) -> Any:
-        """One value, free of cost for the row that was read last."""
+        """Return one value; the row that was read last costs nothing."""
         names = self._names[name]
         value = self._read(index)[name]
         return value if names is None else class_name(value, names)
@@ -139,14 +139,14 @@ class StreamedImages(ImageCollection):
 
 
 def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, str]:
-    """A dataset of the hub, or from its cache, by name.
+    """Load a dataset by name from the hub or its cache.
 
     Returns:
-        The dataset, and the split that was taken.
+        The dataset, and the split that was loaded.
 
     Raises:
         FileNotFoundError: nothing is found under that name.
-        ValueError: the split is not there, or has to be named.
+        ValueError: the split does not exist, or must be named.
     """
     try:
         loaded = datasets.load_dataset(name, split=split, streaming=streaming)
@@ -154,17 +154,17 @@ def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, s
         if split is not None and re.search(r"split", str(error), re.IGNORECASE):
             raise ValueError(f"{name}: {_first_line(error)}") from error
         raise FileNotFoundError(
-            f"{name!r} is neither a file or folder here nor a dataset to be had from the hub "
+            f"{name!r} is neither a file or folder here nor a dataset that the hub provides "
             f"({_first_line(error)})"
         ) from error
     return pick_split(loaded, name, split)
 
 
 def load_saved(folder: Path, split: str | None) -> tuple[Any, str | None]:
-    """A dataset that ``save_to_disk`` wrote.
+    """Load a dataset that ``save_to_disk`` wrote.
 
     Raises:
-        ValueError: the folder cannot be read, or the split has to be named.
+        ValueError: the folder cannot be read, or the split must be named.
     """
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -176,12 +176,12 @@ def load_saved(folder: Path, split: str | None) -> tuple[Any, str | None]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``."""
+    """Return whether ``save_to_disk`` wrote a folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def pick_split(loaded: Any, name: str, split: str | None) -> tuple[Any, str]:
-    """The split that was asked for; the only one, or ``train``, where none was."""
+    """Return the split asked for; by default the only split, or ``train``."""
     if not isinstance(loaded, dict):
         return loaded, split or str(loaded.split or "train")
     splits = list(loaded)
@@ -198,7 +198,7 @@ def _image_column(dataset: Any, wanted: str | None, where: str) -> str:
 
 
 def _undecoded(dataset: Any, column: str) -> Any:
-    """The dataset with encoded images, so that a broken one is met where it can be counted."""
+    """Return the dataset with encoded images, so that a broken image fails where we count it."""
     if isinstance((dataset.features or {}).get(column), datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
     return dataset

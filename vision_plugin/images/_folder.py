@@ -13,11 +13,11 @@ from vision_plugin.images._collection import ImageCollection, no_column
 from vision_plugin.images._image import SUFFIXES
 
 FOLDER_LABEL = "folder"
-"""The column with the name of the folder that an image lies in."""
+"""Column that names the folder of each image."""
 
 
 class FolderImages(ImageCollection):
-    """Every image below a folder, sorted by its relative path, which is also its id.
+    """Every image below a folder, sorted by relative path; the path is also the image's id.
 
     ``metadata.jsonl`` or ``metadata.csv`` at the top, with a ``file_name`` in each record, gives
     columns. Where every image lies in a sub-folder, that folder's name is its label.
@@ -30,19 +30,19 @@ class FolderImages(ImageCollection):
         self.ids = sorted(_image_files(root))
         if not self.ids:
             raise ValueError(
-                f"{root} holds no images: files that end in {', '.join(sorted(SUFFIXES))} are "
-                "looked for, in sub-folders too"
+                f"{root} holds no images: neither it nor its sub-folders have files that end in "
+                f"{', '.join(sorted(SUFFIXES))}"
             )
         self._parents = [Path(id).parent.name for id in self.ids]
         if labelled and not all(self._parents):
             loose = self.ids[self._parents.index("")]
             raise ValueError(
-                f"{root} is no imagefolder: {loose} lies outside any label's sub-folder. Move it, "
-                "or leave out 'imagefolder:'"
+                f"{root} is not an imagefolder: {loose} lies outside any label's sub-folder. Move "
+                "it, or leave out 'imagefolder:'"
             )
 
     def raw(self, index: int) -> Path:
-        """The file."""
+        """Return the path of the file."""
         return self.root / self.ids[index]
 
     @property
@@ -51,7 +51,7 @@ class FolderImages(ImageCollection):
         return [*self._metadata, FOLDER_LABEL]
 
     def column(self, name: str) -> list[Any]:
-        """Values in the order of the ids; None where the metadata leaves an image out."""
+        """Return values in the order of the ids; None where the metadata leaves an image out."""
         if name in self._metadata:
             return self._metadata[name]
         if name == FOLDER_LABEL:

@@ -1,4 +1,4 @@
-"""From the bytes of any image to plain RGB, as a person would expect to see it."""
+"""Decode the bytes of any image to plain RGB, upright and on white."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ SUFFIXES = frozenset(
         *("avif", "ppm", "pgm", "pbm", "ico", "tga", "jp2", "qoi"),
     )
 )
-"""Names that are taken for images in folders and tar files."""
+"""Suffixes of image files in folders and tar files."""
 _FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"),
     *("AVIF", "PPM", "ICO", "TGA", "JPEG2000", "QOI"),
 )
-"""Pillow's decoders that are let near the bytes: none of them starts another program."""
+"""Pillow's decoders that may read the bytes: none of them starts another program."""
 
 Raw = bytes | Path | Image.Image
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used, and why."""
+    """An image cannot be used; the message says why."""
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(f"image {id}: {reason}")
@@ -51,19 +51,19 @@ class BadImageError(ValueError):
 def decode_image(raw: Raw, id: str) -> Image.Image:
     """Decode an image and bring it to RGB.
 
-    Transparency is laid on white, 16-bit values are scaled to 8, EXIF rotation is applied, and of
-    an animation the first frame counts.
+    The function lays transparency on white, scales 16-bit values to 8 bits, applies EXIF rotation
+    and takes the first frame of an animation.
 
     Args:
         raw: Encoded bytes, a file, or an image in memory.
-        id: What the error calls it.
+        id: Name of the image in errors.
 
     Raises:
-        BadImageError: the image is broken, truncated, too large, or in no format known.
+        BadImageError: the image is broken, truncated, too large, or in no known format.
     """
     try:
         with warnings.catch_warnings():
-            # What Pillow warns about is either refused here with a reason, or does no harm.
+            # Pillow warns about images that are refused below with a reason, or that do no harm.
             warnings.simplefilter("ignore")
             return _decode(raw, id)
     except BadImageError:
@@ -111,7 +111,7 @@ def _check_size(image: Image.Image, id: str) -> None:
             f"{width} x {height} is {width * height:,} pixels, above the limit of {MAX_PIXELS:,}",
         )
     if width * height == 0:
-        raise BadImageError(id, f"{width} x {height} pixels: there is nothing in it")
+        raise BadImageError(id, f"{width} x {height} pixels: the image is empty")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -132,10 +132,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16, 32 or floating-point bits as 8 bits.
+    """Return grey values of 16, 32 or floating-point bits as 8 bits.
 
-    Integers are taken to span 16 bits where one is above 255. Floats are taken to span 0 to 1
-    where none is above 1, else 0 to 255.
+    Integers span 16 bits where one is above 255. Floats span 0 to 1 where none is above 1, and
+    else 0 to 255.
     """
     values = np.asarray(image).astype(np.float64)
     top = float(values.max())
@@ -150,6 +150,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """One line that is the same in every run: without addresses of objects."""
+    """Return one line that is the same in every run: without addresses of objects."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"<[^>]* at 0x[0-9a-f]+>", "the data", text)[:200]

@@ -1,4 +1,4 @@
-"""``open_images``: one way in for every kind of image collection."""
+"""``open_images`` opens every kind of image collection."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vision_plugin.images._folder import FolderImages
 from vision_plugin.images._image import SUFFIXES, BadImageError, Raw, decode_image
 
 DEMO_SEED = 1
-"""Seed of ``demo:N``: other images than the packaged checkpoint was trained on."""
+"""Seed of ``demo:N``. The packaged checkpoint was trained on images of another seed."""
 
 
 class ImageSource:
     """Images that are decoded when they are asked for, with ids, labels and columns.
 
-    Made by :func:`open_images`. It can be sent to other processes.
+    :func:`open_images` makes it. It can be sent to other processes.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class ImageSource:
         return self._n
 
     def __getitem__(self, index: int) -> Image.Image:
-        """Image ``index`` in RGB.
+        """Return image ``index`` in RGB.
 
         Raises:
-            BadImageError: it is broken, truncated, too large, or in no known format.
+            BadImageError: the image is broken, truncated, too large, or in no known format.
             IndexError: there is no such image.
         """
         if not -self._n <= index < self._n:
@@ -65,16 +65,16 @@ class ImageSource:
 
     @cached_property
     def labels(self) -> list[str] | None:
-        """Label per image as text, or None where the collection has no labels.
+        """Label of each image as text, or None where the collection has no labels.
 
-        An image without one has the empty text. Of a stream this reads all of it.
+        An image without a label has the empty text. This reads a whole stream.
         """
         if self.label_column is None:
             return None
         return [_text(value) for value in self.column(self.label_column)]
 
     def label(self, index: int) -> str | None:
-        """Label of one image, cheap right after reading that image even in a stream."""
+        """Return the label of one image; in a stream it is quick right after reading that image."""
         if self.label_column is None:
             return None
         if self.sequential:
@@ -82,7 +82,7 @@ class ImageSource:
         return None if self.labels is None else self.labels[index]
 
     def column(self, name: str) -> list[Any]:
-        """All values of another column, in the order of the images.
+        """Return all values of another column, in the order of the images.
 
         Raises:
             ValueError: there is no such column.
@@ -101,7 +101,7 @@ class ImageSource:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What was opened, for a manifest: kind, path, column, number and hash of the ids."""
+        """Kind, path, column, number and hash of the ids, as a manifest records them."""
         return {
             "kind": self._images.kind,
             **{name: value for name, value in self._images.details.items() if value is not None},
@@ -124,12 +124,12 @@ class MemoryImages(ImageCollection):
         self.ids = [str(index) for index in range(len(self._held))]
 
     def raw(self, index: int) -> Raw:
-        """The image."""
+        """Return the image."""
         return self._held[index]
 
 
 class DemoImages(ImageCollection):
-    """Images of the demo world, drawn when asked for, with every factor as a column."""
+    """Images of the demo world, drawn when they are asked for, with every factor as a column."""
 
     kind = "demo"
 
@@ -139,7 +139,7 @@ class DemoImages(ImageCollection):
         self.ids = [str(index) for index in range(n)]
 
     def raw(self, index: int) -> Raw:
-        """The image, drawn now."""
+        """Draw the image."""
         drawn: Image.Image = self._world.images[index]
         return drawn
 
@@ -154,7 +154,7 @@ class DemoImages(ImageCollection):
         return "shape"
 
     def column(self, name: str) -> list[Any]:
-        """Captions, or the values of a factor."""
+        """Return the captions, or the values of a factor."""
         if name not in self.column_names:
             raise ValueError(no_column(name, self.column_names, "the demo world"))
         if name == "caption":
@@ -184,16 +184,16 @@ def open_images(
             a folder of tars), a Hugging Face dataset by name or saved folder, a
             ``datasets.Dataset`` or ``IterableDataset``, ``"demo:N"`` or ``"demo:N@seed"``, a list
             of PIL images, or an ImageSource, which is handed back.
-        column: The column with the images, where there are several or it cannot be told; of
-            WebDataset tars the suffix.
-        split: Split of a Hugging Face dataset.
-        label_column: The column with the labels; sub-folders, ``label`` and ``cls`` are found.
-        n_images: Only the first so many.
+        column: Column that holds the images, needed where several do; for WebDataset tars the
+            suffix of the images.
+        split: Split of a Hugging Face dataset; by default its only one, or ``train``.
+        label_column: Column that holds the labels; by default sub-folders, ``label`` or ``cls``.
+        n_images: How many images to take from the front; None takes all.
         streaming: Read a dataset of the hub without storing it.
 
     Raises:
         FileNotFoundError: the path does not exist, and no dataset has that name.
-        ValueError: it holds no images, or a column or split is missing or has to be named.
+        ValueError: the source holds no images, or a column or split is missing or must be named.
     """
     if isinstance(source, ImageSource):
         return source
@@ -250,7 +250,7 @@ def _existing_folder(text: str) -> Path:
 
 
 def _open_folder(folder: Path, column: str | None, split: str | None) -> ImageCollection:
-    """A folder of images, a saved dataset, or a folder of Parquet or tar files."""
+    """Open a folder of images, a saved dataset, or a folder of Parquet or tar files."""
     from vision_plugin.images import _datasets
 
     if _datasets.is_saved(folder):

@@ -18,7 +18,7 @@ from vision_plugin.images._collection import ImageCollection, find_image_column,
 from vision_plugin.images._image import BadImageError, Raw
 
 CACHE_BYTES = 128 * 1024 * 1024
-"""Row groups that are asked for again are kept in memory up to this size, and at least one."""
+"""Row groups read before stay in memory up to this size in bytes; at least one stays."""
 _READ_BYTES = 1024 * 1024
 
 
@@ -58,18 +58,18 @@ class ParquetImages(ImageCollection):
         self._readers: dict[int, pq.ParquetFile] = {}
 
     def raw(self, index: int) -> Raw:
-        """The bytes in the row, or the file that it names."""
+        """Return the bytes in the row, or the file that it names."""
         group = bisect.bisect_right(self._starts, index) - 1
         value = self._row_group(group)[index - self._starts[group]].as_py()
         return raw_of_cell(value, self.ids[index], self.files[self._groups[group][0]].parent)
 
     @property
     def column_names(self) -> list[str]:
-        """Every column but the images'."""
+        """Every column except the image column."""
         return self._columns
 
     def column(self, name: str) -> list[Any]:
-        """A column read whole; class numbers become their names."""
+        """Return a whole column, with the names of classes in place of their numbers."""
         if name not in self._columns:
             raise ValueError(no_column(name, self._columns, self._where))
         values: list[Any] = []
@@ -85,7 +85,7 @@ class ParquetImages(ImageCollection):
 
     def _row_group(self, group: int) -> pa.ChunkedArray:
         if self._process != os.getpid():
-            # A handle that came over a fork shares its position with the parent's.
+            # A file handle that crosses a fork shares its position with the parent's handle.
             self._process, self._readers = os.getpid(), {}
         if group in self._cache:
             self._cache.move_to_end(group)
@@ -93,7 +93,7 @@ class ParquetImages(ImageCollection):
         if self._cache and group < next(reversed(self._cache)):
             self._in_order = False
         if self._in_order:
-            self._cache.clear()  # what a first pass from front to back has behind it can go
+            self._cache.clear()  # a first pass from front to back needs no group twice
         file, number = self._groups[group]
         if file not in self._readers:
             self._readers = {file: _open(self.files[file])}
@@ -114,7 +114,7 @@ class ParquetImages(ImageCollection):
 
 
 def raw_of_cell(value: Any, id: str, folder: Path | None = None) -> Raw:
-    """Bytes or file of a cell of an Image column.
+    """Return the bytes or the file in a cell of an image column.
 
     Raises:
         BadImageError: the cell is empty or of another type.
@@ -132,7 +132,7 @@ def raw_of_cell(value: Any, id: str, folder: Path | None = None) -> Raw:
 
 
 def class_name(value: Any, names: Sequence[str]) -> Any:
-    """Name of a class number; None and -1 stand for no label."""
+    """Return the name of a class number; None and -1 stand for no label."""
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     return names[value] if 0 <= value < len(names) else None
@@ -140,7 +140,7 @@ def class_name(value: Any, names: Sequence[str]) -> Any:
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
-        # Not mapped: pages of the file that were read would count as this process's memory.
+        # Not mapped: the pages that were read would count as this process's memory.
         return pq.ParquetFile(file, buffer_size=_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
@@ -154,7 +154,7 @@ def _is_image(field: pa.Field) -> bool:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of the classes of each ClassLabel column, from the metadata that datasets writes."""
+    """Return the class names of each ClassLabel column, from the metadata that datasets writes."""
     try:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = stored.get("info", {}).get("features", {})

@@ -1,4 +1,4 @@
-"""Images in batches, with those that cannot be read set apart."""
+"""Read images in batches, and set aside those that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def read_batches(
 
     Args:
         images: An image source.
-        batch_size: Places to look at for each batch; a batch without a readable image is skipped.
-        bad: Takes the reason by id for each image that cannot be read.
+        batch_size: Places to read per batch; a batch without a readable image is skipped.
+        bad: Receives the reason, by id, for each image that cannot be read.
         indices: Places to read, in this order; all by default.
-        max_bad: Unreadable images to put up with; any number by default.
+        max_bad: Unreadable images to allow; any number by default.
 
     Raises:
         ValueError: more than ``max_bad`` images cannot be read.

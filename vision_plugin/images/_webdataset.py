@@ -16,12 +16,12 @@ from vision_plugin.images._collection import ImageCollection, no_column
 from vision_plugin.images._image import MAX_FILE_BYTES, SUFFIXES, BadImageError
 
 MAX_RANGE = 100_000
-"""Most names that one pattern may stand for."""
+"""Largest number of names that one pattern may stand for."""
 _TEXT_SUFFIXES = (".cls", ".txt", ".json")
 
 
 class WebDatasetImages(ImageCollection):
-    """Samples of tar files: members that share a name up to the first dot of its last part.
+    """Samples of tar files: members whose names agree up to the first dot of the file name.
 
     The image is the member with an image's suffix. ``cls`` and ``txt`` members, and the fields
     of ``json`` members, are columns. Nothing is ever unpacked to disk.
@@ -62,8 +62,8 @@ class WebDatasetImages(ImageCollection):
                         self._size.append(member.size)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(
-                f"{path} cannot be read as a tar file ({error}); compressed ones must be unpacked "
-                "to plain .tar first"
+                f"{path} cannot be read as a tar file ({error}); unpack a compressed one to "
+                "plain .tar first"
             ) from error
         for key, suffix, offset, size in others:
             if key in images:
@@ -73,7 +73,7 @@ class WebDatasetImages(ImageCollection):
         return suffix in SUFFIXES if self.suffix is None else suffix == self.suffix
 
     def raw(self, index: int) -> bytes:
-        """The bytes of the image's member."""
+        """Return the bytes of the image's member."""
         if self._size[index] > MAX_FILE_BYTES:
             raise BadImageError(self.ids[index], f"{self._size[index]:,} bytes are too many")
         return self._read(self._tar[index], self._offset[index], self._size[index])
@@ -95,13 +95,13 @@ class WebDatasetImages(ImageCollection):
         return "cls" if self._texts[".cls"] else super().default_label
 
     def column(self, name: str) -> list[Any]:
-        """Texts, or one field of the ``json`` members; None where a sample has none."""
+        """Return texts, or one field of the ``json`` members; None where a sample has none."""
         if name not in self.column_names:
             raise ValueError(no_column(name, self.column_names, self._where))
         return [self.value(name, index) for index in range(len(self))]
 
     def value(self, name: str, index: int) -> Any:
-        """One sample's text or field."""
+        """Return one sample's text or field."""
         suffix = f".{name}"
         if suffix in (".cls", ".txt"):
             place = self._texts[suffix].get(index)
@@ -127,14 +127,14 @@ class WebDatasetImages(ImageCollection):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: ``a/b.seg.png`` is ``a/b`` and ``.seg.png``."""
+    """Split a member's name into key and suffix: ``a/b.seg.png`` is ``a/b`` and ``.seg.png``."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     return folder + slash + stem, (dot + suffix).lower()
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a pattern with ``{000..003}``, ``{a,b}`` or ``*`` stands for, in order.
+    """Return the files that a pattern with ``{000..003}``, ``{a,b}`` or ``*`` matches, in order.
 
     Raises:
         ValueError: a range stands for too many names.
