@@ -128,7 +128,7 @@ BAD = {
     ),
     "another model": (
         "eval --sae {sae} --model-name {other} --images {images} --output-path {tmp}/out",
-        "whose weights are not those of",
+        "whose weights differ from",
     ),
     "latent": (
         "steer --sae {sae} --images {images} --latents 4000 --concepts labels "

@@ -190,5 +190,5 @@ def test_an_sae_of_another_width_or_model_is_refused(model) -> None:
     model.reset_saes()
     homeless = make_sae()
     homeless.cfg.metadata.hook_name = None
-    with pytest.raises(ValueError, match=r"does not say where it belongs"):
+    with pytest.raises(ValueError, match=r"does not say which hook it belongs to"):
         model.add_sae(homeless)

@@ -310,7 +310,7 @@ def test_an_sae_that_does_not_belong_to_the_model_is_refused(tmp_path, model, sa
         vp.report(topk_sae(d_in=64), model, images, tmp_path / "r")
     nowhere = topk_sae()
     nowhere.cfg.metadata = SAEMetadata()
-    with pytest.raises(ValueError, match="does not say where it belongs"):
+    with pytest.raises(ValueError, match="does not say which hook it belongs to"):
         vp.report(nowhere, model, images, tmp_path / "r")
     with pytest.raises(ValueError, match="images is empty"):
         vp.report(sae, model, [], tmp_path / "r")

@@ -1,6 +1,6 @@
 """Vision transformers as TransformerLens bridges.
 
-Importing this package is quick; torch and TransformerLens come with the first name that needs them.
+Importing this package is quick: the first name that needs torch and TransformerLens imports them.
 """
 
 import lazy_loader

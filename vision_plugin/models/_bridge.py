@@ -1,4 +1,4 @@
-"""The bridge a user holds: a native vision transformer under TransformerLens names."""
+"""The bridge that users hold: a native vision transformer under TransformerLens names."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 class VisionBridge(Embeddings, Splicing, TransformerBridge):
     """A vision transformer as a TransformerLens bridge, with SAEs and steering.
 
-    Made by :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap`. The numerics are the
-    native module's. ``model.native`` is that module, untouched, sharing its weights with the
-    bridge: plain forward hooks on it cost next to nothing, which is what extraction uses.
+    :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap` make it. It computes what the
+    native module computes, to the bit. ``model.native`` is that module, untouched, and shares its
+    weights with the bridge. Extraction uses plain forward hooks on it, which cost next to nothing.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
     _image_size: tuple[int, int] | None = None
 
     native: nn.Module
-    """The module that was loaded or handed in; no bridge component is in it."""
+    """The module that was loaded or passed in; it contains no bridge component."""
 
     # ------------------------------------------------------------------ forward
 
@@ -70,27 +70,28 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         image_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model, or a stretch of its blocks.
+        """Run the model, or a range of its blocks.
 
         Args:
             input: Pixels [batch, channels, height, width]; with ``start_at_layer``, the residual
                 stream [batch, tokens, d_model] that enters that block.
-            return_type: ``"logits"``, or None to compute and return nothing.
+            return_type: ``"logits"``, or None to run the model and return nothing.
             start_at_layer: First block to run; the number of blocks runs the head alone.
-            stop_at_layer: Block to stop before, with the residual stream that would enter it as
-                result; the number of blocks stops after the last. Negative counts from the end.
+            stop_at_layer: Block to stop before; the result is then the residual stream that would
+                enter it. The number of blocks stops after the last block, and a negative number
+                counts from the end.
             pixel_values: Another name for ``input``.
-            image_size: Height and width of the image behind a residual stream, where it is not
-                the checkpoint's own.
-            **kwargs: Handed to the native forward.
+            image_size: Height and width in pixels of the image behind a residual stream; by default
+                the checkpoint's own size.
+            **kwargs: Arguments for the native forward.
 
         Returns:
             The image embedding in the joint space (not normalised) where the model has one, else
             the native last hidden state, [batch, tokens, d_model].
 
         Raises:
-            ValueError: no input, an unknown ``return_type``, a layer out of range, or a residual
-                stream of another width or length than the model's.
+            ValueError: there is no input, ``return_type`` is unknown, a layer is out of range, or a
+                residual stream does not have the model's width or length.
         """
         if return_type not in ("logits", None):
             raise ValueError(
@@ -117,7 +118,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         image_size: tuple[int, int] | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Native output of a pass over part of the blocks."""
+        """Return the native output of a pass over a range of the blocks."""
         start = None if start is None else self._layer(start, "start_at_layer")
         stop = None if stop is None else self._layer(stop, "stop_at_layer")
         if start is not None:
@@ -150,14 +151,14 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
             )
 
     def _placeholder(self, residual: Tensor, image_size: tuple[int, int] | None) -> Tensor:
-        """Pixels of the right shape and no memory, for native code that reads the shape."""
+        """Return pixels of the right shape and no memory, for native code that reads the shape."""
         dims = self.adapter.tower_dimensions
         height, width = image_size or dims.image_size
         return residual.new_zeros(1).expand(residual.shape[0], dims.n_channels, height, width)
 
     @contextmanager
     def _stretch(self, residual: Tensor, start: int | None, stop: int | None) -> Iterator[None]:
-        """Tell the blocks which part of the pass they take in."""
+        """Tell the blocks which of them this pass runs."""
         if start is None and stop is None:
             yield
             return
@@ -185,7 +186,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by every name it has, those of attached SAEs included."""
+        """Every hook point by each of its names, with the hook points inside attached SAEs."""
         if self._hook_dict is None:
             hooks = super().hook_dict
             hooks["hook_embed"] = hooks.get("embed_ln.hook_out", hooks["embed.hook_out"])
@@ -193,7 +194,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         return {**self._hook_dict, **self.splice_hooks()}
 
     def check_hook_names(self, names: Sequence[object]) -> None:
-        """Raise UnknownHookError for a name that no hook point has."""
+        """Raise UnknownHookError if no hook point has one of the names."""
         check_hook_names(names, self.hook_dict, self.cfg.model_name)
 
     def run_with_cache(  # type: ignore[override]
@@ -209,14 +210,15 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
 
         Args:
             input: Pixels, or with ``start_at_layer`` a residual stream.
-            return_cache_object: An ActivationCache, or a plain dictionary.
+            return_cache_object: Return an ActivationCache; False returns a plain dictionary.
             remove_batch_dim: Drop a batch dimension of one.
-            names_filter: A name, names, or a predicate of names; None keeps everything.
-            stop_at_layer: As in :meth:`forward`.
+            names_filter: A name, several, or a function that selects names; None keeps every
+                activation.
+            stop_at_layer: Block to stop before, see :meth:`forward`.
             **kwargs: Further arguments of TransformerLens's ``run_with_cache`` and of the forward.
 
         Raises:
-            UnknownHookError: a name in ``names_filter`` that the model does not have.
+            UnknownHookError: the model has no hook of a name in ``names_filter``.
         """
         if names_filter is not None and not callable(names_filter):
             self.check_hook_names(_as_list(names_filter))
@@ -232,7 +234,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         finally:
             self._pending_stop = None
         if isinstance(cache, ActivationCache):
-            # hook_embed is what enters the first block, with the positions in it already.
+            # hook_embed is the input of the first block, which already contains the positions.
             cache.has_pos_embed = False
         return output, cache
 
@@ -248,7 +250,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
     def hooks(  # type: ignore[override]
         self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
     ) -> AbstractContextManager[Any]:
-        """Hooks for the length of a ``with`` block; unknown names are errors."""
+        """Return a context with hooks for a ``with`` block; unknown names are errors."""
         self.check_hook_names([name for name, _ in (*fwd_hooks, *bwd_hooks)])
         context: AbstractContextManager[Any] = super().hooks(  # type: ignore[no-untyped-call]
             fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
@@ -262,7 +264,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
     ) -> None:
-        """Add a hook by any of its names, or to every hook point that a predicate picks."""
+        """Add a hook by any of its names, or to all hook points that a function selects."""
         if not isinstance(name, str):
             super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
             return
@@ -271,18 +273,18 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         self.hook_dict[name].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
 
     def harvest(self, pixels: Tensor, hook_names: str | Sequence[str]) -> dict[str, Tensor]:
-        """Activations by hook name over plain hooks on the native module, without gradients.
+        """Return activations by hook name, read by plain hooks on the native module, no gradients.
 
-        It costs little more than the native forward up to the last hook named; a loop over many
-        batches is better served by one :class:`~vision_plugin.models.Harvester`.
+        It costs little more than the native forward up to the last hook. For many batches, one
+        :class:`~vision_plugin.models.Harvester` is faster.
         """
         names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
         return Harvester(self, names)(pixels)
 
     def token_layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
-        """Kinds and order of the tokens for images of a height and width in pixels.
+        """Return kinds and order of the tokens for images of a height and width in pixels.
 
-        Without a size: for those of the pass in progress, or else of the checkpoint's own size.
+        The default is the size of the pass in progress, or else the checkpoint's own size.
         """
         size = image_size or self._image_size
         layout: TokenLayout = self.adapter.tower_dimensions.layout(size)
@@ -301,7 +303,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         return next(self.native.parameters()).dtype
 
     def to(self, *args: Any, **kwargs: Any) -> VisionBridge:
-        """Move or cast the weights, the bridge's and the native module's alike."""
+        """Move or cast the weights of the bridge and of the native module."""
         super().to(*args, **{"print_details": False, **kwargs})
         kwargs.pop("print_details", None)
         self.native.to(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Embeddings of images and texts, as a bridge gives them, and how the model scores them."""
+"""A bridge's embeddings of images and texts, and the scores that it gives to pairs of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vision_plugin.models._processing import ImageProcessor, TextProcessor
 
 
 class Embeddings:
-    """The part of a bridge that takes images and texts; mixed into VisionBridge."""
+    """The part of a bridge that embeds images and texts; a base of VisionBridge."""
 
     adapter: Any
     cfg: Any
@@ -34,14 +34,14 @@ class Embeddings:
     def preprocess(
         self, images: Image | Sequence[Image]
     ) -> Float[Tensor, "n channels height width"]:
-        """Images as the checkpoint wants them: its own size, crop and normalisation.
+        """Return pixels in the checkpoint's own size, crop and normalisation.
 
         Raises:
             ValueError: the model was wrapped without its preprocessing.
         """
         if self.image_processor is None:
             raise ValueError(
-                f"{self.cfg.model_name} was wrapped without its preprocessing: hand it to "
+                f"{self.cfg.model_name} was wrapped without its preprocessing: use "
                 "wrap(module, processor=...), or pass pixels that you prepared yourself"
             )
         images = [images] if isinstance(images, Image) else images
@@ -50,12 +50,13 @@ class Embeddings:
     def encode_image(
         self, input: Tensor, *, normalize: bool = True, **kwargs: Any
     ) -> Float[Tensor, "batch d_embed"]:
-        """Image embeddings in the space shared with text, of unit norm unless told otherwise.
+        """Return image embeddings in the space shared with text, of norm one by default.
 
         Args:
-            input: Pixels, or with ``start_at_layer`` a residual stream.
+            input: Pixels [batch, channels, height, width], or with ``start_at_layer`` a residual
+                stream.
             normalize: Scale each row to norm one.
-            **kwargs: As in :meth:`forward`.
+            **kwargs: Further arguments of :meth:`forward`.
 
         Raises:
             ValueError: the model has no joint space.
@@ -71,7 +72,7 @@ class Embeddings:
     def image_features(
         self, input: Tensor, *, normalize: bool = True, **kwargs: Any
     ) -> Float[Tensor, "batch d_pooled"]:
-        """One vector per image for any model: the joint embedding, or else the pooled output."""
+        """Return one vector per image for any model: the joint embedding, or the pooled output."""
         if self.adapter.has_joint_space:
             return self.encode_image(input, normalize=normalize, **kwargs)
         start, size = kwargs.pop("start_at_layer", None), kwargs.pop("image_size", None)
@@ -82,7 +83,7 @@ class Embeddings:
     def encode_text(
         self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256
     ) -> Float[Tensor, "n d_embed"]:
-        """Text embeddings in the joint space, of unit norm unless told otherwise.
+        """Return text embeddings in the joint space, of norm one by default.
 
         Raises:
             ValueError: the model has no text tower, or was wrapped without its tokenizer.
@@ -90,8 +91,8 @@ class Embeddings:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.tokenizer is None:
             raise ValueError(
-                f"{self.cfg.model_name} has no tokenizer: load it from a checkpoint that has one, "
-                "or hand it to wrap(module, tokenizer=...)"
+                f"{self.cfg.model_name} has no tokenizer: load the model from a checkpoint that "
+                "has one, or use wrap(module, tokenizer=...)"
             )
         parts = []
         for start in range(0, len(texts), batch_size):
@@ -108,30 +109,30 @@ class Embeddings:
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "n c"]:
-        """Return ``scale * similarity + bias`` of unit embeddings of images and texts.
+        """Return ``scale * similarity + bias`` for unit embeddings of images and texts.
 
         Args:
-            embedding: As :meth:`encode_image` gives them.
-            text_embeddings: As :meth:`encode_text` gives them.
-            scale: None takes the model's own :attr:`logit_scale`.
+            embedding: Image embeddings from :meth:`encode_image`.
+            text_embeddings: Text embeddings from :meth:`encode_text`.
+            scale: Factor on the similarities; None takes the model's own :attr:`logit_scale`.
         """
         scale = self.logit_scale if scale is None else scale
         return scale * (embedding @ text_embeddings.T) + self.logit_bias
 
     @property
     def logit_scale(self) -> float:
-        """What cosine similarities are multiplied by before the softmax (100 in OpenAI's CLIP)."""
+        """Factor on cosine similarities before the softmax (100 in OpenAI's CLIP)."""
         return float(self.adapter.logit_scale(self.native))
 
     @property
     def logit_bias(self) -> float:
-        """What is added to the scaled cosine similarities; 0 unless the model learnt one."""
+        """Number added to the scaled cosine similarities; 0 unless the model learnt one."""
         return float(self.adapter.logit_bias(self.native))
 
     @property
     def score_function(self) -> str:
-        """What the model was trained to score with: ``"softmax"`` over texts, or ``"sigmoid"``.
+        """Function of the logits in the model's training loss: ``"softmax"`` or ``"sigmoid"``.
 
-        With ``logits = logit_scale * cosine + logit_bias``.
+        The logits are ``logit_scale * cosine + logit_bias``; the softmax runs over texts.
         """
         return str(self.adapter.score_function)

@@ -1,4 +1,4 @@
-"""What goes wrong when a model does not fit."""
+"""Errors about models that cannot be loaded or wrapped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 class UnsupportedModelError(ValueError):
-    """A module that no adapter fits; the message says which part did not match."""
+    """No adapter fits a module; the message says which part did not match."""
 
 
 def not_found(name: str, error: Exception) -> str:
-    """The message for a checkpoint that is not there."""
+    """Return the message for a checkpoint that is not found."""
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     if is_path and not Path(name).expanduser().exists():
         return f"could not load a model from {name!r}: there is no such file or folder"
@@ -18,6 +18,6 @@ def not_found(name: str, error: Exception) -> str:
     reason = text.splitlines()[0][:200] if text else repr(error)
     return (
         f"could not load a model from {name!r}: it is neither a local folder with a checkpoint "
-        f"nor to be had from the hub ({reason}). Offline, give the folder that the checkpoint was "
-        "saved to."
+        f"nor a checkpoint that the hub provides ({reason}). Offline, give the folder that the "
+        "checkpoint was saved to."
     )

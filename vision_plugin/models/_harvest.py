@@ -1,7 +1,7 @@
-"""Activations by hook name over plain forward hooks on the native module.
+"""Read activations by hook name with plain forward hooks on the native module.
 
-The bridge is for people; this is for harvesting. The native forward runs as it is, with one
-PyTorch hook per activation, and stops as soon as the last of them is in.
+This is the fast way for many images; the bridge is the convenient one. The native forward runs
+unchanged with one PyTorch hook per activation, and stops after the last of them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Source:
-    """Where the native module shows what a hook point shows."""
+    """Place in the native module where a hook point's tensor appears."""
 
     path: str
     """Dotted path of the native submodule."""
     side: str
-    """``"in"`` or ``"out"``: its first input or its output."""
+    """``"in"`` for the submodule's first input, ``"out"`` for its output."""
     convert: Callable[[Tensor], Tensor] | None = None
-    """What makes the hook point's tensor of the native one."""
+    """Turns the native tensor into the hook point's tensor; None keeps it."""
 
 
 class _AllHarvested(Exception):
-    """Ends the forward pass once nothing more is wanted of it."""
+    """Ends the forward pass once every activation has been read."""
 
 
 class Harvester:
-    """Collects the activations at some hooks, at close to the cost of the native forward.
+    """Collects the activations at some hooks, at about the cost of the native forward.
 
     Example:
         >>> harvest = Harvester(model, ["blocks.5.hook_resid_post"])  # doctest: +SKIP
@@ -45,13 +45,12 @@ class Harvester:
 
         Args:
             model: A VisionBridge.
-            hook_names: Any names of ``model.hook_dict`` but those of attention scores, pattern
-                and per-head results, which the native forward does not form.
+            hook_names: Names of ``model.hook_dict``, except attention scores, attention pattern
+                and per-head results, which the native forward does not compute.
 
         Raises:
             UnknownHookError: the model has no such hook.
-            ValueError: the activation is not to be had from the native forward, or no name is
-                given.
+            ValueError: there is no name, or the native forward does not compute the activation.
         """
         if not hook_names:
             raise ValueError("name at least one hook to harvest")
@@ -61,18 +60,18 @@ class Harvester:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Run the native forward as far as needed.
+        """Run the native forward up to the last hook.
 
         Args:
             pixels: [batch, channels, height, width].
 
         Returns:
-            The activation of each hook, as the bridge's cache has it, in the order of the names.
+            The activation of each hook, in the order of the names, as the bridge's cache has it.
         """
         found: dict[str, Tensor] = {}
         with self._hooks(found), suppress(_AllHarvested):
             self.model.adapter.native_forward(self.model.native, pixels)
-        # A position table is looked up once for the whole batch; the cache has it per image.
+        # A position table is read once for the whole batch; the cache has one row per image.
         return {
             name: found[name].expand(len(pixels), *found[name].shape[1:]) for name in self.sources
         }
@@ -91,10 +90,10 @@ class Harvester:
 
 
 def native_source(model: Any, hook_name: str) -> Source:
-    """The native place of a hook point.
+    """Return the place of a hook point's tensor in the native module.
 
     Raises:
-        ValueError: the native forward does not form the activation.
+        ValueError: the native forward does not compute the activation.
     """
     hook_point = model.hook_dict[hook_name]
     sources: Mapping[str, Source] = model.adapter.harvest_sources(model)
@@ -107,7 +106,7 @@ def native_source(model: Any, hook_name: str) -> Source:
 
 
 def component_sources(model: Any) -> dict[str, Source]:
-    """Sources of what the bridge's components take in and give out, by canonical hook name."""
+    """Return sources for the inputs and outputs of the bridge's components, by hook name."""
     sources: dict[str, Source] = {}
     for path, component in _components(model):
         for side in ("in", "out"):
@@ -121,10 +120,10 @@ def component_sources(model: Any) -> dict[str, Source]:
 
 
 def _components(model: Any) -> Iterator[tuple[str, Any]]:
-    """The bridge's components with their paths in the native module.
+    """Yield the bridge's components with their paths in the native module.
 
-    A component stands where the native module stood and holds it as ``_original_component``, so
-    leaving that step out of its path in the bridged copy gives the path in the native module.
+    A component replaces a native submodule and holds it as ``_original_component``. Without that
+    step, a path in the bridged copy is the path in the native module.
     """
     for path, module in model.original_model.named_modules():
         if hasattr(module, "original_component") and hasattr(module, "hook_in"):

@@ -1,4 +1,4 @@
-"""Strict hook names: an unknown one is an error that lists what was probably meant."""
+"""Check hook names: an unknown name is an error that lists the nearest matches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class UnknownHookError(ValueError):
-    """A hook name that the model does not have."""
+    """The model has no hook of this name."""
 
 
 def check_hook_names(names: Iterable[object], known: Iterable[str], model_name: str) -> None:
-    """Raise for the first name that is a string and not known.
+    """Raise for the first name that is a string and unknown.
 
     Raises:
-        UnknownHookError: naming the model, the name and its nearest matches.
+        UnknownHookError: the message gives the model, the name and its nearest matches.
     """
     known = list(known)
     members = set(known)

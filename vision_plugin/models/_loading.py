@@ -1,4 +1,4 @@
-"""``load_model``: from a name or a folder to a bridge."""
+"""``load_model`` makes a bridge from a name or a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADERS: dict[str, Callable[[str, str | None, str | None], VisionBridge]] = {
     "open_clip": load_open_clip,
     "timm": load_timm,
 }
-"""Loaders by the prefix in front of the colon."""
+"""Loaders by the prefix of a name, before the colon."""
 
 
 def load_model(
@@ -33,8 +33,8 @@ def load_model(
         name: ``"openai/clip-vit-base-patch32"`` (Hugging Face id), a local folder,
             ``"open_clip:ViT-B-32"``, ``"timm:vit_base_patch14_dinov2.lvd142m"``, or ``"demo"``
             for the small CLIP that comes with this package.
-        pretrained: open_clip's tag or file of weights; for timm a local checkpoint file.
-        device: Where to put it; the CPU by default.
+        pretrained: Tag or file of weights for open_clip; a local checkpoint file for timm.
+        device: Device of the weights; the CPU by default.
         dtype: Type of the weights.
         revision: Branch, tag or commit on the hub.
 

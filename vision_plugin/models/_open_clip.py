@@ -15,22 +15,22 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
     Args:
         name: A name that open_clip lists (``"ViT-B-32"``), a local folder with
             ``open_clip_config.json``, or ``"hf-hub:owner/repository"``.
-        pretrained: With a listed name, a tag or a file of weights.
-        revision: Not supported by open_clip; None.
+        pretrained: Tag or file of weights, needed with a name that open_clip lists.
+        revision: None; open_clip cannot load revisions.
 
-    Raises:
-        ValueError: nothing is found, or it is not said which weights to load.
+        Raises:
+            ValueError: nothing is found, or ``pretrained`` is missing.
         UnsupportedModelError: there is no adapter for its image tower.
     """
     import open_clip
 
     if revision is not None:
-        raise ValueError(f"open_clip cannot load a revision ({revision!r}): name the weights alone")
+        raise ValueError(f"open_clip cannot load revision={revision!r}: leave revision= out")
     source = _source(name)
     if ":" not in source and not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(source)
         raise ValueError(
-            f"open_clip:{name} does not say which weights: pass pretrained=, one of "
+            f"open_clip:{name} does not say which weights to load: give pretrained=, one of "
             f"{', '.join(tags) or '(none published)'} or a file"
         )
     try:

@@ -1,4 +1,4 @@
-"""The checkpoint's own preprocessing of images and texts."""
+"""Preprocessing of images and texts, as the checkpoint defines it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch import Tensor
 
 @runtime_checkable
 class ImageProcessor(Protocol):
-    """Images to pixels."""
+    """Turns images into pixels."""
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
-        """Pixels [n, channels, height, width] in float32."""
+        """Return pixels [n, channels, height, width] in float32."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the pixels of an image would."""
+        """Return a hash that changes when the pixels of an image would change."""
         ...
 
 
 @runtime_checkable
 class TextProcessor(Protocol):
-    """Texts to the text tower's keyword arguments."""
+    """Turns texts into keyword arguments of the text tower."""
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and what belongs to them."""
+        """Return token ids and, where the tower needs them, further tensors."""
         ...
 
 
 class HuggingFaceImages:
-    """A transformers image processor; transparent images are laid on white first."""
+    """A transformers image processor that puts transparent images on white first."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -48,28 +48,28 @@ class HuggingFaceImages:
         return pixels
 
     def fingerprint(self) -> str:
-        """Hash of the processor's settings."""
+        """Return a hash of the processor's settings."""
         settings = {k: v for k, v in self.processor.to_dict().items() if _plain(v)}
         return hash_settings(settings)
 
 
 class TorchvisionImages:
-    """A torchvision-style transform of one image, as timm and open_clip give them."""
+    """A torchvision-style transform of one image, as timm and open_clip provide."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
-        """Transform each image and stack."""
+        """Transform each image and stack the results."""
         return torch.stack([self.transform(as_rgb(image)) for image in images])
 
     def fingerprint(self) -> str:
-        """Hash of the transform's description."""
+        """Return a hash of the transform's description."""
         return hash_settings({"transform": repr(self.transform)})
 
 
 class HuggingFaceTexts:
-    """A transformers tokenizer with padding and truncation as the text tower wants them."""
+    """A transformers tokenizer with the padding and truncation that the text tower needs."""
 
     def __init__(
         self, tokenizer: Any, max_length: int, *, padding: bool | str = True, mask: bool = True
@@ -78,9 +78,9 @@ class HuggingFaceTexts:
 
         Args:
             tokenizer: A transformers tokenizer.
-            max_length: The longest text in tokens that the tower can take.
+            max_length: Length of the longest text that the tower can take, in tokens.
             padding: The tokenizer's argument; SigLIP was trained on texts of one length.
-            mask: Hand on the attention mask; SigLIP was trained without one.
+            mask: Whether to return the attention mask; SigLIP was trained without one.
         """
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -88,7 +88,7 @@ class HuggingFaceTexts:
         self.names = ("input_ids", "attention_mask") if mask else ("input_ids",)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` and, where the tower takes one, ``attention_mask``, [n, length]."""
+        """Return ``input_ids`` and, where the tower takes one, ``attention_mask``, [n, length]."""
         batch = self.tokenizer(
             list(texts),
             padding=self.padding,
@@ -100,19 +100,19 @@ class HuggingFaceTexts:
 
 
 class PlainTexts:
-    """A tokenizer that is a plain function of texts, as open_clip's are."""
+    """A tokenizer that is a plain function of texts, as in open_clip."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The tokenizer's dictionary, or its token ids as ``text``, [n, length]."""
+        """Return the tokenizer's dictionary, or its token ids as ``text``, [n, length]."""
         tokens = self.tokenizer(list(texts))
         return dict(tokens) if isinstance(tokens, Mapping) else {"text": tokens}
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image; what is transparent becomes white, as on a page."""
+    """Return an RGB image; transparency becomes white."""
     if image.mode == "RGB":
         return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -123,7 +123,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def hash_settings(settings: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of the settings as sorted JSON."""
+    """Return sixteen hexadecimal digits of the SHA-256 of the settings as sorted JSON."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

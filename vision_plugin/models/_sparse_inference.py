@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.kernels import SparseLatents
 
-# Dense latents of the architectures without a sparse path exist for this many elements at a time.
+# An architecture without a sparse path has at most this many dense latent values at a time.
 _DENSE_ELEMENTS = 1 << 24
 
 _PLAIN_DECODERS = (JumpReLUSAE.decode, StandardSAE.decode, TrainingSAE.decode)
@@ -25,19 +25,19 @@ _RESCALING_DECODERS = (TopKSAE.decode, TopKTrainingSAE.decode)
 
 
 def sparse_latents(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> SparseLatents:
-    """The latents that ``sae.encode(x)`` would return, in compressed rows.
+    """Return the latents of ``sae.encode(x)`` in compressed rows.
 
     TopK, BatchTopK (which SAELens saves as JumpReLU), JumpReLU and standard SAEs run on the sparse
     kernel. Any other architecture, and an SAE with a hook on its latents, runs its own ``encode``
     on a few rows at a time; the result is the same.
 
     Args:
-        sae: any SAELens SAE.
-        x: activations, as ``sae.encode`` takes them.
+        sae: Any SAELens SAE.
+        x: Activations in the shape that ``sae.encode`` takes.
 
     Returns:
-        One row per activation vector (leading axes flattened), zeros dropped, differentiable in x
-        and the SAE's parameters. Selected values differ from ``sae.encode``'s by rounding at most.
+        One row per activation vector (leading axes flattened) without zeros, differentiable in x
+        and the SAE's parameters. Values differ from ``sae.encode``'s by rounding at most.
     """
     if (encoded := _encode_on_kernel(sae, x)) is not None:
         return encoded.prune()
@@ -47,15 +47,15 @@ def sparse_latents(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> SparseLate
 def sparse_forward(
     sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
 ) -> tuple[SparseLatents, Float[Tensor, "*batch d_out"]]:
-    """Latents in compressed rows, and what the SAE or transcoder makes of them.
+    """Return latents in compressed rows, and the output of the SAE or transcoder.
 
     Args:
-        sae: any SAELens SAE or (skip) transcoder.
-        x: activations, as ``sae.encode`` takes them.
+        sae: Any SAELens SAE or (skip) transcoder.
+        x: Activations in the shape that ``sae.encode`` takes.
 
     Returns:
-        The latents as from :func:`sparse_latents`, and ``sae.decode(sae.encode(x))`` in the shape
-        of x (with what a skip transcoder adds). Dense latents exist for a few rows at most.
+        The latents of :func:`sparse_latents`, and ``sae.decode(sae.encode(x))`` in the shape of x,
+        plus a skip transcoder's skip term. Dense latents exist for a few rows at most.
     """
     if (encoded := _encode_on_kernel(sae, x)) is not None and _decodes_on_kernel(sae):
         return encoded.prune(), _decode_on_kernel(sae, encoded, x)
@@ -71,7 +71,7 @@ def sparse_forward(
 def add_skip(
     sae: Any, x: Float[Tensor, "*batch d_in"], decoded: Float[Tensor, "*batch d_out"]
 ) -> Float[Tensor, "*batch d_out"]:
-    """A reconstruction with what a skip transcoder adds straight from its input."""
+    """Return a reconstruction plus the skip term of a skip transcoder, if there is one."""
     skip = getattr(sae, "W_skip", None)
     return decoded if skip is None else decoded + x.to(sae.dtype) @ skip.T.to(x.device)
 
@@ -79,10 +79,10 @@ def add_skip(
 def decode_of_encode(
     sae: Any, x: Float[Tensor, "*batch d_in"]
 ) -> Float[Tensor, "*batch d_in"] | None:
-    """``sae.decode(sae.encode(x))`` on the sparse kernel; None where the SAE needs its own code.
+    """Return ``sae.decode(sae.encode(x))`` from the sparse kernel; None where it cannot run.
 
-    Its own code is needed for other architectures, for dictionaries that are none of SAELens's
-    classes, and where someone watches its latents.
+    It cannot run for other architectures, for dictionaries outside SAELens's classes, and while
+    a hook watches the latents.
     """
     if not _decodes_on_kernel(sae) or (latents := _encode_on_kernel(sae, x)) is None:
         return None
@@ -102,20 +102,20 @@ def _decode_on_kernel(sae: Any, latents: SparseLatents, x: Tensor) -> Tensor:
 
 
 def _n_trailing(sae: SAE[Any]) -> int:
-    """Axes of one activation vector: two where the SAE takes all heads of hook_z."""
+    """Return the axes of one activation vector: two where the SAE takes all heads of hook_z."""
     return 2 if sae.hook_z_reshaping_mode else 1
 
 
 def _parts(sae: SAE[Any], x: Tensor) -> tuple[Tensor, ...]:
-    """Activation vectors, as many at a time as may have dense latents."""
+    """Split activation vectors into parts small enough for dense latents."""
     rows = x.reshape(-1, *x.shape[x.ndim - _n_trailing(sae) :])
-    if type(sae.activation_fn) is BatchTopK:  # its selection is over the whole batch
+    if type(sae.activation_fn) is BatchTopK:  # it selects over the whole batch
         return (rows,)
     return torch.split(rows, max(1, _DENSE_ELEMENTS // int(sae.cfg.d_sae)))
 
 
 def _encode_on_kernel(sae: SAE[Any], x: Tensor) -> SparseLatents | None:
-    """The latents by the sparse path, or None where the SAE needs its own code."""
+    """Return the latents from the sparse kernel, or None where the SAE needs its own code."""
     if _is_live(sae.hook_sae_acts_pre) or _is_live(sae.hook_sae_acts_post):
         return None
     kind = type(sae)
@@ -156,7 +156,7 @@ _RELU_ENCODERS = (StandardSAE.encode, StandardTrainingSAE.encode_with_hidden_pre
 
 
 def _kernel_input(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """SAELens's `process_sae_in` up to the subtraction of b_dec: rows, and what to subtract."""
+    """Return rows as in SAELens's `process_sae_in`, and the b_dec that is yet to be subtracted."""
     shaped = sae.hook_sae_input(sae.reshape_fn_in(x.to(sae.dtype)))
     rows = sae.run_time_activation_norm_fn_in(shaped)
     return rows.reshape(-1, rows.shape[-1]), sae.b_dec if sae.cfg.apply_b_dec_to_input else None
@@ -189,7 +189,7 @@ def _compress(dense: Float[Tensor, "batch d_sae"]) -> SparseLatents:
 
 
 def _stack(parts: list[SparseLatents]) -> SparseLatents:
-    """One batch after the other."""
+    """Join batches in order."""
     offsets, end = [parts[0].offsets], parts[0].values.numel()
     for part in parts[1:]:
         offsets.append(part.offsets[1:] + end)

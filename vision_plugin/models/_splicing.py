@@ -1,7 +1,7 @@
-"""Sparse autoencoders spliced into a bridge, under HookedSAETransformer's names.
+"""Attach sparse autoencoders to a bridge, under HookedSAETransformer's names.
 
-An attached SAE is a permanent hook function on the existing hook point, so no hook point is
-replaced, every alias keeps working, and taking the SAE off leaves no trace.
+An attached SAE is a permanent hook function on the existing hook point. So hook points and their
+aliases stay, and removing the SAE leaves no trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vision_plugin.models.site import Site, permanent_hook, remove_hook
 
 
 class Splicing:
-    """The part of a bridge that attaches SAEs and steers; mixed into VisionBridge."""
+    """The part of a bridge that attaches SAEs and steers; a base of VisionBridge."""
 
     hook_dict: Any
     cfg: Any
@@ -45,7 +45,7 @@ class Splicing:
         return {name: splice.sae for name, splice in self._splices.items()}
 
     def splice_hooks(self) -> dict[str, HookPoint]:
-        """Hook points inside the attached SAEs, ``<hook name>.hook_sae_acts_post`` and so on."""
+        """Return the hook points in attached SAEs, ``<hook name>.hook_sae_acts_post`` and so on."""
         hooks: dict[str, HookPoint] = {}
         for splice in getattr(self, "_splices", {}).values():
             hooks.update(splice.hooks)
@@ -59,20 +59,21 @@ class Splicing:
         tokens: str | None = None,
         check_model: bool = True,
     ) -> None:
-        """Attach an SAE, or a transcoder, until :meth:`reset_saes`.
+        """Attach an SAE or a transcoder until :meth:`reset_saes`.
 
-        The stream at the SAE's hook becomes its reconstruction, plus the reconstruction's error
-        where the error term is on. An SAE already at that hook is replaced.
+        The SAE's reconstruction replaces the activations at its hook; the error term adds the
+        reconstruction's error back. A new SAE replaces the one at the same hook.
 
         Args:
-            sae: Its metadata names the hook (``hook_name``, for a transcoder ``hook_name_out``).
-            use_error_term: Add the error back; None follows the SAE's own setting.
-            tokens: Which tokens go through the SAE; None follows what it was trained on.
+            sae: SAE whose metadata names its hook (``hook_name``, also ``hook_name_out`` for a
+                transcoder).
+            use_error_term: Whether to add the error back; None takes the SAE's own setting.
+            tokens: Kind of token that goes through the SAE; None takes the kind of its training.
             check_model: Refuse an SAE that was trained on another model.
 
         Raises:
             UnknownHookError: the model has no such hook.
-            ValueError: width, model or token kind do not fit; both sides are named.
+            ValueError: width, model or kind of token do not fit; the message names both sides.
         """
         site = Site.of(self, sae, tokens=tokens, check_model=check_model)
         if use_error_term is None:
@@ -84,10 +85,10 @@ class Splicing:
         self._splices[site.hook_name] = splice
 
     def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
-        """Take off the SAEs at these hooks, or all of them.
+        """Detach the SAEs at these hooks, or all of them.
 
         Raises:
-            ValueError: no SAE is attached at a name given.
+            ValueError: no SAE is attached at one of the names.
         """
         names = [act_names] if isinstance(act_names, str) else act_names
         for name in list(self._splices) if names is None else names:
@@ -105,7 +106,7 @@ class Splicing:
         *,
         tokens: str | None = None,
     ) -> Iterator[Any]:
-        """SAEs for the length of a ``with`` block; what was attached before comes back after it."""
+        """Attach SAEs within a ``with`` block, then restore the SAEs that were attached before."""
         before = dict(self._splices)
         try:
             for sae in [saes] if isinstance(saes, Dictionary) else saes:
@@ -133,7 +134,7 @@ class Splicing:
         tokens: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The forward pass with SAEs attached for it."""
+        """Run the forward pass with SAEs attached."""
         with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self(*args, **kwargs)  # type: ignore[operator]
 
@@ -146,7 +147,7 @@ class Splicing:
         tokens: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``run_with_cache`` with SAEs attached for it; the cache holds their latents too."""
+        """Run ``run_with_cache`` with SAEs attached; the cache holds their latents too."""
         with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self.run_with_cache(*args, **kwargs)
 
@@ -159,7 +160,7 @@ class Splicing:
         tokens: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``run_with_hooks`` with SAEs attached for it, whose latents can be hooked by name."""
+        """Run ``run_with_hooks`` with SAEs attached; their latents can be hooked by name."""
         with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self.run_with_hooks(*args, **kwargs)
 
@@ -173,7 +174,7 @@ class Splicing:
 
 
 class Splice:
-    """One attached SAE: its hook function, its own hook points, and how to take it off."""
+    """One attached SAE: its hook function, its own hook points, and how to detach it."""
 
     def __init__(self, sae: Dictionary, site: Site, use_error_term: bool) -> None:
         self.sae, self.site, self.use_error_term = sae, site, use_error_term
@@ -184,7 +185,7 @@ class Splice:
         self._own = {"hook_sae_error": HookPoint(), "hook_sae_output": HookPoint()}
 
     def attach(self) -> None:
-        """Hang the hook functions up and name the SAE's hook points after their place."""
+        """Add the hook functions and name the SAE's hook points after their place in the model."""
         points = self.site.model.hook_dict
         hook_in, hook_out = points[self.site.hook_name], points[self.site.hook_name_out]
         own = getattr(self.sae, "hook_dict", {})
@@ -199,7 +200,7 @@ class Splice:
         self._handles.append((hook_out, permanent_hook(hook_out, self._splice)))
 
     def detach(self) -> None:
-        """Take the hook functions down; hooks of users on the SAE's own points stay theirs."""
+        """Remove the hook functions; hooks that users added to the SAE's own points stay."""
         for hook_point, handle in self._handles:
             remove_hook(hook_point, handle)
         self._handles.clear()

@@ -14,13 +14,13 @@ from vision_plugin.models._processing import HuggingFaceImages, as_rgb
 
 
 class SquarePatches(HuggingFaceImages):
-    """The native processor on images made square, so that a batch has one grid.
+    """The native processor on images made square, so that all images of a batch have one grid.
 
-    What comes out are pixels again; the bridge cuts them, at this or at any other size.
+    The output is pixels; the bridge cuts them into patches, at this or any other size.
     """
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
-        """Resize to the largest square grid the processor allows, and normalise as it does."""
+        """Resize to the largest square grid that the processor allows, and normalise as it does."""
         grid = int(self.processor.max_num_patches**0.5)
         patch = int(self.processor.patch_size)
         side = grid * patch

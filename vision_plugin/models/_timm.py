@@ -17,18 +17,18 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
         name: A name that timm lists, with its tag (``"vit_base_patch14_dinov2.lvd142m"``), a local
             folder with timm's ``config.json``, or ``"hf-hub:owner/repository"``.
         pretrained: A checkpoint file to load instead of the published weights.
-        revision: Branch, tag or commit, for a hub repository.
+        revision: Branch, tag or commit of a hub repository.
 
     Raises:
         ValueError: nothing is found under that name.
-        UnsupportedModelError: there is no adapter for it.
+        UnsupportedModelError: there is no adapter for the model.
     """
     import timm
 
     if pretrained is not None and not Path(pretrained).is_file():
         raise ValueError(
-            f"pretrained={pretrained!r} is no file; a timm name carries the tag of its weights "
-            "itself, as in 'timm:vit_base_patch14_dinov2.lvd142m'"
+            f"pretrained={pretrained!r} is not a file; a timm name carries the tag of its weights, "
+            "as in 'timm:vit_base_patch14_dinov2.lvd142m'"
         )
     try:
         model = timm.create_model(

@@ -1,4 +1,4 @@
-"""Latents of the tokens of some images, in sparse form wherever the dictionary allows it."""
+"""Latents of the tokens of some images, sparse wherever the dictionary allows it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vision_plugin.models.dictionary import Dictionary, encode_and_decode
 
 @dataclass(frozen=True)
 class TokenLatents:
-    """What a dictionary makes of the tokens of some images.
+    """A dictionary's latents and reconstructions of the tokens of some images.
 
     Attributes:
-        rows: latents ``[n * tokens, k]``, image by image: compressed rows, or dense where latents
-            may be negative (a zero is then no minimum, and metrics ask which images have one).
-        reconstruction: ``[n, tokens, d_out]``.
+        rows: Latents ``[n * tokens, k]``, image by image: compressed rows, or dense where some
+            are negative, because a missing entry, a zero, is then not the smallest value.
+        reconstruction: Decoded activations ``[n, tokens, d_out]``.
     """
 
     rows: SparseLatents | Tensor
@@ -29,31 +29,31 @@ class TokenLatents:
 
     @property
     def n_images(self) -> int:
-        """The number of images."""
+        """Number of images."""
         return int(self.reconstruction.shape[0])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens per image."""
         return int(self.reconstruction.shape[1])
 
     @property
     def n_active(self) -> int:
-        """Latents that are not zero, over all tokens."""
+        """Number of latents that are not zero, over all tokens."""
         values = self.rows.values if isinstance(self.rows, SparseLatents) else self.rows
         return int(torch.count_nonzero(values))
 
     @cached_property
     def dense(self) -> Float[Tensor, "n tokens k"]:
-        """All of them, zeros included."""
+        """All latents as one dense tensor, zeros included."""
         rows = self.rows.to_dense() if isinstance(self.rows, SparseLatents) else self.rows
         return rows.view(self.n_images, self.n_tokens, rows.shape[1])
 
     def flat(self, tokens: Int[Tensor, " chosen"] | None = None) -> Tensor:
-        """Latents of some tokens of each image, ``[n * chosen, k]``: sparse COO, or dense.
+        """Return latents of some tokens of each image, ``[n * chosen, k]``: sparse COO, or dense.
 
         Args:
-            tokens: places among the tokens of an image; all by default.
+            tokens: Places among the tokens of an image; all by default.
         """
         if not isinstance(self.rows, SparseLatents):
             chosen = self.dense if tokens is None else self.dense[:, tokens.to(self.rows.device)]
@@ -74,17 +74,17 @@ class TokenLatents:
         return entries.coalesce()
 
     def pooled(self, how: str) -> Tensor:
-        """Latents of each image, ``[n, k]``: sparse COO, or dense.
+        """Return latents of each image, ``[n, k]``: sparse COO, or dense.
 
         Args:
-            how: ``"max"`` or ``"mean"`` over the tokens.
+            how: Pooling over the tokens, ``"max"`` or ``"mean"``.
         """
         if not isinstance(self.rows, SparseLatents):
             return self.dense.amax(dim=1) if how == "max" else self.dense.mean(dim=1)
         width = self.rows.d_sae
         entry = self.rows.rows() // self.n_tokens * width + self.rows.indices.long()
         found, group = entry.unique(return_inverse=True)
-        # Latents are positive here, so the zeros of other tokens never are the maximum.
+        # Latents are positive here, so the zeros of other tokens are never the maximum.
         start = self.rows.values.new_zeros(len(found))
         if how == "max":
             values = start.scatter_reduce(0, group, self.rows.values, "amax")
@@ -103,11 +103,11 @@ class TokenLatents:
     def entries(
         self, pooling: str, patches: Int[Tensor, " patches"] | None = None
     ) -> dict[str, Callable[[], Tensor]]:
-        """Return makers of the forms that metrics take latents in: dense, and sparse beside them.
+        """Return functions that make the latents as metrics take them, dense and sparse.
 
         Args:
-            pooling: How tokens become images, see :meth:`pooled`.
-            patches: Places of the patches among the tokens.
+            pooling: Pooling of tokens to images, see :meth:`pooled`.
+            patches: Places of the patches among the tokens; None leaves out what needs patches.
         """
         makers: dict[str, Callable[[], Tensor]] = {
             "latents": lambda: _with_zeros(self.pooled(pooling)),
@@ -129,8 +129,8 @@ def encode_tokens(dictionary: Dictionary, source: Float[Tensor, "n tokens d_in"]
     """Encode and decode the tokens of some images.
 
     Args:
-        dictionary: An SAE or a transcoder of SAELens, a control, or any other dictionary.
-        source: Activations.
+        dictionary: A SAELens SAE or transcoder, a control, or any other dictionary.
+        source: Activations of the tokens, heads joined.
     """
     latents, reconstruction = encode_and_decode(dictionary, source)
     if isinstance(latents, SparseLatents) and bool((latents.values < 0).any()):

@@ -14,10 +14,10 @@ KINDS = ("cls", "patch", "register", "all")
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Order of the tokens in a vision transformer: CLS, registers, then patches row by row."""
+    """Order of a vision transformer's tokens: CLS, registers, then patches row by row."""
 
     n_cls: int
-    """Class tokens at the front: 1, 0 for towers without one, 2 with a distillation token."""
+    """Class tokens at the front: 1, or 0 in towers without one, or 2 with a distillation token."""
     n_registers: int
     grid: tuple[int, int]
     """Rows and columns of the patch grid."""
@@ -34,12 +34,12 @@ class TokenLayout:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kind of each token: ``cls``, ``register`` or ``patch``."""
+        """Kind of each token: ``"cls"``, ``"register"`` or ``"patch"``."""
         counts = {"cls": self.n_cls, "register": self.n_registers, "patch": self.n_patches}
         return tuple(kind for kind, count in counts.items() for _ in range(count))
 
     def indices(self, kind: str) -> Int[Tensor, "selected"]:
-        """Rows of one kind, ascending.
+        """Return the rows of one kind, ascending.
 
         Args:
             kind: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``.
@@ -68,7 +68,7 @@ class TokenLayout:
         return rows
 
     def mask(self, kind: str) -> Bool[Tensor, "tokens"]:
-        """True at the rows of one kind."""
+        """Return a mask that is True at the rows of one kind."""
         mask = torch.zeros(self.n_tokens, dtype=torch.bool)
         mask[self.indices(kind)] = True
         return mask
@@ -101,15 +101,15 @@ class TokenSelection:
     def rows(
         self, layout: TokenLayout, batch: int, generator: torch.Generator | None = None
     ) -> Int[Tensor, "batch selected"]:
-        """The selected rows of each image, ascending.
+        """Return the selected rows of each image, ascending.
 
         Args:
-            layout: The model's tokens.
+            layout: Order of the model's tokens.
             batch: Number of images.
-            generator: Draws the rows of ``random:n``; the global one where None.
+            generator: Draws the rows of ``random:n``; None takes torch's global generator.
 
         Raises:
-            ValueError: more random rows are asked for than the model has tokens.
+            ValueError: ``random:n`` asks for more rows than the model has tokens.
         """
         rows = layout.indices(self.kind)
         if self.n_random is None:
@@ -124,6 +124,6 @@ class TokenSelection:
     def mask(
         self, layout: TokenLayout, batch: int, generator: torch.Generator | None = None
     ) -> Bool[Tensor, "batch tokens"]:
-        """True at the selected rows of each image."""
+        """Return a mask that is True at the selected rows of each image."""
         mask = torch.zeros(batch, layout.n_tokens, dtype=torch.bool)
         return mask.scatter_(1, self.rows(layout, batch, generator), True)

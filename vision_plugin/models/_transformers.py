@@ -21,19 +21,19 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
 
     Args:
         name: Hugging Face id, local folder, or ``"demo"``.
-        pretrained: Not used here; None.
+        pretrained: None; a transformers checkpoint brings its own weights.
         revision: Branch, tag or commit on the hub.
 
     Raises:
         ValueError: nothing is found under that name, or ``pretrained`` is given.
-        UnsupportedModelError: there is no adapter for it.
+        UnsupportedModelError: there is no adapter for the model.
     """
     from transformers import AutoConfig
 
     if pretrained is not None:
         raise ValueError(
             f"pretrained={pretrained!r} does not apply to {name!r}: a transformers checkpoint "
-            "brings its weights. It belongs to 'open_clip:...' and 'timm:...'"
+            "brings its own weights. Use it with 'open_clip:...' or 'timm:...'"
         )
     path = _local_folder(name)
     try:
@@ -84,7 +84,7 @@ def _module(config: Any, path: str, revision: str | None) -> nn.Module:
 
 
 def _tower_alone(config: Any, path: str, revision: str | None) -> nn.Module:
-    """The vision tower of a multimodal checkpoint; its language model is not put into memory."""
+    """Load the vision tower of a multimodal checkpoint without its language model."""
     import transformers
 
     architecture = _default_architecture(config.vision_config)
@@ -127,7 +127,7 @@ def _images(path: str, revision: str | None) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        logger.warning("%s comes without preprocessing for images (%s)", path, error)
+        logger.warning("%s has no preprocessing for images (%s)", path, error)
         return None
 
 
@@ -139,5 +139,5 @@ def _tokenizer(config: Any, path: str, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        logger.warning("%s comes without a tokenizer (%s)", path, error)
+        logger.warning("%s has no tokenizer (%s)", path, error)
         return None

@@ -1,4 +1,4 @@
-"""``wrap``: from a module in hand to a bridge, by the adapter of its class."""
+"""``wrap`` makes a bridge from a module, with the adapter of the module's class."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENTRY_POINTS = "transformer_lens.architectures"
 OWN_ENTRY_POINTS = "vision_plugin.architectures"
 _HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
 _LIBRARIES = {"timm": "Timm", "open_clip": "OpenClip"}
-"""Prefix of an architecture's entry-point name by the library its module class comes from."""
+"""Prefix of an architecture's entry-point name, by the library that defines the module class."""
 
 
 def wrap(
@@ -41,19 +41,19 @@ def wrap(
 ) -> VisionBridge:
     """Put a native vision transformer under TransformerLens names.
 
-    The module itself is not touched: the bridge is built on a copy of its structure that shares
-    every weight with it. Of a model that carries a supported tower inside (LLaVA, a masked
-    autoencoder with its decoder), the tower is what is wrapped.
+    The module stays untouched: the bridge is a copy of its structure and shares every weight with
+    it. If a model contains a supported tower (LLaVA, a masked autoencoder with its decoder), the
+    bridge wraps the tower.
 
     Args:
         module: A vision tower or an image-text model of a supported family.
-        name: What errors, SAEs and reports call it; the class name by default.
-        processor: Images to pixels: a transformers image processor, or a torchvision transform.
-        tokenizer: A transformers tokenizer, or a callable from texts to the text tower's arguments.
-        revision: The checkpoint's revision, for the record.
+        name: Name of the model in errors, SAEs and reports; the class name by default.
+        processor: Turns images into pixels: a transformers processor or torchvision transform.
+        tokenizer: A transformers tokenizer, or a function from texts to the text tower's arguments.
+        revision: The checkpoint's revision, kept for records.
 
     Raises:
-        UnsupportedModelError: no adapter fits; it says which part did not match.
+        UnsupportedModelError: no adapter fits; the message says which part did not match.
     """
     name = name or type(module).__name__
     architecture, adapter_class = find_adapter(module)
@@ -87,9 +87,9 @@ def wrap(
 
 @cache
 def adapters() -> dict[str, Any]:
-    """Architecture names to the entry points of their adapters, other packages' included.
+    """Return entry points of adapters by architecture name, from this and other packages.
 
-    The package's own group comes first: TransformerLens has adapters of its own for some
+    This package's own group comes first: TransformerLens has its own adapters for some
     architectures, and its group cannot replace them.
     """
     found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def adapters() -> dict[str, Any]:
 
 
 def find_adapter(module: nn.Module) -> tuple[str, Any]:
-    """Architecture name and adapter class for a module, by its class or the classes it extends.
+    """Return architecture name and adapter class for a module's class or its base classes.
 
     Raises:
         UnsupportedModelError: no entry point has a matching name.
@@ -117,7 +117,7 @@ def find_adapter(module: nn.Module) -> tuple[str, Any]:
 
 
 def inner_tower(adapter_class: Any) -> str | None:
-    """Path of the vision tower, where an entry point says that a model carries one inside."""
+    """Return the path of the vision tower if an entry point says that a model contains one."""
     return getattr(adapter_class, "inner_path", None)
 
 
@@ -126,19 +126,19 @@ def _part(module: nn.Module, path: str, name: str) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{name}: a {type(module).__name__} keeps its vision tower in {path!r}, but this one "
+            f"{name}: a {type(module).__name__} has its vision tower in {path!r}, but this one "
             f"has no such part. {_HOW_TO_ADD}"
         ) from error
 
 
 def _processed_size(dims: Any, images: ImageProcessor) -> Any:
-    """The sizes of a tower that takes any image, with the size that its preprocessing makes."""
+    """Return the sizes of a tower that takes any image, with its preprocessing's image size."""
     height, width = images([Image.new("RGB", (dims.image_size[1], dims.image_size[0]))]).shape[-2:]
     return replace(dims, image_size=(height, width))
 
 
 def share_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module's structure whose parameters and buffers are the module's own."""
+    """Return a copy of a module's structure that shares the module's parameters and buffers."""
     shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(module, shared)
 

@@ -1,7 +1,7 @@
-"""What a dictionary is to this package, and how one is run.
+"""The protocol of a dictionary, and functions that run one.
 
 SAELens's SAEs and transcoders are dictionaries, and so are the controls of ``vp.metrics``. A
-dictionary encodes activations to latents and decodes latents to activations; its configuration
+dictionary encodes activations to latents and decodes latents to activations. Its configuration
 holds its widths and, in ``metadata``, its place in a model.
 """
 
@@ -24,7 +24,7 @@ class DictionaryConfig(Protocol):
 
     @property
     def d_in(self) -> int:
-        """Width of the activations that are encoded."""
+        """Width of the activations that the dictionary encodes."""
         ...
 
     @property
@@ -57,22 +57,22 @@ class Dictionary(Protocol):
 
 
 def d_out(dictionary: Dictionary) -> int:
-    """Width of what a dictionary decodes to: ``d_in``, or a transcoder's ``d_out``."""
+    """Return the width of a dictionary's output: a transcoder's ``d_out``, or else ``d_in``."""
     return int(getattr(dictionary.cfg, "d_out", None) or dictionary.cfg.d_in)
 
 
 def is_sae_lens(dictionary: object) -> bool:
-    """Whether a dictionary is one of SAELens's classes; SAELens is not imported for the answer."""
+    """Return whether a dictionary is of a SAELens class, without importing SAELens."""
     sae_lens = sys.modules.get("sae_lens")
     return sae_lens is not None and isinstance(dictionary, sae_lens.SAE)
 
 
 @contextmanager
 def bare(dictionary: Dictionary) -> Iterator[None]:
-    """Let a dictionary take flat activations, and silence whatever watches it.
+    """Make a dictionary take flat activations, with its hook points silent.
 
-    The dictionary's own hook points pass everything through, and one that SAELens made for
-    ``hook_z`` takes all heads as one vector.
+    The hook points pass everything through, and an SAE that SAELens made for ``hook_z`` takes all
+    heads as one vector.
     """
     with silent_hooks(dictionary), heads_joined(dictionary):
         yield
@@ -80,7 +80,7 @@ def bare(dictionary: Dictionary) -> Iterator[None]:
 
 @contextmanager
 def silent_hooks(dictionary: Dictionary) -> Iterator[None]:
-    """Let the dictionary's own hook points pass everything through."""
+    """Make the dictionary's own hook points pass everything through."""
     hooks = dict(getattr(dictionary, "hook_dict", {}))
     try:
         for name in hooks:
@@ -93,9 +93,9 @@ def silent_hooks(dictionary: Dictionary) -> Iterator[None]:
 
 @contextmanager
 def heads_joined(dictionary: Any) -> Iterator[None]:
-    """Let a dictionary take all heads of ``hook_z`` as one vector, ``[..., d_in]``.
+    """Make a dictionary take all heads of ``hook_z`` as one vector, ``[..., d_in]``.
 
-    SAELens has SAEs that take ``[..., n_heads, d_head]`` there (``reshape_activations="hook_z"``).
+    Some SAELens SAEs take ``[..., n_heads, d_head]`` there (``reshape_activations="hook_z"``).
     """
     if not getattr(dictionary, "hook_z_reshaping_mode", False):
         yield
@@ -108,7 +108,7 @@ def heads_joined(dictionary: Any) -> Iterator[None]:
 
 
 def join_heads(activation: Tensor, width: int) -> Tensor:
-    """Return ``[n, tokens, n_heads, d_head]`` as ``[n, tokens, width]``, others as they are."""
+    """Return ``[n, tokens, n_heads, d_head]`` as ``[n, tokens, width]``; keep other shapes."""
     if activation.ndim == 4 and activation.shape[-1] != width:
         return activation.flatten(-2)
     return activation
@@ -118,8 +118,8 @@ def reconstruct(dictionary: Any, x: Float[Tensor, "*batch d_in"]) -> Float[Tenso
     """Encode and decode, on the sparse kernel where the dictionary allows it.
 
     Args:
-        dictionary: A dictionary; what a skip transcoder adds from its input is added.
-        x: Activations, with all heads joined.
+        dictionary: Any dictionary; the skip term of a skip transcoder is added.
+        x: Activations with all heads joined.
     """
     with heads_joined(dictionary):
         if not is_sae_lens(dictionary):
@@ -139,12 +139,12 @@ def encode_and_decode(
     """Return latents and reconstruction.
 
     Args:
-        dictionary: A dictionary.
-        x: Activations, with all heads joined.
+        dictionary: Any dictionary.
+        x: Activations with all heads joined.
 
     Returns:
         Latents of every activation vector, leading axes flattened: compressed rows where the
-        dictionary gives them, or else dense ``[rows, d_sae]``; and the reconstruction.
+        dictionary can make them, or else dense ``[rows, d_sae]``. Then the reconstruction.
     """
     with heads_joined(dictionary):
         if is_sae_lens(dictionary):
@@ -159,7 +159,7 @@ def encode_and_decode(
 
 
 def encode(dictionary: Any, x: Float[Tensor, "*batch d_in"]) -> SparseLatents | Tensor:
-    """Return the latents of :func:`encode_and_decode` alone."""
+    """Return the latents that :func:`encode_and_decode` returns, without decoding."""
     with heads_joined(dictionary):
         if is_sae_lens(dictionary):
             from vision_plugin.models._sparse_inference import sparse_latents

@@ -1,4 +1,4 @@
-"""A dictionary at a hook of a model, on chosen tokens: where it reads, where it writes, what fits.
+"""A site: a dictionary's hooks in a model and its tokens, and checks that both fit.
 
 Splicing, steering, the training stream, evaluation and the report all read and replace activations
 through a :class:`Site`.
@@ -24,20 +24,20 @@ from vision_plugin.models._tokens import TokenLayout, TokenSelection
 from vision_plugin.models.dictionary import Dictionary, d_out, join_heads
 
 LATENT_ELEMENTS = 2**27
-"""Largest latent tensor of a batch (512 MiB in float32)."""
+"""Largest number of latent values in a batch (512 MiB in float32)."""
 
 _TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a batch of images gave at a site.
+    """Activations of a batch of images at a site.
 
     Attributes:
-        source: activations that a dictionary encodes, ``[n, tokens, d_in]``.
-        target: activations that it is to give, ``[n, tokens, d_out]``; the same tensor except for
-            a transcoder.
-        rows: places of the selected tokens in the model's sequence, ``[n, tokens]``.
+        source: Activations that a dictionary encodes, ``[n, tokens, d_in]``.
+        target: Activations that it should reconstruct, ``[n, tokens, d_out]``; the same tensor
+            except for a transcoder.
+        rows: Places of the selected tokens in the model's sequence, ``[n, tokens]``.
     """
 
     source: Float[Tensor, "n tokens d_in"]
@@ -45,18 +45,18 @@ class Reading:
     rows: Int[Tensor, "n selected"]
 
     def encode(self, dictionary: Dictionary) -> TokenLatents:
-        """Return what a dictionary makes of these tokens, sparse where it can be."""
+        """Return a dictionary's latents and reconstructions of these tokens."""
         return encode_tokens(dictionary, self.source)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A model, the hooks that a dictionary reads and writes there, and the tokens it is for.
+    """A model, the hooks that a dictionary reads and writes, and the tokens it works on.
 
     Attributes:
-        model: a VisionBridge.
-        hook_name: where a dictionary reads.
-        hook_name_out: where it writes; the same hook except for a transcoder.
+        model: A VisionBridge.
+        hook_name: Hook that a dictionary reads.
+        hook_name_out: Hook that it writes; the same one except for a transcoder.
         tokens: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``.
     """
 
@@ -74,11 +74,11 @@ class Site:
         tokens: str | None = None,
         check_model: bool = True,
     ) -> Site:
-        """Find a dictionary's place in a model.
+        """Return the site of a dictionary in a model.
 
         Args:
             model: A VisionBridge.
-            dictionary: Its metadata names the hooks.
+            dictionary: A dictionary whose metadata names the hooks.
             tokens: Kind of token; None takes the kind that the dictionary was trained on.
             check_model: Refuse a dictionary that was trained on another model.
 
@@ -95,7 +95,7 @@ class Site:
 
     @property
     def hook_names(self) -> list[str]:
-        """The hooks, each once."""
+        """Names of the hooks, each once."""
         return list(dict.fromkeys([self.hook_name, self.hook_name_out]))
 
     @property
@@ -113,16 +113,16 @@ class Site:
 
     @property
     def patch_rows(self) -> Int[Tensor, " patches"] | None:
-        """Places of the patches among the selected tokens; None where they are not all there."""
+        """Places of the patches among the selected tokens; None unless all patches are selected."""
         kinds = self.token_kinds or ()
         rows = torch.tensor([row for row, kind in enumerate(kinds) if kind == "patch"])
         return rows if len(rows) == self.model.token_layout().n_patches else None
 
     @cached_property
     def has_tokens(self) -> bool:
-        """Whether the hook gives a vector per token, and not one per image.
+        """Whether the hook has one vector per token, and not one per image.
 
-        Hooks before and in the blocks do. Any other hook is asked with an empty image.
+        Hooks before and in the blocks have. For any other hook, the model runs an empty image.
         """
         if self.hook_name.startswith(("blocks.", "embed.", "embed_ln.", "hook_")):
             return True
@@ -133,17 +133,17 @@ class Site:
 
     @property
     def n_tokens(self) -> int:
-        """Number of selected tokens of an image."""
+        """Number of selected tokens per image."""
         return self.selection.n_random or len(self.token_kinds or (None,))
 
     def images_at_once(self, width: int, batch_size: int) -> int:
-        """Return how many images fit in memory together, with ``width`` numbers a token."""
+        """Return how many images fit in memory together, at ``width`` numbers per token."""
         return min(batch_size, max(1, LATENT_ELEMENTS // max(1, self.n_tokens * width)))
 
     # ------------------------------------------------------------------ reading
 
     def harvester(self) -> Harvester:
-        """Return what collects this site's activations."""
+        """Return a Harvester of this site's activations."""
         return Harvester(self.model, self.hook_names)
 
     def rows(
@@ -155,11 +155,11 @@ class Site:
     def read(
         self, found: Mapping[str, Tensor], rows: Int[Tensor, "n selected"] | None = None
     ) -> Reading:
-        """Take the selected tokens out of harvested activations.
+        """Select the tokens from harvested activations.
 
         Args:
             found: Activations by hook name.
-            rows: Places of the tokens; drawn, or read off the layout, where None.
+            rows: Places of the tokens, ``[n, tokens]``; None takes this site's selection.
 
         Raises:
             ValueError: an activation has no axis for the model's tokens.
@@ -182,7 +182,7 @@ class Site:
         return token_mask(self.selection, self.model.token_layout(), activation)
 
     def put(self, activation: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-        """Return an activation with ``values`` ``[n, tokens, d]`` at the places ``rows``."""
+        """Return the activation with ``values`` ``[n, tokens, d]`` at the places ``rows``."""
         new = values.to(activation.dtype)
         if activation.ndim == 2:
             return new[:, 0]
@@ -192,7 +192,7 @@ class Site:
 
     @contextmanager
     def replaced(self, rows: Tensor, values: Tensor) -> Iterator[None]:
-        """Run the model with other activations ``[n, tokens, d]`` where a dictionary writes."""
+        """Replace the activations that a dictionary writes by ``values`` ``[n, tokens, d]``."""
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
             del hook
@@ -208,15 +208,15 @@ def select_tokens(
     """Return the activations of some tokens, with all heads joined.
 
     Args:
-        activation: ``[n, d]`` of a pooled hook, which counts as one token, ``[n, tokens, d]``, or
-            ``[n, tokens, n_heads, d_head]``.
+        activation: ``[n, tokens, d]``, ``[n, tokens, n_heads, d_head]``, or ``[n, d]`` of a pooled
+            hook, which counts as one token.
         rows: Places of the tokens, ``[n, selected]``.
-        hook_name: What an error names.
+        hook_name: Name of the hook in errors.
         n_tokens: Length of the model's sequence.
-        keep_all: All tokens are selected: nothing is copied.
+        keep_all: Whether all tokens are selected, so that nothing is copied.
 
     Raises:
-        ValueError: the second axis is not the model's tokens.
+        ValueError: the second axis does not have the model's tokens.
     """
     if activation.ndim == 4:
         activation = activation.flatten(-2)
@@ -251,44 +251,44 @@ def token_mask(selection: TokenSelection, layout: TokenLayout, activation: Tenso
     return mask.reshape(*mask.shape, *[1] * (activation.ndim - 2))
 
 
-# ---------------------------------------------------------------------- what a dictionary says
+# ---------------------------------------------------------------------- a dictionary's metadata
 
 
 def hook_names(dictionary: Dictionary) -> tuple[str, str]:
-    """Return the hooks that a dictionary reads and writes, as its metadata names them.
+    """Return the hooks that a dictionary reads and writes, from its metadata.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the metadata names no hook.
     """
     metadata = dictionary.cfg.metadata
     hook_name = metadata.get("hook_name")
     if not hook_name:
         raise ValueError(
-            "this SAE does not say where it belongs: set sae.cfg.metadata.hook_name, for example "
-            "'blocks.10.hook_resid_post'"
+            "this SAE does not say which hook it belongs to: set sae.cfg.metadata.hook_name, for "
+            "example 'blocks.10.hook_resid_post'"
         )
     return str(hook_name), str(metadata.get("hook_name_out") or hook_name)
 
 
 def trained_tokens(dictionary: Dictionary) -> str:
-    """Return the kind of token that a dictionary was trained on; ``"all"`` where it is silent."""
+    """Return the kind of token that a dictionary was trained on; ``"all"`` where it is unknown."""
     tokens = dictionary.cfg.metadata.get("tokens") or "all"
     return "all" if str(tokens).startswith("random:") else str(tokens)
 
 
-# ---------------------------------------------------------------------- what fits
+# ---------------------------------------------------------------------- checks
 
 
 def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -> None:
-    """Raise where a dictionary and a model do not fit together.
+    """Raise if a dictionary and a model do not fit together.
 
     Args:
         model: A VisionBridge.
-        dictionary: Its metadata names a hook of the model.
-        check_model: Compare the weights' signature as well, where the dictionary carries one.
+        dictionary: A dictionary whose metadata names a hook of the model.
+        check_model: Whether to compare the signature of the weights too, if the dictionary has one.
 
     Raises:
-        ValueError: the widths or the models differ; both sides are named.
+        ValueError: the widths or the models differ; the message names both sides.
     """
     metadata, name = dictionary.cfg.metadata, model.cfg.model_name
     hook_in = metadata["hook_name"]
@@ -300,8 +300,8 @@ def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -
     if check_model and trained_on and not same_signature(trained_on, signature(model.native)):
         raise ValueError(
             f"this SAE was trained on {metadata.get('model_name') or 'another model'}, whose "
-            f"weights are not those of {name}. Load that model, or attach it all the same with "
-            "check_model=False"
+            f"weights differ from the weights of {name}. Load that model, or attach the SAE anyway "
+            "with check_model=False"
         )
 
 
@@ -317,7 +317,7 @@ def signature(module: nn.Module) -> list[float]:
 
 
 def same_signature(trained_on: Sequence[float], here: Sequence[float]) -> bool:
-    """Return whether two signatures are of the same weights."""
+    """Return whether two signatures belong to the same weights."""
     if len(trained_on) != len(here):
         return False
     pairs = zip(trained_on, here, strict=True)
@@ -325,7 +325,7 @@ def same_signature(trained_on: Sequence[float], here: Sequence[float]) -> bool:
 
 
 def hook_width(model: Any, hook_name: str) -> int | None:
-    """Return the width of the activation at a hook; None where the name does not tell."""
+    """Return the width of the activation at a hook; None where its name does not tell."""
     cfg = model.cfg
     if re.search(r"mlp\.hook_(pre|post)$|mlp\.(in\.hook_out|out\.hook_in)$", hook_name):
         return int(cfg.d_mlp)
@@ -341,21 +341,21 @@ def _check_width(width_of_dictionary: int, hook_name: str, model: Any) -> None:
     if width is not None and width != width_of_dictionary:
         raise ValueError(
             f"the SAE works on {width_of_dictionary} dimensions, but {hook_name} of "
-            f"{model.cfg.model_name} has {width}: it belongs to another model or hook"
+            f"{model.cfg.model_name} has {width}: the SAE belongs to another model or hook"
         )
 
 
-# ---------------------------------------------------------------------- hooks of our own
+# ---------------------------------------------------------------------- our own hooks
 
 
 def permanent_hook(hook_point: HookPoint, function: Any) -> LensHandle:
-    """Add a hook that survives ``reset_hooks``, and return the handle that removes just it."""
+    """Add a hook that survives ``reset_hooks``, and return the handle that removes it alone."""
     hook_point.add_hook(function, is_permanent=True)
     return hook_point.fwd_hooks[-1]
 
 
 def remove_hook(hook_point: HookPoint, handle: LensHandle) -> None:
-    """Remove one hook, also where something else has cleared the hook point before."""
+    """Remove one hook, even if something else has cleared the hook point before."""
     handle.hook.remove()
     if handle in hook_point.fwd_hooks:
         hook_point.fwd_hooks.remove(handle)
@@ -363,7 +363,7 @@ def remove_hook(hook_point: HookPoint, handle: LensHandle) -> None:
 
 @contextmanager
 def hooked(model: Any, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Run hook functions, by hook name, for the length of a ``with`` block."""
+    """Run hook functions, by hook name, within a ``with`` block."""
     hooks = model.hook_dict
     handles = [(hooks[name], permanent_hook(hooks[name], run)) for name, run in functions.items()]
     try:
