@@ -175,7 +175,7 @@ def test_a_place_in_other_batches_is_refused(
 ) -> None:
     state = store.batches(RESID, 50).state_dict()
     other = store.batches(RESID, **{"batch_size": 50, **changes})
-    with pytest.raises(StoreMismatchError, match="the saved place is of other batches"):
+    with pytest.raises(StoreMismatchError, match="the saved position is of other batches"):
         other.load_state_dict(state)
 
 
@@ -191,7 +191,7 @@ def test_a_place_in_another_store_is_refused(store: ActivationStore, tmp_path: P
         ("blocks.0.hook_resid_pre", 5, 20, "no activations of"),
         ([], 5, 20, "at least one hook"),
         (RESID, 0, 20, "batch_size=0"),
-        (RESID, 5, 1, "at least 2"),
+        (RESID, 5, 1, "use 2 or more"),
     ],
 )
 def test_what_cannot_be_served(

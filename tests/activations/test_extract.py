@@ -352,7 +352,7 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"hook_names": []}, "hook_names is empty"),
-            ({"hook_names": [RESID, RESID]}, "names one twice"),
+            ({"hook_names": [RESID, RESID]}, "names a hook twice"),
             ({"dtype": "int8"}, "use 'float32'"),
             ({"batch_size": 0}, "batch_size=0"),
             ({"max_bad_images": -1}, "max_bad_images=-1"),

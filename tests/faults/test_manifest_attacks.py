@@ -103,7 +103,7 @@ def test_one_that_is_too_deep_or_long(store_path: Path, bomb: bytes) -> None:
 def test_a_key_that_stands_there_twice(store_path: Path) -> None:
     path = store_path / "manifest.json"
     path.write_text(path.read_text().replace("{", '{"seed": 1,', 1))
-    opening_fails(store_path, "a key stands there twice")
+    opening_fails(store_path, "a key occurs twice")
 
 
 def test_a_link_in_place_of_the_manifest(store_path: Path, tmp_path: Path) -> None:

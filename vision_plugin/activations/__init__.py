@@ -1,8 +1,8 @@
-"""Activations of images, to disk and back.
+"""Store activations of images on disk, and read them back.
 
 ``extract`` runs images through a model into a store, ``ActivationStore`` reads it, ``verify``
-and ``info`` tell whether it is sound and what is in it. SPEC.md beside this file is the format.
-Importing this package is quick; torch and TransformerLens come with the first name that needs them.
+checks it and ``info`` says what is in it. SPEC.md beside this file defines the format.
+Importing this package is quick: the first name that needs torch and TransformerLens imports them.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Endless shuffled batches from a store, with bounded memory and a place that can be saved."""
+"""Endless shuffled batches from a store, with bounded memory and a position that can be saved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vision_plugin.activations._windows import ReadableStore, Window, WindowRead
 
 @dataclass(frozen=True)
 class Batch:
-    """Vectors with where each comes from."""
+    """Activation vectors, with the image and the row that each comes from."""
 
     activations: dict[str, Float[Tensor, "batch d_in"]]
-    """By hook name."""
+    """Vectors by hook name."""
     images: Int[Tensor, "batch"]
     """Number of the image in the store: ``store.ids[i]``, ``store.labels[i]``."""
     rows: Int[Tensor, "batch"]
@@ -27,14 +27,14 @@ class Batch:
 
 
 class ShuffledBatches:
-    """An iterator over batches; made by ``ActivationStore.batches``.
+    """An iterator over batches; ``ActivationStore.batches`` makes it.
 
-    The chunks of the store (a few consecutive images each) are put into a random order every
-    epoch. Half a buffer of them is read at a time, and its rows are served in a random order,
+    It puts the chunks of the store (a few consecutive images each) into a random order every
+    epoch. It reads half a buffer of them at a time, and serves its rows in a random order
     while the other half is being read. A batch that begins in one half ends in the next.
 
-    A batch of the stored type is a part of its half, not a copy: it stays as it is for as long as
-    it is held, and keeps the memory of that half. Clone one that is to be kept.
+    A batch of the stored type is a part of its half, not a copy: while you hold it, its values
+    stay and the memory of that half is in use. Clone a batch that you keep.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ShuffledBatches:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: use a whole number from 1 up")
         if n_batches_in_buffer < 2:
-            raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: at least 2 are needed")
+            raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: use 2 or more")
         if len(store) == 0:
             raise ValueError(f"{store!r} holds no activations to make batches of")
         chunk_rows = max(s.plan.images_per_chunk for s in store.shards) * self._rows
@@ -89,12 +89,12 @@ class ShuffledBatches:
         return self
 
     def __next__(self) -> Tensor | dict[str, Tensor]:
-        """The next batch: [batch_size, d_in], or a dictionary of such by hook name."""
+        """Return the next batch: [batch_size, d_in], or a dictionary of these by hook name."""
         found = self._vectors(self._next_parts())
         return found if self._single is None else found[self._single]
 
     def next_batch(self) -> Batch:
-        """The next batch with its images and rows; there always is one.
+        """Return the next batch with its images and rows; batches never end.
 
         Raises:
             ShardError: a shard is missing or damaged.
@@ -115,7 +115,7 @@ class ShuffledBatches:
         }
 
     def _next_parts(self) -> list[tuple[Window, slice]]:
-        """The windows that the next batch is in, and which rows of each it is."""
+        """Return the windows that hold the next batch, and the rows to take from each."""
         place = (self._epoch, self._number, self._offset, self._window)
         try:
             return self._take()
@@ -125,7 +125,7 @@ class ShuffledBatches:
 
     def _take(self) -> list[tuple[Window, slice]]:
         if self._offset:
-            # Only now: the memory of the half before is free once the last batch of it is let go.
+            # Only now: the last half's memory is free once its last batch is released.
             self._read_ahead()
         parts: list[tuple[Window, slice]] = []
         missing = self.batch_size
@@ -165,10 +165,10 @@ class ShuffledBatches:
             return self._epoch, self._number + 1
         return self._epoch + 1, 0
 
-    # ------------------------------------------------------------------ the place
+    # ------------------------------------------------------------------ the position
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch, as JSON values."""
+        """Return the position of the next batch, as JSON values."""
         return {
             **self._identity(),
             "epoch": self._epoch,
@@ -177,10 +177,10 @@ class ShuffledBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place that :meth:`state_dict` gave; the batches from there on are the same.
+        """Go to a position from :meth:`state_dict`; the batches from there on are the same.
 
         Raises:
-            StoreMismatchError: it belongs to another store, seed, batch or buffer size.
+            StoreMismatchError: the position belongs to another store, seed, batch or buffer size.
         """
         wrong = [
             f"{name}: {state.get(name)!r} saved, {value!r} here"
@@ -188,7 +188,7 @@ class ShuffledBatches:
             if state.get(name) != value
         ]
         if wrong:
-            raise StoreMismatchError(f"the saved place is of other batches: {'; '.join(wrong)}")
+            raise StoreMismatchError(f"the saved position is of other batches: {'; '.join(wrong)}")
         self._epoch, self._number = int(state["epoch"]), int(state["window"])
         self._offset, self._window = int(state["row"]), None
 

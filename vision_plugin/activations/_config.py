@@ -1,4 +1,4 @@
-"""What an extraction is told."""
+"""Configuration of an extraction."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """Images through a model, activations into a folder."""
+    """Run images through a model and store its activations in a folder."""
 
     model_name: str
-    """As for load_model: Hugging Face id or folder, ``open_clip:``, ``timm:``, or ``demo``."""
+    """Model: Hugging Face id or folder, ``open_clip:...``, ``timm:...`` or ``demo``."""
     images: str
-    """As for open_images: folder, ``imagefolder:``, Parquet, dataset name, tars, ``demo:N``."""
+    """Images: folder, ``imagefolder:...``, Parquet, dataset name, tars or ``demo:N``."""
     hook_names: Sequence[str]
-    """Hook points, all taken in one forward pass."""
+    """Hook points to store, all read in one forward pass."""
     output_path: str
-    """Folder of the store. One that an interrupted extraction left behind is gone on with."""
+    """Folder of the store. An interrupted extraction in it continues."""
     tokens: str = "all"
-    """``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
+    """Tokens to keep: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
     dtype: str = "float32"
     """Stored type: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
     batch_size: int = 32
     """Images per forward pass."""
     images_per_shard: int | None = None
-    """Images per file; by default about 128 MiB of them, and less in a small store."""
+    """Images per file; by default about 128 MiB of activations, and less in a small store."""
     max_bad_images: int = 100
-    """Images that may be unreadable before the run stops. It can be raised to go on."""
+    """Unreadable images to leave out before the run stops. Raise it to continue a run."""
     seed: int = 0
-    """Draws the tokens of ``random:n``."""
+    """Seed of the tokens that ``random:n`` draws."""
     image_column: str | None = None
-    """Column with the images, where it cannot be told; of WebDataset tars the suffix."""
+    """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a dataset."""
+    """Split of a dataset; by default its only one, or ``train``."""
     label_column: str | None = None
-    """Column with the labels; sub-folders, ``label`` and ``cls`` are found without it."""
+    """Column that holds the labels; by default sub-folders, ``label`` or ``cls``."""
     n_images: int | None = None
-    """Only the first so many."""
+    """How many images to take from the front; by default all."""
     streaming: bool = False
     """Read a dataset of the hub without storing it."""
     n_workers: int | None = None
-    """Processes that decode images, 0 for none; by default by the number of cores."""
+    """Processes that decode images, 0 for none; the default depends on the number of cores."""
     device: str | None = None
-    """Device of the model; a GPU where there is one."""
+    """Device of the model; by default a GPU where there is one."""
     pretrained: str | None = None
-    """open_clip's tag or file of weights."""
+    """Tag or file of weights for open_clip; a checkpoint file for timm."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
@@ -55,7 +55,7 @@ class ExtractionConfig:
         if not names:
             raise ValueError("hook_names is empty: name at least one, 'blocks.5.hook_resid_post'")
         if len(set(names)) != len(names):
-            raise ValueError(f"hook_names names one twice: {', '.join(names)}")
+            raise ValueError(f"hook_names names a hook twice: {', '.join(names)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: use 'float32', 'bfloat16' or 'float16'")
         for name, least in (

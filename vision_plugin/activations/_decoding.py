@@ -1,4 +1,4 @@
-"""Images to pixels, batch by batch, in worker processes."""
+"""Decode images to pixels, batch by batch, in worker processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WATCH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class BatchTask:
-    """The images of one forward pass: some of a shard's."""
+    """The images of one forward pass, all from one shard."""
 
     shard: ShardTask
     start: int
@@ -33,13 +33,13 @@ class BatchTask:
 
     @property
     def last(self) -> bool:
-        """Whether the shard ends with it."""
+        """Whether this is the shard's last batch."""
         return self.stop == self.shard.stop
 
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Pixels of the images that could be read, and the others with the reason."""
+    """Pixels of the readable images, and the reasons why others cannot be read."""
 
     task: BatchTask
     pixels: Float[Tensor, "good channels height width"] | None
@@ -49,7 +49,7 @@ class DecodedBatch:
 
 
 class PixelBatches(Dataset[DecodedBatch | Exception]):
-    """What workers do: decode and preprocess a batch. It depends on nothing but its numbers."""
+    """Decoded batches for worker processes; a batch depends on its number alone."""
 
     def __init__(self, source: ImageSource, processor: Any, tasks: Sequence[BatchTask]) -> None:
         self.source, self.processor, self.tasks = source, processor, tasks
@@ -58,7 +58,7 @@ class PixelBatches(Dataset[DecodedBatch | Exception]):
         return len(self.tasks)
 
     def __getitem__(self, number: int) -> DecodedBatch | Exception:
-        """Pixels of one batch, or what went wrong: an error that a worker raises loses its type."""
+        """Return a batch or its error; an error that a worker raises would lose its type."""
         try:
             return self._decoded(self.tasks[number])
         except Exception as error:
@@ -81,7 +81,7 @@ class PixelBatches(Dataset[DecodedBatch | Exception]):
 
 
 def batch_tasks(shards: Iterable[ShardTask], batch_size: int) -> list[BatchTask]:
-    """Batches of shards: they never cross from one into the next."""
+    """Return the batches of shards; no batch spans two shards."""
     return [
         BatchTask(shard, start, min(start + batch_size, shard.stop))
         for shard in shards
@@ -100,15 +100,15 @@ def decode(
     """Decode batches in order, ahead of their use.
 
     Args:
-        source: The images.
-        processor: Makes pixels of them.
-        tasks: Which batches.
-        n_workers: Processes that decode; none is this one.
-        yielding: Let them have only the time that this process leaves. A model that shares the
-            cores with them splits each of its operations over all cores and waits for the last one.
+        source: Images to decode.
+        processor: Turns images into pixels.
+        tasks: Batches to decode.
+        n_workers: Processes that decode; 0 decodes in this process.
+        yielding: Give workers only the time that this process leaves over. A model on the same
+            cores splits each operation over all of them and waits for the slowest.
 
     Raises:
-        ValueError: whatever the images or the preprocessing raise.
+        ValueError: the images or the preprocessing raise it.
     """
     for batch in _batches(PixelBatches(source, processor, tasks), n_workers, yielding):
         if isinstance(batch, Exception):
@@ -123,7 +123,7 @@ def _batches(
         return (batches[number] for number in range(len(batches)))
     if not batches.source.sequential:
         batches.source.labels  # noqa: B018  # read once here, not once per worker
-    # Workers that are forked start at once and need no importable main module.
+    # Forked workers start at once and need no importable main module.
     start = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     return DataLoader(
         batches,
@@ -136,7 +136,7 @@ def _batches(
 
 
 def _begin(parent: int, yielding: bool, worker: int) -> None:
-    """Set a worker process up."""
+    """Set up a worker process."""
     del worker
     end_with(parent)
     if yielding and hasattr(os, "nice"):
@@ -144,10 +144,10 @@ def _begin(parent: int, yielding: bool, worker: int) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this worker process soon after its parent, however early that was killed.
+    """End this worker process soon after its parent ends, even if that happened before.
 
-    PyTorch's own watch takes whoever is the parent when it begins for the parent: a worker whose
-    parent died just before would wait for work for ever.
+    PyTorch's own watch takes the process's parent at its start. A worker whose parent died just
+    before that would wait for work for ever.
     """
 
     def watch() -> None:
@@ -159,18 +159,18 @@ def end_with(parent: int) -> None:
 
 
 def default_workers(source: ImageSource, on_gpu: bool) -> int:
-    """Processes that keep the model fed: few beside a model on the CPU, many beside a GPU."""
+    """Return how many processes keep the model busy: few beside a CPU model, many beside a GPU."""
     if source.sequential:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
-    # Beside a model on the CPU they run when it waits for them: then all cores are theirs.
+    # Beside a model on the CPU they run while it waits for them, so they may use all cores.
     wanted = cores - 1 if on_gpu else max(cores // 2, min(2, cores))
     return max(1, min(16, wanted))
 
 
 def probe_pixels(processor: Any) -> Float[Tensor, "1 channels height width"]:
-    """Pixels of an empty image, to see their shape."""
+    """Return the pixels of an empty image, which show the shape."""
     from PIL import Image
 
     pixels: Tensor = processor([Image.new("RGB", (64, 64))])

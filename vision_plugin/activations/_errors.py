@@ -1,4 +1,4 @@
-"""What can be wrong with a store or an extraction, by name."""
+"""Errors of stores and extractions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class StoreError(ValueError):
 
 
 class ManifestError(StoreError):
-    """A JSON file of a store is damaged, of another version, or not what it should be."""
+    """A JSON file of a store is damaged, of another version, or of the wrong content."""
 
 
 class ShardError(StoreError):
@@ -24,7 +24,7 @@ class ShardError(StoreError):
 
 
 class StoreMismatchError(StoreError):
-    """Two things that were to be used together were not made for each other."""
+    """Two things that should work together were not made for each other."""
 
 
 class StoreLockedError(StoreError):
@@ -32,8 +32,8 @@ class StoreLockedError(StoreError):
 
 
 class TooManyBadImagesError(ValueError):
-    """More images than allowed cannot be read."""
+    """More images are unreadable than the configuration allows."""
 
 
 class StoreFullError(OSError):
-    """The disk has no room for the next file; what is finished is kept."""
+    """The disk has no room for the next file; finished files are kept."""

@@ -1,4 +1,4 @@
-"""``extract``: one command that can be killed at any moment and run again."""
+"""``extract``: a command that can be killed at any moment and run again."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def extract(
 ) -> ActivationStore:
     """Run images through a model and store the activations at some hook points.
 
-    Killed at any moment, the same call goes on with the shards that are missing, and the store
-    ends with the same bytes as without the interruption.
+    If it is killed, the same call continues with the missing shards. The store then has the same
+    bytes as without the interruption.
 
     Args:
-        config: What to extract, and where to.
-        model: A bridge in place of ``config.model_name``.
-        images: Anything that ``open_images`` takes, in place of ``config.images``.
+        config: What to extract, and the folder of the store.
+        model: A bridge to use instead of ``config.model_name``.
+        images: Anything that ``open_images`` takes, to use instead of ``config.images``.
 
     Returns:
         The complete store.
@@ -65,9 +65,9 @@ def extract(
     Raises:
         StoreMismatchError: the folder holds another extraction.
         StoreLockedError: another extraction is writing into the folder.
-        StoreFullError: the disk is full; what is finished is kept.
+        StoreFullError: the disk is full; finished shards are kept.
         TooManyBadImagesError: more images than ``config.max_bad_images`` cannot be read.
-        ValueError: the model or the images cannot be had, or do not fit the configuration.
+        ValueError: the model or the images cannot be loaded, or do not fit the configuration.
     """
     source = open_images(
         config.images if images is None else images,
@@ -99,17 +99,17 @@ def _load(config: ExtractionConfig) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder with anything in it but a store.
+    """Raise if a folder contains anything except a store.
 
     Raises:
-        StoreError: it is a file, or holds other things.
+        StoreError: the path is a file, or the folder contains other things.
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file: name a folder for the store")
     if not folder.is_dir():
         return
     others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
-    # Asked last: another extraction may begin now, and a store's plan is there before the rest.
+    # Checked last: another extraction may begin now, and it writes the plan before other files.
     if others and not (folder / PLAN).exists():
         raise StoreError(
             f"{folder} holds other things ({', '.join(sorted(others)[:3])}) and no {PLAN}: name a "
@@ -118,10 +118,10 @@ def check_folder(folder: Path) -> None:
 
 
 def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
-    """Write the plan into a new store, or check that the store there has the same.
+    """Write the plan into a new store, or check that the store's plan is the same.
 
     Raises:
-        StoreMismatchError: the store there was made another way; every difference is named.
+        StoreMismatchError: the plans differ; the message names every difference.
     """
     if not (folder / PLAN).exists():
         write_whole(folder / PLAN, to_json(plan.to_json()))
@@ -130,7 +130,7 @@ def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
     differences = there.differences(plan)
     if differences:
         raise StoreMismatchError(
-            f"{folder} holds another extraction, which this one cannot go on with: "
+            f"{folder} holds another extraction, which this one cannot continue: "
             f"{'; '.join(differences)}. Name another folder, or use the same settings"
         )
     return there
@@ -146,14 +146,14 @@ class _Extraction:
     bad: dict[int, BadImage] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Do what is missing, then write the manifest."""
+        """Make the missing shards, then write the manifest."""
         done = finished(self.folder, self.plan)
         for record in done.values():
             self._count(record.bad_images)
         pending = [task for task in self.plan.tasks() if task.index not in done]
         if done and pending:
             logger.info(
-                "going on in %s: %d of %d shards are there",
+                "continuing in %s: %d of %d shards are there",
                 *(self.folder, len(done), len(done) + len(pending)),
             )
         n_pending = sum(task.stop - task.start for task in pending)
@@ -166,7 +166,7 @@ class _Extraction:
                 source=self.source,
                 n_workers=self._n_workers(),
             )
-            # Closed before the lock is released, whatever happens: a shard may be being written.
+            # Closed before the lock is released, in every case: a shard may still be in writing.
             with closing(events):
                 for event in events:
                     if isinstance(event, DecodedBatch):
@@ -190,7 +190,7 @@ class _Extraction:
             raise TooManyBadImagesError(
                 f"{len(self.bad)} images cannot be read, more than max_bad_images="
                 f"{self.config.max_bad_images} allows: {self._first_bad()}. Mend or remove them, "
-                "or raise max_bad_images and run again"
+                "or raise max_bad_images= and run again"
             )
 
     def _first_bad(self) -> str:
@@ -199,7 +199,7 @@ class _Extraction:
 
 
 def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
-    """Records of the shards that are complete: a marker, and a file of the size it tells."""
+    """Return the records of complete shards: those with a marker and a file of its size."""
     done = {}
     for task in plan.tasks():
         if not (folder / task.marker).exists():
@@ -208,19 +208,19 @@ def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
             record = read_marker(folder, plan, task)
             size = (folder / task.file).lstat().st_size
         except (StoreError, FileNotFoundError) as error:
-            logger.warning("%s is made again: %s", task.file, error)
+            logger.warning("%s will be made again: %s", task.file, error)
             continue
         if size == record.bytes:
             done[task.index] = record
         else:
             logger.warning(
-                "%s is made again: expected %d bytes, found %d", task.file, record.bytes, size
+                "%s will be made again: expected %d bytes, found %d", task.file, record.bytes, size
             )
     return done
 
 
 def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
-    """Write the manifest of a store whose shards are all complete; the same shards, the same bytes.
+    """Write the manifest of a store whose shards are complete; equal shards give equal bytes.
 
     Raises:
         StoreError: a shard is missing.

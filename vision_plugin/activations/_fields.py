@@ -15,7 +15,7 @@ _HEX = re.compile(r"[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object of a file, and where in the file it stands."""
+    """A JSON object in a file, and its path within the file."""
 
     document: dict[str, Any]
     where: Path
@@ -32,42 +32,42 @@ class Fields:
         return value
 
     def error(self, name: str, expected: str, found: str) -> ManifestError:
-        """The error for one field."""
+        """Return the error for one field."""
         return ManifestError(f"{self.where}: {self.path}{name}: expected {expected}, found {found}")
 
     def text(self, name: str) -> str:
-        """A string."""
+        """Return a string."""
         return str(self._get(name, str, False))
 
     def optional_text(self, name: str) -> str | None:
-        """A string or null."""
+        """Return a string or None."""
         value = self._get(name, str, True)
         return None if value is None else str(value)
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """Return true or false."""
         return bool(self._get(name, bool, False))
 
     def number(self, name: str, *, least: int = 0, most: int = MAX_NUMBER) -> int:
-        """A whole number within bounds."""
+        """Return a whole number within bounds."""
         value = int(self._get(name, int, False))
         if not least <= value <= most:
             raise self.error(name, f"a number from {least} to {most}", _shown(value))
         return value
 
     def hash(self, name: str, digits: int) -> str:
-        """So many hexadecimal digits."""
+        """Return a string of ``digits`` hexadecimal digits."""
         value = self.text(name)
         if len(value) != digits or not _HEX.fullmatch(value):
             raise self.error(name, f"{digits} hexadecimal digits", _shown(value))
         return value
 
     def object(self, name: str) -> Fields:
-        """An object within."""
+        """Return an object within this one."""
         return Fields(self._get(name, dict, False), self.where, f"{self.path}{name}.")
 
     def objects(self, name: str) -> list[Fields]:
-        """A list of objects."""
+        """Return a list of objects."""
         values = self._get(name, list, False)
         for place, value in enumerate(values):
             if not isinstance(value, dict):
@@ -78,24 +78,24 @@ class Fields:
         ]
 
     def texts(self, name: str) -> list[str]:
-        """A list of strings."""
+        """Return a list of strings."""
         return self._list(name, str)
 
     def optional_texts(self, name: str) -> list[str] | None:
-        """A list of strings, or null."""
+        """Return a list of strings, or None."""
         if self.document.get(name, ...) is None:
             return None
         return self._list(name, str)
 
     def numbers(self, name: str) -> list[int]:
-        """A list of whole numbers that are not negative."""
+        """Return a list of whole numbers that are not negative."""
         values = self._list(name, int)
         if not all(0 <= value <= MAX_NUMBER for value in values):
             raise self.error(name, "numbers from 0 up", _shown(values))
         return values
 
     def floats(self, name: str) -> list[float]:
-        """A list of numbers."""
+        """Return a list of numbers."""
         values = self._get(name, list, False)
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             raise self.error(name, "numbers", _shown(values))

@@ -1,4 +1,4 @@
-"""Files of a store: written whole or not at all, read with a cap, never outside the folder."""
+"""Write a store's files whole or not at all; read them with a size limit, within the folder."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from vision_plugin.activations._errors import (
 )
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
-"""Cap on the size of every JSON file of a store."""
+"""Size limit of every JSON file of a store, in bytes."""
 TEMPORARY = ".partial-"
-"""Begins the name of a file that is being written."""
+"""Prefix of the name of a file that is being written."""
 LOCK = ".lock"
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file of the store so that it is seen complete or not at all.
+    """Write a file of the store that is seen complete or not at all.
 
     Args:
-        path: The file; it is replaced if it exists.
-        content: The bytes, or what writes them to a stream.
+        path: File to write; an existing one is replaced.
+        content: The bytes, or a function that writes them to a stream.
 
     Raises:
-        StoreFullError: the disk is full, a quota or a limit on file sizes is reached.
+        StoreFullError: the disk is full, or a quota or a limit on file sizes is reached.
     """
     try:
         _disk.write_whole(path, content, prefix=TEMPORARY)
@@ -49,32 +49,32 @@ def _no_room(path: Path, error: OSError) -> StoreFullError:
     return StoreFullError(
         error.errno,
         f"no room to write {path.name} ({os.strerror(error.errno or 0)}). The finished shards are "
-        "kept: free some room and run the same command again to go on",
+        "kept: free some room and run the same command again to continue",
         str(path.parent),
     )
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed extraction was writing; only with the lock held."""
+    """Remove unfinished files of a killed extraction; hold the lock when calling this."""
     for path in folder.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
-    """Hold the folder's lock; the system releases it when the process ends, however it ends.
+    """Hold the folder's lock; the system releases it when the process ends for any reason.
 
     Raises:
-        StoreLockedError: another process holds it.
+        StoreLockedError: another process holds the lock.
     """
     message = f"another extraction is writing into {folder}. Wait for it, or name another folder"
     return _disk.locked(folder / LOCK, StoreLockedError(message))
 
 
 def open_regular(folder: Path, name: str) -> int:
-    """A file descriptor of a plain file that lies directly in a folder.
+    """Return a file descriptor of a plain file directly in a folder.
 
     Raises:
-        ShardError: it is missing, a link, a folder or a device, or the name is not a plain one.
+        ShardError: it is missing, a link, a folder or a device, or its name contains a folder.
     """
     if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         raise ShardError(repr(name), "expected a plain file name, without a folder")
@@ -92,11 +92,11 @@ def open_regular(folder: Path, name: str) -> int:
 
 
 def read_capped(folder: Path, name: str) -> bytes:
-    """The bytes of a JSON file.
+    """Return the bytes of a JSON file.
 
     Raises:
-        ShardError: as :func:`open_regular`.
-        ManifestError: it is larger than the cap.
+        ShardError: it is not a plain file in the folder, see :func:`open_regular`.
+        ManifestError: it is larger than the limit.
     """
     with os.fdopen(open_regular(folder, name), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -108,10 +108,10 @@ def read_capped(folder: Path, name: str) -> bytes:
 
 
 def parse_json(content: bytes, where: Path) -> dict[str, Any]:
-    """A JSON object; no constant beyond JSON's own, no key twice.
+    """Return a JSON object, after checks for NaN, infinities and repeated keys.
 
     Raises:
-        ManifestError: it is none.
+        ManifestError: the content is not such an object.
     """
     try:
         document = json.loads(
@@ -131,7 +131,7 @@ def parse_json(content: bytes, where: Path) -> dict[str, Any]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
@@ -140,10 +140,10 @@ def _no_constant(name: str) -> None:
 
 
 def to_json(document: dict[str, Any]) -> bytes:
-    """The bytes that a document is stored as: the same document, the same bytes."""
+    """Return a document's bytes as stored; equal documents have equal bytes."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def sha256(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Return the SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

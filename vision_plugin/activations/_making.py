@@ -1,4 +1,4 @@
-"""From a configuration, a model and images to a plan."""
+"""Make a plan from a configuration, a model and images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vision_plugin.models.site import signature
 SHARD_BYTES = 128 * 1024 * 1024
 MIN_SHARD_BYTES = 8 * 1024 * 1024
 SHARDS_OF_A_SMALL_STORE = 8
-"""A store below a gigabyte has about so many: one is hashed and written while the next is made."""
+"""Shards of a store below a gigabyte: one is hashed and written while the next is made."""
 CHUNK_BYTES = 256 * 1024
-"""Images that are read together take up about so much: enough for a disk to be quick."""
+"""Bytes of the images that are read together: enough for a disk to be quick."""
 _SAMPLE = 4096
 
 
@@ -29,11 +29,11 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
     """Run the model once on an empty image and lay out the store.
 
     Raises:
-        ValueError: the model has no such tokens or hooks, or no preprocessing.
+        ValueError: the model lacks the tokens, a hook or its preprocessing.
     """
     if model.image_processor is None:
         raise ValueError(
-            f"{model.cfg.model_name} was wrapped without its preprocessing: hand it to "
+            f"{model.cfg.model_name} was wrapped without its preprocessing: use "
             "wrap(module, processor=...)"
         )
     pixels = probe_pixels(model.image_processor)
@@ -81,14 +81,14 @@ def _hook(name: str, tensor: Tensor, layout: TokenLayout, n_selected: int) -> Ho
 
 
 def by_rows(activation: Tensor) -> Tensor:
-    """[batch, rows, d_in] of a pooled, a token or a per-head activation."""
+    """Return a pooled, a token or a per-head activation as [batch, rows, d_in]."""
     if activation.ndim == 2:
         return activation.unsqueeze(1)
     return activation.flatten(2)
 
 
 def _images_per_shard(image_bytes: int, batch_size: int, n_images: int) -> int:
-    """As many full batches as make a shard of the usual size, at least one."""
+    """Return as many full batches as make a shard of the usual size, at least one."""
     share = image_bytes * n_images // SHARDS_OF_A_SMALL_STORE
     size = min(SHARD_BYTES, max(MIN_SHARD_BYTES, share))
     return max(1, size // (image_bytes * batch_size)) * batch_size
@@ -96,7 +96,7 @@ def _images_per_shard(image_bytes: int, batch_size: int, n_images: int) -> int:
 
 @torch.no_grad()
 def weights_fingerprint(module: nn.Module) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a sample of every parameter and buffer."""
+    """Return sixteen hexadecimal digits of the SHA-256 of samples of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().reshape(-1)
@@ -107,7 +107,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def selected_rows(plan: StorePlan, layout: TokenLayout, indices: Sequence[int]) -> Tensor:
-    """Tokens of each image, [images, rows]; random ones follow from the image's number."""
+    """Return the tokens of each image, [images, rows]; its number determines random ones."""
     selection = TokenSelection.parse(plan.tokens.selection)
     if not plan.tokens.random:
         return selection.rows(layout, len(indices))

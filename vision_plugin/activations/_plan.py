@@ -1,4 +1,4 @@
-"""The plan of an extraction: what is computed, and the shard tasks that it falls into."""
+"""The plan of an extraction: what it computes, and the shard tasks that divide the work."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MAX_WIDTH = 10_000_000
 
 @dataclass(frozen=True)
 class HookSpec:
-    """Activations of one hook point."""
+    """Name and shape of the activations at one hook point."""
 
     name: str
     """Hook name, as in ``model.hook_dict``."""
     d_in: int
     """Width of a row."""
     rows_per_image: int
-    """Rows of each image: its selected tokens, or 1 for a pooled activation."""
+    """Rows per image: its selected tokens, or 1 for a pooled activation."""
     per_token: bool
     """Whether the rows are tokens."""
 
@@ -41,25 +41,25 @@ class HookSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model that was run."""
+    """The model that computed the activations."""
 
     name: str
     revision: str | None
     architecture: str
     weights: str
-    """Hash of a sample of every parameter; any training step changes it."""
+    """Hash of samples of all parameters; any training step changes it."""
     signature: tuple[float, ...]
     """Norms of some weight matrices, the same in every dtype; SAEs carry them too."""
     device: str
-    """Kind of device: two kinds do not give the same bits."""
+    """Kind of device; different kinds do not give the same bits."""
 
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """Which tokens were kept, of which there are."""
+    """The selected tokens, and the model's tokens."""
 
     selection: str
-    """``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
+    """Tokens kept: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
     n_cls: int
     n_registers: int
     grid: tuple[int, int]
@@ -72,7 +72,7 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard's share of the images: from ``start`` up to ``stop``."""
+    """The images of one shard: from ``start`` up to, not including, ``stop``."""
 
     index: int
     start: int
@@ -85,13 +85,13 @@ class ShardTask:
 
     @property
     def marker(self) -> str:
-        """Name of the file that says the shard is complete, and what is in it."""
+        """Name of the marker, which says that the shard is complete and what is in it."""
         return f"shard-{self.index:05d}.json"
 
 
 @dataclass(frozen=True)
 class StorePlan:
-    """Everything that decides a store's bytes. See SPEC.md for each field."""
+    """All settings that determine a store's bytes. SPEC.md describes each field."""
 
     model: ModelSpec
     preprocessing: str
@@ -107,7 +107,7 @@ class StorePlan:
 
     @property
     def n_images(self) -> int:
-        """Images of the collection, bad ones included."""
+        """Images in the collection, bad ones included."""
         return int(self.images["n_images"])
 
     @property
@@ -116,10 +116,10 @@ class StorePlan:
         return DTYPES[self.dtype]
 
     def hook(self, name: str) -> HookSpec:
-        """The activations of a hook.
+        """Return name and shape of a hook's activations.
 
         Raises:
-            ValueError: they are not in the store.
+            ValueError: the hook is not in the store.
         """
         for spec in self.hooks:
             if spec.name == name:
@@ -128,12 +128,12 @@ class StorePlan:
         raise ValueError(f"this store has no activations of {name!r}; it has {names}")
 
     def tasks(self) -> Iterator[ShardTask]:
-        """The shard tasks; none depends on another."""
+        """Yield the shard tasks; they do not depend on each other."""
         for index, start in enumerate(range(0, self.n_images, self.images_per_shard)):
             yield ShardTask(index, start, min(start + self.images_per_shard, self.n_images))
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored."""
+        """Return the document that plan.json holds."""
         document = asdict(self)
         document["model"]["signature"] = list(self.model.signature)
         document["hooks"] = [asdict(spec) for spec in self.hooks]
@@ -143,17 +143,17 @@ class StorePlan:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all but the version, by which shards know that they belong to the plan."""
+        """Hash of everything except the version; each shard carries its plan's hash."""
         document = self.to_json()
         del document["schema_version"]
         return sha256(to_json(document))
 
     @classmethod
     def from_json(cls, document: dict[str, Any], where: Path) -> StorePlan:
-        """Read a plan, strictly.
+        """Read a plan strictly.
 
         Raises:
-            ManifestError: another format or major version, a field missing or of another type.
+            ManifestError: the format or major version is another, or a field is missing or wrong.
         """
         fields = Fields(document, where)
         check_version(fields)
@@ -181,7 +181,7 @@ class StorePlan:
         )
 
     def differences(self, other: StorePlan) -> list[str]:
-        """What differs, as ``field: mine there, other's here``; the images' path may."""
+        """Return differences as ``field: mine there, other's here``; image paths may differ."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         names = dict.fromkeys([*mine, *theirs])
         return [
@@ -193,10 +193,10 @@ class StorePlan:
 
 
 def check_version(fields: Fields) -> None:
-    """Refuse another format, and a major version that this code does not know.
+    """Raise for another format, or a major version that this code does not know.
 
     Raises:
-        ManifestError: naming what was expected and what was found.
+        ManifestError: the message says what was expected and what was found.
     """
     if fields.text("format") != FORMAT:
         raise fields.error("format", repr(FORMAT), repr(fields.document["format"])[:80])

@@ -1,4 +1,4 @@
-"""What a store says about its shards: a marker for each, a manifest over all."""
+"""Records of a store's shards: a marker for each, and a manifest for all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from vision_plugin.activations._plan import (
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 TOKEN_ROWS = "token_rows"
-"""Tensor with the tokens that ``random:n`` drew, [images, n]."""
+"""Name of the tensor with the tokens that ``random:n`` drew, [images, n]."""
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that is not in the store, and why."""
+    """An image that is not in the store, and the reason."""
 
     index: int
-    """Its number in the collection."""
+    """Number of the image in the collection."""
     id: str
     reason: str
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A complete shard."""
+    """Content and hashes of a complete shard."""
 
     index: int
     n_images: int
@@ -45,10 +45,10 @@ class ShardRecord:
     labels: tuple[str, ...] | None
     bad_images: tuple[BadImage, ...]
     checksums: dict[str, tuple[str, ...]]
-    """Per tensor, XXH3-64 of each chunk of images."""
+    """XXH3-64 of each chunk of images, by tensor."""
 
     def to_json(self, plan: StorePlan) -> dict[str, Any]:
-        """As its marker stores it."""
+        """Return the document that the marker holds."""
         return {
             "format": FORMAT,
             "schema_version": f"{MAJOR}.{MINOR}",
@@ -67,10 +67,10 @@ class ShardRecord:
     def from_json(
         cls, document: dict[str, Any], plan: StorePlan, task: ShardTask, where: Path
     ) -> ShardRecord:
-        """Read a marker, strictly.
+        """Read a marker strictly.
 
         Raises:
-            ManifestError: it is damaged, or belongs to another shard or plan.
+            ManifestError: the marker is damaged, or belongs to another shard or plan.
         """
         fields = Fields(document, where)
         check_version(fields)
@@ -95,14 +95,14 @@ class ShardRecord:
         )
 
     def image_indices(self, task: ShardTask) -> list[int]:
-        """Numbers in the collection of the images that are in the shard, in order."""
+        """Return the collection's numbers of the images in the shard, in order."""
         bad = {image.index for image in self.bad_images}
         return [index for index in range(task.start, task.stop) if index not in bad]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says about a shard."""
+    """What the manifest records about a shard."""
 
     n_images: int
     bytes: int
@@ -119,7 +119,7 @@ class Manifest:
     bad_images: tuple[BadImage, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored: the plan, with the shards behind it."""
+        """Return the document that manifest.json holds: the plan, then the shards."""
         n_images = sum(entry.n_images for entry in self.shards)
         tasks = list(self.plan.tasks())
         return {
@@ -142,10 +142,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, document: dict[str, Any], where: Path) -> Manifest:
-        """Read a manifest, strictly.
+        """Read a manifest strictly.
 
         Raises:
-            ManifestError: it is damaged, of another version, or contradicts itself.
+            ManifestError: the manifest is damaged, of another version, or contradicts itself.
         """
         fields = Fields(document, where)
         plan = StorePlan.from_json(document, where)
@@ -166,19 +166,19 @@ class Manifest:
 
 
 def expect(fields: Fields, name: str, expected: str | int) -> None:
-    """Raise ManifestError unless a field has the one value it can have."""
+    """Raise ManifestError unless a field has its only valid value."""
     found = fields.text(name) if isinstance(expected, str) else fields.number(name)
     if found != expected:
         raise fields.error(name, repr(expected), repr(found)[:80])
 
 
 def read_plan(folder: Path, name: str = PLAN) -> StorePlan:
-    """The plan of a store that may be unfinished."""
+    """Read the plan of a store, which may be unfinished."""
     return StorePlan.from_json(parse_json(read_capped(folder, name), folder / name), folder / name)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete store."""
+    """Read the manifest of a complete store."""
     where = folder / MANIFEST
     return Manifest.from_json(parse_json(read_capped(folder, MANIFEST), where), where)
 
@@ -186,11 +186,11 @@ def read_manifest(folder: Path) -> Manifest:
 def read_marker(
     folder: Path, plan: StorePlan, task: ShardTask, entry: ShardEntry | None = None
 ) -> ShardRecord:
-    """The record of a complete shard.
+    """Read the record of a complete shard.
 
     Raises:
-        ShardError: the marker is missing, or not the one that the manifest means.
-        ManifestError: it is damaged.
+        ShardError: the marker is missing, or not the one whose hash the manifest has.
+        ManifestError: the marker is damaged.
     """
     content = read_capped(folder, task.marker)
     if entry is not None and sha256(content) != entry.marker_sha256:
@@ -200,17 +200,17 @@ def read_marker(
     where = folder / task.marker
     record = ShardRecord.from_json(parse_json(content, where), plan, task, where)
     if entry is not None and entry_of(record, content) != entry:
-        raise ManifestError(f"{where}: expected what the manifest says of it, found other numbers")
+        raise ManifestError(f"{where}: expected the manifest's numbers, found other numbers")
     return record
 
 
 def entry_of(record: ShardRecord, marker: bytes) -> ShardEntry:
-    """What the manifest is to say about a shard."""
+    """Return the manifest's entry for a shard."""
     return ShardEntry(record.n_images, record.bytes, record.sha256, sha256(marker))
 
 
 def tensor_shapes(plan: StorePlan, n_images: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Safetensors dtype, shape and bytes per value of each tensor of a shard, in file order."""
+    """Return dtype name, shape and bytes per value of a shard's tensors, in file order."""
     code, size = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}[plan.dtype]
     shapes: dict[str, tuple[str, tuple[int, ...], int]] = {}
     per_token = [spec.rows_per_image for spec in plan.hooks if spec.per_token]

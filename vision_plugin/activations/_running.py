@@ -1,4 +1,4 @@
-"""Shard tasks, run: images through the model, one complete shard after another."""
+"""Run shard tasks: images go through the model, and shards are written one after another."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def run_tasks(
 ) -> Generator[DecodedBatch | ShardRecord, None, None]:
     """Run shard tasks in the order given.
 
-    Each writes its shard and then its marker. None depends on another, on the order, or on the
-    process: running one again gives the same bytes.
+    Each task writes its shard and then its marker. Tasks do not depend on each other, on the order
+    or on the process: a task that runs again gives the same bytes.
 
     Args:
-        plan: The store's plan.
-        tasks: Which shards.
-        folder: The store.
+        plan: Plan of the store.
+        tasks: Shards to make.
+        folder: Folder of the store.
         model: The bridge that the plan was made for.
         source: The images that the plan was made for.
-        n_workers: Processes that decode.
+        n_workers: Processes that decode images; 0 decodes in this process.
 
     Yields:
-        Each batch once it went through the model, and each shard's record once it is complete.
+        Each batch after its forward pass, and each shard's record when the shard is complete.
 
     Raises:
         StoreFullError: there is no room for a shard.
-        ValueError: activations are not finite.
+        ValueError: some activations are not finite.
     """
     pending = batch_tasks(tasks, plan.batch_size)
     shards = [_ShardBuffers(plan), _ShardBuffers(plan)]
@@ -85,7 +85,7 @@ class _Forward:
         self.layout = model.token_layout(plan.image_size)
 
     def __call__(self, batch: DecodedBatch, source: ImageSource) -> dict[str, Tensor]:
-        """[good, rows, d_in] per hook, and the token rows where they are random."""
+        """Return [good, rows, d_in] per hook, and the token rows where they are random."""
         if batch.pixels is None:
             return {}
         harvested = self.harvester(batch.pixels.to(self.model.device, self.model.dtype))
@@ -119,7 +119,7 @@ class _Forward:
 
 
 class _ShardBuffers:
-    """The shard that is being filled; its memory serves one shard after another."""
+    """The shard that is being filled; its memory is reused for every shard."""
 
     def __init__(self, plan: StorePlan) -> None:
         self.plan = plan
@@ -134,13 +134,13 @@ class _ShardBuffers:
         self.clear()
 
     def clear(self) -> None:
-        """Begin with the next shard."""
+        """Begin the next shard."""
         self._indices: list[int] = []
         self._labels: list[str] | None = None
         self._bad: list[BadImage] = []
 
     def add(self, batch: DecodedBatch, activations: dict[str, Tensor]) -> None:
-        """Put a batch behind those that are there."""
+        """Append a batch."""
         filled = len(self._indices)
         for name, tensor in activations.items():
             self._room[name][filled : filled + len(tensor)].copy_(tensor)

@@ -1,4 +1,4 @@
-"""Shards: safetensors files that are written whole and read chunk by checked chunk."""
+"""Shards: safetensors files that are written whole and read in checked chunks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class Written:
-    """Size and hashes of a shard that was written."""
+    """Size and hashes of a written shard."""
 
     bytes: int
     sha256: str
@@ -41,7 +41,7 @@ class Written:
 
 
 def header(plan: StorePlan, index: int, n_images: int) -> dict[str, Any]:
-    """The safetensors header of a shard: its tensors one behind the other, and whose it is."""
+    """Return a shard's safetensors header: its tensors in file order, its plan and its number."""
     entries: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "plan_sha256": plan.sha256, "shard": str(index)}
     }
@@ -59,14 +59,14 @@ def write_shard(
     """Write a shard, whole or not at all.
 
     Args:
-        folder: The store.
-        plan: The store's plan.
-        task: Which shard.
-        tensors: Contiguous tensors of the names and shapes that the plan gives.
+        folder: Folder of the store.
+        plan: Plan of the store.
+        task: Shard to write.
+        tensors: Contiguous tensors of the names and shapes in the plan.
         n_images: Images in the shard.
 
     Raises:
-        StoreFullError: there is no room.
+        StoreFullError: there is no room for the shard.
     """
     digest = hashlib.sha256()
     written = 0
@@ -93,7 +93,7 @@ def write_shard(
 
 
 def checksum(content: bytes | memoryview) -> str:
-    """XXH3-64 in hexadecimal."""
+    """Return the XXH3-64 in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(content)
 
 
@@ -103,7 +103,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class Shard:
-    """A complete shard on disk. Opened when first read; every chunk is checked when read."""
+    """A complete shard on disk. It opens at the first read, and every read checks its chunk."""
 
     def __init__(
         self,
@@ -130,19 +130,19 @@ class Shard:
 
     @property
     def n_chunks(self) -> int:
-        """Chunks of images, the last of which may be smaller."""
+        """Number of chunks of images; the last chunk may be smaller."""
         return -(-self.n_images // self.plan.images_per_chunk)
 
     def chunk_images(self, chunk: int) -> range:
-        """The shard's images that a chunk holds."""
+        """Return the shard's images that a chunk holds."""
         size = self.plan.images_per_chunk
         return range(chunk * size, min((chunk + 1) * size, self.n_images))
 
     def open(self) -> int:
-        """A descriptor of the file, once its size and header are what they should be.
+        """Return a descriptor of the file after checking its size and header.
 
         Raises:
-            ShardError: it is missing, a link, of another size, or another shard.
+            ShardError: the file is missing, a link, of another size, or another shard.
         """
         descriptor = open_regular(self.folder, self.task.file)
         try:
@@ -182,7 +182,7 @@ class Shard:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where in the file each tensor begins."""
+        """Place in the file where each tensor begins, in bytes."""
         entries = header(self.plan, self.task.index, self.n_images)
         ends = {n: e["data_offsets"] for n, e in entries.items() if n != "__metadata__"}
         start = self.bytes - max(end for _, end in ends.values())
@@ -194,20 +194,20 @@ class Shard:
         return {name: prod(shape[1:]) * size for name, (_, shape, size) in shapes.items()}
 
     def image_bytes(self, name: str) -> int:
-        """Bytes that an image takes in a tensor."""
+        """Return how many bytes an image has in a tensor."""
         return self._image_bytes[name]
 
     def read_chunk(self, descriptor: int, name: str, chunk: int, out: memoryview) -> None:
         """Read a chunk of a tensor from an open descriptor, and check it.
 
         Args:
-            descriptor: From :meth:`open`.
+            descriptor: Descriptor from :meth:`open`.
             name: Hook name, or ``token_rows``.
-            chunk: Its number.
-            out: Takes its bytes: as many as the chunk's images have.
+            chunk: Number of the chunk.
+            out: Receives the bytes; its length is that of the chunk's images.
 
         Raises:
-            ShardError: the bytes are not those that were written.
+            ShardError: the bytes are not the bytes that were written.
         """
         images = self.chunk_images(chunk)
         start = self.offsets[name] + images.start * self.image_bytes(name)
@@ -220,9 +220,9 @@ class Shard:
         self._check_chunk(name, chunk, out)
 
     def tensor(self, name: str, images: range) -> Tensor:
-        """Some consecutive images of a tensor, mapped from the file without copying.
+        """Return consecutive images of a tensor, mapped from the file without copying.
 
-        Every chunk they touch is checked the first time.
+        The first access to a chunk checks it.
 
         Raises:
             ShardError: the file or a chunk is damaged.
@@ -230,7 +230,7 @@ class Shard:
         if self._map is None:
             descriptor = self.open()
             try:
-                # A private mapping: what a caller writes into the tensor never reaches the file.
+                # A private mapping: a caller's writes to the tensor never reach the file.
                 self._map = mmap.mmap(descriptor, self.bytes, access=mmap.ACCESS_COPY)
             finally:
                 os.close(descriptor)
@@ -270,4 +270,4 @@ class Shard:
         return {**self.__dict__, "_map": None, "_checked": set()}
 
 
-_REMEDY = "Delete this shard with its .json and run the same extraction again to mend it"
+_REMEDY = "Delete this shard and its .json, and run the same extraction again to mend the store"

@@ -1,4 +1,4 @@
-"""``ActivationStore``: a store on disk as activations by hook and image."""
+"""``ActivationStore`` reads a store on disk as activations by hook and image."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 class ActivationStore(ReadableStore):
-    """Activations that :func:`extract` stored, read when they are asked for and checked then.
+    """Activations that :func:`extract` stored, read and checked when they are asked for.
 
-    A store whose extraction was interrupted opens to the shards that are complete.
+    If its extraction was interrupted, a store opens with the shards that are complete.
 
     Example:
         >>> store = ActivationStore("acts/")  # doctest: +SKIP
@@ -48,9 +48,9 @@ class ActivationStore(ReadableStore):
         """Open a store.
 
         Raises:
-            FileNotFoundError: there is no folder of that name, or no store in it.
+            FileNotFoundError: there is no such folder, or no store in it.
             ManifestError: the manifest is damaged, or of another major version.
-            ShardError: a file that should be plain is a link, or missing.
+            ShardError: a file is missing, or is a link and not a plain file.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -64,11 +64,11 @@ class ActivationStore(ReadableStore):
 
     @classmethod
     def concatenate(cls, stores: Sequence[ActivationStore]) -> ActivationStore:
-        """Several stores as one, their images behind one another.
+        """Join several stores into one, their images in order.
 
         Raises:
             StoreMismatchError: they differ in model, preprocessing, hooks, tokens or dtype.
-            ValueError: there is none.
+            ValueError: ``stores`` is empty.
         """
         if not stores:
             raise ValueError("there are no stores to concatenate")
@@ -92,7 +92,7 @@ class ActivationStore(ReadableStore):
         joined.complete = all(store.complete for store in stores)
         return joined
 
-    # ------------------------------------------------------------------ what is inside
+    # ------------------------------------------------------------------ contents
 
     def __len__(self) -> int:
         """Number of images."""
@@ -104,19 +104,19 @@ class ActivationStore(ReadableStore):
         return [spec.name for spec in self.plan.hooks]
 
     def spec(self, hook_name: str) -> HookSpec:
-        """Width and rows per image of a hook.
+        """Return name, width and rows per image of a hook.
 
         Raises:
-            ValueError: it is not in the store.
+            ValueError: the hook is not in the store.
         """
         return self.plan.hook(hook_name)
 
     def d_in(self, hook_name: str) -> int:
-        """Width of the activations at a hook."""
+        """Return the width of the activations at a hook."""
         return self.spec(hook_name).d_in
 
     def n_rows(self, hook_name: str) -> int:
-        """Number of activation vectors at a hook."""
+        """Return the number of activation vectors at a hook."""
         return len(self) * self.spec(hook_name).rows_per_image
 
     @cached_property
@@ -136,13 +136,13 @@ class ActivationStore(ReadableStore):
 
     @property
     def image_indices(self) -> Int[Tensor, "n"]:
-        """Number of each image in its collection, which bad ones leave gaps in."""
+        """Number of each image in its collection; bad images leave gaps."""
         found = [i for shard in self._shards for i in shard.record.image_indices(shard.task)]
         return torch.tensor(found, dtype=torch.long)
 
     @property
     def bad_images(self) -> list[BadImage]:
-        """Images that are not in the store, with the reason."""
+        """Images that are not in the store, each with the reason."""
         return [bad for shard in self._shards for bad in shard.record.bad_images]
 
     @property
@@ -152,13 +152,13 @@ class ActivationStore(ReadableStore):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change with the store's content."""
+        """Sixteen hexadecimal digits that change with the store's contents."""
         parts = [f"{shard.plan.sha256} {shard.sha256}\n" for shard in self._shards]
         return sha256("".join(parts).encode())[:16]
 
     @cached_property
     def starts(self) -> list[int]:
-        """First image of each shard, and the number of images at the end."""
+        """Number of the first image of each shard, then the number of images."""
         return [0, *accumulate(shard.n_images for shard in self._shards)]
 
     # ------------------------------------------------------------------ reading
@@ -166,16 +166,16 @@ class ActivationStore(ReadableStore):
     def activations(
         self, hook_name: str, images: int | slice | Sequence[int] | Tensor | None = None
     ) -> Float[Tensor, "n rows d_in"]:
-        """Activations of some images, or of all, in the stored type.
+        """Return the activations of some images, or of all, in the stored type.
 
-        A slice within one shard is mapped from the file and not copied.
+        A slice within one shard is mapped from the file without copying.
 
         Args:
             hook_name: One of ``hook_names``.
-            images: Image, slice, or numbers of images.
+            images: Number, slice or numbers of images; None takes all.
 
         Raises:
-            ShardError: a shard that is needed is missing or damaged.
+            ShardError: a shard of these images is missing or damaged.
             IndexError: there is no such image.
         """
         self.spec(hook_name)
@@ -184,7 +184,7 @@ class ActivationStore(ReadableStore):
     def token_rows(
         self, images: int | slice | Sequence[int] | Tensor | None = None
     ) -> Int[Tensor, "n rows"]:
-        """Which token of the model each row of an image is."""
+        """Return the model's token that each row of an image holds."""
         if self.plan.tokens.random:
             return self._tensor(TOKEN_ROWS, images).long()
         from vision_plugin.models import TokenLayout
@@ -214,7 +214,7 @@ class ActivationStore(ReadableStore):
         return [number % len(self) for number in numbers]
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[tuple[Shard, range]]:
-        """Consecutive images of one shard, in the order of the numbers."""
+        """Yield runs of consecutive images of one shard, in the order of the numbers."""
         place = 0
         while place < len(numbers):
             shard = bisect.bisect_right(self.starts, numbers[place]) - 1
@@ -240,19 +240,20 @@ class ActivationStore(ReadableStore):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> ShuffledBatches:
-        """Endless shuffled batches of exactly ``batch_size`` vectors.
+        """Return endless shuffled batches of exactly ``batch_size`` vectors.
 
-        Every vector is served once before any is served again. The order follows from the seed;
-        the place in it can be saved with ``state_dict``.
+        Every vector is served once before any is served again. The seed determines the order, and
+        ``state_dict`` saves the position in it.
 
         Args:
             hook_names: One hook, for batches [batch_size, d_in]; or several, for dictionaries of
                 such batches, whose rows belong to the same tokens.
             batch_size: Vectors per batch.
-            seed: Of the order.
-            n_batches_in_buffer: Bounds the memory, in batches: half is served while half is read.
+            seed: Seed of the order.
+            n_batches_in_buffer: Buffer size in batches, 2 or more; it bounds the memory. Half of it
+                is served while the other half is read.
             dtype: Type of the batches.
-            device: Where they are put.
+            device: Device of the batches.
 
         Raises:
             ValueError: no such hook, an empty store, or a buffer of fewer than two batches.
@@ -267,10 +268,10 @@ class ActivationStore(ReadableStore):
             device=torch.device(device),
         )
 
-    # ------------------------------------------------------------------ what it fits
+    # ------------------------------------------------------------------ compatibility
 
     def metadata(self, hook_name: str) -> dict[str, Any]:
-        """What an SAE that is trained on a hook's activations should know of them."""
+        """Return what an SAE that is trained on a hook's activations records about them."""
         spec, plan = self.spec(hook_name), self.plan
         return {
             "model_name": plan.model.name,
@@ -288,15 +289,15 @@ class ActivationStore(ReadableStore):
         }
 
     def check_fits(self, expected: dict[str, Any]) -> None:
-        """Raise unless the store is what an SAE, or a configuration, is made for.
+        """Raise unless the store fits an SAE or a configuration.
 
         Args:
-            expected: Some keys of :meth:`metadata`, ``hook_name`` among them; those that are
-                missing or None are not compared. Names of models are compared only where there
-                is no ``model_signature``.
+            expected: Some keys of :meth:`metadata`, including ``hook_name``. Keys that are missing
+                or None are not compared; the model's name is compared only without a
+                ``model_signature``.
 
         Raises:
-            StoreMismatchError: naming both sides of every difference.
+            StoreMismatchError: the message names both sides of every difference.
         """
         from vision_plugin.models.site import same_signature
 
@@ -340,7 +341,7 @@ def _open(folder: Path) -> tuple[StorePlan, list[Shard], bool]:
         if (folder / task.marker).exists()
     ]
     logger.warning(
-        "%s is incomplete: %d of %d shards are there. Run the same extraction again to go on",
+        "%s is incomplete: %d of %d shards are there. Run the same extraction again to continue",
         *(folder, len(found), -(-plan.n_images // plan.images_per_shard)),
     )
     return plan, found, False

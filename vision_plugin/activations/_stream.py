@@ -1,4 +1,4 @@
-"""Endless, shuffled, exact batches of activations, made while training."""
+"""Endless shuffled batches of activations, computed while training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIXEL_CACHE_BYTES = 2 * 1024**3
 
 @runtime_checkable
 class ImageCollection(Protocol):
-    """A sequence of images with an id each."""
+    """A sequence of images with an id for each."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -36,9 +36,9 @@ class ActivationStream:
     """An iterator over batches of activation vectors for SAELens's trainers.
 
     Images go through the model in a new order every epoch. The vectors of their selected tokens
-    enter a buffer; batches are drawn from it at random without replacement, and it is filled up
-    again when half of it is gone, so that a batch mixes many images. Everything follows from
-    the seed, and the place in it can be saved with :meth:`state_dict`.
+    enter a buffer. Batches are drawn from it at random without replacement, and it is refilled
+    when half of it is used, so that a batch mixes many images. The seed determines everything,
+    and :meth:`state_dict` saves the position.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class ActivationStream:
         max_bad_images: int = 100,
         by_hook: bool = False,
     ) -> None:
-        """Check that the images and the hooks can serve.
+        """Check the arguments; nothing runs through the model yet.
 
         Args:
             model: A VisionBridge.
-            images: At least one image.
+            images: Images with ids, at least one.
             hook_names: One hook, or several whose activations are concatenated (a transcoder's
                 input and output).
-            tokens: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
+            tokens: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``.
             batch_size: Vectors per batch.
             images_per_forward: Images per forward pass.
             n_batches_in_buffer: Size of the buffer in batches, 2 or more.
-            seed: Order of the images, of the vectors, and the random tokens.
+            seed: Seed of the order of images and vectors, and of the random tokens.
             dtype: Type of the batches.
-            max_bad_images: Unreadable images to leave out, with a warning each, before giving up.
+            max_bad_images: Unreadable images to leave out, with a warning each, before an error.
             by_hook: Serve dictionaries of batches by hook name instead, whose rows belong to the
-                same tokens. Each hook's batches are those of a stream of that hook alone.
+                same tokens. Each hook's batches are the same as from a stream of that hook alone.
 
         Raises:
             ValueError: no images, or a buffer of fewer than two batches.
@@ -79,7 +79,7 @@ class ActivationStream:
         if len(images) == 0:
             raise ValueError("there are no images to train on")
         if n_batches_in_buffer < 2:
-            raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: at least 2 are needed")
+            raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: use 2 or more")
         self.model, self.images = model, images
         self.harvester = Harvester(model, hook_names)
         self.selection = TokenSelection.parse(tokens)
@@ -98,7 +98,7 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Any:
-        """The next batch, [batch, d_in], or such by hook name; there always is one."""
+        """Return the next batch, [batch, d_in], or these by hook name; batches never end."""
         self.fill()
         size = self.batch_size
         batch = {name: rows[:size].to(self.dtype) for name, rows in self._buffer.items()}
@@ -106,25 +106,25 @@ class ActivationStream:
         return batch if self.by_hook else _side_by_side(batch)
 
     def sample(self) -> Any:
-        """What the buffer holds, as one large batch, without taking it out."""
+        """Return all vectors in the buffer as one large batch; they stay in it."""
         self.fill()
         rows = {name: rows.to(self.dtype) for name, rows in self._buffer.items()}
         return rows if self.by_hook else _side_by_side(rows)
 
     def fill(self) -> None:
-        """Fill the buffer where it is half empty; the first call finds what is wrong with the data.
+        """Fill the buffer if it is half empty; the first call finds faults in the data.
 
         Raises:
             ValueError: too many images cannot be read, activations are not finite, or all
-                images together make less than a batch.
+                images together give less than a batch.
         """
         if self._n_buffered() < self.buffer_size // 2 + self.batch_size:
             self._refill()
 
-    # ------------------------------------------------------------------ the place
+    # ------------------------------------------------------------------ the position
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch: tensors (the buffer among them) and JSON values."""
+        """Return the position of the next batch: tensors (with the buffer) and JSON values."""
         return {
             "identity": self._identity(),
             "generator": self.generator.get_state(),
@@ -134,7 +134,7 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place that :meth:`state_dict` gave; the batches from there on are the same.
+        """Go to a position from :meth:`state_dict`; the batches from there on are the same.
 
         Raises:
             StoreMismatchError: it belongs to other images, hooks, tokens, seed or sizes.
@@ -146,7 +146,7 @@ class ActivationStream:
             if state["identity"].get(name) != value
         ]
         if wrong:
-            raise StoreMismatchError(f"the saved place is of other batches: {'; '.join(wrong)}")
+            raise StoreMismatchError(f"the saved position is of other batches: {'; '.join(wrong)}")
         self.generator.set_state(state["generator"])
         self._order = state["order"].tolist()
         self._buffer = dict(state["buffer"])
@@ -185,7 +185,7 @@ class ActivationStream:
         }
 
     def _next_rows(self) -> dict[str, Tensor]:
-        """Vectors of the next images' selected tokens, [n, d_in] by hook."""
+        """Return the vectors of the next images' selected tokens, [n, d_in] by hook."""
         pixels = self._next_pixels()
         harvested = self.harvester(torch.stack(list(pixels.values())))
         rows = self._selected(harvested)
@@ -207,12 +207,12 @@ class ActivationStream:
             raise ValueError(
                 f"{readable} images give {readable * rows_per_image} vectors, which is less "
                 f"than one batch of {self.batch_size}: add images, or make the batch smaller "
-                "(train_batch_size_tokens)"
+                "(train_batch_size_tokens=)"
             )
         self._enough = True
 
     def _selected(self, harvested: dict[str, Tensor]) -> dict[str, Tensor]:
-        """[n, d_in] of each hook; the tokens are drawn once for all of them."""
+        """Return [n, d_in] for each hook; all hooks share the same drawn tokens."""
         n_images = len(next(iter(harvested.values())))
         layout, drawn = self.model.token_layout(), None
         rows: dict[str, Tensor] = {}
@@ -232,7 +232,7 @@ class ActivationStream:
         return rows
 
     def _next_pixels(self) -> dict[int, Tensor]:
-        """Pixels of the next readable images, by index; at least one image."""
+        """Return the pixels of the next readable images, by index; at least one image."""
         pixels: dict[int, Tensor] = {}
         while not pixels:
             if not self._order:
@@ -244,7 +244,7 @@ class ActivationStream:
         return pixels
 
     def _pixels_of(self, indices: list[int]) -> dict[int, Tensor]:
-        """Pixels of those that can be read, kept for the next epoch while they fit in memory."""
+        """Return the pixels of readable images, kept for the next epoch while memory allows."""
         images = {i: p for i in indices if i not in self._pixels and (p := self._read(i))}
         fresh: dict[int, Tensor] = {}
         if images:
@@ -256,7 +256,7 @@ class ActivationStream:
         return {i: pixels for i, pixels in found.items() if pixels is not None}
 
     def _read(self, index: int) -> Image.Image | None:
-        """One image, or None for one that cannot be read, which is left out from then on."""
+        """Return one image, or None if it cannot be read; it is left out from then on."""
         if index in self.bad_images:
             return None
         try:

@@ -1,4 +1,4 @@
-"""``verify`` checks everything in a store; ``info`` tells what is inside."""
+"""``verify`` checks everything in a store; ``info`` says what is in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Problem:
-    """One file that is not as it should be."""
+    """One file with a fault."""
 
     file: str
     message: str
@@ -33,7 +33,7 @@ class VerificationReport:
 
     path: str
     complete: bool
-    """Whether the manifest is there, so that nothing is missing."""
+    """Whether the store has its manifest, so that nothing is missing."""
     n_shards: int
     """Shards that were checked."""
     n_images: int
@@ -42,12 +42,12 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that is there is as it was written."""
+        """Whether every file in the store is as it was written."""
         return not self.problems
 
     def __str__(self) -> str:
-        """A line per problem, and a summary."""
-        state = "complete" if self.complete else "incomplete (the same extraction goes on with it)"
+        """Return a summary, and a line per problem."""
+        state = "complete" if self.complete else "incomplete (the same extraction continues it)"
         head = (
             f"{self.path}: {state}, {self.n_shards:,} shards, {self.n_images:,} images, "
             f"{self.n_bytes / 1e9:.2f} GB checked"
@@ -57,10 +57,10 @@ class VerificationReport:
 
 
 def verify(path: str | Path) -> VerificationReport:
-    """Check every byte of a store against what was recorded when it was written.
+    """Check every byte of a store against the hashes from when it was written.
 
     Raises:
-        FileNotFoundError: there is no store.
+        FileNotFoundError: there is no store in the folder.
     """
     folder = Path(path).expanduser()
     try:
@@ -82,7 +82,7 @@ def verify(path: str | Path) -> VerificationReport:
 
 
 def _unreadable(folder: Path, error: StoreError) -> VerificationReport:
-    """The manifest, the plan or a marker is damaged: check all that can be without it."""
+    """Check what can be checked although the manifest, the plan or a marker is damaged."""
     problems = []
     if os.path.lexists(folder / MANIFEST):
         problems.append(Problem(MANIFEST, str(error)))
@@ -124,7 +124,7 @@ def _check_plan(folder: Path, store: ActivationStore) -> list[Problem]:
 
 
 def _check_shard(shard: Shard) -> list[Problem]:
-    """All problems of one shard: marker, size, header, hash, and each chunk that is damaged."""
+    """Return all problems of one shard: marker, size, header, hash, and each damaged chunk."""
     try:
         record = shard.record
     except (ManifestError, ShardError) as error:
@@ -152,7 +152,7 @@ def _check_bytes(shard: Shard, expected: str | None) -> list[Problem]:
 
 
 def _damaged_chunks(shard: Shard, descriptor: int) -> str:
-    """Which images of which tensors are hit."""
+    """Return which images of which tensors are damaged."""
     found = []
     for name in shard.offsets:
         for chunk in range(shard.n_chunks):
@@ -169,7 +169,7 @@ def _damaged_chunks(shard: Shard, descriptor: int) -> str:
 
 
 def _check_strays(folder: Path, store: ActivationStore) -> list[Problem]:
-    """Files that look like a part of the store and are not."""
+    """Return files that look like a part of the store but are not."""
     known = {PLAN, MANIFEST, LOCK}
     for task in store.plan.tasks():
         known |= {task.file, task.marker}
@@ -183,11 +183,11 @@ def _check_strays(folder: Path, store: ActivationStore) -> list[Problem]:
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """What is inside a store, as JSON values.
+    """Return the contents of a store, as JSON values.
 
     Raises:
-        FileNotFoundError: there is no store.
-        StoreError: it cannot be read.
+        FileNotFoundError: there is no store in the folder.
+        StoreError: the store cannot be read.
     """
     folder = Path(path).expanduser()
     store = ActivationStore(folder)

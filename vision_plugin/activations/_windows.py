@@ -1,4 +1,4 @@
-"""Random parts of a store, read into memory in the order in which their rows are served."""
+"""Read random parts of a store into memory, in the order in which their rows are served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vision_plugin.activations._plan import HookSpec, StorePlan
 from vision_plugin.activations._shards import Shard
 
 MAX_OPEN_FILES = 200
-"""Of each reader: a window touches hundreds of a large store's shards."""
+"""Open files per reader: a window touches hundreds of a large store's shards."""
 N_READERS = 2
 """Threads that read one window together."""
 
@@ -29,18 +29,18 @@ class Window:
     """Chunks that are in memory together."""
 
     activations: dict[str, Tensor]
-    """By hook [rows, d_in], in the order in which they are served."""
+    """Activations by hook, [rows, d_in], in the order in which they are served."""
     images: Tensor
-    """Numbers in the store of the window's images."""
+    """Numbers of the window's images in the store."""
     order: Tensor
-    """Which of the window's rows, counted image by image, is served at each place."""
+    """Row of the window, counted image by image, that is served at each place."""
     reads: list[Future[None]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def wait(self) -> None:
-        """Until all of it is read.
+        """Wait until the window is read.
 
         Raises:
             ShardError: a shard is missing or damaged.
@@ -56,16 +56,16 @@ class _Piece:
     shard: int
     chunk: int
     images: range
-    """Images of the shard."""
+    """Images within the shard."""
     row: int
-    """The window's row that it begins with, before they are shuffled."""
+    """First row of the chunk in the window, before shuffling."""
 
 
 class ReadableStore(ABC):
-    """What windows and batches ask of a store."""
+    """The parts of a store that windows and batches use."""
 
     plan: StorePlan
-    """How the store was made."""
+    """Plan that the store was made with."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -84,22 +84,22 @@ class ReadableStore(ABC):
     @property
     @abstractmethod
     def starts(self) -> list[int]:
-        """First image of each shard, and the number of images at the end."""
+        """Number of the first image of each shard, then the number of images."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """What tells the store apart from others."""
+        """Hash that identifies the store's contents."""
 
     @abstractmethod
     def spec(self, hook_name: str) -> HookSpec:
-        """Return the shape of a hook's activations."""
+        """Return name and shape of a hook's activations."""
 
 
 class WindowReader:
-    """Reads windows in threads of its own.
+    """Reads windows in its own threads.
 
-    A chunk is read into a small buffer, checked there, and its rows are written straight to the
+    It reads a chunk into a small buffer, checks it there, and writes its rows straight to the
     places where they are served, while the processor's cache still holds them.
     """
 
@@ -126,11 +126,11 @@ class WindowReader:
 
     @property
     def n_windows(self) -> int:
-        """Windows of an epoch."""
+        """Number of windows in an epoch."""
         return -(-int(self._first_chunks[-1]) // self.chunks_per_window)
 
     def begin(self, epoch: int, number: int) -> Window:
-        """Start to read a window; :meth:`Window.wait` ends it."""
+        """Start to read a window; :meth:`Window.wait` waits for the end."""
         pieces = self._pieces(epoch, number)
         n_images = sum(len(piece.images) for piece in pieces)
         random = np.random.default_rng([self.seed, epoch, number])
@@ -153,7 +153,7 @@ class WindowReader:
             random = np.random.default_rng([self.seed, epoch])
             self._order = (epoch, random.permutation(int(self._first_chunks[-1])))
         size = self.chunks_per_window
-        # The rows are shuffled anyway, so the disk may be read in its own order.
+        # The rows are shuffled anyway, so the chunks may be read in the order on the disk.
         chosen = np.sort(self._order[1][number * size : (number + 1) * size])
         shards = np.searchsorted(self._first_chunks, chosen, side="right") - 1
         chunks = chosen - self._first_chunks[shards]
@@ -169,7 +169,7 @@ class WindowReader:
         return np.arange(start + piece.images.start, start + piece.images.stop)
 
     def _room(self, name: str, n_rows: int) -> Tensor:
-        """[n_rows, d_in] in the stored type."""
+        """Return an empty [n_rows, d_in] of the stored type."""
         spec, plan = self.store.spec(name), self.store.plan
         row_bytes = spec.d_in * plan.torch_dtype.itemsize
         most_images = max(shard.plan.images_per_chunk for shard in self._shards)
@@ -178,7 +178,7 @@ class WindowReader:
         return room.view(plan.torch_dtype).view(n_rows, spec.d_in)
 
     def _fill(self, window: Window, pieces: list[_Piece], places: Any, files: _OpenShards) -> None:
-        """Read some of a window's chunks; in a reader's thread."""
+        """Read some of a window's chunks, in a reader's thread."""
         scratch: Any = np.empty(0, dtype=np.uint8)
         rooms = {name: _whole_rows(room) for name, room in window.activations.items()}
         for piece in pieces:
@@ -197,7 +197,7 @@ class WindowReader:
                 np.put(room, places[piece.row : piece.row + len(rows)], rows)
 
     def close(self) -> None:
-        """Stop reading, in the middle of a window too, and close the files."""
+        """Stop reading, even within a window, and close the files."""
         self._closed = True
         for reader, files in self._readers:
             reader.shutdown(wait=True, cancel_futures=True)
@@ -205,22 +205,22 @@ class WindowReader:
 
 
 def _whole_rows(room: Tensor) -> Any:
-    """A tensor's rows as an array of values without a type, whose memory it shares."""
+    """Return a tensor's rows as an array of untyped values that shares its memory."""
     kind = np.dtype((np.void, room.shape[1] * room.itemsize))
     return room.view(torch.uint8).numpy().reshape(-1).view(kind)
 
 
 class _Memories:
-    """Memory that serves one window after another: the system need not clear new pages each time.
+    """Memory that one window after another reuses, so that the system need not clear new pages.
 
-    It is free again once no tensor is left that was cut from it, a caller's batch included.
+    It is free again once no tensor uses it, and no batch that a caller holds.
     """
 
     def __init__(self) -> None:
         self._free: deque[Any] = deque(maxlen=2)
 
     def take(self, n_bytes: int, most: int) -> Tensor:
-        """So many bytes of memory that holds up to ``most``."""
+        """Return ``n_bytes`` of memory from a block with room for ``most``."""
         try:
             memory = self._free.pop()
         except IndexError:
@@ -238,7 +238,7 @@ class _OpenShards:
         self.close = weakref.finalize(self, _close, self._open)
 
     def descriptor(self, shard: Shard) -> int:
-        """The shard's descriptor; opening it checks its size and header."""
+        """Return the shard's descriptor; opening it checks its size and header."""
         key = id(shard)
         if key not in self._open:
             self._open[key] = shard.open()
