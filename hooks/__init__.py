@@ -9,6 +9,6 @@ if __name__ != "vision_plugin.hooks":
         "Install the project (pip install -e .) and import vision_plugin.hooks."
     )
 
-# TransformerLens first: once imported it loads every adapter, which must not find this package's
-# modules half imported.
+# TransformerLens first: its import loads every adapter, and must not find this package's modules
+# half imported.
 import transformer_lens  # noqa: F401

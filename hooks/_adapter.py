@@ -1,4 +1,4 @@
-"""What every vision adapter has in common: sizes, the component mapping, token layout, output."""
+"""The base of every vision adapter: sizes, the component mapping, token layout, output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Dimensions:
     n_layers: int
     d_mlp: int
     image_size: tuple[int, int]
-    """Height and width in pixels that the checkpoint was made for."""
+    """Height and width of the checkpoint's images, in pixels."""
     patch_size: tuple[int, int]
     n_cls: int = 1
     n_registers: int = 0
@@ -43,11 +43,11 @@ class Dimensions:
     act_fn: str = "gelu"
     n_channels: int = 3
     d_head: int | None = None
-    """Width of a head, where it is not ``d_model / n_heads``."""
+    """Width of a head; None stands for ``d_model / n_heads``."""
     any_size: bool = False
-    """Whether the tower takes images of any size, so that the preprocessing decides."""
+    """Whether the tower takes images of any size, so that the preprocessing sets the size."""
     rotary: bool = False
-    """Whether queries and keys are rotated by their position."""
+    """Whether attention rotates queries and keys by their position."""
 
     @property
     def head_width(self) -> int:
@@ -55,7 +55,7 @@ class Dimensions:
         return self.d_head or self.d_model // self.n_heads
 
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
-        """Which row of the residual stream is which kind of token."""
+        """Return the order of the tokens in the residual stream."""
         height, width = image_size or self.image_size
         grid = (height // self.patch_size[0], width // self.patch_size[1])
         return TokenLayout(n_cls=self.n_cls, n_registers=self.n_registers, grid=grid)
@@ -63,10 +63,10 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a family keeps its parts: dotted module paths from the module that is wrapped.
+    """A family's parts: dotted module paths from the wrapped module.
 
-    The paths from ``ln1`` to ``ln2_post`` count from the block, those from ``q`` to ``o`` from the
-    attention, those that start with ``mlp_`` from the MLP. What a family does not have is None.
+    The paths from ``ln1`` to ``ln2_post`` start at the block, those from ``q`` to ``o`` at the
+    attention, and those named ``mlp_...`` at the MLP. A part that a family lacks is None.
     """
 
     embed: str
@@ -93,11 +93,11 @@ class Paths:
 
 
 class VisionArchitectureAdapter(ArchitectureAdapter):
-    """Base of the vision adapters; a family states its sizes and its paths.
+    """Base of the vision adapters; a family defines its sizes and its paths.
 
-    The component mapping is made in :meth:`prepare_model`, when the module is at hand: the same
-    class then serves TransformerLens's own loaders, which know only the configuration, and
-    ``vision_plugin.wrap``.
+    :meth:`prepare_model` makes the component mapping, because it has the module. So the same class
+    serves ``vision_plugin.wrap`` and TransformerLens's own loaders, which know only the
+    configuration.
     """
 
     supports_generation = False
@@ -120,66 +120,66 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
     @classmethod
     @abstractmethod
     def dimensions(cls, module: nn.Module) -> Dimensions:
-        """Read the tower's sizes from the native module."""
+        """Return the tower's sizes, read from the native module."""
 
     @abstractmethod
     def paths(self, module: nn.Module) -> Paths:
-        """Say where the native module keeps its parts."""
+        """Return the paths of the native module's parts."""
 
     def image_output(self, output: Any) -> Tensor:
-        """The tensor a bridge returns, from what the native forward returned."""
+        """Return the bridge's output tensor from the output of the native forward."""
         logits = getattr(output, "logits", None)
         tensor: Tensor = logits if logits is not None else output.last_hidden_state
         return tensor
 
     def pooled(self, output: Any) -> Tensor:
-        """One vector per image, [batch, d], before any projection to a joint space."""
+        """Return one vector per image, [batch, d], before any projection to a joint space."""
         pooled: Tensor = output.pooler_output
         return pooled
 
     has_joint_space: bool = False
-    """Whether ``logits`` of the output live in a space shared with text."""
+    """Whether the output's ``logits`` are in a space shared with text."""
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
-        """Text embeddings in the joint space, not normalised, [batch, d_embed]."""
+        """Return text embeddings in the joint space, not normalised, [batch, d_embed]."""
         raise ValueError(
             f"{type(module).__name__} has no text tower. Load a checkpoint that has one "
-            "(a CLIPModel, say) to embed text."
+            "(a CLIPModel, for example) to embed text."
         )
 
     def logit_scale(self, module: nn.Module) -> float:
-        """What cosine similarities are multiplied by before the softmax."""
+        """Return the factor on cosine similarities before the softmax."""
         scale = getattr(module, "logit_scale", None)
         if scale is None:
             raise ValueError(
-                f"{type(module).__name__} has no logit scale: it was not loaded together with "
-                "its text tower."
+                f"{type(module).__name__} has no logit scale, because it was loaded without its "
+                "text tower."
             )
         return float(scale.detach().exp())
 
     def logit_bias(self, module: nn.Module) -> float:
-        """What is added to the scaled cosine similarities before the sigmoid; 0 without one."""
+        """Return the number added to scaled cosine similarities before the sigmoid, or 0."""
         bias = getattr(module, "logit_bias", None)
         return 0.0 if bias is None else float(bias.detach())
 
     score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """What turns similarities into probabilities: what the model was trained with."""
+    """Function of the logits in the model's training loss."""
 
     text_padding: bool | str = True
-    """How the text tower wants its texts padded; as the transformers tokenizers have it."""
+    """Padding of texts, as an argument of the transformers tokenizers."""
 
     text_mask: bool = True
     """Whether the text tower takes an attention mask."""
 
     def restructure(self, module: nn.Module) -> None:
-        """Rebuild what the component mapping cannot stand on; on the bridge's copy of the module.
+        """Rebuild parts of the bridge's copy of the module that the mapping cannot use as they are.
 
         Raises:
-            UnsupportedModelError: a part is of a kind that the hooks' names do not describe.
+            UnsupportedModelError: the hooks' names do not describe one of the parts.
         """
 
     def prepare_model(self, hf_model: nn.Module) -> None:
-        """Take the sizes from the module and lay out the component mapping."""
+        """Read the sizes from the module and make the component mapping."""
         dims = self.dimensions(hf_model)
         set_dimensions(self.cfg, dims)
         self.tower_dimensions = dims
@@ -188,7 +188,7 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         self.component_mapping = self.mapping(self.paths(hf_model))
 
     def mapping(self, paths: Paths) -> dict[str, GeneralizedComponent]:
-        """TransformerLens's component mapping for a vision transformer."""
+        """Return TransformerLens's component mapping for a vision transformer."""
         mapping: dict[str, GeneralizedComponent] = {"embed": self.embedding(name=paths.embed)}
         if paths.pos_embed is not None:
             mapping["pos_embed"] = PositionEmbeddingBridge(name=paths.pos_embed)
@@ -204,7 +204,7 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         return mapping
 
     def block(self, paths: Paths) -> VisionBlockBridge:
-        """One block of the mapping; TransformerLens copies it for every layer."""
+        """Return one block of the mapping; TransformerLens copies it for every layer."""
         parts: dict[str, GeneralizedComponent] = {}
         if paths.ln1 is not None:
             parts["ln1"] = self.norm(paths.ln1)
@@ -232,7 +232,7 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         )
 
     def mlp(self, paths: Paths) -> MLPBridge:
-        """The MLP of a block, with its gate if it has one."""
+        """Return the MLP of a block, with its gate if it has one."""
         self.cfg.gated_mlp = paths.mlp_gate is not None
         parts: dict[str, GeneralizedComponent] = {
             "in": LinearBridge(name=paths.mlp_in),
@@ -244,7 +244,7 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         return GatedMLPBridge(name=paths.mlp, config=self.cfg, submodules=parts)
 
     def norm(self, path: str) -> VisionNormBridge:
-        """A normalisation that keeps the native arithmetic."""
+        """Return a normalisation that keeps the native arithmetic."""
         return VisionNormBridge(name=path, config=self.cfg, use_native_layernorm_autograd=True)
 
     # ------------------------------------------------------------------ harvesting
@@ -254,17 +254,17 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         return module(pixel_values=pixels)
 
     def native_path(self, path: str) -> str:
-        """Where the native module has what :meth:`restructure` moved to ``path``."""
+        """Return the native module's path of what :meth:`restructure` moved to ``path``."""
         return path
 
     def harvest_sources(self, model: Any) -> dict[str, Source]:
-        """Where the native module shows what each hook point shows, by canonical name."""
+        """Return the native module's source of each hook point's tensor, by canonical name."""
         if self._sources is None:
             self._sources = self.find_sources(model)
         return self._sources
 
     def find_sources(self, model: Any) -> dict[str, Source]:
-        """What :meth:`harvest_sources` keeps; a family with sources of its own adds them here."""
+        """Return the sources that :meth:`harvest_sources` caches; families add their own here."""
         native = {path for path, _ in model.native.named_modules()}
         sources: dict[str, Source] = {}
         for name, source in component_sources(model).items():
@@ -290,7 +290,7 @@ def set_dimensions(cfg: TransformerBridgeConfig, dims: Dimensions) -> None:
 
 
 def bridge_config(dims: Dimensions, architecture: str, model_name: str) -> TransformerBridgeConfig:
-    """A bridge configuration from a tower's sizes alone."""
+    """Return a bridge configuration from a tower's sizes alone."""
     cfg = TransformerBridgeConfig(
         d_model=dims.d_model,
         d_head=dims.head_width,

@@ -1,8 +1,8 @@
 """Bridge components that every vision family shares: block, attention, embeddings.
 
-They add to TransformerLens's own components what a vision transformer needs and the stock ones do
-not give: stopping and starting at any block whatever the native module path is called, an
-attention pattern that can be written, and a position embedding with a hook of its own.
+They add to TransformerLens's components what a vision transformer needs: stopping and starting at
+any block whatever its native path, an attention pattern that hooks can write, and a position
+embedding with its own hook.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 
 class VisionBlockBridge(BlockBridge):
-    """A transformer block that can be skipped, fed, or stopped at.
+    """A transformer block that a pass can skip, start at, or stop at.
 
-    The bridge sets three fields for the length of one forward pass:
+    The bridge sets three fields during one forward pass:
 
-    ``_injected``: a residual stream that replaces what the block receives.
-    ``_skipped``: the block hands its input on and fires no hook.
-    ``_stop``: ``"before"`` or ``"after"``, where the pass ends with the residual stream as result.
+    ``_injected``: a residual stream that replaces the block's input.
+    ``_skipped``: the block returns its input and fires no hook.
+    ``_stop``: ``"before"`` or ``"after"``: the pass ends there and returns the residual stream.
     """
 
-    # The stock aliases less those of the split-input fork, which vision attention does not offer.
+    # The stock aliases without the split-input fork, which vision attention does not offer.
     hook_aliases: ClassVar[dict[str, str]] = {  # type: ignore[assignment]
         "hook_resid_pre": "hook_in",
         "hook_resid_mid": "ln2.hook_in",
@@ -41,8 +41,8 @@ class VisionBlockBridge(BlockBridge):
         "hook_attn_out": "attn.hook_out",
         "hook_mlp_out": "mlp.hook_out",
     }
-    # LayerScale, where a family has it, is declared as ln1_post and ln2_post: BlockBridge then
-    # moves hook_attn_out and hook_mlp_out behind it, to what is added to the residual stream.
+    # A LayerScale is declared as ln1_post or ln2_post. BlockBridge then moves hook_attn_out and
+    # hook_mlp_out behind it, to the tensor that is added to the residual stream.
 
     _injected: Tensor | None = None
     _skipped: bool = False
@@ -76,14 +76,14 @@ class VisionBlockBridge(BlockBridge):
 
 
 class VisionAttentionBridge(AttentionBridge):
-    """Self-attention whose pattern can be read and written.
+    """Self-attention whose pattern hooks can read and write.
 
     The native module runs untouched unless a hook on the scores, the pattern or the per-head
-    result is live. Then queries, keys and values are formed here, and
+    result is live. Then this class computes queries, keys and values, and
 
-    * if nothing was edited and no gradient is asked for, the output still comes from the native
-      kernel, so that looking changes no bit of it;
-    * otherwise it is ``pattern @ v``, so that an edit, or a gradient, goes through the pattern.
+    * if no hook edits anything and no gradient is needed, the output still comes from the native
+      kernel, so that reading the pattern changes no bit of it;
+    * otherwise the output is ``pattern @ v``, so that edits and gradients go through the pattern.
 
     A family whose attention differs (rotary embedding, normalised queries, fused projections)
     overrides :meth:`project` and :meth:`native_kernel`.
@@ -93,7 +93,7 @@ class VisionAttentionBridge(AttentionBridge):
     supports_attn_result = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the native attention, or the explicit one where a hook needs it."""
+        """Run the native attention, or the explicit one if a hook needs it."""
         if not self.explicit_needed():
             return self.native_forward(*args, **kwargs)
         if len(args) > 1:
@@ -103,27 +103,27 @@ class VisionAttentionBridge(AttentionBridge):
         return self.pack(output)
 
     def native_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The native module between ``hook_in`` and ``hook_out``."""
+        """Run the native module between ``hook_in`` and ``hook_out``."""
         return super().forward(*args, **kwargs)
 
     def explicit_needed(self) -> bool:
-        """Whether something is to be seen, or edited, that the native module does not show."""
+        """Return whether a live hook needs a tensor that the native module does not show."""
         if getattr(self.config, "use_attn_result", False):
             return True
         return any(hook.fwd_hooks or hook.bwd_hooks for hook in self.watched_hooks())
 
     def watched_hooks(self) -> list[HookPoint]:
-        """Hook points that only the explicit attention fires."""
+        """Return the hook points that only the explicit attention fires."""
         names = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
         return [hook for name in names if (hook := self._modules.get(name)) is not None]  # type: ignore[misc]
 
     def pack(self, output: Tensor) -> Any:
-        """Shape the output as the native module's caller expects it: ``(output, weights)``."""
+        """Return the output as the native module's caller expects it: ``(output, weights)``."""
         return output, None
 
     @property
     def scaling(self) -> float:
-        """What the scores are multiplied by: ``d_head ** -0.5`` unless the module has its own."""
+        """Return the factor on the scores: ``d_head ** -0.5`` unless the module has its own."""
         native = self.original_component
         for name in ("scaling", "scale"):
             value = getattr(native, name, None)
@@ -132,7 +132,7 @@ class VisionAttentionBridge(AttentionBridge):
         return float(self.config.d_head) ** -0.5
 
     def project(self, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [batch, n_heads, tokens, d_head]."""
+        """Return queries, keys and values, each [batch, n_heads, tokens, d_head]."""
         del kwargs
         return (
             self.split_heads(self.q(hidden)),
@@ -141,19 +141,19 @@ class VisionAttentionBridge(AttentionBridge):
         )
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """[batch, tokens, n_heads * d_head] to [batch, n_heads, tokens, d_head]."""
+        """Reshape [batch, tokens, n_heads * d_head] to [batch, n_heads, tokens, d_head]."""
         return x.view(*x.shape[:-1], -1, self.config.d_head).transpose(1, 2)
 
     def rotate(
         self, q: Tensor, k: Tensor, rotation: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Apply a rotary embedding and show its results, [batch, tokens, n_heads, d_head]."""
+        """Apply a rotary embedding and hook its results, [batch, tokens, n_heads, d_head]."""
         rotated_q = self.hook_rot_q(rotation(q).transpose(1, 2)).transpose(1, 2)
         rotated_k = self.hook_rot_k(rotation(k).transpose(1, 2)).transpose(1, 2)
         return rotated_q, rotated_k
 
     def native_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The kernel the native module would call; [batch, n_heads, tokens, d_head]."""
+        """Run the kernel that the native module would call; [batch, n_heads, tokens, d_head]."""
         if _attention_implementation(self.original_component) == "eager":
             scores = _masked(q @ k.transpose(-1, -2) * self.scaling, mask)
             return torch.matmul(_softmax(scores, q.dtype), v)
@@ -164,7 +164,7 @@ class VisionAttentionBridge(AttentionBridge):
     def attend(
         self, hidden: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Explicit attention, [batch, tokens, d_model] to [batch, tokens, d_model]."""
+        """Run explicit attention, [batch, tokens, d_model] to [batch, tokens, d_model]."""
         q, k, v = self.project(hidden, **kwargs)
         scores = _masked(torch.matmul(q, k.transpose(-1, -2)) * self.scaling, attention_mask)
         scores_seen, scores_edited = _fire(self.hook_attn_scores, scores)
@@ -183,14 +183,14 @@ class VisionAttentionBridge(AttentionBridge):
         """Join the heads, [batch, n_heads, tokens, d_head] to [batch, tokens, n_heads * d_head].
 
         Args:
-            z: What each head gathered.
-            hidden: The attention's input, which some families gate the result with.
+            z: Output of each head.
+            hidden: Input of the attention, with which some families gate the output.
         """
         del hidden
         return z.transpose(1, 2).flatten(2)
 
     def output_projection(self, z: Tensor) -> Tensor:
-        """What follows the heads: the output projection, [batch, tokens, d_model]."""
+        """Apply the output projection after the heads, [batch, tokens, d_model]."""
         output: Tensor = self.o(z)
         return output
 
@@ -205,30 +205,30 @@ class VisionAttentionBridge(AttentionBridge):
 
 
 class EmbeddingBridge(GeneralizedComponent):
-    """The patch embedding with all that the native module adds to it.
+    """The patch embedding with everything that the native module adds to it.
 
-    ``_bypass`` replaces the output for one pass that starts further up; no hook fires then.
+    ``_bypass`` replaces the output in a pass that starts at a later block; no hook fires then.
     """
 
     _bypass: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the native embedding, or hand on what replaces it."""
+        """Run the native embedding, or return its replacement."""
         if self._bypass is not None:
             return self.pack(self._bypass)
         return super().forward(*args, **kwargs)
 
     def pack(self, residual: Tensor) -> Any:
-        """Shape the replacement as the native module's caller expects it."""
+        """Return the replacement as the native module's caller expects it."""
         return residual
 
 
 class VisionNormBridge(NormalizationBridge):
-    """A normalisation with the native arithmetic, RMSNorm under any library's spelling."""
+    """A normalisation with the native arithmetic; it recognises any library's RMSNorm."""
 
     @property
     def uses_rms_norm(self) -> bool:
-        """Whether the native module leaves the mean in."""
+        """Whether the native module does not subtract the mean."""
         return "rms" in type(self.original_component).__name__.lower()
 
 
@@ -238,7 +238,7 @@ class EmbeddingNormBridge(VisionNormBridge):
     _bypass: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Normalise, or hand on what replaces the embedding."""
+        """Normalise, or return the replacement of the embedding."""
         if self._bypass is not None:
             return self._bypass
         output: Tensor = super().forward(hidden_states, **kwargs)
@@ -246,15 +246,15 @@ class EmbeddingNormBridge(VisionNormBridge):
 
 
 class PositionEmbeddingBridge(GeneralizedComponent):
-    """A position-embedding table, hooked with one row per image: [batch, tokens, d_model]."""
+    """A position-embedding table whose hook has one row per image: [batch, tokens, d_model]."""
 
     _current_batch_size: int = 1
 
     def forward(self, *args: Any, spread: bool = True, **kwargs: Any) -> Tensor:
-        """Look the table up and spread it over the batch.
+        """Read the table and repeat it for each image of the batch.
 
         Where the native module resamples the table to the image's size afterwards, ``spread`` is
-        off and the hook shows the table itself, [1, positions, d_model].
+        False and the hook has the table itself, [1, positions, d_model].
         """
         table = self.original_component
         assert table is not None
@@ -264,14 +264,14 @@ class PositionEmbeddingBridge(GeneralizedComponent):
         if spread:
             output = output.expand(self._current_batch_size, -1, -1)
         if self.hook_out.fwd_hooks:
-            # A hook may write in place: not into the weights, nor into one row for all images.
+            # A hook may write in place, but not into the weights or one row for all images.
             output = output.clone()
         hooked: Tensor = self.hook_out(output)
         return hooked
 
 
 class LayerScaleBridge(GeneralizedComponent):
-    """A LayerScale: what comes out of it is what is added to the residual stream."""
+    """A LayerScale, whose output is added to the residual stream."""
 
 
 class GatedMLPBridge(MLPBridge):
@@ -293,16 +293,16 @@ def _replace_input(
 
 
 def _fire(hook: HookPoint, tensor: Tensor) -> tuple[Tensor, bool]:
-    """Fire a hook; say whether it returned, or wrote, something else than it was given."""
+    """Fire a hook; return its result and whether the hook changed the tensor."""
     version = _version(tensor)
     hooked: Tensor = hook(tensor)
     return hooked, hooked is not tensor or _version(hooked) != version
 
 
 def _version(tensor: Tensor) -> object:
-    """A number that changes with each write in place; inference mode keeps none.
+    """Return a number that changes with each write in place.
 
-    Without one a hook that is there at all counts as having written.
+    Inference mode keeps no such number: there, any hook at all counts as a write.
     """
     return object() if tensor.is_inference() else tensor._version
 

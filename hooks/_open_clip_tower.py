@@ -22,11 +22,11 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
     """``nn.MultiheadAttention`` or open_clip's ``Attention``.
 
     Both compute everything from bare weights in one call. That call runs as it is, unless a hook
-    on something inside is live; then the attention is formed here, equal up to rounding.
+    inside it is live. Then this class computes the attention, equal up to rounding.
     """
 
     def native_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The native attention between ``hook_in`` and ``hook_out``."""
+        """Run the native attention between ``hook_in`` and ``hook_out``."""
         native: Any = self.original_component
         hidden = self.hook_in(args[0])
         if isinstance(native, nn.MultiheadAttention):
@@ -34,7 +34,7 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
         return self.hook_out(native(hidden, **kwargs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the native attention, or the explicit one where a hook needs it."""
+        """Run the native attention, or the explicit one if a hook needs it."""
         if not self.explicit_needed():
             return self.native_forward(*args, **kwargs)
         mask = kwargs.get("attn_mask")
@@ -42,12 +42,12 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
         return self.pack(self.hook_out(output))
 
     def pack(self, output: Tensor) -> Any:
-        """``nn.MultiheadAttention`` returns the output and, here always absent, the weights."""
+        """Return what ``nn.MultiheadAttention`` returns: the output and absent weights."""
         is_torch = isinstance(self.original_component, nn.MultiheadAttention)
         return (output, None) if is_torch else output
 
     def watched_hooks(self) -> list[HookPoint]:
-        """Nothing inside the native call can be seen from outside."""
+        """Return the hook points inside too, as the native call shows none of them."""
         inside = [getattr(part, side) for part in self._parts() for side in ("hook_in", "hook_out")]
         return [*super().watched_hooks(), *inside]
 
@@ -55,7 +55,7 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
         return [self.q, self.k, self.v, self.o]
 
     def project(self, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, normalised where the block does that."""
+        """Return queries, keys and values, normalised if the block does that."""
         del kwargs
         native: Any = self.original_component
         q, k, v = (self.split_heads(part) for part in native.qkv(hidden).chunk(3, dim=-1))
@@ -64,7 +64,7 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
         return native.ln_q(q), native.ln_k(k), v
 
     def combine(self, z: Tensor, hidden: Tensor) -> Tensor:
-        """Scale and join the heads, and normalise them where the block does that."""
+        """Scale and join the heads, and normalise them if the block does that."""
         native: Any = self.original_component
         if isinstance(native, nn.MultiheadAttention):
             return super().combine(z, hidden)
@@ -75,10 +75,10 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
 
 
 def check(tower: Any) -> None:
-    """Refuse what cannot run natively or has no pattern.
+    """Raise for a part that cannot run natively or has no attention pattern.
 
     Raises:
-        UnsupportedModelError: naming the part.
+        UnsupportedModelError: the message names the part.
     """
     block = tower.transformer.resblocks[0]
     kind = type(block).__name__
@@ -94,7 +94,7 @@ def check(tower: Any) -> None:
 
 
 def dimensions(tower: Any) -> Dimensions:
-    """Sizes of an open_clip tower.
+    """Return the sizes of an open_clip tower.
 
     Raises:
         UnsupportedModelError: a part is of an unsupported kind.
@@ -114,7 +114,7 @@ def dimensions(tower: Any) -> Dimensions:
 
 
 def paths(tower: Any, prefix: str = "") -> Paths:
-    """Parts of an open_clip tower that :func:`restructure` has been over."""
+    """Return the parts of an open_clip tower after :func:`restructure`."""
     block = tower.transformer.resblocks[0]
     has_norm = not isinstance(tower.ln_pre, nn.Identity)
     return Paths(
@@ -140,7 +140,7 @@ def paths(tower: Any, prefix: str = "") -> Paths:
 
 
 def restructure(tower: Any) -> None:
-    """Give the projections, the positions and the joint projection modules of their own."""
+    """Turn the projections, the positions and the joint projection into modules."""
     for block in tower.transformer.resblocks:
         attention = block.attn
         width = attention.in_proj_weight.shape[0] // 3
@@ -154,7 +154,7 @@ def restructure(tower: Any) -> None:
 
 
 def project_and_pool(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The native forward in its own order: image embedding, last residual stream, pooled."""
+    """Run the native forward: return image embedding, last residual stream and pooled output."""
     hidden = tower.transformer(tower._embeds(pixels))
     pooled, _ = tower._pool(hidden)
     embedding = tower.product(pooled) if tower.proj is not None else pooled

@@ -1,7 +1,7 @@
-"""Small rebuildings of a native module, so that every canonical hook has a module to stand on.
+"""Rebuild small parts of a native module, so that every canonical hook has a module.
 
-They are made on the bridge's copy of the module, never on the user's, and keep the arithmetic bit
-for bit: the same kernels run on the same tensors in the same order.
+The bridge's copy of the module changes, never the user's module, and the arithmetic stays the same
+bit for bit: the same kernels run on the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class LinearSlice(nn.Module):
-    """Some rows of a fused projection, as a linear layer of its own that shares the weights."""
+    """Some rows of a fused projection, as a linear layer that shares the weights."""
 
     def __init__(self, fused: nn.Module, start: int, stop: int) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class LinearSlice(nn.Module):
         return self.stop - self.start
 
     def forward(self, x: Tensor, seen: Tensor | None = None, piece: Tensor | None = None) -> Tensor:
-        """The slice's part of what the fused projection computed from ``seen``, if x is still it.
+        """Return the slice's ``piece`` of the fused output for ``seen`` if x is still that tensor.
 
-        An input that a hook replaced on the way is projected anew.
+        If a hook replaced the input, the slice projects it anew.
         """
         if piece is not None and x is seen:
             return piece
@@ -56,13 +56,13 @@ class LinearSlice(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """A fused projection whose parts can be read, and edited, one by one.
+    """A fused projection whose parts hooks can read and edit one by one.
 
     Args:
-        fused: The projection; it has ``weight`` and ``bias`` like ``nn.Linear``.
+        fused: The projection, with ``weight`` and ``bias`` like ``nn.Linear``.
         parts: Width of each part by name, in the order of the rows.
-        called: Whether the native forward calls a module at this place. Where it does not (it
-            uses the weights directly), plain hooks find nothing to stand on.
+        called: Whether the native forward calls a module at this place. Where it uses the weights
+            directly, plain hooks on the native module cannot read the projection.
     """
 
     def __init__(self, fused: nn.Module, parts: Mapping[str, int], *, called: bool = True) -> None:
@@ -89,7 +89,7 @@ class SplitLinear(nn.Module):
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project once, show each part to its hooks, and join them again if one was edited."""
+        """Project once, pass each part to its hooks, and join the parts again if one was edited."""
         output: Tensor = self.fused(x)
         pieces = {name: output[..., start:stop] for name, (start, stop) in self.spans.items()}
         shown = [self._modules[name](x, x, piece) for name, piece in pieces.items()]  # type: ignore[misc]
@@ -99,12 +99,12 @@ class SplitLinear(nn.Module):
 
 
 class FusedWeights(nn.Module):
-    """A projection whose weight and biases the native module holds as bare parameters.
+    """A projection whose weight and biases are bare parameters of the native module.
 
     Args:
-        weight: [out, in].
+        weight: Weight, [out, in].
         biases: Parts of the bias in order, joined on each call; empty for none.
-        separate: Add the bias after the product instead of in one call, as some modules do.
+        separate: Whether to add the bias after the product and not in one call with it.
     """
 
     def __init__(self, weight: Tensor, biases: list[Tensor], *, separate: bool = False) -> None:
@@ -124,7 +124,7 @@ class FusedWeights(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Project [..., in] to [..., out]."""
         weight: Tensor = self.weight  # type: ignore[assignment]
         if self.separate and self.bias is not None:
             output = nn.functional.linear(x, weight)
@@ -134,7 +134,7 @@ class FusedWeights(nn.Module):
 
 
 class MatrixProduct(nn.Module):
-    """``x @ matrix`` for a matrix that the native module holds as a bare parameter."""
+    """``x @ matrix`` for a matrix that is a bare parameter of the native module."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
@@ -142,19 +142,19 @@ class MatrixProduct(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as a linear layer has it, [out, in]."""
+        """The transposed matrix, as a linear layer has it, [out, in]."""
         matrix: Tensor = self.matrix  # type: ignore[assignment]
         return matrix.T
 
     bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Project [..., in] to [..., out]."""
         return x @ self.matrix  # type: ignore[operator, no-any-return]
 
 
 class Scaled(nn.Module):
-    """A LayerScale that the native block holds as a bare vector, then what followed it."""
+    """A LayerScale that is a bare vector of the native block, then the module after it."""
 
     def __init__(self, gamma: Tensor, then: nn.Module) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Scaled(nn.Module):
         self.then = then
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale, then run what followed."""
+        """Scale, then run the next module."""
         output: Tensor = self.then(self.scale(x))
         return output
 
@@ -175,12 +175,12 @@ class Scale(nn.Module):
         _adopt(self, "gamma", gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each feature."""
+        """Scale each dimension."""
         return self.gamma * x  # type: ignore[operator, no-any-return]
 
 
 class BlockStack(nn.Module):
-    """Blocks that the native module keeps in an ``nn.Sequential`` and calls as one."""
+    """Blocks of an ``nn.Sequential`` that the native module calls as one."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -203,17 +203,17 @@ class BlockStack(nn.Module):
 
 
 class PositionTap(nn.Module):
-    """Where a position embedding that is a bare parameter passes through a module."""
+    """A module through which a position embedding that is a bare parameter passes."""
 
     def forward(self, table: Tensor, *, spread: bool = True) -> Tensor:
-        """Hand the table on; ``spread`` tells the bridge to give each image its own."""
+        """Return the table; ``spread`` tells the bridge to repeat it for each image."""
         del spread
         return table
 
 
 @dataclass
 class TapState:
-    """Whether reads are tapped just now, and what the tap returned."""
+    """Whether reads of the positions go through the tap now, and what the tap returned."""
 
     open: bool = False
     tapped: Tensor | None = None
@@ -226,17 +226,17 @@ def tap_positions(
     *,
     resample: str | None = None,
 ) -> None:
-    """Send a position embedding that is a bare parameter through ``owner.position_tap``.
+    """Pass a position embedding that is a bare parameter through ``owner.position_tap``.
 
-    While ``owner.<entry>`` runs, reading ``owner.<attribute>`` gives what the tap returns, once
-    per run; at any other time it gives the parameter.
+    While ``owner.<entry>`` runs, reading ``owner.<attribute>`` returns the tap's output, computed
+    once per run; at any other time it returns the parameter.
 
     Args:
-        owner: The module with the parameter.
-        attribute: The parameter's name; None where only its resampled form is read.
-        entry: The method in which it is read.
-        resample: The method that interpolates it to another image size, whose result is then
-            tapped instead.
+        owner: The module that has the parameter.
+        attribute: Name of the parameter; None where only its resampled form is read.
+        entry: Name of the method that reads it.
+        resample: Name of the method that resamples it to another image size; the tap then gets
+            that method's result.
     """
     native = type(owner)
     owner.position_tap = PositionTap()
@@ -277,7 +277,7 @@ def tap_positions(
 
 
 def _adopt(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a parameter or buffer that another module owns as well."""
+    """Register a parameter or buffer that another module also owns."""
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(name, tensor)
     else:

@@ -1,4 +1,4 @@
-"""Harvest sources for what the bridge's copy of a module rebuilt and the native module fuses."""
+"""Harvest sources for parts that are fused in the native module and split in the bridge's copy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vision_plugin.models import Source
 
 
 def split_sources(root: nn.Module, native_path: Callable[[str], str]) -> dict[str, Source]:
-    """Sources of the parts of every split projection, by canonical hook name.
+    """Return sources for the parts of every split projection, by canonical hook name.
 
     Args:
         root: The bridge's copy of the module.
-        native_path: From a path in the copy to the path in the native module.
+        native_path: Turns a path in the copy into the path in the native module.
     """
     sources: dict[str, Source] = {}
     for path, split in split_linears(root):
@@ -41,7 +41,7 @@ def split_sources(root: nn.Module, native_path: Callable[[str], str]) -> dict[st
 
 
 def norm_sources(root: nn.Module, native_path: Callable[[str], str]) -> dict[str, Source]:
-    """Sources of what every normalisation divides out, in TransformerLens's own arithmetic."""
+    """Return sources for the scale of every normalisation, in TransformerLens's arithmetic."""
     sources: dict[str, Source] = {}
     for path, module in root.named_modules():
         if isinstance(module, VisionNormBridge):
@@ -51,14 +51,14 @@ def norm_sources(root: nn.Module, native_path: Callable[[str], str]) -> dict[str
 
 
 def split_linears(root: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
-    """The split projections with their paths, less the steps into bridge components."""
+    """Yield the split projections with their paths, without the steps into bridge components."""
     for path, module in root.named_modules():
         if isinstance(module, SplitLinear):
             yield _native(path), module
 
 
 def _native(path: str) -> str:
-    """A path less the steps into what bridge components hold."""
+    """Return a path without the steps into bridge components."""
     return ".".join(step for step in path.split(".") if step != "_original_component")
 
 

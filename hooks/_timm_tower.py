@@ -1,6 +1,6 @@
 """A timm ``VisionTransformer`` or ``Eva`` as a tower: sizes, parts, attention.
 
-Shared by timm models as they are and by open_clip models whose image tower is one.
+timm models use it, and open_clip models whose image tower is one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCKS = {
     "EvaBlock": "norms before",
     "EvaBlockPostNorm": "norms after",
 }
-"""Kinds of blocks whose residual stream has the canonical hooks."""
+"""Kinds of blocks whose residual stream has the canonical hooks, and the place of their norms."""
 
 WHY_NOT = {
     "ParallelScalingBlock": "attention and MLP run side by side, so there is no hook_resid_mid",
@@ -40,12 +40,12 @@ WHY_NOT = {
 class TimmAttentionBridge(VisionAttentionBridge):
     """timm's ``Attention``, ``AttentionRope`` and ``EvaAttention``.
 
-    Fused or separate projections, normalised queries and keys, rotary positions, fewer heads for
-    keys and values, a norm or a gate in front of the output projection.
+    They may have fused or separate projections, normalised queries and keys, rotary positions,
+    fewer heads for keys and values, and a norm or a gate before the output projection.
     """
 
     def pack(self, output: Tensor) -> Any:
-        """timm's attention returns a tensor."""
+        """Return the output alone: timm's attention returns a tensor."""
         return output
 
     @property
@@ -55,7 +55,7 @@ class TimmAttentionBridge(VisionAttentionBridge):
     def project(
         self, hidden: Tensor, *, rope: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as they enter the scores."""
+        """Return queries, keys and values as they enter the scores."""
         del kwargs
         native = self._native
         if native.qkv is not None:
@@ -87,40 +87,40 @@ class TimmAttentionBridge(VisionAttentionBridge):
         return rotation
 
     def attend(self, hidden: Tensor, *, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Explicit attention under timm's argument names."""
+        """Run explicit attention with timm's argument names."""
         kwargs.pop("is_causal", None)
         return super().attend(hidden, attention_mask=attn_mask, **kwargs)
 
     def native_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """timm's own choice between its two kernels."""
+        """Run timm's own choice between its two kernels."""
         if self._native.fused_attn:
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         scores = (q * self.scaling) @ k.transpose(-2, -1)
         return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
     def combine(self, z: Tensor, hidden: Tensor) -> Tensor:
-        """Join the heads, then timm's norm and gate."""
+        """Join the heads, then apply timm's norm and gate."""
         joined: Tensor = self._native.norm(super().combine(z, hidden))
         gate = self._native.gate
         return joined if gate is None else joined * gate(hidden).sigmoid()
 
     def output_projection(self, z: Tensor) -> Tensor:
-        """The output projection and its dropout."""
+        """Apply the output projection and its dropout."""
         output: Tensor = self._native.proj_drop(self.o(z))
         return output
 
 
 def is_timm_tower(module: nn.Module) -> bool:
-    """Whether the module is of a class this file describes."""
+    """Return whether this file describes the module's class."""
     names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("timm.")}
     return bool(names & {"VisionTransformer", "Eva"})
 
 
 def check(tower: Any) -> None:
-    """Refuse what has no residual stream, or no attention pattern, of the canonical kind.
+    """Raise for a tower without the canonical residual stream or attention pattern.
 
     Raises:
-        UnsupportedModelError: naming the part.
+        UnsupportedModelError: the message names the part.
     """
     block = tower.blocks[0]
     kind = type(block).__name__
@@ -139,7 +139,7 @@ def check(tower: Any) -> None:
 
 
 def dimensions(tower: Any) -> Dimensions:
-    """Sizes of a timm tower.
+    """Return the sizes of a timm tower.
 
     Raises:
         UnsupportedModelError: a part is of an unsupported kind.
@@ -167,11 +167,11 @@ def dimensions(tower: Any) -> Dimensions:
 
 
 def paths(tower: Any, prefix: str = "") -> Paths:
-    """Parts of a timm tower that :func:`restructure` has been over.
+    """Return the parts of a timm tower after :func:`restructure`.
 
     Args:
         tower: The tower.
-        prefix: Its path in the module that is wrapped, with a dot behind it.
+        prefix: Its path in the wrapped module, with a dot at the end, or empty.
     """
     block = tower.blocks[0]
     after = BLOCKS[type(block).__name__] == "norms after"
@@ -203,7 +203,7 @@ def paths(tower: Any, prefix: str = "") -> Paths:
 
 
 def restructure(tower: Any) -> None:
-    """Split the fused projections, unroll the blocks, give LayerScale and positions a module."""
+    """Split the fused projections, unroll the blocks, and make LayerScale and positions modules."""
     for block in tower.blocks:
         _split_attention(block.attn)
         _split_mlp(block.mlp)
@@ -220,12 +220,12 @@ def restructure(tower: Any) -> None:
 
 
 def native_path(path: str) -> str:
-    """Undo the moves of :func:`restructure` in a path."""
+    """Return the path that :func:`restructure` moved to ``path``."""
     return path.replace("blocks.layers.", "blocks.")
 
 
 def scale_places(tower: Any) -> list[tuple[int, int, str]]:
-    """Where a native Eva block shows its scaled branches: (block, 1 or 2, submodule)."""
+    """Return where a native Eva block has its scaled branches: (block, 1 or 2, submodule)."""
     return [
         (index, number, f"blocks.{index}.drop_path{number}")
         for index, block in enumerate(tower.blocks)
@@ -242,7 +242,7 @@ def _split_attention(attention: Any) -> None:
     if getattr(attention, "q_bias", None) is None:
         attention.qkv = SplitLinear(attention.qkv, parts)
         return
-    # The native module reads the weights itself, to add a bias without a part for the keys.
+    # The native module reads the weights itself, to add a bias that has no part for the keys.
     biases = [attention.q_bias, attention.k_bias, attention.v_bias]
     fused = FusedWeights(attention.qkv.weight, biases, separate=attention.qkv_bias_separate)
     attention.qkv = SplitLinear(fused, parts, called=False)
@@ -266,7 +266,7 @@ def _mlp_paths(mlp: Any) -> dict[str, str | None]:
 
 
 def _scales(block: Any) -> tuple[str | None, str | None]:
-    """Paths of the LayerScales behind attention and MLP."""
+    """Return the paths of the LayerScales behind attention and MLP."""
     found: list[str | None] = []
     for number in (1, 2):
         if isinstance(getattr(block, f"drop_path{number}"), Scaled):

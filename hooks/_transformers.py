@@ -1,4 +1,4 @@
-"""What the families of Hugging Face transformers share."""
+"""Functions that the families of Hugging Face transformers share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vision_plugin.hooks._adapter import Dimensions
 
 
 def sizes(config: Any, **others: Any) -> Dimensions:
-    """Sizes that a vision configuration states under the usual names.
+    """Return the sizes that a vision configuration has under the usual names.
 
     Args:
-        config: The vision tower's configuration.
-        **others: Further fields of Dimensions, or replacements.
+        config: Configuration of the vision tower.
+        **others: Further fields of Dimensions, or values that replace the usual ones.
     """
     fields: dict[str, Any] = {
         "d_model": config.hidden_size,
@@ -33,7 +33,7 @@ def sizes(config: Any, **others: Any) -> Dimensions:
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Height and width from one number or two."""
+    """Return height and width from one number or two."""
     if isinstance(size, Iterable):
         height, width = size
         return int(height), int(width)
@@ -41,14 +41,14 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 def linear_head(module: nn.Module, *names: str) -> str | None:
-    """The first of these names under which the module has a linear layer."""
+    """Return the first of these names under which the module has a linear layer."""
     return next((n for n in names if isinstance(getattr(module, n, None), nn.Linear)), None)
 
 
 def image_result(
     logits: Tensor | None, last_hidden_state: Tensor, pooler_output: Tensor | None
 ) -> ImageClassifierOutput:
-    """An output that a bridge understands and that keeps what the native one would drop."""
+    """Return an output that a bridge can use and that keeps what the native one would drop."""
     result = ImageClassifierOutput(logits=logits)
     result["last_hidden_state"] = last_hidden_state
     if pooler_output is not None:

@@ -25,7 +25,7 @@ class CLIPVisionAdapter(VisionArchitectureAdapter):
         return sizes(getattr(module.config, "vision_config", module.config))
 
     def paths(self, module: nn.Module) -> Paths:
-        """The tower stands at the root or below ``vision_model``."""
+        """Return the parts: the tower is the root or ``vision_model``."""
         tower = "vision_model." if hasattr(module, "vision_model") else ""
         return Paths(
             embed=f"{tower}embeddings",
@@ -58,14 +58,14 @@ class CLIPVisionProjectionAdapter(CLIPVisionAdapter):
 
 
 class CLIPAdapter(CLIPVisionProjectionAdapter):
-    """``CLIPModel``: the forward takes images; the text tower answers ``encode_text``."""
+    """``CLIPModel``: the forward takes images; ``encode_text`` uses the text tower."""
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the vision tower and its projection; the text tower has no part in it."""
+        """Run the vision tower and its projection without the text tower."""
         return module.get_image_features(pixel_values=pixels)
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
-        """Projected text embeddings, not normalised, [batch, d_embed]."""
+        """Return projected text embeddings, not normalised, [batch, d_embed]."""
         output = module.get_text_features(**tokens)
         embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
         return embedding
@@ -80,14 +80,14 @@ class CLIPClassifierAdapter(CLIPVisionAdapter):
 
 
 def _project(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
-    """The vision tower, pooled and projected; ``pooler_output`` is not projected."""
+    """Run the vision tower, pool and project; ``pooler_output`` is not projected."""
     output = self.vision_model(pixel_values=pixel_values, **kwargs)
     embedding = self.visual_projection(output.pooler_output)
     return image_result(embedding, output.last_hidden_state, output.pooler_output)
 
 
 def _classify(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
-    """The patches' mean through the classifier, as the native head has it."""
+    """Classify the mean of the patches, as the native head does."""
     output = self.vision_model(pixel_values=pixel_values, **kwargs)
     pooled = output.last_hidden_state[:, 1:, :].mean(dim=1)
     return image_result(self.classifier(pooled), output.last_hidden_state, pooled)

@@ -34,7 +34,7 @@ class Dinov2Adapter(VisionArchitectureAdapter):
         )
 
     def paths(self, module: nn.Module) -> Paths:
-        """LayerScale stands behind the attention and behind the MLP."""
+        """Return the parts, with LayerScale after the attention and after the MLP."""
         tower = _prefix(module)
         gated = hasattr(_tower(module).encoder.layer[0].mlp, "gate_proj")
         return Paths(
@@ -59,7 +59,7 @@ class Dinov2Adapter(VisionArchitectureAdapter):
         )
 
     def restructure(self, module: nn.Module) -> None:
-        """Give the position table a hook, and keep the hidden state beside class scores."""
+        """Give the position table a hook, and keep the hidden state with the class scores."""
         embeddings: Any = _tower(module).embeddings
         tap_positions(embeddings, "position_embeddings", resample="interpolate_pos_encoding")
         if hasattr(module, "classifier"):
@@ -77,7 +77,7 @@ def _tower(module: nn.Module) -> Any:
 
 def _classify(n_registers: int) -> Any:
     def forward(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
-        """Class token and mean of the patches through the classifier, as natively."""
+        """Classify class token and mean of the patches, as the native head does."""
         output = _tower(self)(pixel_values, **kwargs)
         hidden = output.last_hidden_state
         patches = hidden[:, 1 + n_registers :].mean(dim=1)

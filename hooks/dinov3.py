@@ -17,12 +17,12 @@ from vision_plugin.hooks._transformers import sizes
 
 
 class DINOv3AttentionBridge(VisionAttentionBridge):
-    """Attention whose queries and keys are rotated by the patch's place."""
+    """Attention that rotates queries and keys by the place of the patch."""
 
     def project(
         self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; class token and registers are not rotated."""
+        """Return queries, keys and values; class token and registers are not rotated."""
         q, k, v = super().project(hidden, **kwargs)
         cos, sin = position_embeddings
         n_prefix = hidden.shape[1] - sin.shape[-2]
@@ -51,7 +51,7 @@ class DINOv3Adapter(VisionArchitectureAdapter):
         )
 
     def paths(self, module: nn.Module) -> Paths:
-        """There is no position table; LayerScale stands behind the attention and the MLP."""
+        """Return the parts: no position table, and LayerScale after the attention and the MLP."""
         gated = module.config.use_gated_mlp
         return Paths(
             embed="embeddings",

@@ -45,7 +45,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         )
 
     def paths(self, module: nn.Module) -> Paths:
-        """Where the parts are once :meth:`restructure` is through."""
+        """Return the parts after :meth:`restructure`."""
         tower, prefix = image_tower(module)
         if _timm_tower.is_timm_tower(tower):
             paths = _timm_tower.paths(tower, prefix)
@@ -56,7 +56,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         return _open_clip_tower.paths(tower, prefix)
 
     def restructure(self, module: nn.Module) -> None:
-        """Make the forward take images alone, and give every hook a module to stand on."""
+        """Make the forward take images alone, and give every hook a module."""
         tower, _ = image_tower(module)
         if _timm_tower.is_timm_tower(tower):
             _timm_tower.restructure(tower)
@@ -70,18 +70,18 @@ class OpenClipAdapter(VisionArchitectureAdapter):
 
     @property
     def attention(self) -> type[VisionAttentionBridge]:  # type: ignore[override]
-        """The attention of the tower at hand."""
+        """Attention class of the image tower."""
         return TimmAttentionBridge if self.has_timm_tower else OpenClipAttentionBridge
 
     has_timm_tower: bool = False
 
     def prepare_model(self, hf_model: nn.Module) -> None:
-        """Choose by the tower, then as any family."""
+        """Set what depends on the tower, then prepare as any family does."""
         self.has_timm_tower = _timm_tower.is_timm_tower(image_tower(hf_model)[0])
         super().prepare_model(hf_model)
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
-        """Text embeddings, not normalised, [batch, d_embed]."""
+        """Return text embeddings, not normalised, [batch, d_embed]."""
         if not hasattr(module, "encode_text"):
             return super().encode_text(module, **tokens)
         embedding: Tensor = module.encode_text(tokens["text"], normalize=False)
@@ -90,16 +90,16 @@ class OpenClipAdapter(VisionArchitectureAdapter):
     # ------------------------------------------------------------------ harvesting
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the image tower; the text tower has no part in it."""
+        """Run the image tower without the text tower."""
         visual: Any = getattr(module, "visual", module)
         return visual(pixels)
 
     def native_path(self, path: str) -> str:
-        """Undo the moves that a timm tower needs."""
+        """Return the path before the moves that a timm tower needs."""
         return _timm_tower.native_path(path) if self.has_timm_tower else path
 
     def find_sources(self, model: Any) -> dict[str, Source]:
-        """Less what the native attention computes from bare weights."""
+        """Return the sources, except tensors that native attention computes from bare weights."""
         sources = super().find_sources(model)
         tower, prefix = image_tower(model.native)
         if self.has_timm_tower:
@@ -111,7 +111,7 @@ class OpenClipAdapter(VisionArchitectureAdapter):
 
 
 def image_tower(module: Any) -> tuple[Any, str]:
-    """The transformer for images, and its path with a dot behind it."""
+    """Return the transformer for images, and its path with a dot at the end."""
     tower, prefix = module, ""
     for name in ("visual", "trunk"):
         if hasattr(tower, name):

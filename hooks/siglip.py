@@ -2,8 +2,8 @@
 
 Zhai et al., Sigmoid Loss for Language Image Pre-Training (arXiv 2303.15343). There is no class
 token: an attention pool over the patches makes the image embedding. The loss judges each pair of
-image and text by itself, ``sigmoid(scale * cosine + bias)``; a softmax over texts is not what
-the model was trained for.
+image and text by itself, ``sigmoid(scale * cosine + bias)``; the model was not trained for a
+softmax over texts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SiglipVisionAdapter(VisionArchitectureAdapter):
         return sizes(getattr(module.config, "vision_config", module.config), n_cls=0)
 
     def paths(self, module: nn.Module) -> Paths:
-        """The tower stands at the root or below ``vision_model``."""
+        """Return the parts: the tower is the root or ``vision_model``."""
         tower = "vision_model." if hasattr(module, "vision_model") else ""
         return Paths(
             embed=f"{tower}embeddings",
@@ -51,13 +51,13 @@ class SiglipVisionAdapter(VisionArchitectureAdapter):
         )
 
     def pooled(self, output: Any) -> Tensor:
-        """The attention pool's output, or the patches' mean in a tower without one."""
+        """Return the attention pool's output, or the mean of the patches in a tower without one."""
         pooled: Tensor | None = output.get("pooler_output")
         return output.last_hidden_state.mean(dim=1) if pooled is None else pooled
 
 
 class SiglipAdapter(SiglipVisionAdapter):
-    """``SiglipModel``: the output is the image embedding; sigmoid scores."""
+    """``SiglipModel``: the output is the image embedding; scores are sigmoids."""
 
     has_joint_space = True
     score_function = "sigmoid"
@@ -67,11 +67,11 @@ class SiglipAdapter(SiglipVisionAdapter):
         module.forward = MethodType(_embed, module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the vision tower; the text tower has no part in it."""
+        """Run the vision tower without the text tower."""
         return module.get_image_features(pixel_values=pixels)
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
-        """Text embeddings, not normalised, [batch, d_embed]."""
+        """Return text embeddings, not normalised, [batch, d_embed]."""
         output = module.get_text_features(**tokens)
         embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
         return embedding
@@ -81,7 +81,7 @@ class SiglipClassifierAdapter(SiglipVisionAdapter):
     """``SiglipForImageClassification``: the output is the class scores."""
 
     def restructure(self, module: nn.Module) -> None:
-        """Keep the hidden state beside the class scores."""
+        """Keep the hidden state with the class scores."""
         module.forward = MethodType(_classify, module)
 
 
@@ -91,7 +91,7 @@ def _embed(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOut
 
 
 def _classify(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
-    """The patches' mean through the classifier, as the native head has it."""
+    """Classify the mean of the patches, as the native head does."""
     output = self.vision_model(pixel_values=pixel_values, **kwargs)
     pooled = output.last_hidden_state.mean(dim=1)
     return image_result(self.classifier(pooled), output.last_hidden_state, pooled)

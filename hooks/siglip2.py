@@ -1,9 +1,9 @@
-"""SigLIP 2 in its NaFlex form: patches of images of any size and aspect.
+"""SigLIP 2 in its NaFlex form: patches of images of any size and aspect ratio.
 
 Tschannen et al., SigLIP 2 (arXiv 2502.14786). The native module takes images cut into patches,
-with their grid's shape and a mask of the padding. The bridge takes pixels, one size per batch, and
-cuts them itself; ``model.token_layout((height, width))`` then has the grid. (The checkpoints of
-fixed resolution say ``siglip`` in their configuration and are SigLIP modules.)
+with the shape of their grid and a mask of the padding. The bridge takes pixels, one size per
+batch, and cuts them itself; ``model.token_layout((height, width))`` returns the grid.
+(Checkpoints of fixed resolution say ``siglip`` in their configuration and are SigLIP modules.)
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Siglip2VisionAdapter(SiglipVisionAdapter):
 
     @classmethod
     def dimensions(cls, module: nn.Module) -> Dimensions:
-        """Read the sizes from the (vision) configuration; square images unless told otherwise."""
+        """Read the sizes from the (vision) configuration; images are square by default."""
         config = getattr(module.config, "vision_config", module.config)
         side = int(config.num_patches**0.5) * config.patch_size
         return sizes(config, n_cls=0, image_size=(side, side), any_size=True)
 
     def paths(self, module: nn.Module) -> Paths:
-        """As SigLIP, but the position table is resampled to each image's grid."""
+        """Return SigLIP's parts, with a position table that is resampled to each image's grid."""
         paths = super().paths(module)
         tower = "vision_model." if hasattr(module, "vision_model") else ""
         return replace(paths, pos_embed=f"{tower}embeddings.position_tap")
@@ -54,7 +54,7 @@ class Siglip2VisionAdapter(SiglipVisionAdapter):
 
 
 class Siglip2Adapter(Siglip2VisionAdapter):
-    """``Siglip2Model``: the output is the image embedding; sigmoid scores."""
+    """``Siglip2Model``: the output is the image embedding; scores are sigmoids."""
 
     has_joint_space = True
     score_function = "sigmoid"
@@ -65,21 +65,21 @@ class Siglip2Adapter(Siglip2VisionAdapter):
         module.forward = MethodType(_embed, module)
 
     def encode_text(self, module: nn.Module, **tokens: Tensor) -> Tensor:
-        """Text embeddings, not normalised, [batch, d_embed]."""
+        """Return text embeddings, not normalised, [batch, d_embed]."""
         output = module.get_text_features(**tokens)
         embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
         return embedding
 
 
 def cut(pixels: Tensor, patch_size: int) -> dict[str, Tensor]:
-    """The native arguments for images of one size.
+    """Return the native arguments for images of one size.
 
     Args:
-        pixels: [batch, channels, height, width].
-        patch_size: Side of a patch; height and width are multiples of it.
+        pixels: Pixels, [batch, channels, height, width].
+        patch_size: Side of a patch in pixels; height and width must be multiples of it.
 
     Raises:
-        ValueError: they are not.
+        ValueError: height or width is not a multiple of ``patch_size``.
     """
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:
@@ -101,7 +101,7 @@ def cut(pixels: Tensor, patch_size: int) -> dict[str, Tensor]:
 
 
 def _forward(self: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
-    """The native forward, on pixels or on patches that the native processor cut."""
+    """Run the native forward on pixels, or on patches that the native processor cut."""
     if pixel_values.ndim == 4:
         return self.native_forward(**cut(pixel_values, self.patch_size), **kwargs)
     return self.native_forward(pixel_values=pixel_values, **kwargs)

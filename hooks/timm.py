@@ -16,7 +16,7 @@ from vision_plugin.models import Source
 
 
 class TimmAdapter(VisionArchitectureAdapter):
-    """A timm tower: class scores where it has a head, else the pooled features."""
+    """A timm tower; its output is class scores if it has a head, else the pooled features."""
 
     attention = TimmAttentionBridge
 
@@ -30,31 +30,31 @@ class TimmAdapter(VisionArchitectureAdapter):
         return _timm_tower.dimensions(module)
 
     def paths(self, module: nn.Module) -> Paths:
-        """Where the parts are once :meth:`restructure` is through."""
+        """Return the parts after :meth:`restructure`."""
         return _timm_tower.paths(module)
 
     def restructure(self, module: nn.Module) -> None:
-        """Give every hook a module to stand on, and keep what the forward drops."""
+        """Give every hook a module, and keep what the forward drops."""
         _timm_tower.restructure(module)
         module.forward = MethodType(_forward, module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """timm's forward takes its pixels by position."""
+        """Run timm's forward, which takes pixels by position."""
         return module(pixels)
 
     def native_path(self, path: str) -> str:
-        """The native blocks are not in a stack."""
+        """Return the path in the native module, whose blocks are not in a stack."""
         return _timm_tower.native_path(path)
 
     def find_sources(self, model: Any) -> dict[str, Source]:
-        """The scaled branches of Eva's blocks are seen where they enter the stochastic depth."""
+        """Return the sources; Eva's scaled branches are read where they enter stochastic depth."""
         sources = super().find_sources(model)
         sources.update(scaled_sources(model.native))
         return sources
 
 
 def scaled_sources(tower: Any, prefix: str = "") -> dict[str, Source]:
-    """Harvest sources of the scaled branches, where the native block keeps bare vectors."""
+    """Return sources for the scaled branches of native blocks that hold bare vectors."""
     return {
         f"blocks.{index}.ln{number}_post.hook_out": Source(f"{prefix}{path}", "in")
         for index, number, path in _timm_tower.scale_places(tower)
@@ -64,7 +64,7 @@ def scaled_sources(tower: Any, prefix: str = "") -> dict[str, Source]:
 def _forward(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
     features = self.forward_features(pixel_values, **kwargs)
     pooled = self.forward_head(features, pre_logits=True)
-    # A distilled model averages over two heads; all others end in one.
+    # A distilled model averages two heads; all others end in one.
     single = not hasattr(self, "head_dist")
     logits = self.head(pooled) if single else self.forward_head(features)
     return image_result(logits, features, pooled)

@@ -1,22 +1,22 @@
-"""Models that carry a supported vision tower inside: what is wrapped is the tower."""
+"""Models that contain a supported vision tower; the bridge wraps the tower."""
 
 from __future__ import annotations
 
 
 class InnerTower:
-    """Says where the tower is; ``wrap`` and ``load_model`` go on with that module."""
+    """Path of the tower in a model; ``wrap`` and ``load_model`` then use that module."""
 
     inner_path: str
 
 
 class LlavaTower(InnerTower):
-    """LLaVA, LLaVA-NeXT, LLaVA-OneVision with their language model's head."""
+    """LLaVA, LLaVA-NeXT and LLaVA-OneVision with their language model's head."""
 
     inner_path = "model.vision_tower"
 
 
 class LlavaBaseTower(InnerTower):
-    """The same without the head."""
+    """LLaVA, LLaVA-NeXT and LLaVA-OneVision without the head."""
 
     inner_path = "vision_tower"
 

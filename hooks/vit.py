@@ -1,8 +1,8 @@
 """ViT, DeiT and the MAE encoder of Hugging Face transformers.
 
 Dosovitskiy et al. (arXiv 2010.11929), Touvron et al. (arXiv 2012.12877), He et al.
-(arXiv 2111.06377). TransformerLens has adapters of its own for ViT and DeiT; these give them what
-the other families have.
+(arXiv 2111.06377). TransformerLens has its own adapters for ViT and DeiT; these adapters offer
+what those of the other families offer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ViTAdapter(VisionArchitectureAdapter):
         return sizes(module.config, n_cls=cls.n_cls)
 
     def paths(self, module: nn.Module) -> Paths:
-        """The tower stands at the root or below ``vit`` or ``deit``."""
+        """Return the parts: the tower is the root, ``vit`` or ``deit``."""
         tower = prefix(module)
         return Paths(
             embed=f"{tower}embeddings",
@@ -54,14 +54,14 @@ class ViTAdapter(VisionArchitectureAdapter):
         )
 
     def restructure(self, module: nn.Module) -> None:
-        """Give the position table a hook, and keep the hidden state beside class scores."""
+        """Give the position table a hook, and keep the hidden state with the class scores."""
         tower = module.get_submodule(prefix(module).rstrip("."))
         tap_positions(tower.embeddings, "position_embeddings", resample="interpolate_pos_encoding")
         if classifier(module) is not None:
             module.forward = MethodType(_classify, module)
 
     def pooled(self, output: Any) -> Tensor:
-        """The pooler's output, or the class token in a model without one."""
+        """Return the pooler's output, or the class token in a model without a pooler."""
         pooled: Tensor | None = output.get("pooler_output")
         return output.last_hidden_state[:, 0] if pooled is None else pooled
 
@@ -72,52 +72,52 @@ class DeiTAdapter(ViTAdapter):
     n_cls = 2
 
     def restructure(self, module: nn.Module) -> None:
-        """As ViT; the classifier with a teacher averages over its two heads."""
+        """Restructure as for ViT; a classifier with a teacher averages its two heads."""
         super().restructure(module)
         if hasattr(module, "distillation_classifier"):
             module.forward = MethodType(_classify_with_teacher, module)
 
 
 class MAEEmbeddingBridge(EmbeddingBridge):
-    """The embedding of a masked autoencoder, which returns its mask as well."""
+    """The embedding of a masked autoencoder, which also returns its mask."""
 
     def pack(self, residual: Tensor) -> Any:
-        """No mask and no order to restore."""
+        """Return the replacement without a mask and without an order to restore."""
         return residual, None, None
 
 
 class MAEAdapter(ViTAdapter):
-    """``ViTMAEModel``: the encoder on whole images, its random masking off."""
+    """``ViTMAEModel``: the encoder runs on whole images, without random masking."""
 
     embedding = MAEEmbeddingBridge
 
     def restructure(self, module: nn.Module) -> None:
-        """Give the position table a hook, and keep every patch in its order."""
+        """Give the position table a hook, and keep all patches in order."""
         super().restructure(module)
         module.config.mask_ratio = 0.0
         module.native_forward = module.forward
         module.forward = MethodType(_forward_unmasked(self.tower_dimensions), module)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
-        """Run the encoder on whole images, whatever its configuration says of masking."""
+        """Run the encoder on whole images, whatever its configuration says about masking."""
         order = _order(pixels, self.tower_dimensions)
         with _unmasked(module.config):
             return module(pixel_values=pixels, noise=order)
 
 
 def prefix(module: nn.Module) -> str:
-    """Path of the tower, with a dot behind it."""
+    """Return the path of the tower, with a dot at the end."""
     return next((f"{name}." for name in ("vit", "deit") if hasattr(module, name)), "")
 
 
 def classifier(module: nn.Module) -> nn.Module | None:
-    """The classification head, or the first of two."""
+    """Return the classification head, or the first of two."""
     heads = [getattr(module, name, None) for name in ("classifier", "cls_classifier")]
     return next((head for head in heads if head is not None), None)
 
 
 def _classify(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
-    """The class token through the classifier, as the native head has it."""
+    """Classify the class token, as the native head does."""
     tower = self.get_submodule(prefix(self).rstrip("."))
     output = tower(pixel_values, **kwargs)
     pooled = output.last_hidden_state[:, 0, :]
@@ -133,7 +133,7 @@ def _classify_with_teacher(self: Any, pixel_values: Tensor, **kwargs: Any) -> Im
 
 
 def _order(pixels: Tensor, dims: Dimensions) -> Tensor:
-    """The noise whose order keeps the patches where they are."""
+    """Return noise whose order keeps the patches in place."""
     height, width = pixels.shape[-2:]
     n_patches = dims.layout((height, width)).n_patches
     order = torch.arange(n_patches, device=pixels.device, dtype=torch.float32)

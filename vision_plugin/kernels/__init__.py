@@ -1,9 +1,9 @@
-"""Sparse kernels for SAEs whose latents are mostly zero. Needs torch alone.
+"""Sparse kernels for SAEs whose latents are mostly zero. They need torch alone.
 
     values, indices = topk_encode(x, W_enc, b_enc, k)
     xhat = sparse_decode(values, indices, W_dec, b_dec)
 
-BatchTopK, JumpReLU and Matryoshka have a variable-length form, `SparseLatents`. All of it is
+BatchTopK, JumpReLU and Matryoshka have a variable-length form, `SparseLatents`. All functions are
 differentiable, deterministic (two runs give the same bits) and made of ``torch.library``
 operators. `available` lists the backends, `use_backend` picks one by name.
 """

@@ -1,8 +1,8 @@
-"""The sparse kernel's backends: which exist, which can run here, and which one is used.
+"""The sparse kernel's backends: which exist, which can run here, and which one runs.
 
 A backend is an object with the methods of `Backend`, published under the entry-point group
 ``vision_plugin.kernels``. The operators ask `run` for a primitive; `run` picks a backend for the
-device, or the one asked for by name, and falls back to the reference when the pick fails.
+device, or the one that was asked for by name, and uses the reference when its pick fails.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ AUTO = "auto"
 REFERENCE = "torch"
 ENVIRONMENT_VARIABLE = "VISION_PLUGIN_KERNEL"
 
-# These two also work from a bare checkout that no installer has seen, hence without entry points.
+# These two also work from a bare checkout that no installer has seen, so they need no entry point.
 _BUILT_IN = {
     "torch": "vision_plugin.kernels._torch_backend:BACKEND",
     "triton": "vision_plugin.kernels._triton_backend:BACKEND",
 }
-# Tried in this order on a device that several backends serve; other packages' come first.
+# Order of choice on a device that several backends serve; other packages' backends come first.
 _PREFERENCE = ("triton", REFERENCE)
 
 
@@ -49,7 +49,7 @@ class Backend(Protocol):
     name: str
 
     def unusable(self, device_type: str) -> str | None:
-        """Why this backend cannot run on ``device_type`` here, or None when it can."""
+        """Return why this backend cannot run on ``device_type`` here, or None when it can."""
 
     def encode_topk(
         self,
@@ -61,7 +61,7 @@ class Backend(Protocol):
         relu: bool,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        """Top k of each row of ``(x @ W_enc + b_enc) * scale``; see `topk_encode`."""
+        """Return the top k of each row of ``(x @ W_enc + b_enc) * scale``; see `topk_encode`."""
 
     def encode_batch_topk(
         self,
@@ -72,41 +72,41 @@ class Backend(Protocol):
         total: int,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ``total`` largest positive entries of the batch; see `batch_topk_encode`."""
+        """Return the ``total`` largest positive entries of the batch; see `batch_topk_encode`."""
 
     def encode_threshold(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The positive entries above their latent's threshold; see `threshold_encode`."""
+        """Return the positive entries above their latent's threshold; see `threshold_encode`."""
 
     def gather_sum(
         self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
     ) -> Tensor:
-        """``out[s]``: the sum of ``weights[p] * source[indices[p]]`` for p in segment s."""
+        """Return sums ``out[s]`` of ``weights[p] * source[indices[p]]`` for p in segment s."""
 
     def pair_dot(
         self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
     ) -> Tensor:
-        """``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s, ``[nnz]``."""
+        """Return ``out[p]``, the dot of ``segments[s]`` and ``source[indices[p]]``, ``[nnz]``."""
 
     def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """``out[s] = sum(values[p] for p in segment s)``, ``[segments]``."""
+        """Return ``out[s] = sum(values[p] for p in segment s)``, ``[segments]``."""
 
     def transpose(
         self, indices: Tensor, offsets: Tensor, n_columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compressed columns: (row of each entry, its position in the rows' order, offsets)."""
+        """Return compressed columns: (row of each entry, its place in row order, offsets)."""
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What `available` says about one backend.
+    """What `available` reports about one backend.
 
     Attributes:
-        name: the name to ask for it by.
-        source: the entry point's value, ``module:object``.
-        devices: the device types it can run on here; empty when it cannot run at all.
-        reason: why it serves no device here (or None).
+        name: Name of the backend, as `use_backend` takes it.
+        source: Value of the entry point, ``module:object``.
+        devices: Types of device that it can run on here; empty when it cannot run at all.
+        reason: Why it serves no device here, or None.
     """
 
     name: str
@@ -116,7 +116,7 @@ class BackendStatus:
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot be used; the message says why."""
+    """A backend that was asked for by name cannot be used; the message says why."""
 
 
 _lock = threading.Lock()
@@ -128,7 +128,7 @@ _requested: ContextVar[str | None] = ContextVar("vision_plugin_kernel", default=
 
 @lru_cache(maxsize=1)
 def sources() -> dict[str, str]:
-    """Every known backend and where it is loaded from, ``module:object``, by name."""
+    """Return where every known backend is loaded from, ``module:object``, by name."""
     found = dict(_BUILT_IN)
     for point in entry_points(group=GROUP):
         if point.name in _BUILT_IN and point.value != _BUILT_IN[point.name]:
@@ -144,7 +144,7 @@ def sources() -> dict[str, str]:
 
 
 def available() -> dict[str, BackendStatus]:
-    """Every backend by name, with the devices it can run on here and, if none, the reason."""
+    """Return every backend by name, with its devices here and, if it has none, the reason."""
     report = {}
     present = [d for d in ("cpu", "cuda", "mps") if d == "cpu" or _device_present(d)]
     for name, source in sorted(sources().items()):
@@ -156,7 +156,7 @@ def available() -> dict[str, BackendStatus]:
 
 
 def requested() -> str:
-    """The backend asked for by `use_backend` or the environment, ``"auto"`` when none was."""
+    """Return the backend set by `use_backend` or the environment, ``"auto"`` when none is."""
     return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 
 
@@ -165,11 +165,11 @@ def use_backend(name: str) -> Iterator[None]:
     """Use the backend called ``name`` for every kernel call inside the block.
 
     Args:
-        name: a name from `available`, or ``"auto"`` to choose by device.
+        name: A name from `available`, or ``"auto"`` to choose by device.
 
     Raises:
-        BackendUnavailableError: no backend has this name, or it cannot be loaded. Whether it
-            runs on a tensor's device is checked by the call that brings the tensor.
+        BackendUnavailableError: no backend has this name, or it cannot be loaded. Whether it runs
+            on the device of a tensor is checked by the call that has the tensor.
     """
     if name != AUTO and isinstance(loaded := _load(name), Exception):
         raise BackendUnavailableError(_explain(name, str(loaded))) from loaded
@@ -181,14 +181,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(device_type: str, name: str = AUTO) -> str:
-    """The name of the backend that serves a device.
+    """Return the name of the backend that serves a device.
 
     Args:
-        device_type: ``"cpu"``, ``"cuda"``, ...
-        name: a backend's name, or ``"auto"``.
+        device_type: Type of device, ``"cpu"``, ``"cuda"``, ...
+        name: Name of a backend, or ``"auto"``.
 
     Raises:
-        BackendUnavailableError: the backend asked for by name cannot serve the device.
+        BackendUnavailableError: the backend that was asked for cannot serve the device.
     """
     if name != AUTO:
         if reason := _unusable(name, device_type):
@@ -198,18 +198,18 @@ def choose(device_type: str, name: str = AUTO) -> str:
         if candidate == REFERENCE:
             break
         if candidate == "triton" and device_type == "cpu":
-            continue  # where it can at best be interpreted, when asked for by name
+            continue  # at best it can be interpreted there, which only asking by name does
         reason = _unusable(candidate, device_type)
         if reason is None:
             return candidate
-        # That a backend for GPUs does not serve the CPU is no news; that one is broken is.
+        # A backend for GPUs need not serve the CPU, but a broken one is worth a warning.
         if device_type != "cpu" or isinstance(_load(candidate), Exception):
             _warn_once(candidate, device_type, reason)
     return REFERENCE
 
 
 def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
-    """Run one primitive on the chosen backend; on the reference if an automatic choice fails.
+    """Run one primitive on the chosen backend; use the reference if an automatic choice fails.
 
     Raises:
         BackendUnavailableError: the backend was asked for by name and failed.
@@ -236,7 +236,7 @@ def _candidates() -> list[str]:
 
 
 def _load(name: str) -> Any:
-    """The backend, or the exception that kept it from loading."""
+    """Return the backend, or the exception that kept it from loading."""
     with _lock:
         if name not in _loaded:
             _loaded[name] = _import(name)
@@ -289,7 +289,7 @@ def _device_present(device_type: str) -> bool:
 
 
 def forget() -> None:
-    """Forget what was loaded, what failed and what was warned about (after installing one)."""
+    """Forget loaded backends, failures and warnings, as after installing a backend."""
     with _lock:
         _loaded.clear()
     sources.cache_clear()

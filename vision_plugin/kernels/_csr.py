@@ -17,10 +17,10 @@ class SparseLatents:
     ``values[offsets[i]:offsets[i + 1]]`` at ``indices[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
-        values: ``[nnz]``, activations; differentiable where the encoder's inputs were.
-        indices: ``[nnz]``, int32, the latent of each entry.
-        offsets: ``[batch + 1]``, int32, where each row begins; the last one is nnz.
-        d_sae: the number of latents.
+        values: Activations, ``[nnz]``; differentiable where the encoder's inputs were.
+        indices: Latent of each entry, ``[nnz]``, int32.
+        offsets: Place where each row begins, ``[batch + 1]``, int32; the last one is nnz.
+        d_sae: Number of latents.
     """
 
     values: Tensor
@@ -30,28 +30,28 @@ class SparseLatents:
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, *, d_sae: int) -> SparseLatents:
-        """Make one from ``topk_encode``'s ``[batch, k]`` values and indices."""
+        """Return latents from ``topk_encode``'s ``[batch, k]`` values and indices."""
         batch, k = values.shape
         offsets = row_offsets(batch, k, device=values.device)
         return cls(values.reshape(-1), indices.reshape(-1), offsets, d_sae)
 
     @property
     def batch(self) -> int:
-        """The number of rows."""
+        """Number of rows."""
         return self.offsets.numel() - 1
 
     def rows(self) -> Tensor:
-        """The row of each entry, ``[nnz]``, int64."""
+        """Return the row of each entry, ``[nnz]``, int64."""
         counts = self.offsets.diff().long()
         index = torch.arange(self.batch, device=self.offsets.device)
         return index.repeat_interleave(counts, output_size=self.values.numel())
 
     def with_values(self, values: Tensor) -> SparseLatents:
-        """The same pattern with other values, ``[nnz]``."""
+        """Return the same pattern with other values, ``[nnz]``."""
         return replace(self, values=values)
 
     def prune(self) -> SparseLatents:
-        """Drop the entries that are exactly zero (a ReLU TopK row may hold some)."""
+        """Drop entries that are exactly zero (a ReLU TopK row may have some)."""
         keep = self.values != 0
         kept = torch.zeros(keep.numel() + 1, dtype=torch.int32, device=keep.device)
         torch.cumsum(keep, 0, dtype=torch.int32, out=kept[1:])
@@ -63,14 +63,14 @@ class SparseLatents:
         )
 
     def to_dense(self) -> Tensor:
-        """The dense latents, ``[batch, d_sae]``; differentiable."""
+        """Return the dense latents, ``[batch, d_sae]``; differentiable."""
         dense = self.values.new_zeros(self.batch, self.d_sae)
         return dense.index_put((self.rows(), self.indices.long()), self.values)
 
     def columns(self, latents: Tensor) -> Tensor:
-        """Some latents of every row, dense, ``[batch, len(latents)]``.
+        """Return some latents of every row, dense, ``[batch, len(latents)]``.
 
-        The entries are sorted by latent at the first call; later calls touch only those of
+        The first call sorts the entries by latent; later calls read only the entries of
         ``latents``.
         """
         order, rows, starts = self._by_latent
@@ -84,13 +84,13 @@ class SparseLatents:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the order of the latents: the entries' places and rows; where each latent begins."""
+        """Places and rows of the entries in the order of latents; then where each latent begins."""
         ordered, order = self.indices.sort(stable=True)
         latents = torch.arange(self.d_sae + 1, dtype=torch.int32, device=ordered.device)
         return order, self.rows()[order], torch.searchsorted(ordered, latents)
 
     def to_sparse_coo(self) -> Tensor:
-        """The same latents as a coalesced ``torch.sparse_coo`` tensor, ``[batch, d_sae]``."""
+        """Return the latents as a coalesced ``torch.sparse_coo`` tensor, ``[batch, d_sae]``."""
         return torch.sparse_coo_tensor(
             torch.stack([self.rows(), self.indices.long()]),
             self.values,
@@ -100,10 +100,10 @@ class SparseLatents:
         )
 
     def detach(self) -> SparseLatents:
-        """The same latents, cut from the autograd graph."""
+        """Return the same latents without their autograd graph."""
         return replace(self, values=self.values.detach())
 
 
 def row_offsets(batch: int, k: int, *, device: torch.device) -> Tensor:
-    """The offsets of ``batch`` rows with ``k`` entries each, ``[batch + 1]``, int32."""
+    """Return the offsets of ``batch`` rows with ``k`` entries each, ``[batch + 1]``, int32."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * k

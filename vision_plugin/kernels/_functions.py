@@ -27,26 +27,26 @@ def topk_encode(
     With ``pre = (x - b_in) @ W_enc + b_enc``, each row keeps the k latents with the largest
     ``pre * scale``, ties to the lowest index, and returns ``relu(pre)`` there. A row with fewer
     than k positive pre-activations returns zeros for the rest. Under autocast the matrix product
-    runs in autocast's dtype; everything else stays in the inputs'.
+    runs in autocast's dtype; everything else runs in the dtype of the inputs.
 
     Args:
-        x: ``[..., d_in]``.
-        W_enc: ``[d_in, d_sae]``. Fastest when stored latent-major, ``W.t()`` being contiguous.
-        b_enc: ``[d_sae]``.
-        k: latents per row, from 1 to d_sae.
-        b_in: ``[d_in]``, subtracted from x; its gradient costs a matrix-vector product.
-        scale: ``[d_sae]``, positive, a weight on the selection alone (the decoder's norms where
-            an SAE rescales by them). It takes no gradient: ``relu(pre * n) / n = relu(pre)``.
-        relu: whether to rectify; without, the selected pre-activations come back as they are.
-        backend: a name from `available`; by default the one of `use_backend`, or by device.
+        x: Activations, ``[..., d_in]``.
+        W_enc: Encoder weights, ``[d_in, d_sae]``. Fastest when ``W_enc.t()`` is contiguous.
+        b_enc: Encoder bias, ``[d_sae]``.
+        k: Latents per row, from 1 to d_sae.
+        b_in: Bias to subtract from x, ``[d_in]``; its gradient costs a matrix-vector product.
+        scale: Positive weights on the selection alone, ``[d_sae]`` (the decoder's norms where an
+            SAE rescales by them). It takes no gradient: ``relu(pre * n) / n = relu(pre)``.
+        relu: Whether to rectify; False returns the selected pre-activations as they are.
+        backend: A name from `available`; by default that of `use_backend`, or by device.
 
     Returns:
-        Values ``[..., k]`` and indices ``[..., k]`` (int32), each row by ascending index.
+        Values ``[..., k]`` and indices ``[..., k]`` (int32), in each row by ascending index.
         Differentiable in x, W_enc, b_enc and b_in.
 
     Raises:
-        ValueError: shapes that do not fit, or k out of range.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit, or k is out of range.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     _check_encoder(x, W_enc, b_enc, b_in, scale)
     if not 1 <= k <= W_enc.shape[1]:
@@ -69,18 +69,18 @@ def sparse_decode(
     """Decode ``[..., k]`` latents: ``sum_j values[..., j] * W_dec[indices[..., j]] + b_dec``.
 
     Args:
-        values: ``[..., k]``.
-        indices: ``[..., k]``, integers from 0 to d_sae - 1. Any order, repeats allowed.
-        W_dec: ``[d_sae, d_in]``.
-        b_dec: ``[d_in]`` or None.
-        backend: as in `topk_encode`.
+        values: Activations, ``[..., k]``.
+        indices: Latents, ``[..., k]``, integers from 0 to d_sae - 1 in any order, with repeats.
+        W_dec: Decoder weights, ``[d_sae, d_in]``.
+        b_dec: Decoder bias, ``[d_in]``, or None.
+        backend: Name of a backend, see `topk_encode`.
 
     Returns:
         ``[..., d_in]``. Differentiable in values, W_dec and b_dec.
 
     Raises:
-        ValueError: shapes that do not fit.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     if values.shape != indices.shape or values.ndim == 0:
         raise ValueError(
@@ -112,19 +112,19 @@ def batch_topk_encode(
     """Encode with BatchTopK: k latents per row on average (Bussmann et al. 2024).
 
     The ``int(k * batch)`` largest positive ``pre * scale`` of the whole batch are kept (fewer
-    where fewer are positive), ties to the lowest row, then the lowest latent.
+    if fewer are positive), ties to the lowest row, then the lowest latent.
 
     Args:
-        x: ``[batch, d_in]``.
-        W_enc, b_enc, b_in, scale, backend: as in `topk_encode`.
-        k: the average number of latents per row, positive.
+        x: Activations, ``[batch, d_in]``.
+        W_enc, b_enc, b_in, scale, backend: See `topk_encode`.
+        k: Average number of latents per row, positive.
 
     Returns:
-        The latents, ``relu(pre)`` where kept; differentiable in x, W_enc, b_enc and b_in.
+        The latents, ``relu(pre)`` for each kept one; differentiable in x, W_enc, b_enc and b_in.
 
     Raises:
-        ValueError: shapes that do not fit, or k not positive.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit, or k is not positive.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     _check_rows(x)
     _check_encoder(x, W_enc, b_enc, b_in, scale)
@@ -157,16 +157,16 @@ def threshold_encode(
     A threshold of zeros is a plain ReLU. The threshold takes no gradient: this is for inference.
 
     Args:
-        x: ``[batch, d_in]``.
-        W_enc, b_enc, b_in, backend: as in `topk_encode`.
-        threshold: ``[d_sae]``.
+        x: Activations, ``[batch, d_in]``.
+        W_enc, b_enc, b_in, backend: See `topk_encode`.
+        threshold: Threshold of each latent, ``[d_sae]``.
 
     Returns:
         The latents; differentiable in x, W_enc, b_enc and b_in.
 
     Raises:
-        ValueError: shapes that do not fit.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     _check_rows(x)
     _check_encoder(x, W_enc, b_enc, b_in, None)
@@ -191,17 +191,17 @@ def csr_decode(
     """Decode latents in compressed-row form: ``latents @ W_dec + b_dec``.
 
     Args:
-        latents: ``[batch, d_sae]`` in compressed rows.
-        W_dec: ``[d_sae, d_in]``.
-        b_dec: ``[d_in]`` or None.
-        backend: as in `topk_encode`.
+        latents: Latents in compressed rows, ``[batch, d_sae]``.
+        W_dec: Decoder weights, ``[d_sae, d_in]``.
+        b_dec: Decoder bias, ``[d_in]``, or None.
+        backend: Name of a backend, see `topk_encode`.
 
     Returns:
         ``[batch, d_in]``. Differentiable in the latents' values, W_dec and b_dec.
 
     Raises:
-        ValueError: shapes that do not fit.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae:
         raise ValueError(
@@ -225,19 +225,19 @@ def matryoshka_decode(
     """Decode with nested prefixes of the dictionary (Bussmann et al. 2025, eq. 4).
 
     Args:
-        latents: ``[batch, d_sae]`` in compressed rows, latents ascending within a row.
-        W_dec: ``[d_sae, d_in]``.
-        b_dec: ``[d_in]`` or None.
-        widths: strictly increasing, the last one d_sae.
-        backend: as in `topk_encode`.
+        latents: Latents in compressed rows, ``[batch, d_sae]``, ascending within a row.
+        W_dec: Decoder weights, ``[d_sae, d_in]``.
+        b_dec: Decoder bias, ``[d_in]``, or None.
+        widths: Numbers of latents, strictly increasing; the last one is d_sae.
+        backend: Name of a backend, see `topk_encode`.
 
     Returns:
-        ``[len(widths), batch, d_in]``: at level l the reconstruction from the first ``widths[l]``
+        ``[len(widths), batch, d_in]``: level l is the reconstruction from the first ``widths[l]``
         latents. Differentiable in the latents' values, W_dec and b_dec.
 
     Raises:
-        ValueError: shapes that do not fit, or widths that do not increase to d_sae.
-        BackendUnavailableError: the backend asked for by name cannot be used.
+        ValueError: the shapes do not fit, or widths do not increase to d_sae.
+        BackendUnavailableError: the backend that was asked for cannot be used.
     """
     if not widths or list(widths) != sorted(set(widths)) or widths[-1] != latents.d_sae:
         raise ValueError(
@@ -246,7 +246,7 @@ def matryoshka_decode(
     n_levels = len(widths)
     device = latents.indices.device
     # Rows hold ascending latents, so the entries of one (row, level) are neighbours already:
-    # finer offsets over the same entries are all that changes.
+    # only the offsets need to be finer.
     inner = torch.tensor(widths[:-1], dtype=torch.int32, device=device)
     level = torch.searchsorted(inner, latents.indices, right=True)
     segment = latents.rows() * n_levels + level
@@ -275,7 +275,7 @@ def _constant(scale: Tensor | None) -> Tensor | None:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the encoder's matrix product where autocast is on."""
+    """Return the dtype of the encoder's matrix product under autocast, else None."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)

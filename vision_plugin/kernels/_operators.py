@@ -1,13 +1,13 @@
 """The sparse kernel as ``torch.library`` operators, with their fake and autograd registrations.
 
 Every operator takes the name of a backend last and works on 2-D tensors; `_functions` is the
-public face. Gradients are put together from the same primitives as the forward pass, on compressed
-rows (by batch row) or, after one stable sort, on compressed columns (by latent). Each latent's
-gradient therefore has one owner that adds in a fixed order: no atomics, and no dense
-``[batch, d_sae]`` gradient.
+public face. The backward pass uses the same primitives as the forward pass, on compressed rows (by
+batch row) or, after one stable sort, on compressed columns (by latent). Each latent's gradient
+therefore has one owner that adds in a fixed order: no atomics, and no dense ``[batch, d_sae]``
+gradient.
 """
 
-# Annotations stay as the schemas below say; torch.library reads those and not the annotations.
+# torch.library reads the schemas below and not the annotations.
 from __future__ import annotations
 
 from typing import Any
@@ -37,7 +37,7 @@ def encode_topk(
     dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Values and int32 indices ``[batch, k]`` of each row's top k."""
+    """Return values and int32 indices ``[batch, k]`` of each row's top k."""
     centred = x if b_in is None else x - b_in
     values, indices = _backends.run(
         "encode_topk", x.device.type, backend, centred, W_enc, b_enc, scale, k, relu, dtype
@@ -60,7 +60,7 @@ def encode_batch_topk(
     dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, int32 indices and offsets of the batch's largest positive entries."""
+    """Return values, int32 indices and offsets of the batch's largest positive entries."""
     centred = x if b_in is None else x - b_in
     values, indices, offsets = _backends.run(
         "encode_batch_topk", x.device.type, backend, centred, W_enc, b_enc, scale, total, dtype
@@ -83,7 +83,7 @@ def encode_threshold(
     dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, int32 indices and offsets of the positive entries above their threshold."""
+    """Return values, int32 indices and offsets of the positive entries above their threshold."""
     centred = x if b_in is None else x - b_in
     values, indices, offsets = _backends.run(
         "encode_threshold", x.device.type, backend, centred, W_enc, b_enc, threshold, dtype
@@ -99,7 +99,7 @@ def encode_threshold(
 def gather_sum(
     source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor, backend: str
 ) -> Tensor:
-    """``out[s] = sum of weights[p] * source[indices[p]]`` over segment s, ``[segments, d]``."""
+    """Return ``out[s]``, the sum of ``weights[p] * source[indices[p]]`` over segment s."""
     result: Tensor = _backends.run(
         "gather_sum", source.device.type, backend, source, indices, offsets, weights
     )
@@ -115,7 +115,7 @@ def gather_sum(
 def pair_dot(
     segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor, backend: str
 ) -> Tensor:
-    """``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s, ``[nnz]``."""
+    """Return ``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s, ``[nnz]``."""
     result: Tensor = _backends.run(
         "pair_dot", source.device.type, backend, segments, source, indices, offsets
     )
@@ -128,7 +128,7 @@ def pair_dot(
     schema="(Tensor values, Tensor offsets, str backend) -> Tensor",
 )
 def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """``out[s] = sum of values[p]`` over segment s, ``[segments]``."""
+    """Return ``out[s] = sum of values[p]`` over segment s, ``[segments]``."""
     result: Tensor = _backends.run("segment_sum", values.device.type, backend, values, offsets)
     return result
 
@@ -142,7 +142,7 @@ def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
 def transpose(
     indices: Tensor, offsets: Tensor, n_columns: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row of each entry, its position among the rows' entries, and offsets, by column."""
+    """Return row of each entry, its place among the rows' entries, and offsets, by column."""
     rows, order, starts = _backends.run(
         "transpose", indices.device.type, backend, indices, offsets, n_columns
     )
@@ -213,13 +213,13 @@ def _(indices, offsets, n_columns, backend):  # type: ignore[no-untyped-def]
 def _encoder_gradients(
     ctx: Any, grad: Tensor, indices: Tensor, offsets: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc, b_enc and b_in, given that of the selected pre-activations.
+    """Return the gradients of x, W_enc, b_enc and b_in from that of the pre-activations.
 
     Args:
-        ctx: what `_keep_encoder` left.
-        grad: ``[nnz]``, gradient of the selected pre-activations, the ReLU's mask applied.
-        indices: ``[nnz]``, their latents.
-        offsets: ``[batch + 1]``.
+        ctx: Autograd context that `_keep_encoder` filled.
+        grad: Gradient of the selected pre-activations with the ReLU's mask applied, ``[nnz]``.
+        indices: Latents of the selected pre-activations, ``[nnz]``.
+        offsets: Place where each row begins, ``[batch + 1]``.
     """
     x, W_enc, b_enc, b_in = ctx.saved_tensors[:4]
     need_x, need_W, need_b, need_b_in = ctx.needs_input_grad[:4]

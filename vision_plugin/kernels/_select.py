@@ -1,7 +1,7 @@
 """Exact selection of the largest entries of dense pre-activations, with torch operators.
 
-Order everywhere: larger values first, ties to the lowest index. A row's k largest entries lie in
-its k tiles with the largest maxima, so most of the row is read once, for its maxima, and no more.
+Larger values come first, ties go to the lowest index. A row's k largest entries lie in its k tiles
+with the largest maxima, so most of the row is read once, for the maxima alone.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 _TILE = 32
-# The detour over tiles pays when it leaves out most of the row.
+# Selection by tiles pays when it leaves out most of the row.
 _TILES_PAY = 4
-# Rows with a tie at the boundary are settled by passes over whole rows, this many elements a time.
+# Rows with a tie at the boundary need passes over whole rows, of this many elements at a time.
 _TIE_ELEMENTS = 1 << 22
 
 
 def topk_rows(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, by ascending index.
+    """Return the k largest entries of each row, by ascending index.
 
     Args:
-        keys: ``[batch, n]``, contiguous.
-        k: from 1 to n.
+        keys: Matrix, ``[batch, n]``, contiguous.
+        k: Entries per row, from 1 to n.
 
     Returns:
         The entries ``[batch, k]`` and their column numbers ``[batch, k]`` (int32).
@@ -30,7 +30,7 @@ def topk_rows(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == n:
         columns = torch.arange(n, dtype=torch.int32, device=keys.device)
         return keys.clone(), columns.expand(keys.shape).contiguous()
-    # One more than asked for: equal neighbours at the boundary are the only ambiguous case.
+    # One more than asked for: only equal neighbours at the boundary are ambiguous.
     if (k + 1) * _TILE * _TILES_PAY <= n:
         values, columns = _topk_of_tiles(keys, k + 1)
     else:
@@ -48,7 +48,7 @@ def topk_rows(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _topk_of_tiles(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row in descending order; which of equal ones is left open."""
+    """Return the k largest entries of each row, descending; ties go to any of the equal ones."""
     batch, n = keys.shape
     n_tiles = n // _TILE
     whole = n_tiles * _TILE
@@ -64,7 +64,7 @@ def _topk_of_tiles(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _break_ties(keys: Tensor, boundary: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, ``[rows, k]``, ties to the lowest column."""
+    """Return the columns of the k largest of each row, ``[rows, k]``, ties to the lowest column."""
     above = keys > boundary[:, None]
     equal = keys == boundary[:, None]
     wanted = k - above.sum(dim=1, keepdim=True)
@@ -73,11 +73,11 @@ def _break_ties(keys: Tensor, boundary: Tensor, k: int) -> Tensor:
 
 
 def largest_positive(keys: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The ``total`` largest positive entries of a whole matrix, by ascending flat index.
+    """Return the ``total`` largest positive entries of a matrix, by ascending flat index.
 
     Args:
-        keys: ``[batch, n]``, contiguous.
-        total: how many; fewer come back where fewer are positive.
+        keys: Matrix, ``[batch, n]``, contiguous.
+        total: Number of entries; fewer come back if fewer are positive.
 
     Returns:
         The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64).
@@ -89,7 +89,7 @@ def largest_positive(keys: Tensor, total: int) -> tuple[Tensor, Tensor]:
     if n_tiles * _TILE == flat.numel() and total * _TILES_PAY <= n_tiles:
         tiles = flat.view(n_tiles, _TILE)
         maxima = tiles.amax(dim=1)
-        # total tiles reach this value, hence at least total entries do.
+        # total tiles reach this value, so at least total entries do.
         floor = _kth_largest(maxima, total)
         hits = ((maxima >= floor) & (maxima > 0)).nonzero().squeeze(1)
         within = torch.arange(_TILE, device=keys.device)
@@ -116,14 +116,14 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def above_threshold(keys: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries that are positive and above their column's threshold, by ascending flat index.
+    """Return entries that are positive and above their column's threshold, by flat index.
 
     Args:
-        keys: ``[batch, n]``, contiguous.
-        threshold: ``[n]``.
+        keys: Matrix, ``[batch, n]``, contiguous.
+        threshold: Threshold of each column, ``[n]``.
 
     Returns:
-        The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64).
+        The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64), ascending.
     """
     positions = (keys > threshold.clamp(min=0)).view(-1).nonzero().squeeze(1)
     return keys.view(-1)[positions], positions

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ._select import above_threshold, largest_positive, topk_rows
 
-# Dense pre-activations exist for this many elements at a time (128 MiB in float32).
+# At most this many elements of dense pre-activations exist at a time (128 MiB in float32).
 _CPU_ELEMENTS = 1 << 25
 _GPU_ELEMENTS = 1 << 28
 _HALF = (torch.float16, torch.bfloat16)
@@ -20,7 +20,7 @@ class TorchBackend:
     name = "torch"
 
     def unusable(self, device_type: str) -> str | None:
-        """Never: torch operators run on every device."""
+        """Return None: torch operators run on every device."""
         return None
 
     def encode_topk(
@@ -33,7 +33,7 @@ class TorchBackend:
         relu: bool,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        """Top k of each row; see `Backend`."""
+        """Return the top k of each row; see `Backend`."""
         parts = []
         for rows in row_chunks(x, W_enc.shape[1]):
             keys, indices = self._select_rows(rows, W_enc, b_enc, scale, k, dtype)
@@ -63,7 +63,7 @@ class TorchBackend:
         total: int,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest positive entries of the batch; see `Backend`."""
+        """Return the largest positive entries of the batch; see `Backend`."""
         d_sae = W_enc.shape[1]
         parts, start = [], 0
         for rows in row_chunks(x, d_sae):
@@ -74,7 +74,7 @@ class TorchBackend:
             start += rows.shape[0]
         keys = torch.cat([part[0] for part in parts])
         positions = torch.cat([part[1] for part in parts])
-        if len(parts) > 1:  # each chunk gave its own largest: choose among those
+        if len(parts) > 1:  # each chunk gave its own largest: choose among them
             keys, chosen = largest_positive(keys[None], total)
             positions = positions[chosen]
         indices, offsets = compress(positions, x.shape[0], d_sae)
@@ -83,7 +83,7 @@ class TorchBackend:
     def encode_threshold(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries above their latent's threshold; see `Backend`."""
+        """Return the entries above their latent's threshold; see `Backend`."""
         d_sae = W_enc.shape[1]
         values, positions, start = [], [], 0
         for rows in row_chunks(x, d_sae):
@@ -97,7 +97,7 @@ class TorchBackend:
     def gather_sum(
         self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
     ) -> Tensor:
-        """Weighted sums of gathered rows; see `Backend`."""
+        """Return weighted sums of gathered rows; see `Backend`."""
         dtype = torch.promote_types(source.dtype, weights.dtype)
         work = torch.float32 if dtype in _HALF else dtype
         n_segments = offsets.numel() - 1
@@ -115,7 +115,7 @@ class TorchBackend:
     def pair_dot(
         self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
     ) -> Tensor:
-        """Dot products of each segment's row with the rows it gathers; see `Backend`."""
+        """Return dot products of each segment's row with the rows it gathers; see `Backend`."""
         dtype = torch.promote_types(segments.dtype, source.dtype)
         work = torch.float32 if dtype in _HALF else dtype
         n_segments = offsets.numel() - 1
@@ -136,7 +136,7 @@ class TorchBackend:
         return dots.to(dtype)
 
     def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """Sums over segments; see `Backend`."""
+        """Return sums over segments; see `Backend`."""
         work = values.float() if values.dtype in _HALF else values
         if offsets.numel() == 1 or values.numel() == 0:
             return values.new_zeros(offsets.numel() - 1)
@@ -146,7 +146,7 @@ class TorchBackend:
     def transpose(
         self, indices: Tensor, offsets: Tensor, n_columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compressed columns by one stable sort; see `Backend`."""
+        """Return compressed columns from one stable sort; see `Backend`."""
         columns, order = indices.sort(stable=True)
         n_rows = offsets.numel() - 1
         row = torch.arange(n_rows, dtype=torch.int32, device=offsets.device)
@@ -157,13 +157,13 @@ class TorchBackend:
 
 
 def row_chunks(x: Tensor, d_sae: int) -> tuple[Tensor, ...]:
-    """The batch in pieces whose dense pre-activations stay within a fixed size."""
+    """Split the batch so that the dense pre-activations of a part stay within a fixed size."""
     elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
     return torch.split(x, max(1, elements // d_sae)) if x.shape[0] else (x,)
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x @ W_enc + b_enc``, the product in ``dtype`` where one is given, ``[batch, d_sae]``."""
+    """Return ``x @ W_enc + b_enc``, ``[batch, d_sae]``, with the product in ``dtype`` if given."""
     if dtype is None or dtype == x.dtype:
         return torch.addmm(b_enc.to(x.dtype), x, W_enc.to(x.dtype))
     return x.to(dtype) @ W_enc.to(dtype) + b_enc
@@ -172,22 +172,22 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype 
 def selection_keys(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor:
-    """What the selection compares: ``(x @ W_enc + b_enc) * scale``, contiguous."""
+    """Return the keys of the selection: ``(x @ W_enc + b_enc) * scale``, contiguous."""
     keys = pre_activations(x, W_enc, b_enc, dtype)
     return keys.contiguous() if scale is None else keys.mul_(scale)
 
 
 def finish(keys: Tensor, indices: Tensor, scale: Tensor | None, relu: bool) -> Tensor:
-    """The activations of selected keys: rectified, and without the scale."""
+    """Return the activations of selected keys: rectified, and without the scale."""
     values = keys.relu() if relu else keys
     if scale is None:
         return values
-    # Multiplying by the inverse, as SAELens's decoders do, keeps the very same bits.
+    # Multiply by the inverse, as SAELens's decoders do, to get exactly the same bits.
     return values * (1 / scale)[indices.long()].to(values.dtype)
 
 
 def compress(positions: Tensor, batch: int, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Ascending flat positions as int32 column indices ``[nnz]`` and offsets ``[batch + 1]``."""
+    """Return ascending flat positions as int32 columns ``[nnz]`` and offsets ``[batch + 1]``."""
     rows = positions // d_sae
     edges = torch.arange(batch + 1, device=positions.device)
     offsets = torch.searchsorted(rows, edges, out_int32=True)

@@ -1,7 +1,7 @@
 """The Triton backend: CUDA, and the CPU inside Triton's interpreter (for tests).
 
-The encoder's product is cuBLAS's; selection, decoding and both weight gradients are kernels.
-BatchTopK's and JumpReLU's selections, the sort and the bias sums stay torch operators.
+cuBLAS computes the encoder's product; selection, decoding and both weight gradients are kernels.
+BatchTopK's and JumpReLU's selections, the sort and the bias sums remain torch operators.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ._select import topk_rows
 from ._torch_backend import TorchBackend, selection_keys
 
 TILE = 32
-# Segments longer than this are summed in parts, which are then added in a fixed order.
+# Longer segments are summed in parts, which are then added in a fixed order.
 SPLIT = 256
-# One program keeps this many keys in registers at most; wider selections go to torch.
+# One program keeps at most this many keys in registers; torch does wider selections.
 MAX_LANES = 8192
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonBackend(TorchBackend):
-    """The primitives of `Backend` on Triton kernels, the rest from the reference."""
+    """The primitives of `Backend` as Triton kernels; the reference does the rest."""
 
     name = "triton"
 
     def unusable(self, device_type: str) -> str | None:
-        """Why Triton cannot run on this device."""
+        """Return why Triton cannot run on this device, or None when it can."""
         if find_spec("triton") is None:
             return "Triton is not installed; install it with: pip install triton"
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -69,7 +69,7 @@ class TritonBackend(TorchBackend):
     def gather_sum(
         self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
     ) -> Tensor:
-        """Weighted sums of gathered rows; see `Backend`."""
+        """Return weighted sums of gathered rows; see `Backend`."""
         dtype = torch.promote_types(source.dtype, weights.dtype)
         if dtype not in _KINDS or indices.numel() == 0 or source.shape[1] == 0:
             return super().gather_sum(source, indices, offsets, weights)
@@ -78,7 +78,7 @@ class TritonBackend(TorchBackend):
     def pair_dot(
         self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
     ) -> Tensor:
-        """Dot products of each segment's row with the rows it gathers; see `Backend`."""
+        """Return dot products of each segment's row with the rows it gathers; see `Backend`."""
         from ._triton_kernels import pair_dots
 
         dtype = torch.promote_types(segments.dtype, source.dtype)
@@ -98,7 +98,7 @@ class TritonBackend(TorchBackend):
 
 
 def _product(x: Tensor, W_enc: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x @ W_enc``, accumulated in float32 and kept so where torch can, ``[batch, d_sae]``."""
+    """Return ``x @ W_enc``, ``[batch, d_sae]``, accumulated and, if torch can, kept in float32."""
     if dtype is None or dtype == x.dtype:
         return (x @ W_enc.to(x.dtype)).contiguous()
     x, W_enc = x.to(dtype), W_enc.to(dtype)
@@ -119,7 +119,7 @@ def _select(
     values = torch.empty(batch, k, dtype=torch.float32, device=pre.device)
     indices = torch.empty(batch, k, dtype=torch.int32, device=pre.device)
     tiles = torch.empty(batch, n_chosen if use_tiles else 0, dtype=torch.int32, device=pre.device)
-    factor = b_enc if scale is None else scale  # a kernel wants some pointer, used or not
+    factor = b_enc if scale is None else scale  # a kernel needs a pointer, used or not
     common: dict[str, Any] = {"HAS_SCALE": scale is not None, "TILE": TILE}
     if use_tiles:
         maxima = torch.empty(batch, n_tiles, dtype=torch.float32, device=pre.device)
@@ -155,7 +155,7 @@ def _gather_sum(
         parts = torch.where(lengths > SPLIT, (lengths + SPLIT - 1) // SPLIT, 0)
         first_part = torch.zeros_like(offsets)
         torch.cumsum(parts, 0, dtype=torch.int32, out=first_part[1:])
-        # Each long segment wastes less than one part: no look at the data is needed for a bound.
+        # Each long segment wastes less than one part, so a bound needs no look at the data.
         most_parts = 2 * (nnz // SPLIT) + 1
         partial = torch.empty(most_parts, d, dtype=torch.float32, device=source.device)
         triton_kernels.long_segments[(most_parts, blocks)](

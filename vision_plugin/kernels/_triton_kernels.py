@@ -1,7 +1,7 @@
-"""The Triton kernels. Every one has a single owner per output element and no atomics.
+"""The Triton kernels. Each output element has a single owner, and there are no atomics.
 
-Float32 accumulation throughout. Names in capitals are compile-time constants; ``d`` is masked, so
-any width works without padding a tensor.
+They accumulate in float32. Names in capitals are compile-time constants. ``d`` is masked, so any
+width works without padding a tensor.
 """
 
 # Triton reads these functions' source and knows no annotations beside constexpr.
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _key(value):
-    """An unsigned integer that orders as the float does (and takes -0.0 for 0.0)."""
+    """Return an unsigned integer that orders as the float does (and treats -0.0 as 0.0)."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     flipped = tl.where(bits < 0, ~bits, bits | -2147483648)
     return flipped.to(tl.uint32, bitcast=True)
@@ -23,7 +23,7 @@ def _key(value):
 
 @triton.jit
 def _kth_largest(keys, k):
-    """The k-th largest of a block of keys, found one bit at a time from the highest."""
+    """Return the k-th largest of a block of keys, found bit by bit from the highest."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 2147483648, tl.uint32)
     for _ in range(32):
@@ -36,7 +36,7 @@ def _kth_largest(keys, k):
 
 @triton.jit
 def _choose(keys, k):
-    """Which k keys are the largest, ties to the first, and each one's rank among the chosen."""
+    """Return which k keys are the largest, ties to the first, and their ranks among the chosen."""
     boundary = _kth_largest(keys, k)
     above = keys > boundary
     equal = keys == boundary
@@ -47,7 +47,7 @@ def _choose(keys, k):
 
 @triton.jit
 def _load_keys(pre, bias, scale, columns, mask, HAS_SCALE: tl.constexpr):
-    """``(pre + bias) * scale`` at some columns of a row; minus infinity where masked."""
+    """Return ``(pre + bias) * scale`` at some columns of a row; minus infinity where masked."""
     value = tl.load(pre + columns, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_SCALE:
@@ -60,7 +60,7 @@ def tile_maxima(
     pre, bias, scale, maxima, n, n_tiles,
     HAS_SCALE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The maximum key of each tile of TILE columns; grid (batch, ceil(n_tiles / TILES))."""
+    """Find the largest key of each tile of TILE columns; grid (batch, ceil(n_tiles / TILES))."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILES * TILE + tl.arange(0, TILES * TILE)
     values = _load_keys(pre + row * n, bias, scale, columns, columns < n, HAS_SCALE)
@@ -71,7 +71,7 @@ def tile_maxima(
 
 @triton.jit
 def choose_tiles(maxima, chosen_tiles, n_tiles, k, N_TILES: tl.constexpr):
-    """The k tiles of each row with the largest maxima, ascending; grid (batch,)."""
+    """Choose the k tiles of each row with the largest maxima, ascending; grid (batch,)."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, N_TILES)
     inside = tiles < n_tiles
@@ -88,7 +88,7 @@ def choose_entries(
     HAS_SCALE: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
     USE_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The k largest keys of each row within its chosen tiles, ascending; grid (batch,)."""
+    """Choose the k largest keys of each row within its chosen tiles, ascending; grid (batch,)."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CANDIDATES)
     if USE_TILES:
@@ -111,7 +111,7 @@ def choose_entries(
 def _add_rows(
     source, indices, weights, begin, end, columns, mask, d, stride, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``sum of weights[p] * source[indices[p], columns]`` for p from begin to end, in order."""
+    """Sum ``weights[p] * source[indices[p], columns]`` for p from begin to end, in order."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for p in range(begin, end):
         index = tl.load(indices + p).to(tl.int64)
@@ -126,10 +126,10 @@ def long_segments(
     source, indices, offsets, weights, first_part, partial, n_segments, d, stride,
     SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of the segments longer than SPLIT; grid (parts, ceil(d / BLOCK_D)).
+    """Sum parts of the segments longer than SPLIT; grid (parts, ceil(d / BLOCK_D)).
 
-    ``first_part[s]`` is the number of parts before segment s, so the owner of a part is found by
-    bisection, DEPTH steps.
+    ``first_part[s]`` is the number of parts before segment s; a bisection of DEPTH steps finds the
+    owner of a part.
     """
     part = tl.program_id(0)
     if part < tl.load(first_part + n_segments):
@@ -154,7 +154,7 @@ def short_segments(
     source, indices, offsets, weights, first_part, partial, out, d, stride,
     SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, ANY_LONG: tl.constexpr,
 ):  # fmt: skip
-    """Each segment's sum, from its entries or from its parts; grid (segments, blocks of d)."""
+    """Sum each segment from its entries or from its parts; grid (segments, blocks of d)."""
     segment = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = columns < d
@@ -180,7 +180,7 @@ def pair_dots(
     segments, source, indices, rows, out, nnz, d, segment_stride, source_stride,
     PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of row pairs; grid (ceil(nnz / PAIRS),)."""
+    """Compute dot products of row pairs; grid (ceil(nnz / PAIRS),)."""
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pairs < nnz
     index = tl.load(indices + pairs, mask=inside, other=0).to(tl.int64)
