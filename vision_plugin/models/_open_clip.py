@@ -18,9 +18,9 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
         pretrained: Tag or file of weights, needed with a name that open_clip lists.
         revision: None; open_clip cannot load revisions.
 
-        Raises:
-            ValueError: nothing is found, or ``pretrained`` is missing.
-        UnsupportedModelError: there is no adapter for its image tower.
+    Raises:
+        ValueError: nothing is found, or ``pretrained`` is missing.
+        UnsupportedModelError: there is no adapter for the image tower.
     """
     import open_clip
 
