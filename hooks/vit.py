@@ -2,7 +2,7 @@
 
 Dosovitskiy et al. (arXiv 2010.11929), Touvron et al. (arXiv 2012.12877), He et al.
 (arXiv 2111.06377). TransformerLens has its own adapters for ViT and DeiT; these adapters offer
-what those of the other families offer.
+what the adapters of the other families offer.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _check_size(image: Image.Image, id: str) -> None:
             f"{width} x {height} is {width * height:,} pixels, above the limit of {MAX_PIXELS:,}",
         )
     if width * height == 0:
-        raise BadImageError(id, f"{width} x {height} pixels: the image is empty")
+        raise BadImageError(id, f"{width} x {height} pixels: there is nothing in it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
