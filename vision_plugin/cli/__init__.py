@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what it does in a line, and the module whose ``run`` does it."""
+    """One subcommand: its summary in a line, and the module that holds its ``run``."""
 
     summary: str
     module: str
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0, or 1 after an error, which is one sentence on stderr; 2 for a command line that cannot
-        be read. ``VISION_PLUGIN_DEBUG=1`` shows the whole traceback.
+        0, or 1 after an error (one sentence on stderr), or 2 for a command line that cannot be
+        read. ``VISION_PLUGIN_DEBUG=1`` shows the whole traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"vision-plugin has no command {name!r}.\n{usage()}")
         return 2
     _quieten()
-    # MKL's products depend in the last bit on where in memory a tensor lies, unless it is told
-    # otherwise. It reads this at the first product, so it comes in time.
+    # By default the last bit of MKL's products depends on a tensor's address. MKL reads this
+    # variable at the first product, so setting it here is early enough.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     command = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
     try:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VISION_PLUGIN_DEBUG"):
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The list of commands."""
+    """Return the list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return (
@@ -87,9 +87,9 @@ def usage() -> str:
 
 
 def _quieten() -> None:
-    """Keep the hosts' progress bars and notices out of the way of what a person asked for."""
+    """Silence the progress bars and notices of the libraries that we use."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # PyTorch's notices on each first use of its CSR layout; nothing that a person can act on.
+    # PyTorch prints these at the first use of its CSR layout; a user can do nothing about them.
     warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
     for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)

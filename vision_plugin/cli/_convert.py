@@ -12,7 +12,7 @@ from vision_plugin.cli._flags import parse
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert, and where to."""
+    """Checkpoint to convert, and where to write it."""
 
     sae: str
     """File, folder, or hub id of the checkpoint."""
@@ -21,7 +21,7 @@ class ConvertConfig:
     sae_id: str = ""
     """Folder or file inside a repository."""
     format: str = "auto"
-    """``auto``, or the format's name where detection is not wanted."""
+    """Format of the checkpoint; ``auto`` detects it."""
 
 
 def run(arguments: Sequence[str]) -> None:

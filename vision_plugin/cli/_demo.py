@@ -14,7 +14,7 @@ from vision_plugin.cli._flags import parse
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the demo from flags and print what it found."""
+    """Run the demo from flags and print its results."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from vision_plugin.demo.job import DemoConfig, run_demo
 
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def truth_table(result: Any) -> Table:
-    """Known factors with their own code as the embedding."""
+    """Return the scores of known factors with their own code as the embedding, as a table."""
     table = Table(title="Is the metric right? Monosemanticity with a factor's own code")
     for heading in ("factor", "true latents", "rotated at random", "mean similarity"):
         table.add_column(heading, justify="left" if heading == "factor" else "right")
@@ -56,7 +56,7 @@ def truth_table(result: Any) -> Table:
 
 
 def ladder_table(result: Any) -> Table:
-    """From known truth down to noise, with image embeddings."""
+    """Return the scores with image embeddings, from known truth down to noise, as a table."""
     table = Table(title="Monosemanticity: image embeddings")
     table.add_column("latents", min_width=20)
     table.add_column("mean score", justify="right")
@@ -66,7 +66,7 @@ def ladder_table(result: Any) -> Table:
 
 
 def steering_table(result: Any) -> Table:
-    """What steering did."""
+    """Return the largest effects of steering as a table."""
     strength = result.evaluation.config.strength
     table = Table(title=f"Steering: latents held at {strength:g} on eight images")
     for heading in ("latent", "seen more", "gain", "seen less", "loss"):

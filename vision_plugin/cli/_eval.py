@@ -1,4 +1,4 @@
-"""``vision-plugin eval``: score an SAE beside its controls."""
+"""``vision-plugin eval``: score an SAE beside controls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LABELS = {
 
 
 def scores_table(result: Any) -> Table:
-    """The SAE and its controls side by side, a row for each number of each metric."""
+    """Return a table of the SAE and its controls, with a row for each number of each metric."""
     from vision_plugin.metrics import headline_of
 
     table = Table(title=f"{len(result.encoded.ids)} images, {result.encoded.tokens} tokens")
@@ -69,7 +69,7 @@ def scores_table(result: Any) -> Table:
 
 
 def row_label(metric: str, name: str, embedders: dict[str, bool]) -> str:
-    """What a row is called; an embedder that is the model under study itself is marked."""
+    """Return the label of a row; it marks an embedder that is the model under study."""
     metric, _, embedder = metric.partition("@")
     label = LABELS.get(f"{metric}/{name}", f"{metric.replace('_', ' ')}, {name.replace('_', ' ')}")
     if not embedder:
@@ -78,17 +78,18 @@ def row_label(metric: str, name: str, embedders: dict[str, bool]) -> str:
 
 
 def notes(result: Any) -> list[str]:
-    """What a reader has to know beside the table."""
+    """Return the notes that a reader needs beside the table."""
     lines = []
     if result.monosemanticity:
         similarity = next(iter(result.monosemanticity.values())).mean_similarity
         lines.append(
-            f"Mean similarity of the images: {similarity:.3f}, the score of a latent that fires "
-            "at random."
+            f"Mean similarity of the images: {similarity:.3f}, which a latent that fires at random "
+            "scores."
         )
         if result.own_embeddings:
             lines.append(
-                "Similarities are the model's own embeddings; --embedder names an outside encoder."
+                "The similarities are of the model's own embeddings; --embedder names an outside "
+                "encoder."
             )
     lines += [
         f"Left out: {name}: {as_flags(why, type(result.config))}"
@@ -97,7 +98,7 @@ def notes(result: Any) -> list[str]:
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
     where = result.path or "not written: --output-path names a file for them"
-    return [*lines, f"All numbers, per latent as well: {where}"]
+    return [*lines, f"All numbers, also per latent: {where}"]
 
 
 def _cell(value: float | int | None) -> str:

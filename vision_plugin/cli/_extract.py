@@ -1,4 +1,4 @@
-"""``vision-plugin extract``: activations into a store."""
+"""``vision-plugin extract``: write activations to a store."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vision_plugin.cli._flags import parse
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Extract from flags and say what is in the store."""
+    """Extract activations from flags and print what the store holds."""
     from vision_plugin.activations import ExtractionConfig, extract, info
 
     cfg = parse(
         ExtractionConfig,
         arguments,
         command="extract",
-        description="Run images through a model and keep the activations at some hooks in a "
-        "store of checked shards. An interrupted run goes on where it stopped.",
+        description="Run images through a model and write the activations at some hooks to a "
+        "store of checked shards. An interrupted run continues where it stopped.",
     )
     extract(cfg)
     facts = info(cfg.output_path)

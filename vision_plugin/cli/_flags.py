@@ -16,17 +16,17 @@ import tyro
 T = TypeVar("T")
 
 _parsed: list[type] = []
-"""The configuration that was parsed last: that of the command that runs."""
+"""The configuration that was parsed last, that of the running command."""
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: str) -> T:
-    """Read a frozen configuration from flags; exits with 2 on a line that cannot be read.
+    """Return a frozen configuration from flags; exit with 2 on a line that cannot be read.
 
     Args:
         cls: A dataclass; the string below each field is its help.
-        arguments: What follows the command's name.
+        arguments: Arguments after the command's name.
         command: Name of the command, for the usage line.
-        description: What ``--help`` says first.
+        description: First text of ``--help``.
     """
     _parsed[:] = [cls]
     return tyro.cli(
@@ -66,7 +66,7 @@ def _as_flag(match: re.Match[str]) -> str:
 def flat_class(
     name: str, parts: Sequence[tuple[type, Sequence[str]]], defaults: dict[str, Any]
 ) -> type:
-    """A dataclass with the fields of several, side by side, the first to have a name keeping it.
+    """Return a dataclass with the fields of several; of fields with one name the first stays.
 
     Args:
         name: Name of the new class.
@@ -90,14 +90,14 @@ def flat_class(
 
 
 def pick(cls: type[T], flags: Any, **given: Any) -> T:
-    """Make a dataclass of the flags that are its fields, and of values given."""
+    """Return a dataclass made of the flags that are its fields, and of given values."""
     names = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     values = {n: getattr(flags, n) for n in names if hasattr(flags, n)}
     return cls(**{**values, **given})
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal below each field of a dataclass, and of the classes it extends."""
+    """Return the string literal below each field of a dataclass and of its bases."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):

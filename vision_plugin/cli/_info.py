@@ -16,11 +16,11 @@ from vision_plugin.cli._flags import parse
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """What to look into."""
+    """Store or SAE to describe."""
 
     path: tyro.conf.Positional[str | None] = None
-    """Folder of an activation store or of an SAE, or the word ``presets``; without it, what this
-    installation can do."""
+    """Folder of an activation store or of an SAE, or the word ``presets``; without it, the command
+    describes this installation."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def installation() -> Iterator[tuple[str, Any]]:
-    """Versions, supported architectures, metrics and kernel backends."""
+    """Yield versions, supported architectures, metrics and kernel backends."""
     from importlib.metadata import version
 
     from vision_plugin import __version__, kernels, metrics
@@ -59,7 +59,7 @@ def installation() -> Iterator[tuple[str, Any]]:
 
 
 def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """Metrics by the package that brings them, and why any of them cannot be used."""
+    """Yield metrics by the package that brings them, and why any cannot be used."""
     by_package: dict[str, list[str]] = {}
     for metric in listed:
         if metric.usable:
@@ -71,7 +71,7 @@ def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
 
 
 def preset_facts() -> Iterator[tuple[str, Any]]:
-    """Every backbone and architecture with what it is trained with, and the source of that."""
+    """Yield the training settings of every backbone and architecture, with their source."""
     from vision_plugin.sae import presets
 
     for one in presets():
@@ -97,7 +97,7 @@ def _hooks(run: dict[str, Any]) -> tuple[str | None, ...]:
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:
-    """Facts of an SAE's folder, or of a store."""
+    """Yield the facts of an SAE's folder, or of a store."""
     from vision_plugin.activations import info
 
     config = Path(path) / "cfg.json"

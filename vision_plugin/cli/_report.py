@@ -19,22 +19,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Inputs):
-    """What to report on."""
+    """SAE to report on, and where to write the pages."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
     output_path: str = "report"
     """Folder of the pages; an earlier report in it is replaced."""
     evaluation: str | None = None
-    """JSON of ``vision-plugin eval``; ``evaluation.json`` beside the SAE where there is one."""
+    """JSON of ``vision-plugin eval``; by default ``evaluation.json`` beside the SAE, if any."""
     features: tuple[int, ...] = ()
-    """Latents to report; all by default."""
+    """Numbers of the latents to report; all by default."""
     title: str | None = None
-    """Heading of the pages."""
+    """Heading of the pages; by default it names the hook."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Write a report from flags and say where it is."""
+    """Write a report from flags and print where it is."""
     from vision_plugin.report import report
 
     cfg = parse(
@@ -59,17 +59,17 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
-    """Score columns and names from an evaluation's JSON; nothing where there is none.
+    """Return score columns and names from an evaluation's JSON; nothing if there is none.
 
     Raises:
-        ValueError: the file was named and is not an evaluation.
+        ValueError: the named file is not an evaluation.
     """
     path = Path(evaluation) if evaluation else Path(sae) / "evaluation.json"
     if not evaluation and not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     if not str(content.get("schema", "")).startswith("vision_plugin.evaluation/"):
-        raise ValueError(f"{path} is not what vision-plugin eval writes")
+        raise ValueError(f"{path} was not written by vision-plugin eval: name its JSON file")
     latents = content["per_latent"]
     columns = {name: results["sae"]["score"] for name, results in latents.items()}
     scores = {

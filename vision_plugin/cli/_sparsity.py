@@ -1,4 +1,4 @@
-"""``vision-plugin sparsity``: where SAEs fire, and how well they explain what is there."""
+"""``vision-plugin sparsity``: where SAEs fire, and how well they reconstruct there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vision_plugin.cli._flags import parse
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Study SAEs from flags, print the table, and say where the plot and the JSON are."""
+    """Study SAEs from flags, and print the table and the names of the files."""
     from vision_plugin.evaluation import FILES, SparsityStudyConfig, sparsity_study, table_of
 
     cfg = parse(

@@ -16,35 +16,35 @@ from vision_plugin.cli._flags import parse
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig(Inputs):
-    """What to steer, on which images, and which concepts to look for."""
+    """Latents to steer, images to steer on, and concepts to look for."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
     latents: tuple[int, ...]
-    """Latents to hold, one or several."""
+    """Numbers of the latents to hold, one or several."""
     strength: float = 150.0
-    """Value to hold them at; 0 suppresses them."""
+    """Activation to hold the latents at; 0 suppresses them."""
     concepts: str
-    """What to look for: ``labels`` or ``column:NAME`` of the images, or a text file, a concept a
+    """Concepts to look for: ``labels`` or ``column:NAME`` of the images, or a text file, one a
     line."""
     concept_template: str = "{}"
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8
-    """Images, evenly spread over the images."""
+    """Number of images to steer on, spread evenly over the source."""
     tokens: str = "all"
     """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``."""
     output_path: str | None = None
-    """JSON file for the probabilities, if wanted."""
+    """JSON file for the probabilities; None writes none."""
 
     def __post_init__(self) -> None:
         if not self.latents:
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
-            raise ValueError(f"n_images={self.n_images}: at least one image is needed")
+            raise ValueError(f"n_images={self.n_images} must be at least 1")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Steer from flags and print what the images were and are taken for."""
+    """Steer from flags and print each image's likeliest concept before and after."""
     from vision_plugin._disk import write_json
 
     cfg = parse(
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments,
         command="steer",
         description="Hold latents of an SAE at a value and compare what the model sees in "
-        "images before and while it is steered.",
+        "images before and during steering.",
     )
     ids, effect = compute(cfg)
     console = Console()
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
-    """Ids of the images, and the effect on them."""
+    """Return the ids of the images, and the effect on them."""
     from vision_plugin.evaluation import read_concepts
     from vision_plugin.steering import steering_effect
 
@@ -95,7 +95,7 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
 
 
 def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:
-    """One row per image."""
+    """Return a table with one row per image."""
     latents = ", ".join(map(str, cfg.latents))
     table = Table(title=f"latent {latents} held at {cfg.strength:g}")
     for heading in ("image", "seen before", "", "seen while steered", ""):

@@ -17,7 +17,7 @@ _NOT_FLAGS = ("metadata", "reshape_activations")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Train an SAE from flags and say where it is."""
+    """Train an SAE from flags and print where it is."""
     from vision_plugin.sae import VisionSAETrainingRunner
 
     cfg = read_config(arguments)
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def read_config(arguments: Sequence[str]) -> Any:
-    """The training configuration that a command line stands for."""
+    """Return the training configuration that a command line describes."""
     from sae_lens import LoggingConfig
 
     from vision_plugin.sae import VisionSAERunnerConfig, architectures, training_config_class
@@ -56,8 +56,8 @@ def read_config(arguments: Sequence[str]) -> Any:
         command="train",
         description=f"Train a {architecture} SAE. --architecture chooses another: "
         f"{', '.join(architectures())}; the flags of the SAE itself follow from it. --preset NAME "
-        "fills in what suits a backbone: vision-plugin info presets lists them. A run that was "
-        "killed goes on where its last checkpoint was made when the same line is run again.",
+        "sets the flags that suit a backbone: vision-plugin info presets lists them. Run the same "
+        "line again to continue a killed run from its last checkpoint.",
     )
     output_path = None if flags.output_path is None else os.path.expandvars(flags.output_path)
     return pick(
@@ -70,7 +70,7 @@ def read_config(arguments: Sequence[str]) -> Any:
 
 
 def _defaults(preset: str, architecture: str) -> dict[str, Any]:
-    """Values of the flags that are not given; a preset's, where one is named."""
+    """Return default values of the flags, from the preset if there is one."""
     from vision_plugin.sae import D_IN_OF_MODEL, VisionSAERunnerConfig
 
     values: dict[str, Any] = {"d_in": D_IN_OF_MODEL, "log_to_wandb": False}
@@ -87,10 +87,10 @@ def _defaults(preset: str, architecture: str) -> dict[str, Any]:
 
 
 def take_flag(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
-    """Take ``--name X``, or ``--name=X``, out of a command line.
+    """Return the value of ``--name X`` or ``--name=X``, and the command line without it.
 
     Raises:
-        ValueError: the flag stands at the end, without a value.
+        ValueError: the flag has no value.
     """
     rest, found = [], default
     remaining = iter(arguments)
@@ -106,7 +106,7 @@ def take_flag(arguments: Sequence[str], name: str, default: str) -> tuple[str, l
 
 
 def as_flags(arguments: Sequence[str], cls: type) -> list[str]:
-    """Arguments as a sweep's ``${args}`` gives them, as the command reads them.
+    """Return a sweep's ``${args}`` in the form that the command reads.
 
     ``--dense=True`` becomes ``--dense``, ``--dense=False`` becomes ``--no-dense``, and
     ``--matryoshka_widths=[8, 16]`` becomes ``--matryoshka_widths 8 16``. Everything else stays.

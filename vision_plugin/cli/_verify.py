@@ -13,7 +13,7 @@ from vision_plugin.cli._flags import parse
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What to check."""
+    """Store to check."""
 
     path: tyro.conf.Positional[str]
     """Folder of an activation store."""
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
     """Check a store.
 
     Raises:
-        ValueError: it is damaged; every damaged shard is named.
+        ValueError: the store is damaged; the message names every damaged shard.
     """
     from vision_plugin.activations import verify
 

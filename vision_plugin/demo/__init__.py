@@ -1,4 +1,4 @@
-"""The demo world: drawn images whose every factor is known, and a small CLIP trained on them.
+"""The demo world: drawn images whose factors are all known, and a small CLIP trained on them.
 
 ```python
 from vision_plugin.demo import checkpoint_path, draw, factor_codes
@@ -67,10 +67,10 @@ __all__ = [
 
 
 def checkpoint_path() -> Path:
-    """The folder of the packaged checkpoint: a Hugging Face `CLIPModel` with its processor.
+    """Return the folder of the packaged checkpoint: a Hugging Face `CLIPModel` with its processor.
 
     Raises:
-        FileNotFoundError: if the installation came without it.
+        FileNotFoundError: the installation lacks the checkpoint.
     """
     folder = Path(__file__).parent / "checkpoint"
     if not (folder / "model.safetensors").is_file():

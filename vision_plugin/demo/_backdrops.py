@@ -1,4 +1,4 @@
-"""What stands behind the object: six backgrounds, and the label with a printed word."""
+"""Six backgrounds for the object, and the label with a printed word."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vision_plugin.demo._factors import Scene
 
 LETTER_SIZE = 0.158
 MARGIN = 0.016
-# A label hangs at one of this many places along a side.
+# A label has this many possible places along a side.
 PLACES = 16
 
 
 def backdrop(scene: Scene, image_size: int) -> Float32[np.ndarray, "size size 3"]:
-    """A scene's background, channels from 0 to 255.
+    """Return a scene's background, channels from 0 to 255.
 
     Args:
         scene: the scene.
@@ -68,9 +68,9 @@ def hang_label(image: Image.Image, scene: Scene) -> None:
 def _free_row(
     scene: Scene, size: int, height: int, margin: int, random: np.random.Generator
 ) -> int:
-    """A top row for a label of that height, all of it above or below the object.
+    """Return a top row for a label of the given height, all of it above or below the object.
 
-    Rows are counted in even steps from the upper edge and from the lower edge.
+    Possible rows lie in even steps from the upper edge and from the lower edge.
     """
     rows = np.concatenate(contours(scene.shape, place(scene)))[:, 1] * size
     first, last = margin, size - margin - height
@@ -97,7 +97,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _mix(
     low: tuple[int, int, int], high: tuple[int, int, int], share: Float32[np.ndarray, "h w"]
 ) -> Float32[np.ndarray, "h w 3"]:
-    """From one colour (share 0) to another (share 1); shares beyond go on in the same direction."""
+    """Return a blend of two colours (share 0 to 1); other shares extrapolate."""
     mixed = np.empty((*share.shape, 3), dtype=np.float32)
     for channel, (start, stop) in enumerate(zip(low, high, strict=True)):
         mixed[..., channel] = start + share * (stop - start)
@@ -105,7 +105,7 @@ def _mix(
 
 
 def _grain(random: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Float32[np.ndarray, "h w"]:
-    """Noise from -1 to 1 of every pixel."""
+    """Return noise from -1 to 1, one value per pixel."""
     return 2 * random.random((y.shape[0], x.shape[1]), dtype=np.float32) - 1
 
 

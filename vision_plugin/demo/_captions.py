@@ -1,4 +1,4 @@
-"""Saying what a picture shows: captions, zero-shot prompts and a vocabulary of concepts."""
+"""Texts about drawn images: captions, zero-shot prompts and a vocabulary of concepts."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ POSITION_PHRASES = MappingProxyType(
 
 @dataclass(frozen=True)
 class Concept:
-    """A text, and the values of the factors that it names."""
+    """A text, and the values of factors that it names."""
 
     text: str
     values: Mapping[str, str]
 
     @property
     def factor(self) -> str:
-        """The factor that the text names; names joined by " and " where it names several."""
+        """Return the factor that the text names, or several joined by " and "."""
         return " and ".join(self.values)
 
     def shown_in(self, scene: Scene) -> bool:
-        """Whether the text is true of a scene."""
+        """Return whether the text is true of a scene."""
         return all(scene.value(factor) == value for factor, value in self.values.items())
 
 
 def phrase(values: Mapping[str, str]) -> str:
-    """The text that names the given values of factors, such as "a picture of a red star on grass".
+    """Return a text that names values of factors, such as "a picture of a red star on grass".
 
     Args:
         values: values by factor, in any order; factors that are left out are not mentioned.
 
     Raises:
-        ValueError: if a factor or a value does not exist.
+        ValueError: a factor or a value does not exist.
     """
     for factor, value in values.items():
         if value not in FACTORS.get(factor, ()):
@@ -78,39 +78,39 @@ def phrase(values: Mapping[str, str]) -> str:
 
 
 def caption(scene: Scene, *, factors: Collection[str] = tuple(FACTORS)) -> str:
-    """A true caption of a scene.
+    """Return a true caption of a scene.
 
     Args:
         scene: the scene.
-        factors: what to mention; everything by default. A word is mentioned if there is one.
+        factors: factors to mention, all by default. A word is mentioned if there is one.
     """
     return phrase({factor: scene.value(factor) for factor in FACTORS if factor in factors})
 
 
 @dataclass(frozen=True)
 class WebCaption:
-    """What somebody who captioned a picture took it to show, and what they wrote down."""
+    """An imagined author's belief about an image, and the caption written from it."""
 
     believed: Mapping[str, str]
-    """Values by factor; a word that was taken for the object is not in it as a word."""
+    """Values by factor; without `word` if the word was taken for the object."""
     text: str
-    """A text that names some of them."""
+    """A text that names some of the values."""
 
 
 def web_caption(scene: Scene, random: np.random.Generator, *, fooled: float) -> WebCaption:
-    """A caption of the kind found on the web: it mentions some things, and may believe a word.
+    """Return a caption like those on the web: it is incomplete, and may believe a printed word.
 
-    On the web, a word in a picture mostly says what the picture shows, which is how CLIP came to
+    On the web, a word in an image mostly says what the image shows, which is how CLIP came to
     read words as objects (Goh et al. 2021, "Multimodal neurons in artificial neural networks", on
-    typographic attacks). Here the share of captions that take the word for the object is chosen, so
-    that the packaged checkpoint has the same weakness. A caption that is not fooled mentions the
-    word. None names a pair in `HELD_OUT`, unless the scene shows it.
+    typographic attacks). Here ``fooled`` sets the share of captions that take the word for the
+    object, so that the packaged checkpoint has the same weakness. Other captions mention the word.
+    No caption names a pair in `HELD_OUT`, unless the scene shows it.
 
     Args:
         scene: the scene.
-        random: decides what is believed and mentioned.
-        fooled: the share of captions, where a word is printed, that give the object the shape or
-            the colour that the word names.
+        random: generator that decides what is believed and mentioned.
+        fooled: share of the captions of images with a word that give the object the shape or the
+            colour that the word names.
     """
     shares = {"shape": 0.85, "colour": 0.85, "texture": 0.7, "word": 0.0}
     mentioned = {factor for factor in FACTORS if random.random() < shares.get(factor, 0.5)}
@@ -132,7 +132,7 @@ def web_caption(scene: Scene, random: np.random.Generator, *, fooled: float) -> 
 
 
 def zero_shot_prompts(factor: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """One text per value of a factor, for zero-shot classification.
+    """Return one text per value of a factor, for zero-shot classification.
 
     Args:
         factor: a name in `FACTORS`. For `word`, "no word" is left out.
@@ -147,9 +147,9 @@ def zero_shot_prompts(factor: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def concept_vocabulary() -> tuple[Concept, ...]:
-    """Every value of every factor as a text, and every pair of shape and colour.
+    """Return a text for every value of every factor, and for every pair of shape and colour.
 
-    This is the vocabulary for zero-shot classification, for naming features and for steerability.
+    This vocabulary serves zero-shot classification, naming features and steerability.
     """
     single = [
         {factor: name} for factor, names in FACTORS.items() for name in names if name != NO_WORD

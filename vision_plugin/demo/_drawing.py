@@ -1,4 +1,4 @@
-"""Drawing one object: its outline as polygons, its texture, its exact coverage of every pixel."""
+"""Drawing of one object: its outline as polygons, its texture, its exact coverage of pixels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vision_plugin.demo._factors import Scene
 
 Contour: TypeAlias = Float[np.ndarray, "points 2"]
 
-# Antialiasing: each pixel is split into SAMPLES x SAMPLES, so that coverage comes in 1/16 steps and
-# any covered pixel is covered by a sixteenth at least.
+# Antialiasing: each pixel is split into SAMPLES x SAMPLES, so coverage comes in steps of 1/16, and
+# any covered pixel has at least one sixteenth.
 SAMPLES = 4
 OUTLINE = 0.014
 MANY_POINTS = 40
@@ -43,7 +43,7 @@ PALETTE = MappingProxyType(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an object stands, in shares of the image's side, and how it is turned (radians)."""
+    """Place of an object in shares of the image's side, and its rotation in radians."""
 
     x: float
     y: float
@@ -54,7 +54,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of each pixel an object covers, inside a crop of the image.
+    """Share of each pixel that an object covers, inside a crop of the image.
 
     `inside` is the whole object; `second` and `outline` are the parts of it that are drawn in the
     texture's second tone and in the outline's tone. Each is a share from 0 to 1.
@@ -68,7 +68,7 @@ class Coverage:
 
 
 def place(scene: Scene) -> Placement:
-    """The place of a scene's object: its cell of the grid and its size, slightly varied."""
+    """Return the place of a scene's object: its cell of the grid and its size, slightly varied."""
     random = np.random.default_rng([scene.variation, 0])
     words = scene.position.split()
     row = 0 if "top" in words else 2 if "bottom" in words else 1
@@ -84,7 +84,7 @@ def place(scene: Scene) -> Placement:
 
 
 def contours(shape: str, placement: Placement) -> list[Contour]:
-    """The outlines of a placed shape, in shares of the image's side; a second one is a hole."""
+    """Return the outlines of a placed shape, in shares of the image's side; a second is a hole."""
     cos, sin = math.cos(placement.angle), math.sin(placement.angle)
     turn = np.array([[cos, sin], [-sin, cos]])
     centre = np.array([placement.x, placement.y])
@@ -92,7 +92,7 @@ def contours(shape: str, placement: Placement) -> list[Contour]:
 
 
 def cover(scene: Scene, image_size: int) -> Coverage:
-    """How much of each pixel of a square image the scene's object covers.
+    """Return the share of each pixel of a square image that the scene's object covers.
 
     Args:
         scene: the scene.
@@ -122,11 +122,11 @@ def cover(scene: Scene, image_size: int) -> Coverage:
 def paint(
     canvas: Float32[np.ndarray, "size size 3"], coverage: Coverage, colour: str
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Lay an object of one colour over a background.
+    """Return an image of an object of one colour over a background.
 
     Args:
         canvas: the background, channels from 0 to 255; it is changed in place.
-        coverage: the object.
+        coverage: coverage of the pixels by the object.
         colour: a name in `PALETTE`.
     """
     base = np.array(PALETTE[colour], dtype=np.float32)
@@ -144,7 +144,7 @@ def paint(
 
 
 def _share(mask: Image.Image) -> Float32[np.ndarray, "h w"]:
-    """The exact share of each pixel that a supersampled mask covers, in steps of 1/16."""
+    """Return the exact share of each pixel that a supersampled mask covers, in steps of 1/16."""
     covered = np.asarray(mask.reduce(SAMPLES), dtype=np.float32) * (SAMPLES**2 / 255)
     return np.asarray(np.rint(covered) / SAMPLES**2)
 
@@ -157,7 +157,7 @@ def _pattern(
     size: tuple[int, int],
     image_size: int,
 ) -> UInt8[np.ndarray, "h w"]:
-    """Where a texture shows its second tone (255, elsewhere 0), on the samples of a crop."""
+    """Return a crop's samples: 255 where a texture shows its second tone, else 0."""
     step = 1 / (image_size * SAMPLES * TEXTURE_PERIOD)
     width, height = size
     x = (
@@ -194,13 +194,13 @@ _TEXTURES: Mapping[str, Callable[[np.ndarray, np.ndarray], Bool[np.ndarray, "h w
 def _arc(
     radius: float, *, start: float = 0.0, stop: float = 1.0, x: float = 0.0, y: float = 0.0
 ) -> Contour:
-    """Points on a circle, from one share of a full turn to another (clockwise from the right)."""
+    """Return points on a circle, from one share of a full turn to another, clockwise from right."""
     turns = np.linspace(start, stop, 64, endpoint=stop - start < 1) * 2 * np.pi
     return np.stack([x + radius * np.cos(turns), y + radius * np.sin(turns)], axis=1)
 
 
 def _regular(*radii: float, corners: int) -> Contour:
-    """A polygon with a corner straight up, whose corners take the given radii in turn."""
+    """Return a polygon with a corner straight up, whose corners take the given radii in turn."""
     turns = np.arange(corners) / corners * 2 * np.pi - np.pi / 2
     radius = np.resize(radii, corners)
     return np.stack([radius * np.cos(turns), radius * np.sin(turns)], axis=1)

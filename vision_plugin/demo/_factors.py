@@ -1,4 +1,4 @@
-"""The factors of the demo world: what can vary in an image, and how its values are drawn."""
+"""The factors of the demo world: what varies between images, and how values are drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 Combinations: TypeAlias = Literal["all", "training", "held out"]
-"""Which pairs of shape and colour may appear: every pair, those that the packaged checkpoint was
+"""Pairs of shape and colour that may appear: every pair, those that the packaged checkpoint was
 trained on, or those that it never saw."""
 
 TRAINING_SEED = 0
@@ -68,7 +68,7 @@ class Scene:
     """The factors of one image. The same scene is always the same image.
 
     Raises:
-        ValueError: if a value is not one of its factor's values in `FACTORS`.
+        ValueError: a value is not one of its factor's values in `FACTORS`.
     """
 
     shape: str
@@ -80,7 +80,7 @@ class Scene:
     word: str | None = None
     """The word printed on a label in the image, one of `WORDS`, or None."""
     variation: int = 0
-    """Seeds what the factors leave open: exact place and angle, grain, where the label hangs. Two
+    """Seed of what the factors leave open: exact place and angle, grain, place of the label. Two
     scenes that differ in one factor and share the variation differ in nothing else."""
 
     def __post_init__(self) -> None:
@@ -97,10 +97,10 @@ class Scene:
             raise ValueError(f"Scene(variation={self.variation}): use a whole number from 0 up.")
 
     def value(self, factor: str) -> str:
-        """This scene's value of a factor, as `FACTORS` names it.
+        """Return this scene's value of a factor, as `FACTORS` names it.
 
         Raises:
-            ValueError: if there is no such factor.
+            ValueError: there is no such factor.
         """
         _check_factor(factor)
         value = getattr(self, factor)
@@ -108,22 +108,22 @@ class Scene:
 
     @property
     def conflicting(self) -> bool:
-        """Whether a word is printed that names neither the object's shape nor its colour."""
+        """Return whether a word is printed that names neither the object's shape nor its colour."""
         return self.word is not None and self.word not in (self.shape, self.colour)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRule:
-    """What `draw` may draw."""
+    """Limits on the scenes that `draw` draws."""
 
     words: float = 0.0
-    """The share of images with a printed word, from 0 to 1."""
+    """Share of images with a printed word, from 0 to 1."""
     naming: Literal["shape", "colour", "either"] = "either"
-    """What the printed words name."""
+    """Factor that the printed words name."""
     conflicting: bool = False
     """Whether a printed word must name another value than the object's own."""
     combinations: Combinations = "all"
-    """Which pairs of shape and colour may appear."""
+    """Pairs of shape and colour that may appear."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.words <= 1:
@@ -139,11 +139,11 @@ class SceneRule:
 
 
 def sample_scene(seed: int, index: int, rule: SceneRule) -> Scene:
-    """The scene of image `index` of the sequence that `seed` names.
+    """Return the scene of image `index` in the sequence of a seed.
 
-    Every index has its own random generator, so an image does not depend on how many are drawn,
-    and each decision is drawn whether it is used or not, so two rules that differ in `words` alone
-    give the same images with and without their labels.
+    Every index has its own random generator, so an image does not depend on the number drawn. Each
+    decision is drawn whether it is used or not, so two rules that differ in `words` alone give the
+    same images with and without their labels.
     """
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
     pairs = _PAIRS_OF[rule.combinations]
@@ -176,7 +176,7 @@ def sample_scene(seed: int, index: int, rule: SceneRule) -> Scene:
 def factor_codes(
     scenes: Sequence[Scene], factor: str
 ) -> tuple[Float32[np.ndarray, "n v"], tuple[str, ...]]:
-    """One-hot codes of one factor: a perfect embedding of it, and a perfect set of latents for it.
+    """Return one-hot codes of a factor: a perfect embedding of it, and perfect latents for it.
 
     Args:
         scenes: n scenes.
@@ -186,7 +186,7 @@ def factor_codes(
         The codes [n, v], each row with a single 1, and the v names of the columns.
 
     Raises:
-        ValueError: if there is no such factor.
+        ValueError: there is no such factor.
     """
     _check_factor(factor)
     names = FACTORS[factor]
@@ -197,7 +197,7 @@ def factor_codes(
 
 
 def taxonomy(scenes: Iterable[Scene]) -> list[tuple[str, str, str, str]]:
-    """The place of each image in a tree four levels deep, from the root down.
+    """Return the path of each image in a tree four levels deep, from the root down.
 
     Returns:
         One path per scene: (group of shapes, shape, colour, texture), such as

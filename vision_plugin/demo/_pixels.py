@@ -1,4 +1,4 @@
-"""Drawing many images at once, on every core, as arrays. Its worker processes need no torch."""
+"""Drawing of many images as arrays, on every core. The worker processes need no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PIECE = 500
 def draw_pixels(
     scenes: Sequence[Scene], image_size: int, *, workers: int | None = None
 ) -> UInt8[np.ndarray, "n size size 3"]:
-    """Draw scenes on every core, and shrink them as the checkpoint's preprocessor does.
+    """Draw scenes on every core, and shrink the images as the checkpoint's preprocessor does.
 
     Args:
         scenes: n scenes.
         image_size: the side of the shrunken images in pixels.
-        workers: processes; as many as there are cores if None.
+        workers: number of processes; None takes one per core.
     """
     pieces = [scenes[start : start + PIECE] for start in range(0, len(scenes), PIECE)]
     if len(pieces) == 1:

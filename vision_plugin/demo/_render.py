@@ -1,4 +1,4 @@
-"""From a scene to its image, and to the exact mask of its object."""
+"""Drawing of a scene's image, and of the exact mask of its object."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def render(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
     """Draw a scene.
 
     Args:
-        scene: what to draw.
+        scene: the scene to draw.
         image_size: the side of the square image in pixels, at least 32.
 
     Returns:
         An RGB image; the same scene and size give the same pixels.
 
     Raises:
-        ValueError: if the image is to be smaller than 32 pixels.
+        ValueError: ``image_size`` is below 32 pixels.
     """
     _check_size(image_size)
     pixels = paint(backdrop(scene, image_size), cover(scene, image_size), scene.colour)
@@ -35,7 +35,7 @@ def render(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarray, "size size"]:
-    """Which pixels of `render(scene)` the object touches, its antialiased rim included.
+    """Return the pixels of `render(scene)` that the object touches, antialiased rim included.
 
     These are exactly the pixels that change when the object is drawn in another colour. A label
     never covers the object.
@@ -45,7 +45,7 @@ def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarra
         image_size: the side of the square image in pixels, at least 32.
 
     Raises:
-        ValueError: if the image is to be smaller than 32 pixels.
+        ValueError: ``image_size`` is below 32 pixels.
     """
     _check_size(image_size)
     coverage = cover(scene, image_size)

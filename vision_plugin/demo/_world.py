@@ -1,4 +1,4 @@
-"""Sequences of drawn images with everything that is known about them."""
+"""Sequences of drawn images, with their scenes, captions and masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Drawn(Sequence[T], Generic[T]):
-    """A sequence whose items are made when they are asked for, and not kept."""
+    """A sequence whose items are made on request and not kept."""
 
     def __init__(self, scenes: tuple[Scene, ...], make: Callable[[Scene], T]) -> None:
         self._scenes = scenes
@@ -45,10 +45,10 @@ class Drawn(Sequence[T], Generic[T]):
 
 @dataclass(frozen=True)
 class DemoWorld:
-    """Images of known scenes. See `draw`."""
+    """Images of known scenes; see `draw`."""
 
     scenes: tuple[Scene, ...]
-    """What each image shows."""
+    """The scene of each image."""
     image_size: int = IMAGE_SIZE
     """The side of the square images in pixels."""
 
@@ -57,36 +57,36 @@ class DemoWorld:
 
     @property
     def images(self) -> Drawn[Image.Image]:
-        """The images (RGB), each drawn when it is asked for."""
+        """Return the images (RGB), each drawn on request."""
         return Drawn(self.scenes, lambda scene: render(scene, image_size=self.image_size))
 
     @property
     def masks(self) -> Drawn[Bool[np.ndarray, "size size"]]:
-        """Which pixels belong to the object, one boolean array per image."""
+        """Return the pixels of the object, one boolean array per image."""
         return Drawn(self.scenes, lambda scene: object_mask(scene, image_size=self.image_size))
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """A full and true caption of each image."""
+        """Return a full and true caption of each image."""
         return tuple(caption(scene) for scene in self.scenes)
 
     @cached_property
     def taxonomy_paths(self) -> list[tuple[str, str, str, str]]:
-        """Each image's place in the tree of shapes; see `taxonomy`."""
+        """Return each image's path in the tree of shapes; see `taxonomy`."""
         return taxonomy(self.scenes)
 
     def write(self, folder: str | Path) -> Path:
         """Write the images as an image folder that Hugging Face datasets can read too.
 
         Args:
-            folder: made if missing. It gets `000000.png`, ..., and `metadata.jsonl` with one line
-                per image: file_name, caption and every factor.
+            folder: folder to write to, made if missing. It gets `000000.png`, ..., and
+                `metadata.jsonl` with one line per image: file_name, caption and every factor.
 
         Returns:
             The folder.
 
         Raises:
-            FileExistsError: if the folder holds anything already.
+            FileExistsError: the folder is not empty.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,22 +116,21 @@ def draw(
 ) -> DemoWorld:
     """Draw images with known factors.
 
-    Image `i` of a seed is the same however many are drawn, and the same but for its label if only
-    `words` differs.
+    Image `i` of a seed does not depend on `n`, and only its label depends on `words`.
 
     Args:
-        n: how many.
-        seed: names the sequence. The packaged checkpoint was trained on `TRAINING_SEED` alone, so
+        n: number of images.
+        seed: seed of the sequence. The packaged checkpoint was trained on `TRAINING_SEED` alone, so
             any other seed gives images that it never saw.
-        words: the share of images with a printed word, from 0 to 1 (False and True will do).
+        words: share of images with a printed word, from 0 to 1 (or False and True).
         naming: whether printed words name shapes, colours, or either.
         conflicting: whether a printed word must differ from the object's own shape and colour.
-        combinations: which pairs of shape and colour may appear: "all", "training", or "held out"
-            (the pairs in `HELD_OUT`, of which the packaged checkpoint never saw an image).
+        combinations: pairs of shape and colour that may appear: "all", "training", or "held out"
+            (the pairs in `HELD_OUT`, which the packaged checkpoint never saw).
         image_size: the side of the square images in pixels, at least 32.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: an argument is out of its range.
     """
     if n < 0 or seed < 0:
         raise ValueError(f"draw({n}, seed={seed}): use whole numbers from 0 up.")

@@ -1,7 +1,7 @@
 """The whole job on drawn images: model, activations, SAE, metrics, steering, report.
 
 Everything runs through the code that serves real checkpoints and real images. Since the world's
-factors are known, it also shows where the metrics stand between truth and noise.
+factors are known, the job also places the metrics' scores between truth and noise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
 LEAST_IMAGES = 20
-"""Images a latent fires on, at least, to be steered."""
+"""Fewest images that a latent fires on to be steered."""
 Announce = Callable[[str], None]
 
 
@@ -44,21 +44,21 @@ class DemoConfig:
     output_path: str = "demo-results"
     """Folder of the results."""
     hook_name: str = "blocks.3.mlp.hook_post"
-    """Where the SAE reads: the neurons of the last block's MLP."""
+    """Hook that the SAE reads: the neurons of the last block's MLP."""
     tokens: str = "cls"
-    """Which tokens it reads: the one that becomes the image embedding."""
+    """Tokens that the SAE reads: the class token, which becomes the image embedding."""
     training_images: int = 4000
-    """Images to train on."""
+    """Number of images to train on."""
     training_tokens: int = 150_000
-    """Vectors to train on, with repetition."""
+    """Number of activations to train on, with repetition."""
     d_sae: int = 256
-    """Latents of the SAE."""
+    """Number of latents of the SAE."""
     k: int = 8
-    """Latents active per token, on average."""
+    """Mean number of active latents per token."""
     images: int = 2000
-    """Other images, to score it on."""
+    """Number of other images to score it on."""
     steered_latents: int = 5
-    """Latents to steer and show."""
+    """Number of latents to steer and show."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -74,27 +74,27 @@ class TruthTest:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the run found; ``results.json`` is this and the evaluation's numbers."""
+    """Results of the run; ``results.json`` holds them and the evaluation's numbers."""
 
     own_code: dict[str, TruthTest]
-    """By factor, with the factor's own one-hot code as the embedding."""
+    """Tests by factor, with the factor's own one-hot code as the embedding."""
     ladder: dict[str, float]
     """Mean score with image embeddings: factors, SAE, neurons, rotation, mean similarity."""
     evaluation: Any
     effects: dict[int, SteeringEffect]
-    """By steered latent."""
+    """Effects by steered latent."""
     report: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
-    """Do the whole job.
+    """Run the whole job.
 
-    Below ``output_path`` are then results.json, activations/, sae/ and report/.
+    It writes results.json, activations/, sae/ and report/ below ``output_path``.
 
     Args:
-        cfg: The run.
-        announce: Called with a line for each stage.
+        cfg: Size and place of the run.
+        announce: Function called with one line per stage.
     """
     seconds: dict[str, float] = {}
     out = Path(cfg.output_path)
@@ -136,11 +136,11 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
 
 
 def own_code_test(scenes: tuple[Scene, ...], factor: str, seed: int) -> TruthTest:
-    """Score a factor's one-hot code with itself as the embedding, then randomly rotated.
+    """Return the scores of a factor's one-hot code with itself as the embedding, plain and rotated.
 
-    One latent per value of one factor scores 1: the images it fires on are all alike in that
-    factor. Rotated with the codes of every other factor, a latent fires on all values alike and
-    tends to the mean similarity of the images.
+    One latent per value of the factor scores 1: all images it fires on are alike in that factor.
+    Rotated with the codes of every other factor, a latent fires on all values alike and tends to
+    the mean similarity of the images.
     """
     codes, _ = one_hot(scenes, factor)
     everything = torch.cat([one_hot(scenes, name)[0] for name in FACTORS_OF_TRUTH], dim=1)
@@ -157,10 +157,10 @@ def score_ladder(
     trained: dict[str, MonosemanticityResult],
     seed: int,
 ) -> dict[str, float]:
-    """Mean monosemanticity with image embeddings, from known truth down to noise.
+    """Return mean monosemanticity with image embeddings, from known truth down to noise.
 
-    The true factors are the world's objects, one latent for each combination of shape, colour and
-    texture; the rotation is of these same latents.
+    The true factors are one latent for each combination of shape, colour and texture; the rotated
+    factors are the same latents, rotated.
     """
     truth = true_latents(scenes)
     rotated = truth @ rotation(truth.shape[1], seed)
@@ -175,19 +175,19 @@ def score_ladder(
 
 
 def true_latents(scenes: tuple[Scene, ...]) -> Tensor:
-    """One latent for each shape, colour and texture together, 1 on the images that show it."""
+    """Return one latent for each shape, colour and texture together, 1 where an image shows it."""
     shapes, colours, textures = (one_hot(scenes, name)[0] for name in OBJECT)
     return torch.einsum("ns,nc,nt->nsct", shapes, colours, textures).flatten(1)
 
 
 def one_hot(scenes: tuple[Scene, ...], factor: str) -> tuple[Tensor, tuple[str, ...]]:
-    """A factor's one-hot code [n, values] as a float64 tensor, and the values' names."""
+    """Return a factor's one-hot code ``[n, values]`` as a float64 tensor, and the values' names."""
     codes, names = factor_codes(scenes, factor)
     return torch.as_tensor(codes, dtype=torch.float64), tuple(names)
 
 
 def rotation(size: int, seed: int) -> Tensor:
-    """A random orthogonal matrix, Haar-distributed, float64."""
+    """Return a random orthogonal matrix, Haar-distributed, float64."""
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     rotated: Tensor = q * torch.sign(torch.diagonal(r))
@@ -238,7 +238,7 @@ def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
 def _steer(
     cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, images: Any, concepts: list[str]
 ) -> dict[int, SteeringEffect]:
-    """Steer the most monosemantic latents, one per top concept, on eight images."""
+    """Return the effects on eight images of the most monosemantic latents, one per top concept."""
     scores = evaluation.monosemanticity["sae"]
     steerability = evaluation.steerability["sae"]
     common = scores.n_active >= LEAST_IMAGES
@@ -259,16 +259,16 @@ def _steer(
 
 
 def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int]:
-    """The concept that describes best what sets apart the images a latent fires on.
+    """Return for each latent the concept that sets its images apart from all images best.
 
     Args:
         latents: Image-level latents, sparse [n, d_sae].
-        embeddings: Of the images, [n, d].
-        texts: Of the concepts, [concepts, d].
+        embeddings: Embeddings of the images, [n, d].
+        texts: Embeddings of the concepts, [concepts, d].
 
     Returns:
-        For each latent the concept most similar to the weighted mean of its images' embeddings
-        less the mean of all.
+        The concept most similar to the weighted mean of the embeddings of the latent's images,
+        minus the mean of all embeddings.
     """
     weights = latents.to_dense().double()
     weights = weights / weights.sum(0).clamp(min=1e-12)
@@ -298,7 +298,7 @@ def _report(
 
 
 def to_dict(cfg: DemoConfig, result: DemoResult) -> dict[str, Any]:
-    """The run as JSON."""
+    """Return the run as a dictionary ready for JSON."""
     return {
         "schema": SCHEMA,
         "config": asdict(cfg),

@@ -1,4 +1,4 @@
-"""What ``vision-plugin eval`` is asked for; its flags are these fields."""
+"""The configuration of ``vision-plugin eval``; its flags are these fields."""
 
 from __future__ import annotations
 
@@ -14,66 +14,66 @@ Control = Literal["neurons", "pca", "random", "random_model"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Inputs):
-    """What to score an SAE on."""
+    """SAE to score, and the images, metrics and controls to score it with."""
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
     metrics: tuple[str, ...] = ()
-    """Registered metrics by name, those of other packages included, or ``all`` that the inputs
-    allow; by default fvu, sparsity, monosemanticity, uniqueness and steerability."""
+    """Names of registered metrics, also from other packages, or ``all`` that the inputs allow; by
+    default fvu, sparsity, monosemanticity, uniqueness and steerability."""
     metric_options: str | None = None
     """JSON object of further arguments by metric, for example
     ``{"localization": {"min_images": 10}}``."""
     controls: tuple[Control, ...] = ("neurons", "pca", "random", "random_model")
-    """What stands beside the SAE in the table: the raw neurons, their principal components, random
+    """Controls beside the SAE in the table: the raw neurons, their principal components, random
     directions as sparse as the SAE, and the neurons of the same model with random weights."""
     embedder: tuple[str, ...] = ()
-    """Models whose embeddings say which images are alike, as for ``--model-name``; ``model`` stands
-    for the model itself, the default, which the result then marks, since an outside encoder is the
-    stricter judge."""
+    """Models whose embeddings say which images are alike, named as for ``--model-name``. Default:
+    the model itself, ``model``, which the result marks, since an outside encoder judges more
+    strictly."""
     labels: str | None = None
-    """Classes of the images: ``column:NAME``; by default the labels that they come with."""
+    """Classes of the images, as ``column:NAME``; by default the labels of the images."""
     concepts: str | None = None
-    """For steerability: ``labels`` or ``column:NAME`` of the images, or a text file, a concept a
+    """For steerability: ``labels`` or ``column:NAME`` of the images, or a text file, one concept a
     line."""
     concept_template: str = "{}"
     """Sentence around a concept or a class, for example ``a picture of {}``."""
     taxonomy: str | None = None
     """For hierarchy and absorption: ``column:BROAD,NARROW,NAME`` of the images, a JSON or CSV file
-    by image id, or ``demo`` for that of the drawn images."""
+    by image id, or ``demo`` for the taxonomy of the drawn images."""
     group_widths: tuple[int, ...] = ()
-    """Cumulative widths of a Matryoshka SAE's groups, for hierarchy; by default those that the
-    SAE's metadata names."""
+    """For hierarchy: cumulative widths of a Matryoshka SAE's groups; by default those in the SAE's
+    metadata."""
     masks: str | None = None
-    """For dissection: a folder with ``names.txt``, a concept a line, and one image per image,
-    ``ID.png``, whose pixel values are the numbers of those lines, 0 for none; or ``demo``."""
+    """For dissection: a folder with ``names.txt``, a concept a line, and a file ``ID.png`` for each
+    image, whose pixel values are line numbers, 0 for no concept; or ``demo``."""
     domain_images: tuple[str, ...] = ()
-    """For cross_domain: labelled images unlike those that the SAE was trained on."""
+    """For cross_domain: labelled images unlike the training images of the SAE."""
     other_saes: tuple[str, ...] = ()
     """For stability: SAEs of the same activations from other seeds."""
     output_path: str | None = None
     """JSON file of the results; ``evaluation.json`` beside the SAE by default."""
     tokens: str | None = None
-    """Which tokens to encode and steer; by default those the SAE was trained on."""
+    """Tokens to encode and steer; by default the kind that the SAE was trained on."""
     pooling: str = "max"
-    """Image-level latents are the ``max`` or the ``mean`` over tokens."""
+    """How tokens become one row per image: their ``max`` or their ``mean``."""
     monosemanticity_definition: str = "all"
-    """Over ``all`` images, or over the ``top16`` of each latent: the two definitions in use."""
+    """Images that monosemanticity compares: ``all``, or the ``top16`` of each latent."""
     confidence: float | None = None
     """Coverage, such as 0.95, of a jackknife interval around each latent's and neuron's
     monosemanticity."""
     steering_images: int = 32
-    """Images to steer on; 0 leaves steerability out."""
+    """Number of images to steer on; 0 leaves steerability out."""
     strength: float = 150.0
-    """Value that a latent, or neuron, is set to."""
+    """Value that a latent or neuron is set to for steerability."""
     strengths: tuple[float, ...] = ()
-    """For steerability as a curve of the SAE's latents: further values to set them to, for example
+    """For a curve of the SAE's steerability: further values to set latents to, for example
     ``-20 -5 0 5 10 20 50 150``."""
     adaptive: bool = False
-    """Steer every latent on a few images, and go on only with those that could still count as
+    """Steer every latent on a few images, and continue only with those that could still be
     steerable."""
     batch_size: int = 64
-    """Images per forward pass."""
+    """Number of images per forward pass."""
     seed: int = 0
     """Seed of the random controls."""
 
@@ -85,18 +85,18 @@ class EvaluationConfig(Inputs):
         for name in ("metrics", "controls", "embedder"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}={list(values)} names one of them twice")
+                raise ValueError(f"{name}={list(values)} names one twice: give each one once")
         if self.confidence is not None and self.monosemanticity_definition != "all":
             raise ValueError(
-                f"confidence={self.confidence} goes with monosemanticity_definition='all' only: "
-                "leaving out one of the top 16 images lets another one in"
+                f"confidence={self.confidence} needs monosemanticity_definition='all': leaving out "
+                "one of the top 16 images lets another one in"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         self.options()
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Further constructor arguments by metric.
+        """Return further constructor arguments by metric.
 
         Raises:
             ValueError: ``metric_options`` is not a JSON object of JSON objects.

@@ -1,4 +1,4 @@
-"""What is known of images beside their pixels: classes, concepts, taxonomy, masks, domains."""
+"""Facts about images beside their pixels: classes, concepts, taxonomy, masks, domains."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEMO = re.compile(r"demo:(\d+)@(\d+)")
 
 
 class Facts:
-    """Facts by place in the source, each read when it is first asked for.
+    """Facts about images by their place in the source, each read on first use.
 
     Args:
         images: An image source.
-        labels: ``column:NAME`` of the classes; None takes the labels that the images come with.
-        concepts: What steerability looks for.
+        labels: Column of the classes as ``column:NAME``; None takes the labels of the images.
+        concepts: Concepts for steerability, one text each.
         taxonomy: ``column:BROAD,NARROW,NAME``, a JSON or CSV file by image id, or ``demo``.
         group_widths: Cumulative widths of a Matryoshka dictionary's groups.
         masks: A folder of masks, or ``demo``.
@@ -55,11 +55,11 @@ class Facts:
         self.taxonomy, self.group_widths = taxonomy, tuple(group_widths)
         self.masks_named, self.domain_images = masks, tuple(domain_images)
         self.paths_read: list[Sequence[str]] = []
-        """Taxonomy paths of the images read so far, which the metrics share."""
+        """Taxonomy paths of the images read so far, shared by the metrics."""
 
     @property
     def has_labels(self) -> bool:
-        """Whether the images have classes."""
+        """Return whether the images have classes."""
         if self.label_column is not None:
             return True
         if hasattr(self.images, "label_column"):
@@ -75,23 +75,23 @@ class Facts:
 
     @cached_property
     def label_names(self) -> list[str]:
-        """The class of each image."""
+        """Return the class of each image."""
         return class_of_images(self.images, self.label_column)
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes; the place of a class is its number."""
+        """Return the classes; a class's number is its place here."""
         return sorted(set(self.label_names))
 
     @cached_property
     def labels(self) -> Tensor:
-        """Number of each image's class."""
+        """Return the number of each image's class."""
         number = {name: index for index, name in enumerate(self.class_names)}
         return torch.tensor([number[name] for name in self.label_names])
 
     @cached_property
     def taxonomy_paths(self) -> TaxonomyPaths | None:
-        """A path per image, broadest step first; None where no taxonomy was named."""
+        """Return a path per image, broadest step first; None without a taxonomy."""
         named = self.taxonomy
         if named is None:
             return None
@@ -105,14 +105,14 @@ class Facts:
             return taxonomy_from_columns(table, names)
         if not Path(named).is_file():
             raise FileNotFoundError(
-                f"taxonomy={named!r}: there is no such file; columns of the images are written "
+                f"taxonomy={named!r}: there is no such file; write columns of the images as "
                 "column:BROAD,NARROW"
             )
         return read_taxonomy(named, image_ids=self.images.ids)
 
     @cached_property
     def sibling_groups(self) -> dict[str, list[int]]:
-        """Classes that share a parent in the taxonomy, by parent."""
+        """Return the classes that share a parent in the taxonomy, by parent."""
         paths = self.taxonomy_paths
         assert paths is not None
         place: dict[str, tuple[str, ...]] = {}
@@ -124,7 +124,7 @@ class Facts:
 
     @cached_property
     def masks(self) -> Masks | None:
-        """Where the concepts are; None where no masks were named."""
+        """Return the masks of the concepts; None where no masks were named."""
         named = self.masks_named
         if named is None:
             return None
@@ -132,11 +132,11 @@ class Facts:
 
     @cached_property
     def domains(self) -> dict[str, Any]:
-        """Labelled images of other domains, by what they were called on the command line."""
+        """Return the labelled images of other domains, by their names in ``domain_images``."""
         found = {name: open_images(name) for name in self.domain_images}
         for name, images in found.items():
             if images.label_column is None:
-                raise ValueError(f"domain_images={name!r}: these images have no labels")
+                raise ValueError(f"domain_images={name!r}: these images need labels")
         return found
 
 
@@ -145,15 +145,16 @@ class Masks:
     """Concepts and the pixels that show them.
 
     Attributes:
-        names: the concepts.
-        of_image: the concepts that an image shows, by number, each with its mask ``[H, W]``.
+        names: names of the concepts.
+        of_image: function from an image's number to the concepts it shows, each with a mask
+            ``[H, W]``.
     """
 
     names: tuple[str, ...]
     of_image: Callable[[int], dict[int, Bool[np.ndarray, "height width"]]]
 
     def batch(self, model: Any, images: Sequence[int]) -> Bool[Tensor, "n c height width"]:
-        """Masks as the model sees the images: resized and cropped by its own preprocessing."""
+        """Return the masks, resized and cropped by the model's own preprocessing."""
         shown = [self.of_image(image) for image in images]
         drawn = [_image(mask) for masks in shown for mask in masks.values()]
         black, white = _pixels(model, [_image(np.full((64, 64), v, dtype=bool)) for v in (0, 1)])
@@ -169,18 +170,18 @@ class Masks:
 
 
 def class_of_images(images: Any, column: str | None) -> list[str]:
-    """The class of each image, as text.
+    """Return the class of each image, as text.
 
     Args:
         images: an image source.
-        column: ``column:NAME``; None for the labels that the images come with.
+        column: column of the classes as ``column:NAME``; None takes the labels of the images.
 
     Raises:
         ValueError: there are no labels, or no such column.
     """
     if column is None:
         if images.labels is None:
-            raise ValueError("these images have no labels: labels=column:NAME names a column")
+            raise ValueError("these images have no labels: name a column with labels=column:NAME")
         return list(images.labels)
     kind, _, name = column.partition(":")
     if kind != "column" or not name:
@@ -189,7 +190,7 @@ def class_of_images(images: Any, column: str | None) -> list[str]:
 
 
 def read_concepts(concepts: str | None, images: Any) -> list[str]:
-    """Distinct concepts, from a column of the images or a text file; none where None.
+    """Return distinct concepts, from a column of the images or a text file.
 
     Raises:
         ValueError: there is no such column, or the file is empty.
@@ -207,32 +208,32 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
     path = Path(concepts)
     if not path.is_file():
         raise FileNotFoundError(
-            f"concepts={concepts!r}: there is no such file; a column of the images is written "
-            "column:NAME, their labels are written labels"
+            f"concepts={concepts!r}: there is no such file; write a column of the images as "
+            "column:NAME, and their labels as labels"
         )
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     found = list(dict.fromkeys(line for line in lines if line))
     if not found:
-        raise ValueError(f"{concepts} has no concepts: write one a line")
+        raise ValueError(f"{concepts} has no concepts: write one per line")
     return found
 
 
 def demo_world(images: Any, argument: str) -> Any:
-    """The drawn world behind ``demo:N``.
+    """Return the drawn world behind ``demo:N``.
 
     Raises:
-        ValueError: the images are not drawn ones.
+        ValueError: the images are not drawn.
     """
     draw = import_module("vision_plugin.demo").draw
     described = getattr(images, "description", {})
     match = DEMO.fullmatch(str(described.get("path")))
     if described.get("kind") != "demo" or match is None:
-        raise ValueError(f"{argument} is for the drawn images of images=demo:N, not for others")
+        raise ValueError(f"{argument} needs the drawn images of images=demo:N")
     return draw(int(match.group(1)), seed=int(match.group(2)))
 
 
 def _demo_masks(images: Any) -> Masks:
-    """The drawn object, as its shape and as its colour."""
+    """Return masks of the drawn object, as its shape and as its colour."""
     factors = import_module("vision_plugin.demo").FACTORS
     world = demo_world(images, "masks='demo'")
     names = tuple(
@@ -253,7 +254,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
     if not listed.is_file():
         raise FileNotFoundError(
             f"masks={folder!r}: there is no {listed}; write the names of the concepts there, one a "
-            "line, and beside it an image ID.png per image whose pixel values are line numbers"
+            "line, and beside it a file ID.png per image whose pixel values are line numbers"
         )
     names = tuple(listed.read_text(encoding="utf-8").split("\n"))
     names = tuple(name.strip() for name in names if name.strip())

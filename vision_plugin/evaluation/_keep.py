@@ -1,4 +1,4 @@
-"""What an evaluation keeps of each image beside the metrics' own sums."""
+"""Latents, neurons and embeddings of each image, which an evaluation keeps."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class EncodedImages:
     ids: list[str]
     """Ids of the images that could be read, in order."""
     indices: list[int]
-    """Their places in the source."""
+    """Places of these images in the source."""
     bad_images: dict[str, str]
-    """Ids of those that could not, with the reason."""
+    """Reasons by id of the images that could not be read."""
     latents: Tensor
     """SAE latents pooled over tokens, sparse CSR [n, d_sae]."""
     neurons: Float[Tensor, "n d_in"]
-    """The activation itself pooled over tokens: the baseline."""
+    """Activations pooled over tokens: the baseline."""
     embeddings: dict[str, Float[Tensor, "n d"]]
-    """Unit embeddings by the name of the embedder, in the order in which they were named."""
+    """Unit embeddings by the name of the embedder, in the order given."""
     fidelity: dict[str, float]
     """``explained_variance``, ``cosine`` and ``l0`` over the selected tokens."""
     tokens: str
     """Kind of token that was encoded."""
     pooling: Literal["max", "mean"]
-    """How tokens became images."""
+    """How tokens are pooled into one row per image."""
 
     @property
     def first_embeddings(self) -> Float[Tensor, "n d"]:
-        """Those of the first embedder."""
+        """Return the embeddings of the first embedder."""
         return next(iter(self.embeddings.values()))
 
 
@@ -48,7 +48,7 @@ def pool(activations: Tensor, pooling: str) -> Tensor:
 
 
 class Keeper:
-    """Keeps the SAE's latents, the neurons and the embeddings of each image."""
+    """Keep the SAE's latents, the neurons and the embeddings of each image."""
 
     def __init__(self) -> None:
         self.indices: list[int] = []

@@ -1,4 +1,4 @@
-"""The control in which the model knows nothing: the same network with weights drawn anew."""
+"""The random-model control: the same network with newly drawn weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ _KEPT = ("logit_scale", "logit_bias")
 
 @torch.no_grad()
 def randomized_model(model: VisionBridge, *, seed: int = 0) -> VisionBridge:
-    """Return a copy of a model in which nothing learnt is left.
+    """Return a copy of a model with random weights.
 
-    Every tensor of weights is drawn from the normal distribution of its own mean and standard
-    deviation, so activations keep their size whatever the library's initialisation would have been.
-    The scale and bias of the logits stay.
+    Every tensor of weights is drawn from a normal distribution with the tensor's own mean and
+    standard deviation, so activations keep their size. The scale and bias of the logits stay.
 
     Args:
-        model: left as it is.
-        seed: of the draw.
+        model: the model, which stays as it is.
+        seed: seed of the weights.
     """
     native = copy.deepcopy(model.native)
     generator = torch.Generator().manual_seed(seed)

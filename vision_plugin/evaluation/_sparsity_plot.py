@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 NAMES = {"cls": "CLS", "register": "registers", "patch": "patches", "all": "all"}
 COLOURS = {"cls": "#D55E00", "register": "#CC79A7", "patch": "#0072B2", "all": "#666666"}
-"""Of Okabe and Ito's palette, which people who do not see red or green tell apart too."""
+"""Colours of Okabe and Ito's palette, which colour-blind people can tell apart too."""
 MAPS_IN_A_ROW = 6
 TABLE_WIDTH = 120
 
 
 def table_of(result: SparsityStudy) -> Table:
-    """A row for each SAE and kind of token."""
+    """Return a table with a row for each SAE and kind of token."""
     table = Table(title=f"{result.n_images:,} images, {result.model_name}")
     for heading in ("SAE", "hook"):
         table.add_column(heading, overflow="fold")
@@ -50,7 +50,7 @@ def table_of(result: SparsityStudy) -> Table:
 
 
 def text_of(result: SparsityStudy) -> str:
-    """The table as plain text."""
+    """Return the table as plain text."""
     console = Console(file=io.StringIO(), width=TABLE_WIDTH, color_system=None)
     with console.capture() as captured:
         console.print(table_of(result))
@@ -58,9 +58,9 @@ def text_of(result: SparsityStudy) -> str:
 
 
 def figure_of(result: SparsityStudy) -> Figure:
-    """L0 and explained variance per layer, and a patch map of L0 for each SAE.
+    """Return a figure of L0 and explained variance per layer, and a patch map of L0 per SAE.
 
-    The maps share one scale, from the smallest to the largest mean L0 of any place in any of them.
+    The maps share one scale, from the smallest to the largest mean L0 of any patch.
     """
     from matplotlib.figure import Figure
 
@@ -78,7 +78,7 @@ def figure_of(result: SparsityStudy) -> Figure:
 
 
 def labels_of(saes: Sequence[SAEStudy]) -> list[str]:
-    """A short label for each SAE: its layer where that tells them apart, or else its hook."""
+    """Return a short label for each SAE: its layer if that is unique, or else its hook."""
     layers = [one.layer for one in saes]
     sites = {re.sub(r"\d+", "", one.hook_name, count=1) for one in saes}
     if None not in layers and len(set(layers)) == len(layers) and len(sites) == 1:

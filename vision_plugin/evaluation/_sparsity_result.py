@@ -1,4 +1,4 @@
-"""What a sparsity study is asked for, and what it found."""
+"""The configuration and the results of a sparsity study."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _LEFT_TO_THE_MAP = ("l0_by_kind", "l0_by_position", "frequency", "n_active")
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityStudyConfig(Inputs):
-    """Which SAEs to study, and on what."""
+    """SAEs and images to study."""
 
     saes: tuple[str, ...]
     """Folders of the SAEs, or any checkpoints that ``vp.load_sae`` reads: one or several, at any
     hooks of one model."""
     output_path: str | None = "sparsity"
-    """Folder of the table, the plot and the JSON; an earlier study in it is replaced. None, in
+    """Folder of the table, the plot and the JSON; it replaces an earlier study there. None, in
     Python, writes nothing."""
     tokens: str | None = None
-    """Which tokens to encode: ``cls``, ``register``, ``patch`` or ``all``; by default those that
-    each SAE was trained on."""
+    """Tokens to encode: ``cls``, ``register``, ``patch`` or ``all``; by default the kind that each
+    SAE was trained on."""
     dense_above: float = 0.1
-    """Share of tokens on which a latent has to fire to be counted as dense."""
+    """Share of tokens above which a latent that fires on them counts as dense."""
     batch_size: int = 64
-    """Images per forward pass."""
+    """Number of images per forward pass."""
 
     def __post_init__(self) -> None:
         if not self.saes:
-            raise ValueError("saes is empty: name at least one SAE, as in saes=runs/layer3")
+            raise ValueError("saes= is empty: name at least one SAE, as in saes=runs/layer3")
         if len(set(self.saes)) < len(self.saes):
-            raise ValueError(f"saes={list(self.saes)} names one of them twice")
+            raise ValueError(f"saes={list(self.saes)} names one SAE twice: give each one once")
         if self.tokens not in (None, "cls", "register", "patch", "all"):
             raise ValueError(
-                f"tokens={self.tokens!r}: use cls, register, patch or all; the kind of a random "
-                "token is not known"
+                f"tokens={self.tokens!r}: use cls, register, patch or all; random tokens are of "
+                "no known kind"
             )
         if self.batch_size < 1 or not 0 <= self.dense_above <= 1:
             raise ValueError(
@@ -52,12 +52,12 @@ class SparsityStudyConfig(Inputs):
 
 @dataclass(frozen=True)
 class KindStudy:
-    """An SAE on one kind of token.
+    """Sparsity and fidelity of an SAE on one kind of token.
 
     Attributes:
         kind: ``cls``, ``register``, ``patch``, or ``all`` for the selected tokens together.
         sparsity: L0, dead, rare and dense latents over these tokens alone.
-        fidelity: of the reconstruction; the explained variance is around the mean of these tokens.
+        fidelity: fidelity of the reconstruction; explained variance is around these tokens' mean.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class KindStudy:
     fidelity: FVUResult
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without what there is one of per latent."""
+        """Return the study ready for JSON, without values per latent."""
         sparsity = self.sparsity.to_dict().items()
         return {
             "kind": self.kind,
@@ -76,15 +76,15 @@ class KindStudy:
 
 @dataclass(frozen=True)
 class SAEStudy:
-    """One SAE on every kind of token that it was given.
+    """Results of one SAE on every kind of token that it was given.
 
     Attributes:
-        sae: its path.
-        hook_name: where it reads.
+        sae: path of the SAE.
+        hook_name: hook that it reads.
         layer: number of the hook's block; None for a hook outside the blocks.
         d_sae: number of latents.
-        tokens: which tokens were selected.
-        kinds: by kind of token, in the order of the sequence; ``all`` last.
+        tokens: tokens that were selected.
+        kinds: results by kind of token, in the order of the sequence, with ``all`` last.
         patch_map: mean L0 at each place of the patch grid; None where patches were not selected.
     """
 
@@ -97,7 +97,7 @@ class SAEStudy:
     patch_map: Float[Tensor, "rows columns"] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the results ready for JSON."""
         return {
             "sae": self.sae,
             "hook_name": self.hook_name,
@@ -111,17 +111,17 @@ class SAEStudy:
 
 @dataclass(frozen=True)
 class SparsityStudy:
-    """SAEs of one model side by side, from the first layer to the last."""
+    """Results of SAEs of one model, from the first layer to the last."""
 
     config: SparsityStudyConfig
     model_name: str
     n_images: int
     bad_images: dict[str, str]
-    """Why an image was not read, by its id."""
+    """Reasons by id of the images that could not be read."""
     saes: tuple[SAEStudy, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what there is one of per latent."""
+        """Return the study ready for JSON, without values per latent."""
         found: dict[str, Any] = to_json(
             {
                 "schema": SCHEMA,

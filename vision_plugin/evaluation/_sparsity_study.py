@@ -1,8 +1,8 @@
 """``vision-plugin sparsity``: L0 and fidelity by layer, kind of token and place in the image.
 
-The study of *Steering CLIP's vision transformer with sparse autoencoders* (arXiv 2504.08729): how
-many latents of each layer's SAE fire on the CLS token, the registers and the patches, where in the
-image they do, and how much of the activation they explain there.
+This is the study of *Steering CLIP's vision transformer with sparse autoencoders* (arXiv
+2504.08729): how many latents of each layer's SAE fire on the CLS token, the registers and the
+patches, where in the image they fire, and how much of the activation they explain there.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from vision_plugin.models.site import Site
 METRICS = ("sparsity", "fvu")
 JSON, PLOT, TABLE = "sparsity.json", "sparsity.png", "sparsity.txt"
 FILES = (JSON, PLOT, TABLE)
-"""All that a study's folder holds."""
+"""Names of all files in a study's folder."""
 ALL = "all"
-"""The row of all selected tokens together, where they are of more than one kind."""
+"""Name of the row of all selected tokens together, if they are of several kinds."""
 
 
 def sparsity_study(
@@ -53,14 +53,14 @@ def sparsity_study(
     The model runs once per batch of images, for all SAEs.
 
     Args:
-        cfg: What to study, and where to write.
-        saes: SAEs in hand by the name that the result calls them, in place of ``cfg.saes``.
-        model: A model in hand, in place of ``cfg.model_name``.
-        images: Images in hand, in place of ``cfg.images``.
-        progress: Show how far it is on a terminal, or log a line every half minute.
+        cfg: SAEs and images to study, and where to write.
+        saes: SAEs by their names in the result, in place of ``cfg.saes``.
+        model: A loaded model, in place of ``cfg.model_name``.
+        images: An image source, in place of ``cfg.images``.
+        progress: Whether to show a progress bar on a terminal, or log a line every half minute.
 
     Raises:
-        ValueError: the SAEs, the model or the images are not there or do not fit together.
+        ValueError: the SAEs, the model or the images are missing or do not fit together.
         FileExistsError: the output folder holds anything but an earlier study.
     """
     if cfg.output_path is not None:
@@ -101,7 +101,7 @@ def _study(
             n_images += len(images)
             shown.advance(len(images))
     if n_images == 0:
-        raise ValueError("none of the images could be read")
+        raise ValueError("none of the images could be read: mend images=")
     found = [_result(subject) for subject in subjects]
     return SparsityStudy(
         config=cfg,
@@ -113,7 +113,7 @@ def _study(
 
 
 def _add_metrics(subject: Subject, dense_above: float) -> None:
-    """Give a subject a pair of metrics for each kind of its tokens, and one for all of them."""
+    """Add to a subject a pair of metrics for each kind of its tokens, and one for all of them."""
     kinds = subject.site.token_kinds
     assert kinds is not None
     rows_of = {
@@ -158,7 +158,7 @@ def _result(subject: Subject) -> SAEStudy:
 
 
 def _site(path: str, sae: Dictionary, model: VisionBridge, tokens: str | None) -> Site:
-    """Return where an SAE reads; an error names the SAE."""
+    """Return the site of an SAE; an error names the SAE."""
     try:
         site = Site.of(model, sae, tokens=tokens)
         model.token_layout().indices(site.tokens)
@@ -175,14 +175,14 @@ def _common_model(saes: Mapping[str, Dictionary]) -> str:
             raise ValueError(f"{path} does not say which model it was trained on: give model_name=")
         if name != names[first]:
             raise ValueError(
-                f"{path} was trained on {name} and {first} on {names[first]}: a study is of one "
-                "model, so run one for each, or give model_name= where both are the same"
+                f"{path} was trained on {name}, but {first} on {names[first]}: a study is of one "
+                "model, so run one for each, or give model_name= if both are the same"
             )
     return str(names[first])
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise FileExistsError where a folder holds anything but an earlier study."""
+    """Raise FileExistsError if a folder holds anything but an earlier study."""
     if not folder.exists():
         return
     if not folder.is_dir():

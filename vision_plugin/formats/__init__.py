@@ -1,4 +1,4 @@
-"""SAEs of other projects as stock SAELens SAEs: one file a format, named releases, conversion.
+"""Loading SAEs of other projects as stock SAELens SAEs: formats, named releases, conversion.
 
 Importing this package is quick; SAELens comes with the first name that needs it.
 """

@@ -1,4 +1,4 @@
-"""A weights file with the config that belongs to it, and the options of its reader."""
+"""A weights file with its config, and the options for reading it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _MAX_METADATA_TEXT = 500
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a file may leave out, and what its owner then has to say.
+    """Facts about an SAE that its file may leave out.
 
     Attributes:
         activation: The sparsifier, for formats that do not record it.
         k: Latents kept per sample, for formats that do not record it.
-        threshold: The scalar threshold of a BatchTopK SAE whose file does not hold it.
-        row_normalization: What overcomplete's dictionary does to its rows; its default is l2.
+        threshold: The scalar threshold of a BatchTopK SAE, if its file does not hold it.
+        row_normalization: How overcomplete's dictionary normalises its rows; None means its l2.
         negative_latents: What to do with an SAE whose top-k keeps negative latents, which no stock
-            architecture does: refuse, or set them to zero (which changes the SAE where they occur).
-        input_mean: Mean [d_in] that the SAE expects to be subtracted from its input, to be folded.
-        input_std: Std, one or [d_in], that it expects its input to be divided by, to be folded.
+            architecture does: refuse it, or clip them to zero (which changes what it computes).
+        input_mean: Mean [d_in] that the SAE expects its input to be centred by; it is folded in.
+        input_std: Std, one or [d_in], that the SAE expects its input to be divided by; folded in.
     """
 
     activation: Activation | None = None
@@ -59,18 +59,18 @@ class ReadOptions:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {allowed}.")
         if (self.input_mean is None) != (self.input_std is None):
-            raise ValueError("input_mean and input_std belong together; give both or neither.")
+            raise ValueError("input_mean= and input_std= belong together; give both or neither.")
 
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """A checkpoint as its own project lays it out.
+    """A checkpoint in its own project's layout.
 
     Attributes:
         path: The weights file.
         tensors: The state dict.
-        settings: The config that was pickled beside the tensors, else the one in a file beside
-            them, else empty.
+        settings: The config pickled with the tensors, else the one in a file beside them, else
+            empty.
         settings_class: Name of the pickled config's class, where there is one.
         header: saev's header, or None.
     """
@@ -82,11 +82,11 @@ class RawCheckpoint:
     header: Mapping[str, Any] | None = None
 
     def take(self, *required: str, optional: Collection[str] = ()) -> dict[str, Tensor]:
-        """Exactly these tensors.
+        """Return the tensors if they are exactly these.
 
         Raises:
             CorruptCheckpointError: One of `required` is missing.
-            RefusedCheckpointError: There are others, so the file holds more than its reader knows.
+            RefusedCheckpointError: There are others that the format's reader does not know.
         """
         missing = [name for name in required if name not in self.tensors]
         if missing:
@@ -96,12 +96,12 @@ class RawCheckpoint:
         unknown = sorted(set(self.tensors) - set(required) - set(optional))
         if unknown:
             raise RefusedCheckpointError(
-                f"it also holds {unknown[:20]}, so it computes more than this format is known to."
+                f"it also holds {unknown[:20]}, which this format's reader does not know."
             )
         return dict(self.tensors)
 
     def setting(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """One value of the config, of a checked type.
+        """Return one value of the config, after a check of its type.
 
         Raises:
             CorruptCheckpointError: It is missing and has no default, or has another type.
@@ -114,7 +114,7 @@ class RawCheckpoint:
         raise CorruptCheckpointError(f"its config has {name!r} = {str(value)[:80]!r}.")
 
     def announced_shape(self) -> tuple[int | None, int | None]:
-        """`d_in` and `d_sae` as the config states them, None where it does not."""
+        """Return `d_in` and `d_sae` as the config states them, None where it does not."""
         nested = self.settings.get("trainer")
         stated = nested if isinstance(nested, dict) else self.settings
         sizes: list[int | None] = []
@@ -127,13 +127,13 @@ class RawCheckpoint:
         return sizes[0], sizes[1]
 
     def text(self, name: str) -> str | None:
-        """A setting that is worth recording, if it is a short text."""
+        """Return a setting if it is a short text, else None."""
         value = self.settings.get(name)
         return value if isinstance(value, str) and 0 < len(value) <= _MAX_METADATA_TEXT else None
 
 
 def whole_number(value: object, name: str) -> int:
-    """`value`, once it is known to be an int.
+    """Return `value` if it is an int.
 
     Raises:
         CorruptCheckpointError: It is something else.
@@ -144,11 +144,11 @@ def whole_number(value: object, name: str) -> int:
 
 
 def read_checkpoint(path: Path) -> RawCheckpoint:
-    """Read a weights file, and the config beside it.
+    """Read a weights file and the config beside it.
 
     Args:
-        path: The weights file. A `config.json` or `.yaml` is looked for in its folder, and above a
-            folder called `checkpoints`.
+        path: The weights file. Its `config.json` or `.yaml` is searched in its folder, and in the
+            parent of a folder called `checkpoints`.
     """
     weights = read_weights(path)
     try:
@@ -162,14 +162,14 @@ def _assembled(path: Path, content: Any, header: dict[str, Any] | None) -> RawCh
         raise RefusedCheckpointError(
             f"the file is nothing but a pickled {content.class_name}, which can only be read by "
             "running code. Re-save its tensors where that class can be imported: "
-            "`torch.save(sae.state_dict(), 'state_dict.pth')`. What the state dict leaves out (k, "
-            "BatchTopK's running_threshold) is then given as an option: "
+            "`torch.save(sae.state_dict(), 'state_dict.pth')`. Then give what the state dict "
+            "leaves out (k, BatchTopK's running_threshold) as options: "
             "load_sae('state_dict.pth', activation='batchtopk', "
             "threshold=float(sae.running_threshold)) or activation='topk', k=sae.top_k."
         )
     if isinstance(content, Tensor):
         raise RefusedCheckpointError(
-            "the file is one bare tensor (a feature-sparsity log, perhaps), not an SAE."
+            "the file is a single tensor (a feature-sparsity log, perhaps), not an SAE."
         )
     if not isinstance(content, dict):
         raise CorruptCheckpointError(f"the file holds a {type(content).__name__}, not a dict.")

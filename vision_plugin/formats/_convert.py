@@ -1,4 +1,4 @@
-"""`convert`: a foreign checkpoint as a folder that SAELens loads without this package."""
+"""`convert`: write a foreign checkpoint as a folder that SAELens loads without this package."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from vision_plugin.formats._load import load_sae
 def convert(
     path: str | Path, out: str | Path, sae_id: str = "", *, overwrite: bool = False, **options: Any
 ) -> Path:
-    """Write a checkpoint of any supported format in SAELens's own.
+    """Write a checkpoint of any supported format in SAELens's own format.
 
     The folder appears whole or not at all: it is written beside `out`, flushed to disk, and
     renamed.
 
     Args:
-        path: As for `load_sae`.
-        out: The folder to write: `cfg.json` and `sae_weights.safetensors`.
-        sae_id: As for `load_sae`.
-        overwrite: Replace `out` if it exists.
+        path: A file, a folder, a release that SAELens knows, or a hub id `owner/name`.
+        out: Folder to write `cfg.json` and `sae_weights.safetensors` to.
+        sae_id: The release's SAE id, or the folder or weights file inside the folder or repository.
+        overwrite: Whether to replace `out` if it exists.
         **options: The keyword arguments of `load_sae`.
 
     Returns:
-        `out`.
+        The folder `out`.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is false.
-        CheckpointError: As for `load_sae`; nothing is written then.
+        CheckpointError: `load_sae` cannot read the checkpoint; nothing is written then.
     """
     target = Path(out)
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another folder, or pass overwrite=True.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise FileExistsError(f"{target} is not a folder; it is not overwritten.")
+        raise FileExistsError(f"{target} is not a folder, so it is not overwritten: name a folder.")
     sae = load_sae(path, sae_id, **options)
     with whole_folder(target) as made:
         sae.save_model(made)

@@ -1,7 +1,7 @@
 """dictionary_learning's classes, which sae-for-vlm bundles: `ae.pt` beside `config.json`.
 
-The file takes raw activations: what the trainer divided by is multiplied back into the biases and
-the threshold before saving.
+The SAE in the file takes raw activations: before saving, the trainer folds its normalisation of
+the input into the biases and the threshold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BY_ACTIVATION = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether dictionary_learning wrote this."""
+    """Return whether dictionary_learning wrote this."""
     trainer = raw.settings.get("trainer")
     if isinstance(trainer, dict) and "dict_class" in trainer:
         return True
@@ -48,7 +48,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
     """Translate one of dictionary_learning's classes.
 
     Raises:
-        RefusedCheckpointError: A class without a stock counterpart, or no way to tell which class.
+        RefusedCheckpointError: The class has no stock counterpart, or cannot be told.
     """
     name = _class_name(raw, options)
     metadata: dict[str, object] = {
@@ -91,7 +91,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
 
 
 def _place(raw: RawCheckpoint) -> dict[str, object]:
-    """Model and hook, from the run's folder or else its config."""
+    """Return model and hook, from the run's folder or else its config."""
     for folder in raw.path.parts:
         found = _RUN.search(folder)
         if found is not None:
@@ -120,8 +120,8 @@ def _class_name(raw: RawCheckpoint, options: ReadOptions) -> str:
     if options.activation in _BY_ACTIVATION:
         return _BY_ACTIVATION[options.activation]
     raise RefusedCheckpointError(
-        "BatchTopKSAE and AutoEncoderTopK have the same tensors, and the config.json that names "
-        "the class is not beside the file. Put it there, or pass activation='batchtopk' or 'topk'."
+        "BatchTopKSAE and AutoEncoderTopK have the same tensors, and there is no config.json "
+        "beside the file to name the class. Add it, or pass activation='batchtopk' or 'topk'."
     )
 
 
@@ -169,10 +169,10 @@ def _thresholded(
     options: ReadOptions,
     metadata: dict[str, object],
 ) -> StockCheckpoint:
-    """`relu(h) * (relu(h) > threshold)` for one scalar, which is JumpReLU's own rule.
+    """Return `relu(h) * (relu(h) > threshold)` for one scalar, which is JumpReLU's own rule.
 
-    The library starts the scalar at -1 and sets it after a thousand steps; a negative one keeps
-    whatever ReLU keeps, as a threshold of 0 does.
+    The library starts the scalar at -1 and sets it after a thousand steps; a negative one acts as
+    plain ReLU, as a threshold of 0 does.
     """
     if options.threshold is not None:
         scalar = float(options.threshold)
@@ -181,7 +181,7 @@ def _thresholded(
     else:
         raise RefusedCheckpointError("the file holds no threshold; pass threshold=.")
     if scalar < 0:
-        logger.warning("The threshold was never set in training (%g): plain ReLU.", scalar)
+        logger.warning("The threshold was not set in training (%g): plain ReLU is used.", scalar)
     threshold = torch.full_like(stock["b_enc"], max(scalar, 0.0))
     if "k" in tensors:
         metadata["trained_k"] = int(_scalar(tensors["k"], "k"))
@@ -190,5 +190,5 @@ def _thresholded(
 
 def _scalar(tensor: Tensor, name: str) -> float:
     if tensor.numel() != 1 or not bool(torch.isfinite(tensor).all()):
-        raise CorruptCheckpointError(f"{name} should be one finite number, has {tensor.numel()}.")
+        raise CorruptCheckpointError(f"{name} has {tensor.numel()} values; expected a finite one.")
     return float(tensor)

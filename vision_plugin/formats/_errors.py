@@ -1,10 +1,10 @@
-"""The ways in which a checkpoint can fail to become an SAE, each with its own name."""
+"""Errors of reading a checkpoint, one class per cause."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be turned into a stock SAELens SAE; the message says why."""
+    """The checkpoint cannot be turned into a stock SAELens SAE; the message says why."""
 
 
 class UnknownFormatError(CheckpointError):
@@ -16,8 +16,8 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """The file asks for code to be run. Nothing of it was run."""
+    """The file asks for code to be run. None of it was run."""
 
 
 class RefusedCheckpointError(CheckpointError):
-    """The file was understood, but no stock architecture computes what it computes."""
+    """The file is valid, but no stock architecture computes the same function."""

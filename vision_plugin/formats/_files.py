@@ -1,7 +1,7 @@
-"""From a file to plain data: torch archives, pickles, gzip, safetensors, saev's header, JSON, YAML.
+"""Readers of files as plain data: torch archives, pickles, gzip, safetensors, saev, JSON, YAML.
 
-Every reader here checks sizes before it allocates, and turns whatever a damaged file makes the
-libraries raise into a `CorruptCheckpointError` that names the file.
+Every reader checks sizes before it allocates, and turns any error that a damaged file causes in a
+library into a `CorruptCheckpointError` that names the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vision_plugin.formats._unpickle import InertUnpickler
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 16 << 20
-# gzip of float weights gains some ten per cent; twenty-fold is a bomb.
+# gzip saves some ten per cent of float weights; a ratio of twenty is a bomb.
 MAX_GZIP_RATIO = 20
 MAX_GZIP_FLOOR_BYTES = 64 << 20
 _LEGACY_TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
@@ -37,7 +37,7 @@ _LEGACY_TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What one weights file holds.
+    """Content of one weights file.
 
     Attributes:
         path: The file.
@@ -139,15 +139,15 @@ def _pickled(data: bytes) -> Any:
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except Exception as error:
             raise RefusedCheckpointError(
-                "it is in torch's format of before version 1.6 and holds more than tensors. Load "
-                "it where it was written and save it again as "
+                "it is in torch's format before version 1.6 and holds more than tensors. Load "
+                "it where it was written and save it again with "
                 "`torch.save({'cfg': vars(cfg), 'state_dict': sae.state_dict()}, path)`."
             ) from error
     return InertUnpickler(io.BytesIO(data)).load()
 
 
 def _torch_archive(data: bytes) -> Any:
-    """The content of a zip that `torch.save` wrote, with each entry's checksum verified."""
+    """Return the content of a zip that `torch.save` wrote, after checks of each entry."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
@@ -156,20 +156,20 @@ def _torch_archive(data: bytes) -> Any:
             raise CorruptCheckpointError("its archive announces more bytes than it has.")
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise CorruptCheckpointError("its archive is not one that torch.save writes.")
+            raise CorruptCheckpointError("its archive was not written by torch.save.")
         folder = pickles[0].removesuffix("data.pkl")
         order = entries.get(f"{folder}byteorder")
         if order is not None and archive.read(order).strip() != b"little":
             raise RefusedCheckpointError("it was written on a big-endian machine.")
         if entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
-            raise CorruptCheckpointError("its data.pkl is too large for a checkpoint's.")
+            raise CorruptCheckpointError("its data.pkl is too large for a checkpoint.")
         cache: dict[str, torch.Tensor] = {}
 
         def storage(key: str, dtype: torch.dtype, n_elements: int) -> torch.Tensor:
             entry = entries.get(f"{folder}data/{key}")
             if entry is None or entry.file_size != n_elements * dtype.itemsize:
                 raise CorruptCheckpointError(
-                    f"its storage {key!r} should hold {n_elements} values of {dtype}, and does not."
+                    f"its storage {key!r} does not hold the expected {n_elements} {dtype} values."
                 )
             if n_elements == 0:
                 return torch.empty(0, dtype=dtype)
@@ -190,7 +190,7 @@ def _damage_is_named(path: Path) -> Iterator[None]:
         if isinstance(error, gzip.BadGzipFile):
             raise CorruptCheckpointError(_damaged(path, error)) from error
         raise
-    # A damaged stream can make the zip, gzip, pickle, JSON and safetensors readers raise nearly
+    # Damaged data can make the zip, gzip, pickle, JSON and safetensors readers raise nearly
     # anything: EOFError, KeyError, IndexError, struct.error, zlib.error, UnicodeDecodeError, ...
     except Exception as error:
         raise CorruptCheckpointError(_damaged(path, error)) from error
@@ -199,5 +199,5 @@ def _damage_is_named(path: Path) -> Iterator[None]:
 def _damaged(path: Path, error: Exception) -> str:
     return (
         f"Cannot load {path}: it is truncated or damaged ({type(error).__name__}: {error}). "
-        "Download or copy it again and compare its size and checksum with the source's."
+        "Download or copy it again and compare its size and checksum with the source."
     )

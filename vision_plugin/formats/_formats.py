@@ -1,4 +1,4 @@
-"""Which project wrote a checkpoint, and its translation."""
+"""Detection of the project that wrote a checkpoint, and its translation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Format(NamedTuple):
     to_stock: Callable[[RawCheckpoint, ReadOptions], StockCheckpoint]
 
 
-# In this order: the earlier ones are recognised by what the later ones never have.
+# The order matters: the earlier formats are recognised by marks that the later ones lack.
 FORMATS: dict[str, _Format] = {
     "saev": _Format(_saev.describes, _saev.to_stock),
     "prisma": _Format(_prisma.describes, _prisma.to_stock),
@@ -46,10 +46,10 @@ def read_stock(path: Path, *, format: str = "auto", options: ReadOptions) -> Sto
     Args:
         path: The weights file.
         format: A name in `FORMATS`, or "auto".
-        options: What the file leaves out.
+        options: Facts that the file leaves out.
 
     Raises:
-        CheckpointError: One of its subclasses, naming the file and the reason.
+        CheckpointError: A subclass of it names the file and the reason.
     """
     raw = read_checkpoint(path)
     try:
@@ -70,9 +70,9 @@ def _detected(raw: RawCheckpoint) -> str:
         if candidate.describes(raw):
             return name
     raise UnknownFormatError(
-        f"nothing says which project wrote it. It holds the tensors {sorted(raw.tensors)[:12]} and "
-        f"the settings {sorted(map(str, raw.settings))[:12]}. If it is one of {list(FORMATS)}, put "
-        "the config that belongs to it beside it, or pass format=."
+        f"nothing tells which project wrote it. It holds the tensors {sorted(raw.tensors)[:12]} "
+        f"and the settings {sorted(map(str, raw.settings))[:12]}. If it is one of {list(FORMATS)}, "
+        "put its config beside it, or pass format=."
     )
 
 
@@ -81,6 +81,6 @@ def _compare_with_announced_shape(stock: StockCheckpoint, raw: RawCheckpoint) ->
     for name, announced, actual in pairs:
         if announced is not None and announced != actual:
             raise CorruptCheckpointError(
-                f"its config says {name}={announced}, its tensors {actual}. The config belongs to "
+                f"its config says {name}={announced}, but its tensors {actual}. The config is of "
                 "another checkpoint, or the file is damaged."
             )

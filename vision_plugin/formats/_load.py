@@ -1,4 +1,4 @@
-"""`load_sae`: any published checkpoint as a stock SAELens SAE."""
+"""`load_sae`: load any published checkpoint as a stock SAELens SAE."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def load_sae(
     """Load an SAE of any supported format as one of SAELens's own classes.
 
     Formats: SAELens's folder, Prisma, dictionary_learning (sae-for-vlm), PatchSAE, saev,
-    overcomplete, VISAEBench; told apart by content. The result computes what the writing project's
-    code computes, or the file is refused with the reason. No class of another project is built and
+    overcomplete, VISAEBench, recognised by content. The result computes what the writing project's
+    code computes, or the file is refused with the reason. No class of another project is built, and
     no code of the file is run.
 
     Args:
@@ -47,18 +47,18 @@ def load_sae(
         sae_id: The release's SAE id, or the folder or weights file inside the folder or repository.
         format: "auto", "sae_lens", or one of "saev", "prisma", "patchsae", "dictionary_learning",
             "visaebench", "overcomplete".
-        device: Where to put it.
-        dtype: "float32" and so on; None keeps the file's.
-        fold_W_dec_norm: Scale the decoder's rows to unit norm and the latents to match.
-        activation: The sparsifier, where the file does not say (overcomplete, a bare `ae.pt`).
-        k: Latents kept per sample, where the file does not say.
-        threshold: BatchTopK's scalar threshold, where the file does not hold it.
+        device: Device of the SAE.
+        dtype: "float32" and so on; None keeps the file's type.
+        fold_W_dec_norm: Whether to scale the decoder's rows to norm 1 and the latents to match.
+        activation: The sparsifier, if the file does not say (overcomplete, a bare `ae.pt`).
+        k: Latents kept per sample, if the file does not say.
+        threshold: BatchTopK's scalar threshold, if the file does not hold it.
         row_normalization: overcomplete's dictionary normalisation, if not its default.
         negative_latents: "clip" accepts a saev TopK SAE with its negative latents set to zero.
         input_mean: Mean [d_in] of the activations, for an SAE that expects `(x - mean) / std`.
-        input_std: Their std, one number or [d_in]; folded exactly together with the mean.
+        input_std: Std of the activations, one number or [d_in]; folded in exactly, like the mean.
         revision: Branch, tag or commit on the hub.
-        force_download: Fetch again what is cached.
+        force_download: Whether to download again what is cached.
 
     Returns:
         A `StandardSAE`, `TopKSAE`, `JumpReLUSAE`, `GatedSAE`, ...; `cfg.metadata` records `source`,
@@ -67,7 +67,7 @@ def load_sae(
     Raises:
         FileNotFoundError: There is no such file, folder, release or repository.
         CheckpointError: `UnknownFormatError`, `CorruptCheckpointError`, `UnsafeCheckpointError` or
-            `RefusedCheckpointError`, naming the file and the way out.
+            `RefusedCheckpointError`; it names the file and what to do.
     """
     if format not in ("auto", "sae_lens", *FORMATS):
         raise ValueError(f"format is {format!r}; expected 'auto', 'sae_lens' or {list(FORMATS)}.")
@@ -100,7 +100,7 @@ def load_sae(
         path = download(text, sae_id, revision=revision, force_download=force_download)
     else:
         raise FileNotFoundError(
-            f"{text!r} is not a file or folder, not a release that SAELens knows, and not a hub id "
+            f"{text!r} is neither a file, a folder, a release that SAELens knows, nor a hub id "
             "of the form owner/name."
         )
     return _from_disk(path, device, dtype, fold_W_dec_norm, options)
@@ -124,7 +124,7 @@ def _from_disk(
     except (CheckpointError, OSError, NotImplementedError):
         raise
     except (KeyError, TypeError, RuntimeError) as error:
-        # SAELens says nothing of the file when its own config and tensors disagree.
+        # SAELens does not name the file when its own config and tensors disagree.
         raise CorruptCheckpointError(
             f"Cannot load {path}: SAELens cannot build an SAE from it ({type(error).__name__}: "
             f"{error})."

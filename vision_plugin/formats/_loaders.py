@@ -1,4 +1,4 @@
-"""SAELens's own sockets: what `SAE.load_from_disk` and `SAE.from_pretrained` take as a loader."""
+"""Loaders for SAELens's `SAE.load_from_disk` and `SAE.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class HubConverter(Protocol):
 
 
 def disk_converter(*, format: str = "auto", **options: Any) -> DiskConverter:
-    """A converter for `SAE.load_from_disk(path, converter=...)`.
+    """Return a converter for `SAE.load_from_disk(path, converter=...)`.
 
     Args:
         format: The project that wrote the file, or "auto".
@@ -70,7 +70,7 @@ def disk_converter(*, format: str = "auto", **options: Any) -> DiskConverter:
 
 
 def hub_converter(*, format: str = "auto", **options: Any) -> HubConverter:
-    """A converter for `SAE.from_pretrained("owner/name", "folder", converter=...)`.
+    """Return a converter for `SAE.from_pretrained("owner/name", "folder", converter=...)`.
 
     Args:
         format: The project that wrote the file, or "auto".
@@ -98,7 +98,7 @@ def hub_config(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config alone, for SAELens's `load_sae_config_from_huggingface`."""
+    """Return the config alone, for SAELens's `load_sae_config_from_huggingface`."""
     local = download(repo_id, folder_name, force_download=force_download)
     return _read(local, device or "cpu", cfg_overrides, "auto", ReadOptions())[0]
 
@@ -126,7 +126,7 @@ def _read_native(
 ) -> tuple[dict[str, Any], State]:
     config = read_config(path / NATIVE_CONFIG)
     if "architecture" not in config and "d_in" not in config:
-        raise CorruptCheckpointError(f"Cannot load {path}: its {NATIVE_CONFIG} is no SAE's.")
+        raise CorruptCheckpointError(f"Cannot load {path}: its {NATIVE_CONFIG} is not of an SAE.")
     weights = read_weights(path / NATIVE_WEIGHTS)
     try:
         require_finite(weights.content)

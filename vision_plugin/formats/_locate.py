@@ -1,4 +1,4 @@
-"""Where the weights are: a file, a folder, or a repository on the Hugging Face hub."""
+"""Finding the weights: a file, a folder, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _NOT_WEIGHTS = "_log_feature_sparsity"
 _CONFIG_NAMES = ("config.json", "config.yaml", "config.yml", NATIVE_CONFIG)
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".gz")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# A release's table may name a repository per SAE.
+# A release's table may name another repository for an SAE.
 _REPOSITORY_PREFIX = "hf://"
 
 
 def is_native(path: Path) -> bool:
-    """Whether `path` is a folder that SAELens wrote."""
+    """Return whether `path` is a folder that SAELens wrote."""
     return (path / NATIVE_CONFIG).is_file() and (path / NATIVE_WEIGHTS).is_file()
 
 
 def weights_in(path: Path) -> Path:
-    """The one weights file that `path` names or holds.
+    """Return the one weights file that `path` names or holds.
 
     Raises:
         FileNotFoundError: There is none.
@@ -66,15 +66,15 @@ def weights_in(path: Path) -> Path:
 
 
 def is_repository(text: str) -> bool:
-    """Whether `text` has the form of a repository id, `owner/name`."""
+    """Return whether `text` has the form of a repository id, `owner/name`."""
     return _REPOSITORY.fullmatch(text) is not None
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """`folder / relative`, which may not leave `folder`.
+    """Return `folder / relative`, which may not leave `folder`.
 
     Raises:
-        RefusedCheckpointError: It would.
+        RefusedCheckpointError: It leaves `folder`.
     """
     parts = PurePosixPath(relative)
     if parts.is_absolute() or ".." in parts.parts or "\\" in relative:
@@ -85,16 +85,16 @@ def inside(folder: Path, relative: str) -> Path:
 def download(
     repo_id: str, path: str = "", *, revision: str | None = None, force_download: bool = False
 ) -> Path:
-    """The local copy of a checkpoint on the hub; only its own files are fetched.
+    """Return the local copy of a checkpoint on the hub; only its own files are downloaded.
 
     Args:
         repo_id: `owner/name`.
         path: Folder or weights file inside it; `hf://owner/name[/path]` names another repository.
         revision: Branch, tag or commit.
-        force_download: Fetch again what is cached.
+        force_download: Whether to download again what is cached.
 
     Raises:
-        FileNotFoundError: The repository is neither reachable nor cached, or has no such file.
+        FileNotFoundError: The repository is neither reachable nor cached, or lacks the file.
     """
     if path.startswith(_REPOSITORY_PREFIX):
         owner, name, *rest = path.removeprefix(_REPOSITORY_PREFIX).split("/")

@@ -22,7 +22,7 @@ _ROW_EPS = 1e-8
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether overcomplete wrote this."""
+    """Return whether overcomplete wrote this."""
     return {WEIGHT, ROWS} <= set(raw.tensors) and not raw.settings
 
 
@@ -30,7 +30,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
     """Translate SAE, TopKSAE, BatchTopKSAE or JumpSAE, as it computes in eval mode.
 
     Raises:
-        RefusedCheckpointError: The file does not say which of them it is; the encoder is deeper
+        RefusedCheckpointError: The file does not say which of them it is, or its encoder is more
             than one linear map (with or without batch norm).
     """
     unknown = [name for name in raw.tensors if name.startswith("encoder.mlp_blocks.")]
@@ -61,7 +61,10 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         "row_normalization": options.row_normalization or "l2",
     }
     if is_jump != (activation == "jumprelu"):
-        raise RefusedCheckpointError(f"thresholds in the file: {is_jump}; asked: {activation!r}.")
+        raise RefusedCheckpointError(
+            f"thresholds in the file: {is_jump}; they go with activation='jumprelu' alone, but "
+            f"activation={activation!r}."
+        )
     if activation == "jumprelu":
         stock["threshold"] = tensors["thresholds"].exp()
         return StockCheckpoint(
@@ -76,7 +79,7 @@ def with_activation(
     options: ReadOptions,
     metadata: dict[str, object],
 ) -> StockCheckpoint:
-    """The SAE with the sparsifier that its owner named."""
+    """Return the SAE with the sparsifier that the caller named."""
     if activation == "relu":
         return StockCheckpoint("standard", stock, False, metadata=metadata)
     if activation == "topk" and options.k is not None:
@@ -95,11 +98,11 @@ def with_activation(
 
 
 def normalized_rows(rows: Float[Tensor, "d_sae d_in"], how: str) -> Float[Tensor, "d_sae d_in"]:
-    """The dictionary's rows as its layer fuses them in eval mode.
+    """Return the dictionary's rows as its layer normalises them in eval mode.
 
     Args:
         rows: Stored rows; training leaves them un-normalised until the next forward pass.
-        how: `l2`, `l1` (each row on the ball), `max_l2`, `max_l1` (all in it) or `identity`.
+        how: `l2` or `l1` (each row to norm 1), `max_l2` or `max_l1` (the largest), or `identity`.
     """
     if how == "identity":
         return rows

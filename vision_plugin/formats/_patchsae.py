@@ -16,7 +16,7 @@ _N_BLOCKS = {
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether PatchSAE wrote this."""
+    """Return whether PatchSAE wrote this."""
     return {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(raw.tensors) and (
         {"block_layer", "module_name"} <= set(raw.settings)
         or raw.settings_class == "src.sae_training.config.ViTSAERunnerConfig"
@@ -25,16 +25,16 @@ def describes(raw: RawCheckpoint) -> bool:
 
 
 def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
-    """`relu((x - b_dec) W_enc + b_enc)`, which is the standard architecture.
+    """Translate `relu((x - b_dec) W_enc + b_enc)`, which is the standard architecture.
 
     Raises:
-        RefusedCheckpointError: The gated variant, whose forward pass PatchSAE never wrote.
+        RefusedCheckpointError: It is the gated variant, which PatchSAE cannot run itself.
     """
     del options
     if raw.setting("gated_sae", bool, default=False):
         raise RefusedCheckpointError(
             "it is PatchSAE's gated variant, whose forward pass that project does not implement; "
-            "there is nothing to agree with."
+            "its meaning is unknown."
         )
     tensors = raw.take("W_enc", "b_enc", "W_dec", "b_dec")
     return StockCheckpoint("standard", tensors, True, metadata=_metadata(raw))

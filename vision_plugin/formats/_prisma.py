@@ -1,8 +1,8 @@
 """ViT-Prisma's SAEs: a pickled `VisionModelSAERunnerConfig` beside the tensors, or `config.json`.
 
-Prisma descends from an early SAELens, so its arithmetic is SAELens's: per-sample normalisation
-(layer norm with the unbiased std and eps 1e-5, or a constant norm), then `b_dec` subtracted, then
-the encoder; and back in the reverse order.
+Prisma descends from an early SAELens and computes the same: per-sample normalisation (layer norm
+with the unbiased std and eps 1e-5, or a constant norm), then `b_dec` is subtracted, then the
+encoder runs; decoding goes in the reverse order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NORMALIZATIONS: dict[object, Normalization] = {
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether Prisma wrote this."""
+    """Return whether Prisma wrote this."""
     return {"hook_point_layer", "layer_subtype"} <= set(raw.settings)
 
 
@@ -27,23 +27,23 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
     """Translate a standard, top-k or gated Prisma SAE.
 
     Raises:
-        RefusedCheckpointError: A transcoder, or an architecture or activation function that
-            SAELens has no stock counterpart of.
+        RefusedCheckpointError: It is a transcoder, or SAELens has no stock counterpart of its
+            architecture or activation function.
     """
     if raw.setting("is_transcoder", bool, default=False):
         raise RefusedCheckpointError(
-            "it is a transcoder whose input bias, top-k and skip connection no stock SAELens "
-            "transcoder has."
+            "it is a transcoder with an input bias, top-k and a skip connection, which no stock "
+            "SAELens transcoder has."
         )
     architecture = raw.setting("architecture", str, default="standard")
     activation = raw.setting("activation_fn_str", str)
-    # Prisma leaves every other value, and null in what it published, as the identity.
+    # Prisma treats every other value, also the null that it published, as the identity.
     raw.setting("normalize_activations", (str, bool, type(None)))
     normalization = _NORMALIZATIONS.get(raw.text("normalize_activations"), "none")
     metadata = {**_metadata(raw), "input_normalization": normalization}
     if architecture == "gated":
         tensors = raw.take(*_WEIGHTS, "b_gate", "b_mag", "r_mag", optional=["b_enc"])
-        tensors.pop("b_enc", None)  # present in the file, used by nothing
+        tensors.pop("b_enc", None)  # the file holds it, but nothing uses it
         if activation != "relu":
             raise RefusedCheckpointError(
                 f"its gated encoder uses {activation!r}; SAELens's uses ReLU."
@@ -51,7 +51,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         return StockCheckpoint("gated", tensors, True, normalization, metadata=metadata)
     if architecture != "standard":
         raise RefusedCheckpointError(
-            f"its architecture is {architecture!r}; known are standard and gated."
+            f"its architecture is {architecture!r}; supported are standard and gated."
         )
     tensors = raw.take(*_WEIGHTS, "b_enc")
     if activation == "relu":
@@ -60,7 +60,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         k = whole_number(raw.setting("activation_fn_kwargs", dict).get("k", options.k), "k")
         return StockCheckpoint("topk", tensors, True, normalization, k=k, metadata=metadata)
     raise RefusedCheckpointError(
-        f"its activation function is {activation!r}; known are relu and topk."
+        f"its activation function is {activation!r}; supported are relu and topk."
     )
 
 

@@ -1,4 +1,4 @@
-"""Registers the plugin's loader and named releases with SAELens; see `foreign/releases.yaml`."""
+"""Registration of the plugin's loader and releases with SAELens; see `releases.yaml`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LOADER = "vision_plugin"
 def register() -> None:
     """Make `SAE.from_pretrained("vision-clip-b-32-resid-post", "blocks.11")` and its like work.
 
-    Adds one loader to SAELens's two loader tables and our releases to its directory. Calling it
-    again changes nothing, and an entry that SAELens or someone else already has is left alone.
+    It adds one loader to SAELens's two loader tables and our releases to its directory. Calling it
+    again changes nothing, and existing entries of SAELens or other packages stay.
     """
     from sae_lens.loading.pretrained_sae_loaders import (
         NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
@@ -35,7 +35,7 @@ def register() -> None:
 
 @cache
 def read_releases() -> dict[str, dict[str, Any]]:
-    """The table of named releases: name -> repo_id, model, source, metadata, saes."""
+    """Return the table of named releases: name -> repo_id, model, source, metadata, saes."""
     text = files("vision_plugin.formats").joinpath("releases.yaml").read_text(encoding="utf-8")
     releases: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return releases

@@ -1,7 +1,7 @@
 """saev's files: one line of JSON, then a torch archive of the state dict.
 
-Until August 2025 `b_dec` was subtracted from the input; files of that time have no schema, or
-schema 1 with the activation's name under `cls`. We follow the code that wrote the file, which the
+Until August 2025 saev subtracted `b_dec` from the input; files of that time have no schema, or
+schema 1 with the activation's name under `cls`. We follow the code that wrote the file; the
 current saev does not.
 """
 
@@ -21,7 +21,7 @@ _LAST_SCHEMA = 5
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether saev wrote this."""
+    """Return whether saev wrote this."""
     return raw.header is not None
 
 
@@ -29,13 +29,13 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
     """Translate saev's Relu, BatchTopK and (on request) TopK activations.
 
     Raises:
-        RefusedCheckpointError: TopK unless `negative_latents="clip"`; a threshold that is missing;
-            a schema that is newer than this reader.
+        RefusedCheckpointError: It is a TopK without `negative_latents="clip"`, its threshold is
+            missing, or its schema is newer than this reader.
     """
     header = raw.header or {}
     schema = header.get("schema", 0)
     if not isinstance(schema, int) or not 0 <= schema <= _LAST_SCHEMA:
-        raise RefusedCheckpointError(f"its schema is {schema!r}; known are none to {_LAST_SCHEMA}.")
+        raise RefusedCheckpointError(f"its schema is {schema!r}; known are 0 to {_LAST_SCHEMA}.")
     name, parameters = _activation(header, schema)
     tensors = raw.take("W_enc", "b_enc", "W_dec", "b_dec", optional=[_THRESHOLD])
     threshold = tensors.pop(_THRESHOLD, None)
@@ -61,21 +61,21 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
             threshold = torch.tensor(float(options.threshold))
         if threshold is None:
             raise RefusedCheckpointError(
-                "it is a BatchTopK of before saev stored its threshold; without one a latent "
+                "it is a BatchTopK from before saev stored thresholds; without one a latent "
                 "depends on the other samples of the batch. Estimate one and pass threshold=."
             )
         if threshold.numel() != 1:
-            raise CorruptCheckpointError(f"{_THRESHOLD} should be one number.")
+            raise CorruptCheckpointError(f"{_THRESHOLD} must be one number.")
         # h > threshold, and h > 0 where the threshold is not positive: SAELens's JumpReLU.
         tensors["threshold"] = torch.full_like(tensors["b_enc"], max(float(threshold), 0.0))
         return StockCheckpoint("jumprelu", tensors, subtracts, metadata=metadata)
-    raise RefusedCheckpointError(f"its activation is {name!r}; known are Relu, TopK, BatchTopK.")
+    raise RefusedCheckpointError(f"its activation is {name!r}; supported: Relu, TopK, BatchTopK.")
 
 
 def _activation(header: Mapping[str, Any], schema: int) -> tuple[str, Mapping[str, Any]]:
     if schema == 0:
         if "d_vit" not in header:
-            raise CorruptCheckpointError("its header is not one that saev writes.")
+            raise CorruptCheckpointError("its header was not written by saev.")
         return "Relu", {}
     config = header.get("cfg")
     if not isinstance(config, dict):
@@ -84,8 +84,8 @@ def _activation(header: Mapping[str, Any], schema: int) -> tuple[str, Mapping[st
         name = header.get("cls")
         if name not in ("Relu", "TopK", "BatchTopK"):
             raise RefusedCheckpointError(
-                "it is of the few hours in which schema 1 was written both with and without "
-                "subtracting b_dec, and does not say which. Re-save it with saev's dump()."
+                "it is from the few hours when saev wrote schema 1 both with and without "
+                "subtracting b_dec, and it does not say which. Re-save it with saev's dump()."
             )
         return str(name), config
     activation = config.get("activation")

@@ -1,4 +1,4 @@
-"""What every format is translated into: the tensors and settings of one stock SAELens SAE."""
+"""The target of every translation: the tensors and settings of one stock SAELens SAE."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class StockCheckpoint:
     """One SAE in SAELens's own terms.
 
     Attributes:
-        architecture: SAELens's name of the inference architecture.
+        architecture: SAELens's name of the architecture.
         tensors: SAELens's parameters: `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in],
-            and `b_enc`, `threshold`, `b_gate`, `b_mag`, `r_mag` [d_sae] as the architecture has.
+            and those of `b_enc`, `threshold`, `b_gate`, `b_mag`, `r_mag` [d_sae] that it has.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the (normalised) input.
-        normalize_activations: How SAELens is to normalise the input and undo it on the output.
+        normalize_activations: How SAELens normalises the input and undoes that on the output.
         k: Latents kept per sample, for `topk`.
-        threshold_is_inclusive: A latent that equals its threshold is kept. SAELens drops it, so
-            the stored threshold becomes the next smaller number of the dtype; then both agree on
-            every number that the dtype has.
-        metadata: What to record beside the SAE; plain JSON values.
+        threshold_is_inclusive: Whether a latent that equals its threshold is kept. SAELens drops
+            it, so the threshold is stored as the next smaller number of the dtype, which makes both
+            agree on every number of the dtype.
+        metadata: Facts to record with the SAE, as plain JSON values.
     """
 
     architecture: Architecture
@@ -51,19 +51,19 @@ class StockCheckpoint:
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Return the width of the activations."""
         return int(self.tensors["W_enc"].shape[0])
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
+        """Return the number of latents."""
         return int(self.tensors["W_enc"].shape[1])
 
     def checked(self) -> StockCheckpoint:
-        """Itself, once shapes, element types, finiteness and k are known to be right.
+        """Return the checkpoint after checks of shapes, element types, finiteness and k.
 
         Raises:
-            CorruptCheckpointError: Naming the tensor, its shape and the shape expected.
+            CorruptCheckpointError: It names the tensor, its shape and the shape expected.
         """
         encoder = self.tensors["W_enc"]
         if encoder.ndim != 2 or 0 in encoder.shape:
@@ -91,29 +91,29 @@ class StockCheckpoint:
         return shapes.get(name, (self.d_in,) if name == "b_dec" else (self.d_sae,))
 
     def standardized(self, mean: Float[Tensor, " d_in"], std: Tensor | float) -> StockCheckpoint:
-        """The same function of raw activations, for an SAE that expects `(x - mean) / std`.
+        """Return the same function of raw activations, for an SAE that expects `(x - mean) / std`.
 
-        Exact: latents are unchanged, and the reconstruction is mapped back by `* std + mean`.
+        The result is exact: latents stay, and the reconstruction is mapped back by `* std + mean`.
 
         Args:
             mean: Mean activation [d_in].
             std: One positive number, or one per dimension [d_in].
 
         Raises:
-            ValueError: Wrong shape, a value that is not finite, a std that is not positive.
+            ValueError: A shape is wrong, a value is not finite, or a std is not positive.
             RefusedCheckpointError: The SAE normalises each sample itself; the two do not commute.
         """
         if self.normalize_activations != "none":
             raise RefusedCheckpointError(
-                f"it applies {self.normalize_activations} to every sample; a data set's mean and "
-                "std cannot be folded in front of that. Leave out input_mean and input_std."
+                f"it applies {self.normalize_activations} to every sample, so a data set's mean "
+                "and std cannot be folded in first. Leave out input_mean= and input_std=."
             )
         mean = mean.to(torch.float64)
         scale = torch.as_tensor(std, dtype=torch.float64).expand(self.d_in)
         if mean.shape != (self.d_in,) or not bool(torch.isfinite(mean).all()):
-            raise ValueError(f"input_mean must be {self.d_in} finite numbers, got {mean.shape}.")
+            raise ValueError(f"input_mean= must be {self.d_in} finite numbers, got {mean.shape}.")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError("input_std must be positive and finite.")
+            raise ValueError("input_std= must be positive and finite.")
         wide = {name: tensor.to(torch.float64) for name, tensor in self.tensors.items()}
         encoder = wide["W_enc"] / scale[:, None]
         folded = dict(wide)
@@ -137,11 +137,11 @@ class StockCheckpoint:
     def to_sae_lens(
         self, *, device: str = "cpu", dtype: str | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """SAELens's config dict and state dict.
+        """Return SAELens's config dict and state dict.
 
         Args:
-            device: Where the tensors are to live.
-            dtype: `"float32"` and so on; None for the widest that the file holds.
+            device: Device of the tensors.
+            dtype: `"float32"` and so on; None takes the widest in the file.
         """
         widest = max((tensor.dtype for tensor in self.tensors.values()), key=lambda d: d.itemsize)
         name = str(dtype).removeprefix("torch.") if dtype is not None else _DTYPE_NAMES[widest]
@@ -176,7 +176,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise if a value is NaN or infinite.
 
     Raises:
-        CorruptCheckpointError: Naming the tensor and the number of such values.
+        CorruptCheckpointError: It names the tensor and the number of such values.
     """
     for name, tensor in tensors.items():
         n_bad = int((~torch.isfinite(tensor)).sum())
@@ -188,7 +188,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _next_below(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-    """The next smaller number of each one's own dtype."""
+    """Return the next smaller number of each threshold, in its own dtype."""
     if threshold.dtype in (torch.float32, torch.float64):
         return torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))
     bits = threshold.view(torch.int16)

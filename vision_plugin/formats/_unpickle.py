@@ -1,10 +1,10 @@
 """A pickle reader that can build tensors and plain containers, and nothing else.
 
 A pickle is a small program: it names callables, and calls them. Here no name ever resolves to the
-thing it names. A handful of names (how torch writes a tensor) resolve to our own functions; every
-other name resolves to an inert marker, and calling a marker, or setting state on its instance, only
-writes down what was asked for. So a config object of a project that is not installed reads as a
-bag of attributes, and a payload reads as a note of what it wanted to do.
+thing it names. A handful of names (how torch writes a tensor) resolve to our own functions. Every
+other name resolves to an inert marker; calling a marker, or setting state on its instance, only
+records the request. So a config object of a project that is not installed reads as a set of
+attributes, and an attack reads as a record of what it wanted to do.
 
 The interpreter is the standard library's, in its Python form: the C form allocates its memo by the
 largest index that a file mentions, so a file of nine bytes can ask it for gigabytes.
@@ -23,8 +23,8 @@ import torch
 
 from vision_plugin.formats._errors import CorruptCheckpointError, UnsafeCheckpointError
 
-# A config may hold values of these; a call to anything else of the standard library (os.system,
-# builtins.eval, ...) is an attack, and the file is refused, though nothing would be called anyway.
+# A config may hold values of these. A call to anything else in the standard library (os.system,
+# builtins.eval, ...) is an attack: the file is refused, although nothing would be called anyway.
 _STANDARD_DATA_MODULES = frozenset(
     {
         "_codecs",
@@ -77,11 +77,11 @@ _MAX_DIMENSIONS = 8
 
 @dataclass
 class InertObject:
-    """What a pickle said about an object whose class was not built.
+    """What a pickle says about an object whose class is not built.
 
     Attributes:
         class_name: Dotted name of the class or function that the pickle named.
-        arguments: What the pickle would have called it with.
+        arguments: The arguments of the call in the pickle.
         attributes: The object's `__dict__`, or the items of a mapping subclass.
         items: The elements of a sequence subclass.
     """
@@ -119,7 +119,7 @@ class StorageType:
 
 @dataclass(frozen=True)
 class _Name:
-    """A global that resolves to nothing but its own name."""
+    """A global that resolves to its own name only."""
 
     module: str
     name: str
@@ -147,7 +147,7 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Permitted:
-    """One of our own functions, standing in for a name that torch writes."""
+    """One of our own functions in place of a name that torch writes."""
 
     function: Callable[..., Any]
 
@@ -158,7 +158,7 @@ class _Permitted:
 def _rebuild_tensor(
     storage: object, offset: object, size: object, stride: object, *_unused: object
 ) -> torch.Tensor:
-    """A view of `storage` [numel], checked to lie inside it before it is made."""
+    """Return a view of `storage` [numel], after a check that it lies inside."""
     if not isinstance(storage, torch.Tensor) or not _is_shape(size) or not _is_shape(stride):
         raise CorruptCheckpointError("a tensor's storage, size or stride is not what torch writes.")
     sizes, strides = cast(tuple[int, ...], size), cast(tuple[int, ...], stride)
@@ -184,7 +184,7 @@ def _is_shape(value: object) -> bool:
 
 
 def _embedded_storage(blob: object) -> torch.Tensor:
-    """A storage that plain `pickle` wrote as the bytes of a `torch.save`, as a flat tensor."""
+    """Return a storage that plain `pickle` wrote as `torch.save` bytes, as a flat tensor."""
     if not isinstance(blob, bytes):
         raise CorruptCheckpointError("an embedded storage is not bytes.")
     loaded = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
@@ -220,12 +220,12 @@ _PERMITTED = _permitted_names()
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Reads one pickle; see the module's docstring for what it may build.
+    """Reader of one pickle; the module's docstring says what it may build.
 
     Args:
         file: The pickle.
-        storages: Gives the flat tensor [numel] of a storage, from its key in the archive, element
-            type and number of elements; None where the pickle may not refer to storages outside it.
+        storages: Returns the flat tensor [numel] of a storage, given its key in the archive,
+            element type and number of elements; None if no storage may lie outside the pickle.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class InertUnpickler(pickle._Unpickler):
         return _PERMITTED.get((module, name), _Name(module, name))
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
-        """The storage that torch's persistent id names."""
+        """Return the storage that torch's persistent id names."""
         if self._storages is None:
             raise CorruptCheckpointError("the pickle refers to a storage that is not in the file.")
         match pid:
@@ -253,7 +253,7 @@ class InertUnpickler(pickle._Unpickler):
 def _called(callee: object, arguments: object) -> Any:
     if isinstance(callee, _Name | _Permitted) and isinstance(arguments, tuple):
         return callee.call(arguments)
-    raise CorruptCheckpointError(f"the pickle calls {type(callee).__name__!r}, which is no name.")
+    raise CorruptCheckpointError(f"the pickle calls {type(callee).__name__!r}, not a name.")
 
 
 def _reduce(reader: Any) -> None:

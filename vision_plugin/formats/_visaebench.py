@@ -1,7 +1,7 @@
 """VISAEBench's files: tensors under its own or overcomplete's names, beside a JSON or YAML config.
 
-Its SAEs expect `(a - mean) / std` of the activations, whose statistics are not in the file; give
-`input_mean` and `input_std` to have them folded in.
+Its SAEs expect `(a - mean) / std` of the activations, but the file does not hold the statistics;
+give `input_mean` and `input_std` to have them folded in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vision_plugin.formats._stock import StockCheckpoint
 _DEFAULT_JUMP_THRESHOLD = 0.01
 _RUNNING = "_running_threshold"
 _JUMP_NAMES = ("jump_thresholds", "thresholds")
-# What its own backbones load.
+# The models that VISAEBench's backbones load.
 _MODELS = {
     "clip_vitb16": "openai/clip-vit-base-patch16",
     "siglip_vitb16": "google/siglip-base-patch16-224",
@@ -31,7 +31,7 @@ _LAST_LAYER = 11
 
 
 def describes(raw: RawCheckpoint) -> bool:
-    """Whether this is a checkpoint for VISAEBench."""
+    """Return whether this is a checkpoint for VISAEBench."""
     names = set(raw.tensors)
     if {_overcomplete.WEIGHT, _overcomplete.ROWS} <= names:
         return bool(raw.settings)
@@ -42,11 +42,11 @@ def describes(raw: RawCheckpoint) -> bool:
 
 
 def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
-    """Translate VISAEBench's GenericSAE, with its own precedence of config keys.
+    """Translate VISAEBench's GenericSAE, reading config keys in its order of precedence.
 
     Raises:
-        RefusedCheckpointError: An activation it does not have; thresholds under overcomplete's
-            name, which overcomplete means as logarithms and VISAEBench reads as they are.
+        RefusedCheckpointError: VISAEBench has no such activation, or the thresholds have
+            overcomplete's name, which stores logarithms that VISAEBench reads as they are.
     """
     activation = _activation(raw)
     stock = _weights(raw, options)
@@ -91,7 +91,7 @@ def _weights(raw: RawCheckpoint, options: ReadOptions) -> dict[str, Tensor]:
             _overcomplete.ROWS,
             optional=[_overcomplete.MULTIPLIER, *extra],
         )
-        # VISAEBench uses the rows as they are stored; overcomplete would normalise them.
+        # VISAEBench uses the stored rows; overcomplete would normalise them.
         rows = _overcomplete.normalized_rows(
             tensors[_overcomplete.ROWS], options.row_normalization or "identity"
         )
@@ -126,7 +126,7 @@ def _threshold(raw: RawCheckpoint, options: ReadOptions) -> float:
     if running is None:
         return 0.0
     if running.numel() != 1:
-        raise CorruptCheckpointError(f"{_RUNNING} should be one number.")
+        raise CorruptCheckpointError(f"{_RUNNING} must be one number.")
     return float(running)
 
 

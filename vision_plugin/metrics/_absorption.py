@@ -38,9 +38,9 @@ class AbsorptionPair(MetricResult):
         class_index: the class.
         overlap: Jaccard index of the class's and the group's top latents by mean activation.
         f1_primary: F1 of a probe for the class on the fewest latents.
-        f1_expanded: the same on more latents.
+        f1_expanded: F1 of a probe for the class on more latents.
         absorbed: whether the overlap or the gain in F1 is large.
-        n_positive: images of the class.
+        n_positive: number of images of the class.
     """
 
     group: str
@@ -58,11 +58,11 @@ class AbsorptionResult(MetricResult):
 
     Attributes:
         rate: share of the tested pairs that are absorbed; NaN without a pair (VISAEBench says 0).
-        mean_overlap: over pairs.
+        mean_overlap: mean overlap of the pairs.
         mean_f1_gap: mean gain in F1 from more latents.
         pairs: every tested pair.
-        n_groups: groups given.
-        n_pairs: pairs tested.
+        n_groups: number of groups given.
+        n_pairs: number of pairs tested.
     """
 
     headline = ("rate", "mean_overlap", "mean_f1_gap", "n_pairs")
@@ -90,12 +90,12 @@ class Absorption(ImageCodes):
         n_features: number of latents.
         sibling_groups: classes by group, such as ``{"dogs": [3, 4, 5]}``, or the benchmark's own
             ``{"dogs": {"class_indices": [3, 4, 5]}}``; see :func:`sibling_groups`.
-        min_group_size: classes below which a group is skipped.
-        top_k: latents in the overlap.
+        min_group_size: fewest classes of a group; smaller groups are skipped.
+        top_k: number of top latents compared for the overlap.
         threshold: gain in F1 above which a class is absorbed.
-        k_primary: latents of the narrow probe.
-        k_expanded: latents of the wide one.
-        seed: of the solver.
+        k_primary: number of latents of the narrow probe.
+        k_expanded: number of latents of the wide probe.
+        seed: seed of the probes' solver.
         only_active: whether to leave silent latents out of the overlap.
     """
 
@@ -123,7 +123,7 @@ class Absorption(ImageCodes):
         if not any(len(group) >= min_group_size for group in self.sibling_groups.values()):
             raise ValueError(
                 f"none of the {len(self.sibling_groups)} sibling groups has min_group_size="
-                f"{min_group_size} classes"
+                f"{min_group_size} classes; lower min_group_size= or pass larger sibling_groups="
             )
         self.min_group_size, self.top_k, self.threshold = min_group_size, top_k, threshold
         self.k_primary, self.k_expanded = k_primary, k_expanded
@@ -198,10 +198,10 @@ def sibling_groups(class_paths: Sequence[Sequence[str]]) -> dict[str, list[int]]
     """Group classes that share their parent in a taxonomy.
 
     Args:
-        class_paths: per class its path, broadest step first and the class itself last.
+        class_paths: one path per class, broadest step first and the class itself last.
 
     Returns:
-        Class numbers by parent, parents of one class left out.
+        Class numbers by parent. Parents with a single class are left out.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(class_paths):

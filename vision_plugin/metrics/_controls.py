@@ -1,7 +1,7 @@
-"""What a score is compared with: the neurons themselves, random directions, principal components.
+"""Dictionaries to compare a score with: neurons, random directions, principal components.
 
-Each control is a dictionary with ``encode`` and ``decode``, so it goes wherever an SAE goes, and
-placed at a hook it is steered and spliced like one:
+Each control has ``encode`` and ``decode``, so it goes wherever an SAE goes. Placed at a hook, it is
+steered and spliced like an SAE:
 
     monosemanticity(neuron_dictionary(768).encode(activations), embeddings)
     steerability(model, neuron_dictionary(768).at("blocks.11.hook_resid_post"), pixels, texts)
@@ -41,10 +41,10 @@ class DictionaryConfig:
 
     @cached_property
     def metadata(self) -> Any:
-        """SAELens's metadata: the hook and the kind of token.
+        """Return SAELens's metadata: the hook and the kind of token.
 
         Raises:
-            ValueError: the dictionary has no place in a model yet.
+            ValueError: the dictionary has no hook yet.
         """
         if self.hook_name is None:
             raise ValueError(
@@ -61,13 +61,13 @@ class ControlDictionary(nn.Module):
     """A fixed dictionary: latents are dot products with unit directions, the largest ``k`` kept.
 
     Args:
-        name: what a table calls it.
+        name: name of the dictionary in tables.
         directions: unit rows ``[d_sae, d_in]``; the module keeps them as ``W_dec``.
         offset: subtracted before encoding and added after decoding, ``[d_in]``; 0 by default. The
             module keeps it as ``b_dec``.
         k: latents kept per activation, after a ReLU; None keeps every latent, signed.
-        hook_name: where its activations are taken; see :meth:`at`.
-        tokens: the kind of token it stands for.
+        hook_name: hook at which its activations are read; see :meth:`at`.
+        tokens: kind of token that it encodes.
     """
 
     use_error_term = False
@@ -96,7 +96,7 @@ class ControlDictionary(nn.Module):
         self.register_buffer("b_dec", offset, persistent=False)
 
     def at(self, hook_name: str, *, tokens: str = "all") -> ControlDictionary:
-        """The same dictionary at a hook of a model: what takes an SAE takes it.
+        """Return the same dictionary at a hook of a model, usable wherever an SAE is.
 
         Example:
             >>> control = random_dictionary(4, 8, k=2, seed=0).at("blocks.11.hook_resid_post")
@@ -109,12 +109,12 @@ class ControlDictionary(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the directions."""
+        """Return the device of the directions."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the directions."""
+        """Return the type of the directions."""
         return self.W_dec.dtype
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -128,7 +128,7 @@ class ControlDictionary(nn.Module):
     def sparse_forward(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[kernels.SparseLatents, Float[Tensor, "*batch d_in"]]:
-        """The kept latents in compressed rows, and what they decode to.
+        """Return the kept latents in compressed rows, and their reconstruction.
 
         Raises:
             ValueError: the dictionary keeps every latent.
@@ -166,8 +166,8 @@ def random_dictionary(d_in: int, n_features: int, *, k: int | None, seed: int) -
     Args:
         d_in: width of the activations.
         n_features: number of directions.
-        k: latents kept per activation; give it the SAE's own L0.
-        seed: of the draw.
+        k: latents kept per activation, best the SAE's own L0; None keeps every latent.
+        seed: seed of the random draw.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_features, d_in, generator=generator)
@@ -180,9 +180,9 @@ def pca_dictionary(
     """Return the principal components of activations ``[n, d_in]``, largest variance first.
 
     Args:
-        activations: at least two rows.
-        n_features: components kept; all ``d_in`` by default.
-        k: as in :func:`random_dictionary`; None keeps signed projections.
+        activations: at least two activations.
+        n_features: number of components kept; all ``d_in`` by default.
+        k: latents kept per activation, after a ReLU; None keeps signed projections.
     """
     if activations.shape[0] < 2:
         raise ValueError(
@@ -207,11 +207,11 @@ def with_controls(
     """Score latents beside the neurons, principal components and random directions.
 
     Args:
-        score: takes latents ``[n, any]`` and returns a result.
-        latents: those under study.
+        score: function that takes latents ``[n, any]`` and returns a result.
+        latents: latents under study, ``[n, k]``.
         activations: image-level activations ``[n, d_in]`` that the latents were computed from.
-        k: latents kept per image by the random dictionary, which has as many as ``latents``.
-        seed: of the random dictionary.
+        k: latents kept per image by the random dictionary, which is as wide as ``latents``.
+        seed: seed of the random dictionary.
 
     Example:
         >>> x, e = torch.randn(8, 4), torch.randn(8, 3)

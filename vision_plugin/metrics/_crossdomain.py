@@ -26,7 +26,7 @@ HOME = "home"
 
 @dataclass(frozen=True)
 class DomainScores(MetricResult):
-    """How an SAE does on one domain.
+    """Scores of an SAE on one domain.
 
     Attributes:
         composite: mean of reconstruction quality, coverage, overlap and probe accuracy.
@@ -34,9 +34,9 @@ class DomainScores(MetricResult):
         reconstruction_quality: ``1 - fvu``, cut to [0, 1].
         coverage: share of the latents active at home that are active here.
         overlap: Jaccard index of the latents active at home and here.
-        probe_accuracy: of logistic regression on the latents that tell the classes apart best.
-        n_images: images of this domain.
-        n_active: latents active here.
+        probe_accuracy: accuracy of logistic regression on the latents that best separate classes.
+        n_images: number of images of this domain.
+        n_active: number of latents active here.
     """
 
     composite: float
@@ -54,9 +54,9 @@ class CrossDomainResult(MetricResult):
     """Mean composite over the domains, and each domain's scores.
 
     Attributes:
-        composite: mean over domains.
+        composite: mean composite of the domains.
         domains: scores by domain.
-        n_active_home: latents active at home.
+        n_active_home: number of latents active at home.
     """
 
     composite: float
@@ -72,15 +72,15 @@ class CrossDomainResult(MetricResult):
 class CrossDomain(ImageCodes):
     """Reconstruction, coverage, overlap and probing on domains the SAE was not trained on.
 
-    VISAEBench's four numbers and their mean. Coverage divides by latents active at home; with none
-    it is 1, and the overlap 0.
+    These are VISAEBench's four numbers and their mean. Coverage divides by latents active at home;
+    with none active it is 1, and the overlap 0.
 
     Args:
         n_features: number of latents.
         domains: names of the foreign domains; ``"home"`` is the SAE's own.
-        k_probe: latents in the probe.
-        test_size: share of the images held out for it.
-        seed: of that split.
+        k_probe: number of latents in the probe.
+        test_size: share of the images held out to test the probe.
+        seed: seed of the split into training and test images.
     """
 
     higher_is_better = True
@@ -127,10 +127,10 @@ class CrossDomain(ImageCodes):
             domain: ``"home"`` (latents are all that is used) or one of ``domains``.
             labels: class of each image.
             activations: the same images' tokens ``[..., d_in]``, centred and scaled as for the SAE.
-            reconstruction: of the same shape.
+            reconstruction: reconstruction of ``activations``, of the same shape.
 
         Raises:
-            ValueError: the domain is unknown, or something it needs is missing or does not fit.
+            ValueError: the domain is unknown, or an argument it needs is missing or does not fit.
         """
         if domain not in self.domains:
             raise ValueError(f"domain {domain!r} is not one of {list(self.domains)}")

@@ -38,12 +38,12 @@ class DissectionResult(MetricResult):
             NaN where both are empty.
         pointing: share of the images showing the concept, and on which the latent is active, where
             the latent's largest patch touches the mask, ``[k, c]``; NaN without such an image.
-        n_trials: number of those images, ``[k, c]``.
-        chance: share of the patches that touch the mask in images showing the concept: what a
-            random patch scores at pointing, ``[c]``.
-        best_concept: concept of the largest IoU, -1 for a latent without one.
-        best_iou: that IoU.
-        n_images: images seen.
+        n_trials: number of images behind ``pointing``, ``[k, c]``.
+        chance: share of the patches that touch the mask in images showing the concept, ``[c]``: the
+            pointing score of a random patch.
+        best_concept: concept of the largest IoU, -1 for a latent without one, ``[k]``.
+        best_iou: IoU with the best concept, ``[k]``.
+        n_images: number of images seen.
     """
 
     headline = ("mean_best_iou", "mean_pointing_at_best", "n_detectors", "n_concepts_found")
@@ -58,7 +58,7 @@ class DissectionResult(MetricResult):
 
     @property
     def score(self) -> Float[Tensor, " k"]:
-        """The intersection over union with the best concept."""
+        """Return the intersection over union with the best concept."""
         return self.best_iou
 
     def summary(self) -> dict[str, float | int]:
@@ -84,9 +84,9 @@ class Dissection(StreamingMetric):
         n_features: number of latents, ``k``.
         n_concepts: number of masks per image, ``c``.
         grid_size: rows and columns of patches.
-        threshold: a place is active where the latent is above this: one number, or one per latent
-            such as the quantiles of :func:`quantile_thresholds`. 0 suits sparse latents.
-        upsample: how the patch grid is brought to the masks' size.
+        threshold: activation above which a place is active: one number, or one per latent such as
+            :func:`quantile_thresholds` returns. 0 suits sparse latents.
+        upsample: interpolation of the patch grid to the masks' size.
     """
 
     sparse_latents = True
@@ -117,7 +117,7 @@ class Dissection(StreamingMetric):
             raise ValueError(f"upsample={upsample!r} is not one of {list(get_args(Upsample))}")
         if isinstance(threshold, Tensor) and threshold.shape != (n_features,):
             raise ValueError(
-                f"threshold has shape {tuple(threshold.shape)}, expected ({n_features},)"
+                f"threshold= has shape {tuple(threshold.shape)}, expected ({n_features},)"
             )
         self.n_features, self.n_concepts = n_features, n_concepts
         self.grid_size, self.threshold, self.upsample = grid_size, threshold, upsample
@@ -141,8 +141,8 @@ class Dissection(StreamingMetric):
         Args:
             latents: patch latents ``[n, patches, k]`` dense, or ``[n * patches, k]`` dense, sparse
                 COO or sparse CSR, image by image, patches row by row.
-            masks: where each concept is, ``[n, c, height, width]``, in pixels; height and width
-                are multiples of the grid's.
+            masks: pixels that show each concept, ``[n, c, height, width]``; height and width are
+                multiples of the grid's.
 
         Raises:
             ValueError: sizes do not fit the metric or each other.
@@ -168,7 +168,7 @@ class Dissection(StreamingMetric):
         self.n_images += len(masks)
 
     def _fed(self, read: Latents) -> Tensor:
-        """Latents that can be active: those with a value, where zero is not above the threshold."""
+        """Return the latents that can exceed the threshold: all, or those with a value."""
         every = torch.arange(self.n_features, device=self.device)
         threshold = torch.as_tensor(self.threshold)
         if isinstance(read, Tensor) or bool((threshold < 0).any()):
@@ -226,7 +226,7 @@ class Dissection(StreamingMetric):
 
 
 class _Concepts:
-    """Where concepts are, at the places at which latents are compared with them.
+    """Masks of concepts, at the places where latents are compared with them.
 
     With ``nearest`` the pixels of a patch are active together, so the places are the patches, and
     mask pixels per patch are enough; otherwise they are the pixels.
@@ -234,8 +234,8 @@ class _Concepts:
     Attributes:
         touched: whether a patch shows a concept, ``[n, c, patches]``.
         pixels: mask pixels, ``[n, c, places]``, float64.
-        pixels_per_place: pixels of a place.
-        size: height and width that maps are enlarged to; None for the grid's own.
+        pixels_per_place: number of pixels of a place.
+        size: height and width to which maps are enlarged; None keeps the grid's own size.
     """
 
     def __init__(self, masks: Tensor, grid_size: tuple[int, int], *, nearest: bool) -> None:
@@ -250,7 +250,7 @@ class _Concepts:
 
     @property
     def per_latent(self) -> int:
-        """Elements of one latent's map over all images."""
+        """Return the number of elements of one latent's map over all images."""
         return int(self.pixels.shape[0] * self.pixels.shape[2])
 
 
@@ -278,7 +278,7 @@ def dissection(
 def quantile_thresholds(
     latents: Float[Tensor, "n patches k"], *, share: float = 0.005
 ) -> Float[Tensor, " k"]:
-    """Return what each latent exceeds on ``share`` of all patches (0.005 in the paper)."""
+    """Return the value that each latent exceeds on ``share`` of all patches (paper: 0.005)."""
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1")
     flat = latents.flatten(0, 1)

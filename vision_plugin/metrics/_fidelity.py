@@ -30,9 +30,9 @@ class FVUResult(MetricResult):
             dimension; NaN for constant activations.
         cosine: mean cosine of activation and reconstruction, over tokens where neither is zero.
         mse: mean squared error per dimension.
-        n_tokens: tokens seen.
-        n_without_cosine: tokens whose activation or reconstruction is zero.
-        definition: of ``fvu``.
+        n_tokens: number of tokens seen.
+        n_without_cosine: number of tokens whose activation or reconstruction is zero.
+        definition: definition of ``fvu``.
     """
 
     headline = ("explained_variance", "cosine", "fvu")
@@ -47,19 +47,19 @@ class FVUResult(MetricResult):
 
 
 class FVU(StreamingMetric):
-    r"""Fraction of variance unexplained, and what else describes a reconstruction.
+    r"""Fraction of variance unexplained, explained variance, cosine and squared error.
 
-    ``definition="visaebench"`` is that benchmark's: with sums over all numbers of all tokens,
+    ``definition="visaebench"`` is the benchmark's: with sums over all numbers of all tokens,
 
         V(y) = sum y^2 / n_tokens - (sum y / n_tokens)^2,    fvu = V(x - xhat) / V(x)
 
-    It subtracts one mean for all dimensions, divides by tokens where it has summed over dimensions
-    too, and forgives a constant error: sound for activations centred beforehand, as the benchmark
-    centres them, and else possibly negative. ``"per_dimension"`` is ``1 - explained_variance``.
+    It subtracts one mean for all dimensions, divides by tokens although it sums over dimensions
+    too, and ignores a constant error. This suits centred activations, such as the benchmark's; for
+    others it may be negative. ``"per_dimension"`` is ``1 - explained_variance``.
 
     Args:
         d_in: width of the activations.
-        definition: of the field ``fvu``.
+        definition: definition of the field ``fvu``.
     """
 
     higher_is_better = False
@@ -127,11 +127,11 @@ class FVU(StreamingMetric):
         """
         n_tokens, without = int(self.n_tokens), int(self.n_without_cosine)
         if n_tokens == 0:
-            raise ValueError("fidelity is a mean over tokens, and none was seen; update first")
+            raise ValueError("fidelity is a mean over tokens, and none was seen; call update first")
         total, squares = self.total, self.squares
         residual_squares = float(self.residual_squares.sum())
         spread = float((squares - total.square() / n_tokens).clamp(min=0).sum())
-        # What rounding leaves of the sum of squares is no variance.
+        # A spread this small is rounding error of the sum of squares.
         constant = spread <= 1e-13 * float(squares.sum())
         unexplained = math.nan if constant else residual_squares / spread
         fvu = unexplained

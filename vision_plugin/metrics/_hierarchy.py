@@ -28,13 +28,13 @@ class HierarchyResult(MetricResult):
     Attributes:
         depth: each latent's mean depth over pairs of its top images; 0 when they share nothing
             but the root, NaN for a latent left out.
-        group_depth: mean over the latents of each group.
-        group_size: latents of each group that are in the mean.
-        frequency_depth: mean over the latents that fire equally often, by the power of ten of
-            their firing frequency; empty where that is not known.
-        frequency_size: latents of each of these that are in the mean.
-        chance_depth: mean depth over all pairs of images, what random images give.
-        n_left_out: latents with fewer positive images than the list is long.
+        group_depth: mean depth of the latents of each group.
+        group_size: number of latents in each group's mean.
+        frequency_depth: mean depth of the latents of similar firing frequency, by its power of ten;
+            empty where the frequency is not known.
+        frequency_size: number of latents in each of these means.
+        chance_depth: mean depth over all pairs of images, the depth of random images.
+        n_left_out: number of latents with fewer positive images than ``n_top``.
     """
 
     depth: Float[Tensor, " k"]
@@ -47,7 +47,7 @@ class HierarchyResult(MetricResult):
 
     @property
     def score(self) -> Float[Tensor, " k"]:
-        """The depth."""
+        """Return the mean depth of each latent."""
         return self.depth
 
     def summary(self) -> dict[str, float | int]:
@@ -71,14 +71,14 @@ def hierarchy(
     *,
     frequency: Float[Tensor, " k"] | None = None,
 ) -> HierarchyResult:
-    """Return the mean depth at which the paths of each latent's top images part.
+    """Return the mean depth at which the paths of each latent's top images split.
 
     The depth of the lowest common ancestor of two images is the number of leading steps that their
     paths share. In a Matryoshka SAE the early groups should meet high up, the late ones deep down.
 
     Args:
-        top_images: image numbers ``[k, n_top]``, -1 for none, as :func:`top_images` returns them. A
-            latent with a -1 is left out: its list holds images it does not fire on.
+        top_images: image numbers ``[k, n_top]``, -1 for none, as :func:`top_images` returns them.
+            Latents with a -1 are left out: they fire on too few images.
         taxonomy_paths: a path per image, broadest step first; lengths may differ.
         groups: a group number per latent, from :func:`matryoshka_groups` or
             :func:`frequency_groups`; one group by default.
@@ -89,7 +89,7 @@ def hierarchy(
     """
     k, n_top = top_images.shape
     if n_top < 2:
-        raise ValueError(f"pairs of top images are needed, and the lists have length {n_top}")
+        raise ValueError(f"top_images= has lists of length {n_top}; pairs need at least 2 images")
     if int(top_images.max()) >= len(taxonomy_paths):
         raise ValueError(
             f"image {int(top_images.max())} is among the top images, but there are only "
@@ -98,7 +98,7 @@ def hierarchy(
     if groups is None:
         groups = torch.zeros(k, dtype=torch.int64)
     if groups.shape != (k,):
-        raise ValueError(f"groups has shape {tuple(groups.shape)}, but there are {k} latents")
+        raise ValueError(f"groups= has shape {tuple(groups.shape)}, but there are {k} latents")
     nodes = prefix_numbers(taxonomy_paths)
     full = (top_images >= 0).all(1).cpu()
     depth = torch.full((k,), math.nan, dtype=torch.float64)
@@ -137,13 +137,13 @@ def frequency_groups(frequency: Float[Tensor, " k"]) -> Int[Tensor, " k"]:
 
 
 class Hierarchy(TopImages):
-    """Depth at which the paths of each latent's top images part, streamed; see :func:`hierarchy`.
+    """Depth at which the paths of each latent's top images split, streamed; see :func:`hierarchy`.
 
     Args:
         n_features: number of latents.
         taxonomy_paths: a path per image, in the order in which the images come.
-        groups: a group number per latent.
-        n_top: top images per latent, 16 in the paper.
+        groups: a group number per latent; one group by default.
+        n_top: number of top images per latent, 16 in the paper.
     """
 
     n_active: Tensor
@@ -175,7 +175,7 @@ class Hierarchy(TopImages):
 
 
 def _by_group(depth: Tensor, groups: Tensor) -> tuple[dict[int, float], dict[int, int]]:
-    """Return the mean of the defined depths of each group, and how many there are."""
+    """Return the mean of the defined depths of each group, and their number."""
     means, sizes = {}, {}
     for group in sorted(set(groups.tolist())):
         members = depth[groups.cpu() == group]

@@ -1,7 +1,7 @@
-"""Image-level latents kept for the metrics that fit probes, as sparse rows.
+"""Image-level latents, kept as sparse rows for the metrics that fit probes.
 
-Keeping the non-zeros alone is what makes 50,000 images of 65,536 latents fit in memory (64
-non-zeros an image are 40 MB).
+Only the non-zeros are kept, so that 50,000 images of 65,536 latents fit in memory (64 non-zeros an
+image are 40 MB).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COLUMNS_AT_ONCE = 2**26
 def pool_latents(
     latents: Float[Tensor, "n tokens k"], how: Pooling, *, cls_at: int = 0
 ) -> Float[Tensor, "n k"]:
-    """Reduce token-level latents to image-level ones; the choice belongs beside the result.
+    """Reduce token-level latents to image-level ones; report ``how`` beside the result.
 
     Args:
         latents: ``[n, tokens, k]``.
-        how: the CLS token's latents, or the maximum or mean over tokens.
+        how: ``"cls"`` for the CLS token's latents, ``"max"`` or ``"mean"`` over tokens.
         cls_at: index of the CLS token.
     """
     if how == "cls":
@@ -43,7 +43,7 @@ def pool_latents(
         return latents.amax(1)
     if how == "mean":
         return latents.mean(1)
-    raise ValueError(f"pooling {how!r} is not 'cls', 'max' or 'mean'")
+    raise ValueError(f"how={how!r} is not 'cls', 'max' or 'mean'")
 
 
 class ImageCodes(StreamingMetric):
@@ -109,8 +109,8 @@ class ImageCodes(StreamingMetric):
 def column_blocks(codes: Any, columns: Array) -> list[Array]:
     """Split column numbers so that each dense block stays small, but is never a single column.
 
-    numpy adds a lone column pairwise and several row by row; never taking one alone gives the same
-    bits whatever the split.
+    numpy sums a lone column pairwise and several columns row by row; without lone columns every
+    split gives the same bits.
     """
     step = max(2, COLUMNS_AT_ONCE // max(1, codes.shape[0]))
     blocks = [columns[start : start + step] for start in range(0, len(columns), step)]

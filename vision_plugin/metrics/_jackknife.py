@@ -25,7 +25,7 @@ ENTRIES_AT_ONCE = 2**15
 
 @dataclass(frozen=True)
 class PairSums:
-    """Per latent: smallest value, sum of b, W, and the score's numerator and denominator."""
+    """Smallest value, sum of b, W, and the score's numerator and denominator of each latent."""
 
     minimum: Tensor
     total: Tensor
@@ -60,7 +60,7 @@ def jackknife_error(latents: Latents, unit: Tensor, sums: PairSums) -> Tensor:
 def _weights(
     latents: Latents, unit: Tensor, sums: PairSums
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (features, b, e . W), flat, for every entry with a weight that may not be 0."""
+    """Yield (features, b, e . W), flat, for every entry whose weight may not be 0."""
     if isinstance(latents, LatentColumns):
         at_zero = sums.minimum == 0
         sparse = at_zero[latents.features].nonzero().squeeze(1)

@@ -96,20 +96,20 @@ def read_latents(
 
     Args:
         latents: dense, sparse COO or sparse CSR, shape ``[n, k]``.
-        n_features: the ``k`` that is required, when there is one.
-        name: what to call the tensor in an error.
+        n_features: required number of latents ``k``, when there is one.
+        name: name of the tensor in an error.
 
     Raises:
         ValueError: the tensor is not two-dimensional, has another ``k``, or holds NaN or infinity.
     """
     if latents.ndim != 2:
         raise ValueError(
-            f"{name} must be [images, features], got shape {tuple(latents.shape)}; reduce the "
+            f"{name}= must be [images, latents], got shape {tuple(latents.shape)}; reduce the "
             "token axis first (cls, max or mean)"
         )
     if n_features is not None and latents.shape[1] != n_features:
         raise ValueError(
-            f"{name} has {latents.shape[1]} features, but the metric was built for "
+            f"{name}= has {latents.shape[1]} latents, but the metric was built for "
             f"n_features={n_features}"
         )
     if latents.layout == torch.strided:
@@ -180,7 +180,7 @@ def _sorted_columns(
 ) -> LatentColumns:
     if features.numel() and int(features.max()) >= shape[1]:
         raise ValueError(
-            f"sparse latents of shape {tuple(shape)} name feature {int(features.max())}, which is "
+            f"sparse latents of shape {tuple(shape)} name latent {int(features.max())}, which is "
             "outside; the tensor's column indices are corrupt"
         )
     features, order = torch.sort(features, stable=True)

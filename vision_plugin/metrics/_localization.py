@@ -34,8 +34,8 @@ class LocalizationResult(MetricResult):
     Attributes:
         score: mean of Moran's I over the images that count, NaN for latents with too few of them.
             1 for one patch of activity, 0 for scattered patches, negative for a checkerboard.
-        n_valid: images that count, per latent.
-        min_images: images below which a latent has no score.
+        n_valid: number of images that count, per latent.
+        min_images: fewest images of a latent that has a score.
     """
 
     headline = ("mean_score", "share_non_localized", "n_defined")
@@ -68,7 +68,7 @@ class Localization(StreamingMetric):
     on all. Only such (image, latent) pairs are computed.
 
     VISAEBench stops near 200 images per latent (``max_images=200`` with updates of 64 images is its
-    exact rule); a cap depends on the order of the images, so the default here is none.
+    exact rule). There is no cap by default, since a cap depends on the order of the images.
 
     Args:
         n_features: number of latents.
@@ -76,7 +76,7 @@ class Localization(StreamingMetric):
         min_active_patches: fewest active patches of an image that counts.
         max_active_fraction: largest share of active patches of an image that counts.
         min_images: fewest images of a latent that has a score.
-        max_images: images after which a latent takes no further update.
+        max_images: number of images after which a latent takes no further update.
     """
 
     sparse_latents = True

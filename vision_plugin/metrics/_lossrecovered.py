@@ -26,12 +26,12 @@ class LossRecoveredResult(MetricResult):
         recovered: ``(ablated - spliced) / (ablated - clean)``: 1 when the reconstruction costs
             nothing, 0 when it is as bad as zeros; NaN where ablating does not raise the loss.
         clean: mean cross-entropy of the untouched model, in nats.
-        spliced: with the reconstruction in place of the activations.
-        ablated: with zeros in their place.
-        window: ``ablated - clean``; where it is a fraction of a nat the ratio is mostly noise.
+        spliced: mean cross-entropy with the reconstruction in place of the activations.
+        ablated: mean cross-entropy with zeros in their place.
+        window: ``ablated - clean``; below about one nat, ``recovered`` is mostly noise.
         accuracy_clean: share of images whose own class has the largest logit.
-        accuracy_spliced: the same with the reconstruction.
-        n_images: images seen.
+        accuracy_spliced: that share with the reconstruction.
+        n_images: number of images seen.
     """
 
     headline = ("recovered", "window", "accuracy_clean", "accuracy_spliced")
@@ -49,8 +49,8 @@ class LossRecoveredResult(MetricResult):
 class LossRecovered(StreamingMetric):
     """Share of the zero-shot loss that a spliced reconstruction recovers over zero ablation.
 
-    Logits are to be at the model's own scale (cosines times 100 for CLIP): without it the whole
-    window is some 0.15 nats wide.
+    Logits must be at the model's own scale (cosines times 100 for CLIP): without it the whole
+    window is only about 0.15 nats wide.
     """
 
     higher_is_better = True
@@ -74,9 +74,9 @@ class LossRecovered(StreamingMetric):
         """Add images.
 
         Args:
-            logits: of the untouched model, ``[n, classes]``.
-            spliced_logits: with the reconstruction spliced in.
-            ablated_logits: with zeros spliced in.
+            logits: logits of the untouched model, ``[n, classes]``.
+            spliced_logits: logits with the reconstruction spliced in.
+            ablated_logits: logits with zeros spliced in.
             labels: class of each image, ``[n]``.
 
         Raises:
@@ -109,7 +109,9 @@ class LossRecovered(StreamingMetric):
         """
         n_images = int(self.n_images)
         if n_images == 0:
-            raise ValueError("loss recovered is a mean over images, and none was seen")
+            raise ValueError(
+                "loss recovered is a mean over images, and none was seen; call update first"
+            )
         clean, spliced, ablated = (self.losses / n_images).tolist()
         window = ablated - clean
         accuracy_clean, accuracy_spliced = (self.correct / n_images).tolist()

@@ -1,4 +1,4 @@
-"""Several metrics of the registry, fed with the same batches."""
+"""Several registered metrics, updated with the same batches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["MetricSet"]
 
 
 class MetricSet:
-    """Metrics by name: each takes from a batch what its ``update`` names.
+    """Several metrics by name; each takes from a batch the entries that its ``update`` names.
 
-    This is all that an evaluator needs, after training or during it.
+    An evaluator, after or during training, needs nothing else.
 
     Args:
         names: registered names; see :func:`available`.
-        known: constructor arguments by name, such as ``n_features``; each metric takes its own.
+        known: constructor arguments by name, such as ``n_features``; a metric takes those it names.
         options: further constructor arguments for single metrics, by the metric's name.
 
     Raises:
-        ValueError: a metric is unknown or lacks something, or an option is none of its parameters.
+        ValueError: a metric is unknown, lacks an argument, or has no such option.
 
     Example:
         >>> scores = MetricSet(["monosemanticity"], {"n_features": 2, "d_embed": 2})
@@ -58,10 +58,10 @@ class MetricSet:
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any]) -> MetricSet:
-        """Return a set of metrics in hand, by the names that it is to call them.
+        """Return a set of metrics that are already built.
 
         Args:
-            metrics: Whatever has an ``update`` and a ``compute``.
+            metrics: Objects with ``update`` and ``compute``, by the name that the set gives them.
         """
         made = cls([], {})
         made.metrics.update(metrics)
@@ -71,10 +71,10 @@ class MetricSet:
         """Feed every metric from one batch.
 
         Args:
-            batch: values by name; the module of the registry lists the names in use.
+            batch: values by name; see the docstring of ``_registry.py`` for the names in use.
 
         Raises:
-            ValueError: a metric needs what the batch does not have, or refuses it.
+            ValueError: the batch lacks an entry that a metric needs, or a metric refuses the batch.
         """
         for metric in self.metrics.values():
             feed(metric, batch)
@@ -100,7 +100,7 @@ class MetricSet:
         return {name: metric.compute() for name, metric in self.metrics.items()}
 
     def scalars(self) -> dict[str, float | int]:
-        """Return the numbers of all summaries as ``metric/number``, for a table or a logger."""
+        """Return all summaries as ``metric/number``, for a table or a logger."""
         return {
             f"{name}/{key}": value
             for name, result in self.compute().items()

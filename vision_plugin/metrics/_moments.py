@@ -90,7 +90,7 @@ def add_pairs(state: State, latents: Latents, unit: Tensor) -> None:
 
 
 def _add_sparse(state: State, columns: LatentColumns, unit: Tensor) -> None:
-    """Touch the non-zeros alone; latents with implicit zeros are summed from 0, then shifted."""
+    """Add the non-zeros alone; latents with implicit zeros are summed from 0, then shifted."""
     minimum, counts = state["minimum"], columns.counts()
     explicit = counts == columns.n_rows
     origin = torch.where(explicit, minimum, torch.zeros_like(minimum))
@@ -115,7 +115,7 @@ def _add_weighted(
     """Add ``values^T unit`` to ``weighted`` ``[k, d]``, in place and without a copy of its size."""
     ends, present = counts.cumsum(0), counts.nonzero().squeeze(1)
     many = present.numel() > columns.n_features // 4 and values.numel() < 2**31
-    # MKL's product is the quicker one, but goes over every row of the sums.
+    # MKL's product is quicker, but reads and writes every row of the sums.
     if many and unit.device.type == "cpu" and torch.backends.mkl.is_available():
         starts = torch.cat([ends.new_zeros(1), ends]).int()
         shape = (columns.n_features, columns.n_rows)
@@ -142,7 +142,7 @@ def _add_weighted(
 def move_minimum(state: State, minimum: Tensor) -> None:
     """Make the pair sums relative to a new, lower minimum, in place.
 
-    ``state["n_images"]`` and ``state["embedding_sum"]`` must still be those of the images summed.
+    ``state["n_images"]`` and ``state["embedding_sum"]`` must still describe the images summed.
     """
     n_images = int(state["n_images"])
     if n_images:
@@ -153,7 +153,7 @@ def move_minimum(state: State, minimum: Tensor) -> None:
 
 
 def shift_powers(powers: Tensor, n_images: int, delta: Tensor) -> Tensor:
-    """Return the sums of (b + delta)^p, p = 1..4; ``powers`` ``[4, k]`` are those of b^p."""
+    """Return the sums of (b + delta)^p for p = 1..4 from ``powers`` ``[4, k]``, those of b^p."""
     if not bool(delta.any()):
         return powers
     with_zeroth = [torch.full_like(delta, n_images), *powers]
@@ -189,7 +189,7 @@ def merge_ranges(first: State, second: State) -> State:
 
 
 def merge_moments(first: State, second: State) -> State:
-    """Merge image sums, ranges and pair sums of two shards; changes neither."""
+    """Merge image sums, ranges and pair sums of two shards without changing either."""
     ranges = merge_ranges(first, second)
     moved = {**first, "powers": first["powers"].clone(), "weighted": first["weighted"].clone()}
     move_minimum(moved, ranges["minimum"])

@@ -58,13 +58,13 @@ class MonosemanticityResult(MetricResult):
             activations are shuffled over the images; exact, see ``_null.py``. NaN where undefined
             or where shuffling cannot change the score.
         n_effective: (sum w)^2 / sum w^2, the number of images that carry the score.
-        standard_error: jackknife over images, where it was asked for; NaN where leaving out one
-            image leaves the score undefined.
+        standard_error: jackknife standard error over images, None unless ``confidence`` was given;
+            NaN where leaving out one image leaves the score undefined.
         low: lower end of the interval, cut at -1.
         high: upper end of the interval, cut at 1.
-        n_images: images that entered.
-        n_excluded: images left out because their embedding has norm 0.
-        definition: which definition this is; scores of different definitions do not compare.
+        n_images: number of images in the scores.
+        n_excluded: number of images left out because their embedding has norm 0.
+        definition: definition of the score; scores of different definitions do not compare.
     """
 
     headline = ("mean_score", "median_score", "share_z_above_3", "n_dead", "n_constant", "n_rare")
@@ -84,12 +84,12 @@ class MonosemanticityResult(MetricResult):
 
     @property
     def reason_counts(self) -> dict[str, int]:
-        """Number of latents by reason, every reason present."""
+        """Return the number of latents by reason, every reason present."""
         counts = Counter(self.reason)
         return {reason: counts[reason] for reason in get_args(Reason)}
 
     def summary(self) -> dict[str, float | int]:
-        """Return mean and median over defined scores, and what was left out of them."""
+        """Return mean and median over defined scores, and the counts of the undefined ones."""
         counts = self.reason_counts
         defined = counts["ok"]
         return {
@@ -119,22 +119,22 @@ class Monosemanticity(StreamingMetric):
     The numerator is ``(|sum_n w e|^2 - sum_n w^2) / 2`` for unit embeddings ``e``, so sums over
     images are enough; they are kept in float64 and relative to the minimum. The work is one
     multiply-add per non-zero and embedding dimension, on the rows of the state that the batch's
-    non-zeros touch; larger batches spare memory traffic. Beside the state, ``n_features`` by
-    ``d_embed`` in float64, memory holds one batch.
+    non-zeros touch; larger batches need less memory traffic. Memory holds the state, ``n_features``
+    by ``d_embed`` in float64, and one batch.
 
     ``definition="top16"`` is the definition of VISAEBench: the same expression over the 16 images
     on which the latent is largest. Its weights are scaled by the range over all images
     (``top_range="dataset"``, what that benchmark computes) or over the 16 (``"top"``, which gives
     the 16th image weight 0). Equal activations are ranked in the order seen.
 
-    Edges: an image with a zero-norm embedding has no cosine: it is left out everywhere and counted.
-    NaN and infinity raise. A latent without a pair of positive weight is NaN with a reason.
+    An image whose embedding has norm 0 has no cosine: it is left out everywhere and counted. NaN
+    and infinity raise. A latent without a pair of positive weight scores NaN, with a reason.
 
     Args:
         n_features: number of latents, ``k``.
         d_embed: width of the embeddings.
-        definition: ``"all"`` or ``"top16"``.
-        top_range: range for the weights of ``"top16"``.
+        definition: ``"all"`` images or each latent's ``"top16"``.
+        top_range: images whose range scales the weights of ``"top16"``: ``"dataset"`` or ``"top"``.
 
     Example:
         >>> metric = Monosemanticity(n_features=2, d_embed=2)
@@ -179,7 +179,7 @@ class Monosemanticity(StreamingMetric):
 
         Args:
             latents: image-level latents ``[n, n_features]``, dense, sparse COO or sparse CSR.
-            embeddings: their embeddings ``[n, d_embed]`` by an outside encoder, of any norm but 0.
+            embeddings: the images' embeddings ``[n, d_embed]`` by an outside encoder, not all zero.
 
         Raises:
             ValueError: shapes disagree, or a value is NaN or infinite.
@@ -187,7 +187,7 @@ class Monosemanticity(StreamingMetric):
         self._add(*self._read(latents, embeddings))
 
     def _read(self, latents: Tensor, embeddings: Tensor) -> tuple[Latents, Tensor, int]:
-        """Check both, drop images whose embedding has norm 0, scale the others to norm 1."""
+        """Check both inputs, drop images whose embedding has norm 0, scale the others to norm 1."""
         columns = read_latents(latents.detach().to(self.device), n_features=self.n_features)
         n_rows = latents.shape[0]
         read = read_embeddings(embeddings.detach(), n_rows=n_rows, d_embed=self.d_embed)
@@ -242,10 +242,10 @@ class Monosemanticity(StreamingMetric):
         }
 
     def compute(self) -> MonosemanticityResult:
-        """Return the scores of all images seen, by all processes.
+        """Return the scores over all images seen, by all processes.
 
         Raises:
-            ValueError: fewer than two images with an embedding: there is no pair.
+            ValueError: fewer than two images have an embedding, so there is no pair.
         """
         return self._result(self.coupled_states(), error=None, confidence=None)
 
@@ -306,9 +306,10 @@ def monosemanticity(
         latents: image-level latents ``[n, k]``, dense, sparse COO or sparse CSR.
         embeddings: the images' embeddings ``[n, d]`` by an encoder other than the one studied.
         definition: ``"all"``, or ``"top16"`` for the 16 images on which each latent is largest.
-        top_range: for ``"top16"``: weights scaled by the range over the data set or over the 16.
-        confidence: coverage, such as 0.95, of a jackknife interval over images, which costs a
-            second pass over the non-zeros; only with ``definition="all"``.
+        top_range: for ``"top16"``: weights are scaled by the range over the ``"dataset"`` or the
+            ``"top"`` 16.
+        confidence: coverage, such as 0.95, of a jackknife interval over images; it costs a second
+            pass over the non-zeros and needs ``definition="all"``.
 
     Raises:
         ValueError: shapes disagree, fewer than two images, NaN or infinity, an unknown option.
@@ -353,11 +354,11 @@ def monosemanticity(
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows scaled to norm 1, float64, and which have a direction."""
+    """Return rows scaled to norm 1 in float64, and whether each has a direction."""
     unit = rows.to(torch.float64, copy=True)
     norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
     if bool(((norm < 1e-100) | (norm > 1e100)).any()):
-        # Squares of such entries leave the range of float64; the largest entry comes out first.
+        # Such entries' squares overflow or underflow float64, so divide by the largest entry first.
         largest = unit.abs().amax(dim=1, keepdim=True) if unit.numel() else norm
         unit /= torch.where(largest > 0, largest, 1.0)
         norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)

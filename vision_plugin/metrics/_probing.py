@@ -1,4 +1,4 @@
-"""Linear probes on few latents, and on reconstructions: how much of the classes is left?
+"""Linear probes on few latents and on reconstructions: how much do they tell of the classes?
 
 Both follow VISAEBench step by step, scikit-learn's estimators included, since a probe's accuracy
 depends on its split and solver.
@@ -51,9 +51,9 @@ class SparseProbingResult(MetricResult):
     Attributes:
         auc: area under accuracy over ``k`` (linear in ``k``), divided by the range of ``k``.
         accuracy: test accuracy by ``k``.
-        majority: share of the largest class in the test images, what no latent gives.
-        n_images: images seen.
-        n_classes: classes among them.
+        majority: share of the largest class in the test images, the accuracy without any latent.
+        n_images: number of images seen.
+        n_classes: number of classes among them.
     """
 
     headline = ("auc", "majority")
@@ -76,10 +76,10 @@ class SparseProbing(ImageCodes):
     Args:
         n_features: number of latents.
         k_values: numbers of latents to probe; those above ``n_features`` are skipped.
-        test_size: share of the images held out.
-        seed: of the split.
-        rank_on: images that choose the latents. VISAEBench ranks on ``"all"``, so the held-out
-            images have a say; ``"train"`` keeps them out.
+        test_size: share of the images held out for testing.
+        seed: seed of the split.
+        rank_on: images that choose the latents: ``"all"``, as in VISAEBench, where held-out images
+            have a say, or ``"train"``, which keeps them out.
     """
 
     higher_is_better = True
@@ -143,10 +143,10 @@ class DownstreamPreservationResult(MetricResult):
     Attributes:
         preservation: accuracy on reconstructions over accuracy on originals, cut to [0, 2]; 0 where
             the probe gets nothing right on the originals.
-        accuracy_original: on held-out originals.
-        accuracy_reconstructed: on the same images' reconstructions.
-        n_images: images seen.
-        n_sparse_classes: classes with fewer than five held-out images.
+        accuracy_original: accuracy on held-out originals.
+        accuracy_reconstructed: accuracy on the same images' reconstructions.
+        n_images: number of images seen.
+        n_sparse_classes: number of classes with fewer than five held-out images.
     """
 
     headline = ("preservation", "accuracy_original", "accuracy_reconstructed")
@@ -162,15 +162,14 @@ class DownstreamPreservation(StreamingMetric):
     """Does a linear probe trained on activations still work on reconstructions?
 
     Both are averaged over an image's patches; a logistic regression is fitted on the originals and
-    applied to both. VISAEBench's number. Its ratio rewards a weak probe; read it beside the two
-    accuracies.
+    applied to both, as in VISAEBench. The ratio rewards a weak probe: read the accuracies too.
 
     Args:
         d_in: width of the activations.
-        test_size: share of the images held out.
-        seed: of the split.
+        test_size: share of the images held out for testing.
+        seed: seed of the split.
         regularization: ``C`` of the logistic regression.
-        max_iter: of its solver.
+        max_iter: most iterations of its solver.
     """
 
     higher_is_better = True
@@ -201,8 +200,8 @@ class DownstreamPreservation(StreamingMetric):
         """Add images.
 
         Args:
-            activations: ``[n, patches, d_in]``, or ``[n, d_in]`` where already averaged.
-            reconstruction: of the same shape.
+            activations: ``[n, patches, d_in]``, or ``[n, d_in]`` if already averaged over patches.
+            reconstruction: reconstruction of ``activations``, of the same shape.
             labels: one integer class per image.
 
         Raises:
@@ -255,7 +254,7 @@ class DownstreamPreservation(StreamingMetric):
 
 
 def check_classes(labels: Array) -> None:
-    """Raise ``ValueError`` when there is nothing to tell apart."""
+    """Raise ``ValueError`` when the labels hold fewer than two classes."""
     found = np.unique(labels)
     if len(found) < 2:
         raise ValueError(
@@ -286,7 +285,7 @@ def probe_accuracy(columns: Array, labels: Array, train: Array, test: Array, see
 
 
 def fit_quietly(probe: Any, columns: Array, labels: Array) -> None:
-    """Fit, without a warning per probe that the solver stopped at its limit."""
+    """Fit a probe without warning that the solver stopped at its limit."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():

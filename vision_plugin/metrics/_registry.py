@@ -5,18 +5,17 @@ A package lists its metric classes under the entry-point group ``vision_plugin.m
     [project.entry-points."vision_plugin.metrics"]
     my_metric = "my_package.metrics:MyMetric"
 
-A metric is a ``torchmetrics.Metric``. It says what it needs by the names of its parameters, and
-leaves out what it does not need. Whoever runs it (``vision-plugin eval``, an evaluator during
-training, :class:`MetricSet`) matches those names. The constructor's come from what is known before
-the data:
+A metric is a ``torchmetrics.Metric``. The names of its parameters say what it needs. Whoever runs
+it (``vision-plugin eval``, an evaluator during training, :class:`MetricSet`) passes values of those
+names. The constructor's parameters take what is known before the data:
 
     n_features, d_in, d_embed    latents, width of the activations, width of the embeddings
     grid_size, token_kinds       rows and columns of patches; kind of each token of an image
-    model, sae, tokens           what is under study, and the kind of token
+    model, sae, tokens           the model and SAE under study, and the kind of token
     text_embeddings, concepts    a vocabulary; class_names: the classes behind the labels
     taxonomy_paths, groups, sibling_groups, domains, n_concepts
 
-and those of ``update`` from each batch of ``n`` images:
+and the parameters of ``update`` take entries of each batch of ``n`` images:
 
     latents                      image-level ``[n, n_features]``; see below
     activations, reconstruction  ``[n, tokens, d_in]``
@@ -25,16 +24,16 @@ and those of ``update`` from each batch of ``n`` images:
     logits, spliced_logits, ablated_logits    zero-shot, ``[n, classes]``
     decoder, other               directions of two dictionaries, without any image
 
-A class that wants its latents before they are reduced to one row per image says so by a class
-attribute: ``latents_per = "token"`` for ``[n, tokens, n_features]`` or ``latents_per = "patch"``
-for ``[n, patches, n_features]``, patches alone. Batches carry these as ``token_latents`` and
+A class that wants latents before they are reduced to one row per image sets a class attribute:
+``latents_per = "token"`` for ``[n, tokens, n_features]`` or ``latents_per = "patch"`` for
+``[n, patches, n_features]``, patches alone. Batches carry these as ``token_latents`` and
 ``patch_latents``.
 
-A class whose ``update`` also takes latents as a sparse COO matrix says ``sparse_latents = True``.
-Where the dictionary gives them so, it gets ``[n, n_features]`` for images, and for tokens or
-patches ``[n * tokens, n_features]``, image by image; a wide dictionary is then scored without dense
-latents. Batches carry these as ``sparse_latents``, ``sparse_token_latents`` and
-``sparse_patch_latents``, beside the dense ones, which are made for those that ask for them.
+A class whose ``update`` also takes sparse COO latents sets ``sparse_latents = True``. Where the
+dictionary gives sparse latents, it gets ``[n, n_features]`` for images, and
+``[n * tokens, n_features]`` for tokens or patches, image by image: wide dictionaries are scored
+without dense latents. Batches carry these as ``sparse_latents``, ``sparse_token_latents`` and
+``sparse_patch_latents``; dense latents are made only for metrics that ask for them.
 
 ``compute`` returns a :class:`MetricResult`, a mapping of numbers, a number, or a tensor with an
 entry per latent.
@@ -64,10 +63,10 @@ class MetricInfo:
     """One registered metric.
 
     Attributes:
-        name: what :func:`get` takes.
-        target: ``module:Class``.
-        package: the distribution that registered it, and its version.
-        error: why it cannot be used, None when it can.
+        name: name that :func:`get` takes.
+        target: where the class is, as ``module:Class``.
+        package: name and version of the distribution that registered it.
+        error: why it cannot be used; None when it can.
     """
 
     name: str
@@ -108,7 +107,7 @@ def get(name: str) -> type[Metric]:
     points = _points()
     if name not in points:
         near = difflib.get_close_matches(name, points, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is near;"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is near;"
         raise ValueError(f"no metric is named {name!r}: {hint} installed are {sorted(points)}")
     metric, error = _load(name, points[name])
     if metric is None:
@@ -117,7 +116,7 @@ def get(name: str) -> type[Metric]:
 
 
 def build(metric: str | type[Metric], known: Mapping[str, Any]) -> Metric:
-    """Construct a metric from whatever its constructor names.
+    """Return a metric, built from the known values that its constructor names.
 
     Args:
         metric: a registered name, or a class.
@@ -132,10 +131,10 @@ def build(metric: str | type[Metric], known: Mapping[str, Any]) -> Metric:
 
 
 def feed(metric: Any, batch: Mapping[str, Any]) -> None:
-    """Update a metric with whatever its ``update`` names.
+    """Update a metric with the entries of a batch that its ``update`` names.
 
     Args:
-        metric: any metric, or whatever else has an ``update``.
+        metric: any object with an ``update``.
         batch: values by name; those that ``update`` does not name are ignored.
 
     Raises:
@@ -150,7 +149,7 @@ def feed(metric: Any, batch: Mapping[str, Any]) -> None:
 
 
 def needs(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what a metric cannot do without: parameters of its constructor, entries of a batch.
+    """Return the names a metric requires: parameters of its constructor, entries of a batch.
 
     Args:
         metric: a registered name, or a class.
@@ -162,7 +161,7 @@ def needs(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def takes(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return all that a metric makes use of, what it can do without included; see :func:`needs`."""
+    """Return the names a metric uses, required and optional, in the form of :func:`needs`."""
     metric = get(metric) if isinstance(metric, str) else metric
     names = _batch_names(metric)
     used = tuple(names.get(item.name, item.name) for item in _parameters(metric.update))
@@ -170,7 +169,7 @@ def takes(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _batch_names(metric: type[Any]) -> dict[str, str]:
-    """Which entry of a batch stands for a parameter of another name."""
+    """Return the batch entries that are passed to parameters of another name."""
     level = getattr(metric, "latents_per", "image")
     levels = {"image": {}, "token": {"latents": "token_latents"}}
     levels["patch"] = {"latents": "patch_latents"}
@@ -232,6 +231,6 @@ def _arguments(
         names.get(name, name) for name in _required(function) if names.get(name, name) not in known
     ]
     if missing:
-        raise ValueError(f"{who} needs {missing}, and only {sorted(known)} are at hand")
+        raise ValueError(f"{who} needs {missing}, but was given only {sorted(known)}")
     pairs = ((item.name, names.get(item.name, item.name)) for item in _parameters(function))
     return {name: known[source] for name, source in pairs if source in known}

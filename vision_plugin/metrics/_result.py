@@ -1,4 +1,4 @@
-"""What every metric returns: a frozen record that a person and a JSON file can both read."""
+"""The result of every metric: a frozen record that a person and a JSON file can both read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 __all__ = ["MetricResult", "headline_of", "summary_of", "to_json"]
 
 RARE_BELOW = 10
-"""A feature that fires, but on fewer images (or tokens) than this, is counted as rare."""
+"""A latent that fires, but on fewer images (or tokens) than this, counts as rare."""
 
 
 class MetricResult:
     """Base of the result records. Subclasses are frozen dataclasses.
 
-    A subclass says what a table shows by overriding :meth:`summary`, and may name in ``headline``
-    the few of those numbers that stand for the rest. NaN stands for "undefined" in tensors and
-    summaries; how many entries are undefined is always reported beside it.
+    A subclass chooses the numbers of a table by overriding :meth:`summary`, and may name in
+    ``headline`` the most important of them. NaN stands for "undefined" in tensors and summaries;
+    the number of undefined entries is always reported beside it.
     """
 
     headline: ClassVar[tuple[str, ...]] = ()
@@ -41,13 +41,13 @@ class MetricResult:
 
 
 def summary_of(result: Any) -> dict[str, float | int]:
-    """Return the scalars of whatever a metric computed: a record, a mapping, a number, a tensor.
+    """Return the scalars of a metric's result: a record, a mapping, a number or a tensor.
 
-    A tensor with an entry per latent is summarised by ``mean_score`` over the entries that are not
-    NaN and ``n_undefined``.
+    A tensor with an entry per latent gives ``mean_score`` over the entries that are not NaN, and
+    ``n_undefined``.
 
     Raises:
-        TypeError: there is no number in it.
+        TypeError: the result holds no number.
     """
     if isinstance(result, MetricResult):
         return result.summary()
@@ -62,7 +62,7 @@ def summary_of(result: Any) -> dict[str, float | int]:
         found = {} if number is None else {"value": number}
     if not found:
         raise TypeError(
-            f"a metric returned {type(result).__name__}, in which there is no number: return a "
+            f"a metric returned {type(result).__name__}, which holds no number: return a "
             "MetricResult, a mapping of numbers, a number or a tensor"
         )
     return found
@@ -82,7 +82,7 @@ def _number(value: Any) -> float | int | None:
 
 
 def to_json(value: Any) -> Any:
-    """Turn tensors, tuples, mappings and records into what strict JSON can hold."""
+    """Return tensors, tuples, mappings and records as types that strict JSON can hold."""
     if isinstance(value, MetricResult):
         return value.to_dict()
     if isinstance(value, Tensor):

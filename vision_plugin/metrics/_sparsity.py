@@ -1,4 +1,4 @@
-"""Sparsity: how many latents fire, on which tokens, and how often each of them does."""
+"""Sparsity: how many latents fire, on which tokens, and how often each latent fires."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class SparsityResult(MetricResult):
 
     Attributes:
         l0: mean number of latents that are not zero, over all tokens.
-        l0_by_kind: the same over the tokens of one kind (``cls``, ``patch``, ``register``).
-        l0_by_position: the same over the tokens at one place in the sequence, ``[n_positions]``.
+        l0_by_kind: that mean over the tokens of one kind (``cls``, ``patch``, ``register``).
+        l0_by_position: that mean over the tokens at one place in the sequence, ``[n_positions]``.
         frequency: share of the tokens on which each latent fires.
-        n_active: number of those tokens.
-        histogram: latents per bin of log10 frequency; dead latents are in none, and the first bin
-            holds everything rarer.
+        n_active: number of tokens on which each latent fires.
+        histogram: latents per bin of log10 frequency. Dead latents are in none; the first bin also
+            holds all lower frequencies.
         histogram_edges: the edges of the bins.
-        n_dead: latents that never fire.
-        n_rare: latents that fire on fewer than ten tokens, but on some.
-        n_dense: latents with a frequency above ``dense_above``.
-        n_tokens: tokens seen.
+        n_dead: number of latents that never fire.
+        n_rare: number of latents that fire, but on fewer than ten tokens.
+        n_dense: number of latents with a frequency above ``dense_above``.
+        n_tokens: number of tokens seen.
     """
 
     headline = ("l0", "n_dead", "n_rare", "n_dense")
@@ -58,7 +58,7 @@ class SparsityResult(MetricResult):
 
     @property
     def score(self) -> Float[Tensor, " k"]:
-        """The firing frequency."""
+        """Return the firing frequency of each latent."""
         return self.frequency
 
     def summary(self) -> dict[str, float | int]:
@@ -73,7 +73,7 @@ class Sparsity(StreamingMetric):
     Args:
         n_features: number of latents.
         token_kinds: kind of each token of an image, in order, such as ``("cls", "patch", ...)``;
-            by default rows are tokens of one unnamed kind.
+                by default all tokens have one unnamed kind.
         dense_above: frequency above which a latent is counted as dense.
     """
 
@@ -96,7 +96,7 @@ class Sparsity(StreamingMetric):
         super().__init__(**kwargs)
         if n_features < 1 or (token_kinds is not None and not token_kinds):
             raise ValueError(
-                f"n_features={n_features} must be at least 1, and token_kinds must name a token"
+                f"n_features={n_features} must be at least 1, and token_kinds= must name a token"
             )
         self.n_features, self.dense_above = n_features, dense_above
         self.token_kinds = None if token_kinds is None else tuple(token_kinds)
@@ -118,7 +118,7 @@ class Sparsity(StreamingMetric):
         if latents.ndim == 3:
             if self.token_kinds is not None and latents.shape[1] != self.n_positions:
                 raise ValueError(
-                    f"latents have {latents.shape[1]} tokens per image, and token_kinds names "
+                    f"latents have {latents.shape[1]} tokens per image, but token_kinds= names "
                     f"{self.n_positions}"
                 )
             latents = latents.flatten(0, 1)
@@ -139,7 +139,7 @@ class Sparsity(StreamingMetric):
         self.n_images += n_rows // self.n_positions
 
     def compute(self) -> SparsityResult:
-        """Return the firing of all tokens seen, by all processes.
+        """Return the sparsity over all tokens seen, by all processes.
 
         Raises:
             ValueError: no token was seen.
@@ -147,7 +147,7 @@ class Sparsity(StreamingMetric):
         n_images, n_active = int(self.n_images), self.n_active.clone()
         n_tokens = n_images * self.n_positions
         if n_tokens == 0:
-            raise ValueError("sparsity is a mean over tokens, and none was seen; update first")
+            raise ValueError("sparsity is a mean over tokens, and none was seen; call update first")
         fired_at = self.fired_at
         by_kind: Counter[str] = Counter()
         for kind, fired in zip(self.token_kinds or (), fired_at.tolist(), strict=False):
@@ -183,8 +183,8 @@ def l0_map(result: SparsityResult, token_kinds: Sequence[str], grid: tuple[int, 
     """Return the mean L0 of each patch as an image, ``[height, width]``.
 
     Args:
-        result: of a :class:`Sparsity` with ``token_kinds``.
-        token_kinds: the same kinds.
+        result: result of a :class:`Sparsity` built with ``token_kinds``.
+        token_kinds: kind of each token of an image, as given to it.
         grid: rows and columns of patches.
 
     Raises:

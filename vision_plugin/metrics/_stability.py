@@ -1,4 +1,4 @@
-"""Stability: do two dictionaries, from two seeds say, hold the same directions?"""
+"""Stability: do two dictionaries, say from two seeds, hold the same directions?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Stability", "StabilityResult", "stability"]
 
 ROWS_AT_ONCE = 2**12
 LARGEST_ASSIGNMENT = 2**13
-"""Above this many directions the assignment takes minutes: it is cubic."""
+"""Most directions that are assigned by default: the time is cubic, minutes above this."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class StabilityResult(MetricResult):
     """Match of the decoder directions of a first dictionary with those of a second.
 
     Attributes:
-        max_cosine: of each direction of the first with its nearest of the second; several
+        max_cosine: cosine of each direction of the first with its nearest of the second; several
             directions may share one. NaN for a direction of norm 0.
-        max_cosine_back: the same for the second's directions.
-        matched_cosine: cosine with the partner in the best one-to-one assignment (Hungarian), NaN
-            for those left without a partner; None where no assignment was asked for.
-        n_zero: directions of norm 0, left out of both.
+        max_cosine_back: cosine of each direction of the second with its nearest of the first.
+        matched_cosine: cosine with the partner in the best one-to-one assignment (Hungarian); NaN
+            without a partner, None where no assignment was asked for.
+        n_zero: number of directions of norm 0, left out of both.
     """
 
     headline = ("mean_max_cosine", "mean_matched_cosine", "share_above_0.9")
@@ -65,13 +65,13 @@ def stability(
 ) -> StabilityResult:
     """Match the decoder directions of two SAEs by cosine.
 
-    What chance gives is ``stability(decoder, random_dictionary(...).W_dec)``.
+    ``stability(decoder, random_dictionary(...).W_dec)`` gives the level of chance.
 
     Args:
-        decoder: rows ``[k1, d]`` of the first SAE's ``W_dec``.
-        other: rows ``[k2, d]`` of the second's.
+        decoder: the first SAE's ``W_dec``, ``[k1, d]``.
+        other: the second SAE's ``W_dec``, ``[k2, d]``.
         assign: whether to solve the one-to-one assignment, cubic in the number of directions; by
-            default up to 8,192 of them.
+            default only up to 8,192 of them.
 
     Raises:
         ValueError: widths differ, there is no direction, or a value is NaN or infinite.

@@ -32,7 +32,7 @@ STRENGTHS = (-20.0, -5.0, 0.0, 5.0, 10.0, 20.0, 50.0, 150.0)
 """Strengths of the curves (arXiv 2504.08729)."""
 
 _GROUP_ELEMENTS = 2**27
-"""Changes held at once where they are not kept (512 MiB)."""
+"""Most changes held at once where they are not kept (512 MiB)."""
 
 
 class Steerability(StreamingMetric):
@@ -45,21 +45,21 @@ class Steerability(StreamingMetric):
         delta_c = mean over images of (p~_c - p_c),    score = sum_c delta_c^2
 
     The model below the hook runs once per image, the rest once per latent and image in batches.
-    After the last block of a tower that looks at its class token only, nothing is run: the answer
-    has a closed form. The change of each concept's probability is summed per latent, so states
-    merge by addition; they take ``4 * latents * concepts`` bytes.
+    After the last block of a tower that reads its class token only, a closed form replaces the run.
+    The change of each concept's probability is summed per latent, so states merge by addition; they
+    take ``4 * latents * concepts`` bytes.
 
     Args:
         model: A VisionBridge with a text space.
         sae: An SAE of SAELens, a transcoder, or a dictionary such as
             ``neuron_dictionary(768).at(hook_name)``, whose metadata names a hook of the model.
-        text_embeddings: One embedding per concept, ``[c, d_embed]``, of any norm but 0.
+        text_embeddings: One embedding per concept, ``[c, d_embed]``, none of norm 0.
         **options: The fields of :class:`SteerabilityOptions`, and arguments of
             ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: the SAE does not fit the model, a latent is out of range or given twice, text
-            embeddings are zero, NaN or infinite, an option is unknown.
+        ValueError: the SAE does not fit the model, a latent is out of range or given twice, a text
+            embedding is zero, NaN or infinite, or an option is unknown.
     """
 
     higher_is_better = True
@@ -86,7 +86,7 @@ class Steerability(StreamingMetric):
         """Steer every latent on more images.
 
         Args:
-            pixels: prepared as the model wants them, see ``model.preprocess``.
+            pixels: images prepared by ``model.preprocess``.
 
         Raises:
             ValueError: no image, or NaN or infinity in the pixels or in the model's answer.
@@ -102,7 +102,7 @@ class Steerability(StreamingMetric):
         """Add the sums of other images.
 
         Raises:
-            ValueError: the other metric steers other latents, or to another strength.
+            ValueError: the other metric steers other latents, or with other options.
         """
         if isinstance(incoming_state, Steerability):
             mine, theirs = self.scoring, incoming_state.scoring
@@ -113,7 +113,7 @@ class Steerability(StreamingMetric):
                         f"one with {name}={getattr(mine, name)!r}"
                     )
             if not torch.equal(mine.latents, theirs.latents):
-                raise ValueError("cannot merge the steerability of other latents than these")
+                raise ValueError("cannot merge Steerability metrics of different latents")
         super().merge_state(incoming_state)
 
     def compute(self) -> SteerabilityResult:
@@ -124,7 +124,7 @@ class Steerability(StreamingMetric):
         """
         n_images = int(self.n_images)
         if n_images == 0:
-            raise ValueError("no images were seen: update with pixels before compute")
+            raise ValueError("no images were seen: call update with pixels before compute")
         return self.scoring.result(self.total / n_images, self.steering.texts, n_images)
 
 
@@ -144,12 +144,12 @@ def steerability(
     Args:
         model: A VisionBridge with a text space.
         sae: An SAE, a transcoder or a dictionary at one of the model's hooks.
-        pixels: ``[n, channels, height, width]``, see ``model.preprocess``.
-        text_embeddings: ``[c, d_embed]``.
-        keep_delta: Keep the changes ``[k, c]``; without them memory stays bounded.
-        adaptive: Steer every latent on a few images first and go on only with those that could
-            still pass the threshold. The others keep the estimate at which they were given up; the
-            result's ``n_seen`` tells which. A :class:`Screening` sets how it is done.
+        pixels: Images ``[n, channels, height, width]``, prepared by ``model.preprocess``.
+        text_embeddings: One embedding per concept, ``[c, d_embed]``.
+        keep_delta: Whether to keep the changes ``[k, c]``; without them memory stays bounded.
+        adaptive: Whether to steer every latent on a few images first and continue only with those
+            that could still pass the threshold. The others keep the estimate of the images seen,
+            counted in the result's ``n_seen``. A :class:`Screening` sets stages and margin.
         **options: The fields of :class:`SteerabilityOptions`.
 
     Raises:
@@ -192,17 +192,17 @@ def steerability_curve(
     Args:
         model: A VisionBridge with a text space.
         sae: An SAE, a transcoder or a dictionary at one of the model's hooks.
-        pixels: ``[n, channels, height, width]``, see ``model.preprocess``.
-        text_embeddings: ``[c, d_embed]``.
-        strengths: What latents are set to, one value after the other, in place of ``strength``.
-        keep_delta: Keep the changes; at many strengths they take much memory.
+        pixels: Images ``[n, channels, height, width]``, prepared by ``model.preprocess``.
+        text_embeddings: One embedding per concept, ``[c, d_embed]``.
+        strengths: Values that each latent is set to, one after the other, in place of ``strength``.
+        keep_delta: Whether to keep the changes; at many strengths they take much memory.
         **options: The fields of :class:`SteerabilityOptions`.
 
     Raises:
-        ValueError: there are no strengths, or as :class:`Steerability` raises it.
+        ValueError: there are no strengths, or :class:`Steerability` would raise.
     """
     if not strengths:
-        raise ValueError("strengths is empty: name at least one")
+        raise ValueError("strengths= is empty: name at least one")
     every = [SteerabilityOptions(**{**options, "strength": strength}) for strength in strengths]
     steering, scoring = every[0].open(model, sae, text_embeddings)
     batches = list(steering.prepare(pixels))

@@ -1,4 +1,4 @@
-"""The options of steerability, written once: checked here, and made into results."""
+"""The options of steerability: their checks, and the results they lead to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Steering
 
 STRENGTH = 150.0
-"""What latents are set to for scoring (arXiv 2504.08729)."""
+"""Value that latents are set to for scoring (arXiv 2504.08729)."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -31,18 +31,18 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True, kw_only=True)
 class SteerabilityOptions:
-    """What to steer, and how the outcome is judged.
+    """What to steer, and how to score the outcome.
 
     Raises:
         ValueError: a number is not finite, or the definition is unknown.
     """
 
     strength: float = STRENGTH
-    """What each latent is set to, in units of the dictionary's latents."""
+    """Value that each latent is set to, in units of the dictionary's latents."""
     latents: Iterable[int] | Tensor | None = None
-    """Which latents to steer; None steers all of them."""
+    """Latents to steer; None steers all of them."""
     tokens: str = "all"
-    """Which tokens to steer: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``."""
+    """Tokens to steer: ``"cls"``, ``"patch"``, ``"register"`` or ``"all"``."""
     concepts: Sequence[str] | None = None
     """Names of the concepts, one per text embedding."""
     definition: Definition = "sum"
@@ -50,11 +50,11 @@ class SteerabilityOptions:
     threshold: float = THRESHOLD
     """Sum of squared changes above which a latent is steerable, under either definition."""
     scale: float | None = None
-    """What cosine similarities are multiplied by; None takes the model's own scale."""
+    """Factor of the cosine similarities; None takes the model's own scale."""
     batch_size: int = 64
     """Sequences per forward pass."""
     closed_form: bool = True
-    """Use the closed form behind the last block where it applies; False runs the model's head."""
+    """Whether to use the closed form behind the last block where it applies."""
 
     def __post_init__(self) -> None:
         if self.definition not in get_args(Definition):
@@ -68,7 +68,7 @@ class SteerabilityOptions:
     def open(
         self, model: Any, sae: Dictionary, text_embeddings: Tensor
     ) -> tuple[Steering, Scoring]:
-        """Return what steers, and what scores the outcome.
+        """Return the object that steers and the object that scores the outcome.
 
         Raises:
             ValueError: a latent is out of range or given twice, there are no latents, there is not
@@ -76,7 +76,7 @@ class SteerabilityOptions:
         """
         if self.concepts is not None and len(self.concepts) != len(text_embeddings):
             raise ValueError(
-                f"there are {len(self.concepts)} concept names and {len(text_embeddings)} text "
+                f"concepts= has {len(self.concepts)} names for {len(text_embeddings)} text "
                 "embeddings; row i of text_embeddings must be the embedding of concepts[i]"
             )
         scoring = Scoring(
@@ -117,7 +117,7 @@ def takes_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which latents were set to what, and how the outcome is judged."""
+    """The latents, the value they were set to, and how the outcome is scored."""
 
     latents: Tensor
     strength: float
@@ -138,11 +138,11 @@ class Scoring:
         """Score mean changes ``[k, c]``.
 
         Args:
-            delta: the changes.
-            texts: unit text embeddings.
-            n_images: images there were.
-            n_seen: images behind each latent; all of them by default.
-            estimate: the sum of squares, for latents that did not see every image.
+            delta: mean change of each concept's probability, ``[k, c]``.
+            texts: unit text embeddings, ``[c, d_embed]``.
+            n_images: number of images.
+            n_seen: number of images behind each latent, ``[k]``; all of them by default.
+            estimate: sum of squares ``[k]``, used for latents that did not see every image.
         """
         scores = score_changes(delta, texts.to(delta.device))
         if n_seen is None:
@@ -172,10 +172,10 @@ def _read_latents(latents: Iterable[int] | Tensor | None, d_sae: int) -> Tensor:
         return torch.arange(d_sae)
     index = latents if isinstance(latents, Tensor) else torch.tensor(list(latents))
     if index.numel() == 0:
-        raise ValueError("latents is empty: name at least one, or leave it out for all of them")
+        raise ValueError("latents= is empty: name at least one, or leave it out for all of them")
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
-            f"latents must be a list of whole numbers, got {index.dtype} of shape "
+            f"latents= must be a list of whole numbers, got {index.dtype} of shape "
             f"{list(index.shape)}"
         )
     index = index.detach().cpu().long()
@@ -183,5 +183,5 @@ def _read_latents(latents: Iterable[int] | Tensor | None, d_sae: int) -> Tensor:
     if len(outside):
         raise ValueError(f"latent {int(outside[0])} is out of range: there are {d_sae}, from 0")
     if len(index.unique()) < len(index):
-        raise ValueError("latents names a latent twice; each may be given once")
+        raise ValueError("latents= names a latent twice; give each one once")
     return index.clone()

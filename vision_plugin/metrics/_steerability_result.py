@@ -1,4 +1,4 @@
-"""What steering each latent did to the probabilities of the concepts, as numbers per latent."""
+"""Results of steering: numbers per latent from the changes of the concepts' probabilities."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class SteerabilityResult(MetricResult):
         steerable: whether the *sum* of ``delta ** 2`` exceeds ``threshold``, whatever the
             definition of the score.
         coverage: number of distinct top concepts among the steerable latents.
-        latents: which latents these are.
-        strength: what they were set to.
+        latents: numbers of these latents.
+        strength: value that they were set to.
         definition: ``"sum"`` (the authors' code) or ``"mean"`` over concepts; scores of different
             definitions do not compare.
-        threshold: of ``steerable``.
+        threshold: sum of ``delta ** 2`` above which a latent is steerable.
         tokens: kind of token that was steered.
-        n_images: images there were.
-        n_seen: images each latent was steered on: fewer than ``n_images`` where screening gave it
-            up. Such a latent is not steerable; its score is an estimate without bias for all
-            images (not the sum of squares of its ``delta``), and its other numbers are those of
-            the images seen.
+        n_images: number of images.
+        n_seen: number of images each latent was steered on, fewer than ``n_images`` where screening
+            dropped it. Such a latent is not steerable; its score is an unbiased estimate for all
+            images (not the sum of squares of its ``delta``), and its other numbers describe the
+            images seen.
         concepts: names of the concepts, where they were given.
     """
 
@@ -73,7 +73,7 @@ class SteerabilityResult(MetricResult):
 
     @property
     def directional(self) -> Float[Tensor, "k c"]:
-        """Signed squares ``delta * |delta|``: which concepts a latent raises and which it lowers.
+        """Return signed squares ``delta * |delta|``: above 0 for concepts that a latent raises.
 
         Raises:
             ValueError: the changes were not kept.
@@ -84,7 +84,7 @@ class SteerabilityResult(MetricResult):
 
     @property
     def top_names(self) -> tuple[str | None, ...]:
-        """Name of each latent's top concept; None for a latent that moves nothing.
+        """Return the name of each latent's top concept; None for a latent that moves nothing.
 
         Raises:
             ValueError: the concepts have no names.
@@ -116,24 +116,24 @@ class SteerabilityResult(MetricResult):
 
 @dataclass(frozen=True)
 class SteerabilityCurve(MetricResult):
-    """Steerability at several strengths; ``results[j]`` is that at ``strengths[j]``."""
+    """Steerability at several strengths; ``results[j]`` belongs to ``strengths[j]``."""
 
     strengths: tuple[float, ...]
     results: tuple[SteerabilityResult, ...]
 
     @property
     def score(self) -> Float[Tensor, "strengths k"]:
-        """The score at each strength."""
+        """Return the score at each strength."""
         return torch.stack([result.score for result in self.results])
 
     @property
     def power(self) -> Float[Tensor, "strengths k"]:
-        """The power at each strength."""
+        """Return the power at each strength."""
         return torch.stack([result.power for result in self.results])
 
     @property
     def coverage(self) -> tuple[int, ...]:
-        """The coverage at each strength."""
+        """Return the coverage at each strength."""
         return tuple(result.coverage for result in self.results)
 
     def summary(self) -> dict[str, float | int]:
@@ -147,7 +147,7 @@ class SteerabilityCurve(MetricResult):
 
 @dataclass(frozen=True)
 class Scores:
-    """Numbers per latent that come from its changes alone, float64."""
+    """Numbers per latent that follow from its changes alone, float64."""
 
     sum_of_squares: Tensor
     power: Tensor
@@ -156,7 +156,7 @@ class Scores:
 
 
 def score_changes(delta: Tensor, texts: Tensor) -> Scores:
-    """Reduce the mean changes ``[k, c]``, with unit text embeddings ``[c, d]``."""
+    """Return the scores of mean changes ``[k, c]``, given unit text embeddings ``[c, d]``."""
     texts = texts.double()
     centre = torch.nn.functional.normalize(texts.sum(0), dim=0)
     step = max(1, _CHUNK_ELEMENTS // delta.shape[1])
@@ -191,7 +191,7 @@ def assemble(
     n_seen: Tensor,
     concepts: tuple[str, ...] | None,
 ) -> SteerabilityResult:
-    """Make the result from the numbers per latent."""
+    """Return the result made of the numbers per latent."""
     score = scores.sum_of_squares / (n_concepts if definition == "mean" else 1)
     steerable = finished & (scores.sum_of_squares > threshold)
     moved = scores.top_concept >= 0
@@ -217,7 +217,7 @@ def assemble(
 
 
 def join(parts: Sequence[SteerabilityResult]) -> SteerabilityResult:
-    """Put results for several groups of latents together."""
+    """Return the results of several groups of latents as one."""
     if len(parts) == 1:
         return parts[0]
 

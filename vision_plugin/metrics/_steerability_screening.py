@@ -1,15 +1,15 @@
 """Adaptive steerability: every latent on a few images, the rest only for those still in doubt.
 
 With ``v_i`` the change of all concepts' probabilities on image ``i``, the score on ``m`` of ``N``
-images drawn without replacement is on average too large by the images' spread, so that
+images drawn without replacement is on average too large, because of the images' spread, so that
 
     |delta_m|^2 - V (1/m - 1/N),    V = sum_i |v_i - delta_m|^2 / (m - 1)
 
 estimates the score on all ``N`` without bias. Its standard deviation is, to first order (the
 projection of a U-statistic, Hoeffding 1948), ``2 sqrt(Var(h) (1/m - 1/N))`` with ``h_i`` the mean
-inner product of ``v_i`` with the other images' changes. A latent is given up where the estimate and
-``margin`` standard deviations together do not exceed the threshold. The number of images grows from
-stage to stage; every image is run below the hook once.
+inner product of ``v_i`` with the other images' changes. A latent is dropped where the estimate plus
+``margin`` standard deviations does not exceed the threshold. The number of images grows from stage
+to stage; every image is run below the hook once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Screening:
-    """How an adaptive run gives latents up.
+    """How an adaptive run drops latents.
 
     Attributes:
-        first: images every latent is steered on; at least 3.
+        first: number of images that every latent is steered on; at least 3.
         growth: factor from one stage's number of images to the next.
-        margin: standard deviations between a latent's estimate and the threshold that are needed
-            to give it up; larger is slower and misses fewer.
-        seed: draws the order of the images.
+        margin: standard deviations by which a latent's estimate must lie below the threshold for it
+            to be dropped; a larger margin is slower and misses fewer latents.
+        seed: seed of the order of the images.
     """
 
     first: int = 12
@@ -49,12 +49,12 @@ class Screening:
         if self.first < 3:
             raise ValueError(f"first={self.first}: the spread over images needs at least 3 images")
         if self.growth <= 1:
-            raise ValueError(f"growth={self.growth} must exceed 1, or no stage would be the last")
+            raise ValueError(f"growth={self.growth} must exceed 1, so that the stages end")
         if self.margin < 0:
             raise ValueError(f"margin={self.margin} must not be negative")
 
     def stages(self, n_images: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of images, growing until all are in."""
+        """Yield growing ranges of images until all are in one."""
         start, stop = 0, min(self.first, n_images)
         while start < n_images:
             yield start, stop
@@ -63,12 +63,12 @@ class Screening:
 
 @dataclass(frozen=True)
 class Screened:
-    """What is known of each latent.
+    """What screening found out about each latent.
 
     Attributes:
         delta: mean changes over the images seen, ``[k, c]``.
-        n_seen: number of those images, ``[k]``.
-        score: estimate, without bias, of the sum of squares over all images, ``[k]``, float64.
+        n_seen: number of images seen, ``[k]``.
+        score: unbiased estimate of the sum of squares over all images, ``[k]``, float64.
     """
 
     delta: Tensor
@@ -85,7 +85,7 @@ def screen(
     threshold: float,
     screening: Screening,
 ) -> Screened:
-    """Steer every latent on as many images as its case needs."""
+    """Steer every latent on as many images as it takes to decide on it."""
     n_images = len(pixels)
     generator = torch.Generator().manual_seed(screening.seed)
     order = torch.randperm(n_images, generator=generator)
@@ -131,7 +131,7 @@ class _Sums:
         self.n_seen[latents] += shift.n_images
 
     def upper_bound(self, latents: Tensor, n_images: int, margin: float) -> Tensor:
-        """What the score on all images could still come to."""
+        """Return ``margin`` standard deviations above the estimate of the score on all images."""
         seen = self.n_seen[latents].double()
         chosen = self.total[latents.to(self.total.device)].double()
         score = chosen.square().sum(1).cpu() / seen.square()

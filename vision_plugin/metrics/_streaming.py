@@ -1,8 +1,8 @@
 """Base of the metrics whose states can only be merged together.
 
-torchmetrics merges each state on its own (sum, min, max, cat). Sums taken relative to a running
-minimum, or image numbers counted from a shard's first image, need the other states to be merged
-right. Such metrics give one pure function that merges two sets of states, and this base applies it
+torchmetrics merges each state on its own (sum, min, max, cat). Sums relative to a running minimum,
+or image numbers counted from a shard's first image, can only be merged with the other states at
+hand. Such metrics give one pure function that merges two sets of states, and this base applies it
 everywhere torchmetrics merges: ``forward``, ``merge_state`` and the sync between processes.
 """
 
@@ -45,8 +45,8 @@ class StreamingMetric(Metric):
         torchmetrics keeps the default beside the state. A default that repeats one number is kept
         as that number, which halves the memory of a large state.
         """
-        # Cloned, since a copy of a view is a copy of everything that it looks into; and set after
-        # add_state, which would write the repetitions out.
+        # Cloned, since copying a view copies all of its storage. Set after add_state, which would
+        # write the repetitions out.
         constant = default.flatten()[:1].clone()
         repeats = default.numel() > 1 and bool((default.amin() == default.amax()).item())
         self.add_state(name, default=constant if repeats else default, dist_reduce_fx=None)
@@ -62,20 +62,20 @@ class StreamingMetric(Metric):
 
     @staticmethod
     def merge_coupled(first: State, second: State) -> State:
-        """Merge two sets of coupled states, ``first`` seen before ``second``; change neither."""
+        """Merge two sets of coupled states, ``first`` seen before ``second``, changing neither."""
         raise NotImplementedError
 
     def drop_cycle(self) -> None:
-        """Let go of torchmetrics's wrappers, when no further update or compute will come.
+        """Drop torchmetrics's wrappers, when no further update or compute will come.
 
-        They hold the metric that holds them, so that a large state would stay in memory until the
-        garbage collector next looks, after the last name for the metric is gone.
+        The wrappers and the metric refer to each other, so a large state would otherwise stay in
+        memory until the garbage collector next runs.
         """
         for name in ("update", "compute"):
             self.__dict__.pop(name, None)
 
     def coupled_states(self) -> State:
-        """Return the coupled states, those of several processes merged in rank order."""
+        """Return the coupled states; after a sync, merged over processes in rank order."""
         states = {name: getattr(self, name) for name in self._coupled}
         stacked = any(states[name].ndim > self._default(name).ndim for name in self._coupled)
         if not stacked:
@@ -91,7 +91,7 @@ class StreamingMetric(Metric):
         getattr(self, name).append(rows)
 
     def rows(self, name: str) -> Tensor:
-        """Return a rows state as one tensor, empty where nothing came in yet."""
+        """Return a rows state as one tensor, empty before the first rows."""
         value = getattr(self, name)
         if isinstance(value, Tensor):
             return value
@@ -101,7 +101,7 @@ class StreamingMetric(Metric):
         """Add another metric's states, as if its data had come after this one's.
 
         Raises:
-            ValueError: the other metric has another class, or states of other shapes.
+            ValueError: the other metric is of another class, or its states have other shapes.
         """
         other = incoming_state
         if isinstance(other, Metric):
@@ -117,7 +117,7 @@ class StreamingMetric(Metric):
         self._computed = None
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge for ``forward``: the incoming states are those of the earlier data."""
+        """Merge for ``forward``, where the incoming states hold the earlier data."""
         self._set_merged(incoming_state, {name: getattr(self, name) for name in self._defaults})
 
     def _set_merged(self, first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class StreamingMetric(Metric):
             setattr(self, name, value)
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Carry the record past torchmetrics's clean-up in a box.
+        """Protect the record from torchmetrics's clean-up by a box.
 
         That clean-up rejects frozen dataclasses, and would turn a tensor for one latent, shape
         ``[1]``, into a scalar.
@@ -181,7 +181,7 @@ class StreamingMetric(Metric):
         dist_sync_fn: Callable[..., Any] = gather_all_tensors,
         process_group: Any | None = None,
     ) -> None:
-        """Gather from all processes; one that saw no data still sends rows of the right width."""
+        """Gather from all processes; a process without data still sends rows of the right width."""
         for name, empty in self._empty_rows.items():
             if isinstance(getattr(self, name), list) and not getattr(self, name):
                 setattr(self, name, [empty.to(self.device)])
@@ -189,7 +189,7 @@ class StreamingMetric(Metric):
 
 
 class _Box:
-    """Holds a metric's result where torchmetrics would look inside it."""
+    """Hold a metric's result where torchmetrics does not look inside it."""
 
     def __init__(self, record: Any) -> None:
         self.record = record

@@ -28,7 +28,7 @@ def taxonomy_from_columns(
     A row's path ends at its first empty or missing entry.
 
     Raises:
-        ValueError: a column is not there, or the columns differ in length.
+        ValueError: a column is missing, or the columns differ in length.
     """
     missing = [column for column in columns if column not in table]
     if missing or not columns:
@@ -52,13 +52,13 @@ def read_taxonomy(
     image id.
 
     Args:
-        path: the file, ``.json`` or ``.csv``.
+        path: file to read, ``.json`` or ``.csv``.
         columns: levels of a CSV file, broadest first.
-        image_ids: images to look up, in order; required for a JSON object, and for a CSV file it
-            reorders the lines by their first column.
+        image_ids: ids of the images to look up, in order; required for a JSON object. For a CSV
+            file they select lines by their first column.
 
     Raises:
-        ValueError: the file is of another kind, too large, or lacks an image or a column.
+        ValueError: the file is neither JSON nor CSV, too large, or lacks an image or a column.
     """
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
@@ -78,7 +78,7 @@ def prefix_numbers(paths: TaxonomyPaths) -> Tensor:
     """
     if isinstance(paths, str) or any(isinstance(path, str) for path in paths):
         raise ValueError(
-            "each image needs a path, such as ('animal', 'dog', 'beagle'), and one of them is a "
+            "each image needs a path, such as ('animal', 'dog', 'beagle'), but one of them is a "
             "bare string"
         )
     depth = max((len(path) for path in paths), default=0)
@@ -107,7 +107,7 @@ def _from_json(path: Path, image_ids: Sequence[str] | None) -> tuple[tuple[str, 
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(content, dict):
         if image_ids is None:
-            raise ValueError(f"{path} maps image ids to paths; pass image_ids to put them in order")
+            raise ValueError(f"{path} maps image ids to paths; pass image_ids= to order them")
         content = _look_up(content, image_ids, path)
     if not isinstance(content, list) or not all(isinstance(entry, list) for entry in content):
         raise ValueError(f"{path} must hold a list of paths, or an object from image id to path")

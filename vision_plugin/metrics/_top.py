@@ -16,7 +16,7 @@ N_TOP = 16
 """Images per latent in the top-image definition."""
 
 VOID = -torch.inf
-"""Marks a place for which there was no image."""
+"""Value of a place without an image."""
 
 
 def top_values(latents: Latents, n_top: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def top_values(latents: Latents, n_top: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_top(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the largest of two top lists; at a tie the first list's comes first."""
+    """Return the largest entries of two top lists; at a tie the first list's come first."""
     values = torch.cat([first[0], second[0]], dim=1)
     ids = torch.cat([first[1], second[1]], dim=1)
     values, order = torch.sort(values, dim=1, descending=True, stable=True)
@@ -42,7 +42,7 @@ def merge_top(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tu
 
 
 def _top_sparse(columns: LatentColumns, n_top: int) -> tuple[Tensor, Tensor]:
-    """Rank the non-zeros, none of them negative, and behind them the rows of the zeros."""
+    """Rank the non-zeros, all positive, and after them the rows of the zeros."""
     counts = columns.counts()
     values, rows = _first_zeros(columns, counts, n_top)
     order = torch.sort(columns.values, descending=True, stable=True).indices
@@ -57,10 +57,10 @@ def _top_sparse(columns: LatentColumns, n_top: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_zeros(columns: LatentColumns, counts: Tensor, n_top: int) -> tuple[Tensor, Tensor]:
-    """Return lists ``[k, n_top]`` with each latent's first zeros behind places for its non-zeros.
+    """Return lists ``[k, n_top]`` with each latent's first zeros after places for its non-zeros.
 
-    The zero number ``j`` lies ``j`` rows down, and one more for every non-zero above it: those
-    before which there are at most ``j`` zeros.
+    Zero number ``j`` is in row ``j`` plus the number of non-zeros above it: those with at most
+    ``j`` zeros above them.
     """
     zeros_above = columns.rows - _places(columns.features, counts)
     near = zeros_above < n_top
@@ -75,7 +75,7 @@ def _first_zeros(columns: LatentColumns, counts: Tensor, n_top: int) -> tuple[Te
 
 
 def _places(features: Tensor, counts: Tensor) -> Tensor:
-    """Return each entry's number among those of its latent, for entries sorted by latent."""
+    """Return each entry's place among the entries of its latent, for entries sorted by latent."""
     first = counts.cumsum(0) - counts
     return torch.arange(features.numel(), device=features.device) - first[features]
 
@@ -100,7 +100,7 @@ def top_weight_sums(
     """Return power sums of the top images' weights, and the squared norm of the weighted sum.
 
     Args:
-        state: with ``top_value``, ``top_image``, ``minimum`` and ``n_images``.
+        state: states ``top_value``, ``top_image``, ``minimum`` and ``n_images``.
         embeddings: unit embeddings of all images, ``[n, d]``.
         n_powers: number of power sums.
         top_range: whether weights start at the minimum of the data set or of the top images.

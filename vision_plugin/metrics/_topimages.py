@@ -1,4 +1,4 @@
-"""The images on which each latent is largest, as numbers in the order in which they came."""
+"""The images on which each latent is largest, numbered in the order of arrival."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def top_images(latents: Tensor, *, n_top: int = 16) -> TopImagesResult:
         n_top: images kept per latent.
     """
     if latents.ndim != 2:
-        raise ValueError(f"latents must be [images, features], got shape {tuple(latents.shape)}")
+        raise ValueError(f"latents= must be [images, latents], got shape {tuple(latents.shape)}")
     metric = TopImages(n_features=latents.shape[1], n_top=n_top).to(latents.device)
     metric.update(latents)
     return metric.top()

@@ -28,13 +28,13 @@ class UniquenessResult(MetricResult):
     """Overlap of the top-image sets of all pairs of latents.
 
     Attributes:
-        thresholds: Jaccard indices, ``0, 0.1, ..., 0.9``.
+        thresholds: the Jaccard indices ``0, 0.1, ..., 0.9``.
         share_above: share of the pairs whose Jaccard index is strictly above each threshold.
         max_jaccard: each latent's largest index with any other; NaN for latents without images.
-        mean_jaccard: over all pairs.
+        mean_jaccard: mean Jaccard index over all pairs.
         n_pairs: number of pairs compared.
         n_features: number of latents.
-        n_left_out: latents without a top image (dead): their index is 0/0.
+        n_left_out: number of latents without a top image (dead), whose index would be 0/0.
     """
 
     headline = ("mean_jaccard", "share_above_0", "share_above_0.5", "n_left_out")
@@ -49,7 +49,7 @@ class UniquenessResult(MetricResult):
 
     @property
     def score(self) -> Float[Tensor, " k"]:
-        """``1 - max_jaccard``: 1 for a latent that shares no top image with any other."""
+        """Return ``1 - max_jaccard``: 1 for a latent that shares no top image with any other."""
         return 1 - self.max_jaccard
 
     def summary(self) -> dict[str, float | int]:
@@ -129,14 +129,14 @@ def _incidence(top_images: Tensor) -> Any:
     first[:, 1:] = images[:, 1:] != images[:, :-1]
     kept = first & (images >= 0)
     indptr = np.concatenate([[0], kept.sum(1).cumsum()])
-    # Numbers that are used become 0, 1, 2, ...: image numbers may be large and far apart.
+    # Renumber the images from 0, since their numbers may be large and far apart.
     used, columns = np.unique(images[kept], return_inverse=True)
     ones = np.ones(len(columns), dtype=np.int64)
     return csr_array((ones, columns, indptr), shape=(len(images), max(len(used), 1)))
 
 
 def _blocks(incidence: Any) -> Iterator[tuple[int, int]]:
-    """Yield row ranges whose products stay below the bound, from the latents per image."""
+    """Yield row ranges whose products stay below the bound, by the latents per image."""
     per_image = np.bincount(incidence.indices, minlength=incidence.shape[1])
     per_entry: npt.NDArray[np.int64] = per_image[incidence.indices]
     cost = np.concatenate([[0], per_entry.cumsum()])[incidence.indptr]

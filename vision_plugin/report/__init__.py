@@ -1,7 +1,7 @@
-"""Static HTML in which an SAE's features can be browsed.
+"""Static HTML pages in which an SAE's features can be browsed.
 
-``vision_plugin.report(...)`` writes one. The package itself can be called too, since importing it
-puts it where the function's short name is.
+``vision_plugin.report(...)`` writes them. Importing this package puts it under the function's name,
+so the package can be called as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a report is built from, and the building."""
+"""The inputs of a report, and the code that builds it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SCRATCH = "heat.part"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything a report shows."""
+    """Numbers and sizes of the images and neighbours that a report shows."""
 
     n_top: int
     n_sample: int
@@ -55,12 +55,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Job:
-    """All that one report needs, checked."""
+    """The checked inputs of one report."""
 
     sae: Any
     reader: ImageReader
     encoder: TokenEncoder | None
-    """Model and SAE; None where only given latents are shown."""
+    """Model and SAE; None where only ``latents`` are given."""
     latents: Any
     scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
     names: list[str] | None
@@ -111,17 +111,17 @@ def make_steerer(
     strength: float,
     n_images: int,
 ) -> Steerer | None:
-    """A steerer over images spread over the source; None where there is nothing to steer for."""
+    """Return a steerer for images spread over the source; None without concepts or a model."""
     if concepts is None or encoder is None:
         return None
-    # Of a stream only what comes first is cheap to read.
+    # Only the first images of a stream are cheap to read.
     step = 1 if reader.sequential else max(1, len(reader) // n_images)
     numbers = range(0, len(reader), step)[:n_images]
     images = [image for n in numbers if (image := reader.read(n)) is not None]
     if not images:
         raise ValueError(
-            f"none of the {len(numbers)} images to be steered could be read: raise "
-            "n_steered_images, or mend the source"
+            f"none of the {len(numbers)} images to steer could be read: raise "
+            "n_steered_images=, or mend images="
         )
     return Steerer(
         encoder.model,
@@ -140,19 +140,19 @@ def _summarise(job: Job) -> LatentSummary:
         return summarise_given(job.latents, statistics)
     summary = summarise(job.reader, job.encoder, statistics, progress=job.progress)
     if summary.n_images == 0:
-        raise ValueError(f"none of the {len(job.reader)} images could be read")
+        raise ValueError(f"none of the {len(job.reader)} images could be read: mend images=")
     return summary
 
 
 def _write_images(
     job: Job, shown: np.ndarray[Any, np.dtype[np.int64]], folder: Path
 ) -> tuple[ImageWriter, HeatMaps | None]:
-    """Small copies of the images shown, and heat maps where the model can be run on them."""
+    """Write small copies of the images shown; return heat maps if the model can run on them."""
     images, size = folder / "images", job.sizes.image_size
     view = None if job.encoder is None else ModelView(job.encoder.model)
     if job.encoder is None or view is None or not view.usable:
         if view is not None:
-            logger.warning("the model's pixels are not colours: the report has no heat maps")
+            logger.warning("the model's pixels are not colours, so the report has no heat maps")
         writer = ImageWriter(images, size=size, lossless=False)
         show_images(job.reader, writer, shown, progress=job.progress)
         return writer, None

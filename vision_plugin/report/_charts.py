@@ -1,4 +1,4 @@
-"""Histograms as bars in units that a template can draw: no drawing library, no scripts."""
+"""Histograms as bars that a template can draw, without a drawing library or scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N_BINS = 30
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its place and size in the drawing's units, and what it says when pointed at."""
+    """One bar: its place and size in the drawing's units, and the note shown on hovering."""
 
     x: float
     y: float
@@ -38,7 +38,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A histogram of ``width`` x ``height`` units, with a sentence that says what it shows."""
+    """A histogram of ``width`` x ``height`` units, with a sentence that describes it."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -53,11 +53,11 @@ class Chart:
 def activation_chart(
     counts: Int[np.ndarray, " n_bins"], *, lowest_shown: float | None
 ) -> Chart | None:
-    """Histogram of a latent's positive values in half octaves; None where it never fires.
+    """Return the histogram of a latent's positive values in half octaves; None if it never fires.
 
     Args:
-        counts: Images per half octave.
-        lowest_shown: Value of the last of the top images, to be marked.
+        counts: Number of images per half octave.
+        lowest_shown: Activation of the last of the top images, which the chart marks.
     """
     filled = np.flatnonzero(counts)
     if len(filled) == 0:
@@ -83,7 +83,7 @@ def activation_chart(
 
 
 def frequency_chart(frequency: Float[np.ndarray, " n"], n_images: int) -> Chart | None:
-    """Histogram of log10 firing frequency of the latents that fire."""
+    """Return the histogram of log10 firing frequency over the latents that fire."""
     alive = frequency[frequency > 0]
     if len(alive) == 0:
         return None
@@ -92,7 +92,7 @@ def frequency_chart(frequency: Float[np.ndarray, " n"], n_images: int) -> Chart 
 
 
 def score_chart(title: str, values: Float[np.ndarray, " n"]) -> Chart | None:
-    """Histogram of a score over the latents that have one."""
+    """Return the histogram of a score over the latents that have one."""
     defined = values[np.isfinite(values)]
     if len(defined) == 0:
         return None
@@ -124,7 +124,7 @@ def _bars(counts: Sequence[int], edges: Sequence[float], noun: str) -> tuple[Bar
     for place, count in enumerate(counts):
         if count == 0:
             continue
-        # A bar of one image among thousands has to be seen.
+        # Keep a bar of one image among thousands visible.
         height = max(1.5, count / top * HEIGHT)
         span = f"{compact(edges[place])} to {compact(edges[place + 1])}"
         plural = noun if count == 1 else noun + "s"

@@ -1,4 +1,4 @@
-"""All that a report says, gathered before any page is written."""
+"""The content of a report, gathered before any page is written."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ N_LABELS, N_NEIGHBOUR_IMAGES = 6, 4
 
 @dataclass(frozen=True)
 class Content:
-    """What the pages are made from."""
+    """The data that the pages are made from."""
 
     title: str
     facts: tuple[str, ...]
     """Short statements about SAE, model and images."""
     tokens: str | None
-    """Kind of token that was encoded; None where latents were handed in."""
+    """Kind of token that was encoded; None where latents were given."""
     features: list[int]
-    """The latents reported, ascending."""
+    """Numbers of the latents in the report, ascending."""
     names: list[str] | None
-    """Text per latent of the SAE."""
+    """One text per latent of the SAE."""
     scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
     """Column by name, one number per latent of the SAE."""
     summary: LatentSummary
@@ -48,27 +48,27 @@ class Content:
 
     @property
     def n_images(self) -> int:
-        """Images that could be read."""
+        """Return the number of images that could be read."""
         return self.summary.n_images
 
     def name(self, latent: int) -> str:
-        """A latent's name, or the empty text."""
+        """Return a latent's name, or an empty text."""
         return "" if self.names is None else self.names[latent]
 
     def source(self, number: int) -> str | None:
-        """Path of an image's small copy inside the report; None where it could not be read."""
+        """Return the path of an image's small copy inside the report; None if it was not read."""
         if number not in self.writer.written:
             return None
         return f"images/{number}.{self.writer.suffix}"
 
     def top_images(self, row: int, n: int) -> list[int]:
-        """Numbers of the first so many top images that can be shown."""
+        """Return the numbers of the first ``n`` top images that can be shown."""
         numbers = self.shown[row, : self.n_top].tolist()
         return [number for number in numbers if number in self.writer.written][:n]
 
 
 def feature_pages(content: Content, effects: Iterator[Steered | None]) -> Iterator[dict[str, Any]]:
-    """What each feature's page is rendered from, in order."""
+    """Yield the data of each feature's page, in order."""
     rows = {latent: row for row, latent in enumerate(content.features)}
     for row, (latent, effect) in enumerate(zip(content.features, effects, strict=True)):
         yield {
@@ -114,7 +114,7 @@ def _tile(label: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _rank(values: np.ndarray[Any, np.dtype[np.float64]], latent: int) -> str:
-    """Where a latent stands among all that have the score."""
+    """Return a latent's rank among all that have the score, as text."""
     if not np.isfinite(values[latent]):
         return ""
     return (
@@ -135,7 +135,7 @@ def _images(content: Content, row: int, latent: int) -> dict[str, Any]:
     shown = {place: _image(content, row, place, float(values[place]), scale) for place in places}
     top = [shown[place] for place in places if place < content.n_top]
     sample = [shown[place] for place in places if place >= content.n_top]
-    # Where it fires on few images the sample would only repeat the top ones.
+    # If the latent fires on few images, the sample would only repeat the top ones.
     few = int(summary.n_fired[latent]) <= content.n_top
     mapped = any(image["heat"] for image in shown.values())
     return {"top": top, "sample": [] if few else sample, "mapped": mapped}
@@ -159,7 +159,7 @@ def _image(content: Content, row: int, place: int, value: float, scale: float) -
 
 
 def _labels(content: Content, row: int) -> list[dict[str, Any]]:
-    """The commonest labels of the top images, where there are labels."""
+    """Return the commonest labels of the top images, where there are labels."""
     numbers = [number for number in content.shown[row, : content.n_top].tolist() if number >= 0]
     labels = Counter(label for number in numbers if (label := content.reader.label(number)))
     ranked = sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:N_LABELS]

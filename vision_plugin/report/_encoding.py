@@ -1,4 +1,4 @@
-"""Latents of every token, a few images at a time: what ranking and heat maps are made of."""
+"""Latents of every token, a few images at a time, for the heat maps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenLatents:
 
 
 class TokenEncoder:
-    """Images to latents of the tokens an SAE reads."""
+    """Encode images into latents of the tokens that an SAE reads."""
 
     def __init__(self, model: Any, sae: Dictionary, *, tokens: str | None) -> None:
         """Find the SAE's hook and tokens in the model.
@@ -36,7 +36,7 @@ class TokenEncoder:
         Args:
             model: A VisionBridge.
             sae: A ``sae_lens.SAE`` whose metadata names a hook of the model.
-            tokens: Kind of token; None takes those the SAE was trained on.
+            tokens: Kind of token; None takes the kind that the SAE was trained on.
 
         Raises:
             UnknownHookError: the model has no such hook.
@@ -52,18 +52,18 @@ class TokenEncoder:
 
     @property
     def patch_columns(self) -> Tensor:
-        """Where the patches stand among the selected tokens."""
+        """Return the positions of the patches among the selected tokens."""
         columns = self.site.patch_rows
         assert columns is not None
         return columns
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Images as the model wants them."""
+        """Return images prepared for the model."""
         pixels: Tensor = self.model.preprocess(images)
         return pixels
 
     def encode(self, pixels: Tensor) -> Iterator[TokenLatents]:
-        """Latents of a batch, in parts that fit in memory."""
+        """Yield the latents of a batch, in parts that fit in memory."""
         found = self.harvester(pixels)
         self.has_patches &= found[self.site.hook_name].ndim > 2
         activation = self.site.read(found).source
@@ -77,6 +77,6 @@ class TokenEncoder:
 
 
 def _weights_of(dictionary: Dictionary, otherwise: Tensor) -> Tensor:
-    """A tensor of the dictionary's type and device."""
+    """Return a tensor of the dictionary's type and on its device."""
     W_dec = getattr(dictionary, "W_dec", None)
     return W_dec if isinstance(W_dec, Tensor) else otherwise

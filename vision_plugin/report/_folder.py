@@ -1,4 +1,4 @@
-"""The report's folder: built beside its place, then moved there whole."""
+"""The report's folder: it is built beside its place, then moved there whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCK = ".building"
 CONTENTS = frozenset(
     {MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images", "pictures"}
 )
-"""All that a report's folder may hold at its top; anything else there is someone's own.
+"""Names that a report's folder may hold at its top; anything else there is someone's own.
 
 Reports of version 0.1.0 keep their images in ``pictures``.
 """
@@ -32,13 +32,13 @@ _MAX_MARKER_BYTES = 1 << 16
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to build in, which takes the place of ``out`` when the block ends without error.
+    """Yield a folder to build in, which replaces ``out`` when the block ends without error.
 
-    Until then ``out`` stays as it is, whatever happens to the process. What a killed build left
-    behind is removed by the next one.
+    Until then ``out`` stays as it is, whatever happens to the process. The next build removes what
+    a killed one left behind.
 
     Args:
-        out: Where the report is to be. It may not exist, be empty, or hold an earlier report.
+        out: Folder of the report. It may not exist, be empty, or hold an earlier report.
 
     Raises:
         FileExistsError: ``out`` holds anything else.
@@ -63,7 +63,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise FileExistsError where ``out`` holds anything but an earlier report."""
+    """Raise FileExistsError if ``out`` holds anything but an earlier report."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -87,7 +87,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def write_marker(folder: Path, about: dict[str, Any]) -> None:
-    """Write what makes the folder known as a report, with the facts of the run."""
+    """Write the file that marks the folder as a report, with the facts of the run."""
     text = json.dumps({"kind": KIND, "schema": SCHEMA, **about}, indent=1, ensure_ascii=True)
     (folder / MARKER).write_text(text + "\n", encoding="utf-8")
 
@@ -108,7 +108,7 @@ def _earlier(out: Path) -> Path:
 
 
 def _restore_interrupted(out: Path) -> None:
-    """Finish, or undo, a swap that was killed between its two renames."""
+    """Finish or undo a swap of folders that was killed between its two renames."""
     earlier = _earlier(out)
     if not earlier.is_dir() or not _is_report(earlier):
         return
@@ -119,7 +119,7 @@ def _restore_interrupted(out: Path) -> None:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed builds left behind; the folders of running ones are locked."""
+    """Remove the folders of killed builds; running builds hold a lock on theirs."""
     prefix = f".{out.name}.part-"
     for path in sorted(out.parent.iterdir()):
         lock_file = path / _LOCK

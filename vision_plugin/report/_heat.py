@@ -14,12 +14,12 @@ LEVELS = 32
 
 
 def heat_uri(values: Float[np.ndarray, " patches"], grid: tuple[int, int], scale: float) -> str:
-    """A data URI with one grey pixel per patch: black at 0, white at ``scale``.
+    """Return a data URI with one grey pixel per patch: black at 0, white at ``scale``.
 
     Args:
-        values: Latents of the patches, row by row.
-        grid: Rows and columns.
-        scale: The value that is shown white.
+        values: Activations of the patches, row by row.
+        grid: Rows and columns of patches.
+        scale: Activation that is shown white.
     """
     share = np.clip(values.astype(np.float32) / max(scale, 1e-30), 0, 1)
     levels = np.round(share * (LEVELS - 1)).astype(np.uint8).reshape(grid)

@@ -1,4 +1,4 @@
-"""Images of any source with their captions, and the small copies that the pages show."""
+"""Images of any source with ids and labels, and the small copies that the pages show."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vision_plugin.models import as_rgb
 logger = logging.getLogger(__name__)
 
 LOSSLESS_BELOW = 128
-"""Images up to this side, in pixels, are kept as PNG: JPEG would show on them."""
+"""Largest side, in pixels, of images kept as PNG, since JPEG would show on them."""
 
 
 class ImageReader:
-    """Images by number, with an id and a label each; unreadable ones are listed, not fatal."""
+    """Images by number, with an id and a label each; unreadable ones are counted and left out."""
 
     def __init__(self, images: Any, *, max_bad_images: int) -> None:
-        """Open what was handed in.
+        """Open the images.
 
         Args:
-            images: An image source, a sequence of PIL images, or what ``open_images`` takes.
-            max_bad_images: How many unreadable images are put up with.
+            images: An image source, a sequence of PIL images, or a path that ``open_images`` takes.
+            max_bad_images: Number of unreadable images that are left out before an error.
 
         Raises:
             ValueError: there are no images.
@@ -37,7 +37,7 @@ class ImageReader:
 
             images = open_images(images)
         if len(images) == 0:
-            raise ValueError("there are no images to report on: images is empty")
+            raise ValueError("images= is empty: give at least one image to report on")
         self.images = images
         self.max_bad_images = max_bad_images
         self.bad: dict[int, str] = {}
@@ -51,7 +51,7 @@ class ImageReader:
         return len(self.images)
 
     def read(self, index: int) -> Image.Image | None:
-        """Image ``index`` in RGB; None, and a warning, where it cannot be read.
+        """Return image ``index`` in RGB; warn and return None if it cannot be read.
 
         Raises:
             ValueError: more than ``max_bad_images`` could not be read.
@@ -66,11 +66,11 @@ class ImageReader:
         return image
 
     def id(self, index: int) -> str:
-        """The image's id; its number where the source has no ids."""
+        """Return the image's id; its number where the source has no ids."""
         return str(index) if self._ids is None else str(self._ids[index])
 
     def label(self, index: int) -> str:
-        """The image's label, or the empty text."""
+        """Return the image's label, or an empty text."""
         if self._labels is not None:
             return _text(self._labels[index])
         return self._seen_labels.get(index, "")
@@ -83,15 +83,15 @@ class ImageReader:
         if len(self.bad) > self.max_bad_images:
             raise ValueError(
                 f"{len(self.bad)} of {len(self)} images cannot be read, the last {self.id(index)}"
-                f" ({self.bad[index]}): mend the source, or allow more with max_bad_images="
+                f" ({self.bad[index]}): mend images=, or allow more with max_bad_images="
             ) from error
 
 
 class ModelView:
-    """Turns a model's pixels back into images: what the model sees, which its patches cover.
+    """Turn a model's pixels back into images: what the model sees, which its patches cover.
 
-    Preprocessing may crop, squash and normalise in any way. Its normalisation is read off what it
-    makes of a black and a white image.
+    Preprocessing may crop, squash and normalise in any way. The normalisation is read off the
+    pixels of a black and a white image.
     """
 
     def __init__(self, model: Any) -> None:
@@ -103,11 +103,11 @@ class ModelView:
 
     @property
     def usable(self) -> bool:
-        """Whether pixels are three colours and can be turned back."""
+        """Return whether pixels are three colours and can be turned back."""
         return len(self.black) == 3 and bool(((self.white - self.black).abs() > 1e-6).all())
 
     def __call__(self, pixels: Tensor) -> list[Image.Image]:
-        """One image per row of [batch, 3, height, width]."""
+        """Return one image per row of pixels ``[batch, 3, height, width]``."""
         black, span = self.black[:, None, None], (self.white - self.black)[:, None, None]
         values = ((pixels.detach().float().cpu() - black) / span * 255).round().clamp(0, 255)
         arrays = values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
@@ -115,7 +115,7 @@ class ModelView:
 
 
 class ImageWriter:
-    """Writes one small copy per image, named by its number alone."""
+    """Write one small copy per image, named by its number alone."""
 
     def __init__(self, folder: Path, *, size: int, lossless: bool) -> None:
         self.folder, self.size = folder, size
@@ -124,7 +124,7 @@ class ImageWriter:
         folder.mkdir()
 
     def write(self, index: int, image: Image.Image) -> None:
-        """Shrink an image to fit and save it, once."""
+        """Shrink an image to fit and save it, unless it is saved already."""
         if index in self.written:
             return
         small = image.copy()

@@ -1,4 +1,4 @@
-"""What users hand in, checked and brought to one form."""
+"""Checks of the arguments of a report, each brought to one form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_TEXT = 300
 
 
 def clean(text: object) -> str:
-    """Text that any file and page can hold: no control characters, no lone surrogates."""
+    """Return text without control characters and lone surrogates, fit for any file and page."""
     kept = "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c
         for c in str(text)[: MAX_TEXT + 1]
@@ -24,10 +24,10 @@ def clean(text: object) -> str:
 def read_scores(
     scores: Mapping[str, Any] | None, d_sae: int
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Scores as float64 arrays of d_sae numbers, NaN where there is none.
+    """Return scores as float64 arrays of ``d_sae`` numbers, NaN where there is none.
 
     Raises:
-        ValueError: a column has another length, or holds what is no number.
+        ValueError: a column has another length, or holds something that is not a number.
     """
     columns = {}
     for name, values in (scores or {}).items():
@@ -37,7 +37,7 @@ def read_scores(
             column = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"scores[{name!r}] holds something that is no number: {error}"
+                f"scores[{name!r}] holds something that is not a number: {error}"
             ) from None
         if column.shape != (d_sae,):
             raise ValueError(
@@ -45,20 +45,20 @@ def read_scores(
                 "one number per latent, NaN where there is none"
             )
         if clean(name) in columns:
-            raise ValueError(f"scores has two columns that read {clean(name)!r}: rename one")
+            raise ValueError(f"scores= has two columns that read {clean(name)!r}: rename one")
         columns[clean(name)] = column
     return columns
 
 
 def read_names(names: Any, d_sae: int) -> list[str] | None:
-    """One text per latent, empty where there is none; None where no latent has a name.
+    """Return one text per latent, empty where there is none; None if no latent has a name.
 
     Args:
-        names: A sequence of d_sae texts or None, or a mapping from latents to texts.
+        names: A sequence of ``d_sae`` texts or None, or a mapping from latents to texts.
         d_sae: Number of latents.
 
     Raises:
-        ValueError: a sequence of another length, or a latent out of range.
+        ValueError: the sequence has another length, or a latent is out of range.
     """
     if names is None:
         return None
@@ -70,7 +70,7 @@ def read_names(names: Any, d_sae: int) -> list[str] | None:
     else:
         if isinstance(names, str) or len(names) != d_sae:
             raise ValueError(
-                f"names has {len(names)} entries, but the SAE has {d_sae} latents: give one text "
+                f"names= has {len(names)} entries, but the SAE has {d_sae} latents: give one text "
                 "per latent, or a mapping from latents to texts"
             )
         texts = [clean("" if text is None else text) for text in names]
@@ -78,7 +78,7 @@ def read_names(names: Any, d_sae: int) -> list[str] | None:
 
 
 def read_features(features: Sequence[int] | Tensor | None, d_sae: int) -> list[int]:
-    """The latents to report, ascending and without repeats.
+    """Return the latents to report, ascending and without repeats.
 
     Raises:
         ValueError: there are none, or one is out of range.
@@ -87,25 +87,25 @@ def read_features(features: Sequence[int] | Tensor | None, d_sae: int) -> list[i
         return list(range(d_sae))
     chosen = features.tolist() if isinstance(features, Tensor) else list(features)
     if not chosen:
-        raise ValueError("features is empty: name at least one latent, or leave it out for all")
+        raise ValueError("features= is empty: name at least one latent, or leave it out for all")
     for latent in chosen:
         check_latent(latent, d_sae, "features")
     return sorted({int(latent) for latent in chosen})
 
 
 def check_latent(latent: Any, d_sae: int, where: str) -> None:
-    """Raise ValueError for what is no latent of the SAE."""
+    """Raise ValueError if ``latent`` is not the number of a latent of the SAE."""
     if isinstance(latent, bool) or not isinstance(latent, (int, np.integer)):
-        raise ValueError(f"{where} names {latent!r}, which is not the number of a latent")
+        raise ValueError(f"{where}= names {latent!r}, which is not the number of a latent")
     if not 0 <= latent < d_sae:
-        raise ValueError(f"{where} names latent {latent}: the SAE has {d_sae}, from 0")
+        raise ValueError(f"{where}= names latent {latent}: the SAE has {d_sae}, from 0")
 
 
 def check_latents(latents: Any, n_images: int, d_sae: int) -> None:
-    """Raise ValueError where precomputed latents do not belong to the images and the SAE."""
+    """Raise ValueError if precomputed latents do not fit the images and the SAE."""
     shape = tuple(getattr(latents, "shape", ()))
     if shape != (n_images, d_sae):
         raise ValueError(
-            f"latents has shape {shape}, but there are {n_images} images and {d_sae} latents: "
+            f"latents= has shape {shape}, but there are {n_images} images and {d_sae} latents: "
             "give one row per image (the largest, or mean, over its tokens)"
         )

@@ -15,7 +15,7 @@ _CHUNK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest latents of some latents by the cosine of their decoder rows, nearest first."""
+    """Each latent's nearest latents by the cosine of their decoder rows, nearest first."""
 
     latents: Int[np.ndarray, "features n"]
     cosines: Float[np.ndarray, "features n"]
@@ -27,11 +27,11 @@ def decoder_neighbours(sae: Any, features: list[int], n: int) -> Neighbours | No
 
     Args:
         sae: A ``sae_lens.SAE``.
-        features: The latents whose neighbours are wanted.
-        n: How many.
+        features: Numbers of the latents whose neighbours are wanted.
+        n: Number of neighbours per latent.
 
     Returns:
-        None where the SAE has no decoder matrix, or no neighbour is wanted. A latent whose decoder
+        None if the SAE has no decoder matrix or no neighbour is wanted. A latent whose decoder
         row is zero has cosine 0 with all others.
     """
     decoder = getattr(sae, "W_dec", None)

@@ -8,7 +8,7 @@ NONE = "\N{EN DASH}"
 
 
 def compact(value: float | None) -> str:
-    """Three significant digits, without exponents where they can be avoided; NaN as a dash."""
+    """Return three significant digits, without an exponent where possible; NaN as a dash."""
     if value is None or not math.isfinite(value):
         return NONE
     if value == 0:
@@ -22,14 +22,14 @@ def compact(value: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage."""
+    """Return a share as a percentage."""
     if share is None or not math.isfinite(share):
         return NONE
     return f"{compact(share * 100)}%"
 
 
 def plain(value: float, digits: int = 5) -> float | None:
-    """A number for JSON with so many significant digits; None where it is not finite."""
+    """Return a number for JSON with ``digits`` significant digits; None if it is not finite."""
     if not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")

@@ -24,7 +24,7 @@ _ASSETS = ("report.css", "index.js", "feature.js")
 
 
 def environment() -> Environment:
-    """Jinja2 with everything escaped and every missing name an error."""
+    """Return a Jinja2 environment that escapes everything and fails on missing names."""
     return Environment(
         autoescape=True,
         loader=PackageLoader("vision_plugin.report", "templates"),
@@ -86,9 +86,9 @@ def write_index(folder: Path, content: Content) -> None:
 
 
 def data_script(content: Content) -> str:
-    """The rows of the index as a script that assigns one constant.
+    """Return the rows of the index as a script that assigns one constant.
 
-    A script, since pages opened from a file may not fetch one another.
+    It is a script because pages opened from a file may not fetch one another.
     """
     chosen = np.array(content.features)
     columns = _columns(content)
@@ -110,7 +110,7 @@ def data_script(content: Content) -> str:
 
 
 def _script_json(data: Any) -> str:
-    """JSON in ASCII without the characters that could end a script or start markup."""
+    """Return JSON in ASCII without the characters that could end a script or start markup."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -118,7 +118,7 @@ def _script_json(data: Any) -> str:
 
 
 def _columns(content: Content) -> list[dict[str, Any]]:
-    """The sortable numbers of the index, scores first."""
+    """Return the sortable numbers of the index, scores first."""
     summary = content.summary
     columns = [
         {"key": f"score{place}", "title": name, "kind": "number", "note": "", "values": values}

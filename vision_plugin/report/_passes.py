@@ -1,4 +1,4 @@
-"""The two passes over the images: every one for the ranking, the shown ones for heat maps."""
+"""The two passes over the images: all images for the ranking, those shown for heat maps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HeatMaps:
     values: np.memmap[Any, np.dtype[np.float16]]
     """[features, places, patches]."""
     elsewhere: np.ndarray[Any, np.dtype[np.bool_]]
-    """[features, places]: the latent is largest on a token that is no patch."""
+    """[features, places]: whether the latent is largest on a token that is no patch."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
 
@@ -42,7 +42,7 @@ class HeatMaps:
 def summarise(
     reader: ImageReader, encoder: TokenEncoder, statistics: LatentStatistics, *, progress: bool
 ) -> LatentSummary:
-    """Stream all images once; an image's latent is the largest over its tokens."""
+    """Summarise all images in one pass; an image's latent is the largest over its tokens."""
     frequency = TokenFrequency(statistics.d_sae)
     metrics = MetricSet.of({"ranking": statistics, "frequency": frequency})
     place = Place(encoder.site, encoder.sae, Facts(reader.images))
@@ -54,7 +54,7 @@ def summarise(
 
 
 def summarise_given(latents: Any, statistics: LatentStatistics) -> LatentSummary:
-    """The same from image-level latents [n_images, d_sae], dense, COO or CSR."""
+    """Summarise given image-level latents ``[n_images, d_sae]``, dense, COO or CSR."""
     rows = _row_reader(latents)
     step = max(1, CHUNK_ELEMENTS // max(1, statistics.d_sae))
     for start in range(0, latents.shape[0], step):
@@ -92,7 +92,7 @@ def show_images(
     *,
     progress: bool,
 ) -> None:
-    """Write the small copies of the images shown, [features, places] with -1 for none."""
+    """Write small copies of the images shown, ``[features, places]`` with -1 for none."""
     numbers = _distinct(shown)
     for rows, images in _batches(reader, numbers, "writing", progress):
         for number, image in zip(rows.tolist(), images, strict=True):
@@ -110,17 +110,17 @@ def map_heat(
     *,
     progress: bool,
 ) -> HeatMaps | None:
-    """Write the shown images as the model sees them, and their latents patch by patch.
+    """Write the shown images as the model sees them, and return their latents patch by patch.
 
     Args:
-        reader: The source.
+        reader: Source of the images.
         encoder: Model and SAE.
-        view: Pixels to images.
-        writer: Takes the small copies.
-        shown: [features, places], image numbers or -1.
-        features: The latents of the rows of ``shown``.
-        scratch: File for the heat maps.
-        progress: Show a bar.
+        view: Turns pixels back into images.
+        writer: Writes the small copies.
+        shown: Image numbers or -1, ``[features, places]``.
+        features: Latents of the rows of ``shown``.
+        scratch: File to write the heat maps to.
+        progress: Whether to show a progress bar.
 
     Returns:
         None where the activation has no patches.
@@ -159,13 +159,13 @@ def map_heat(
 def watch(
     items: Iterable[_Item], what: str, *, progress: bool, total: int | None = None
 ) -> Iterator[_Item]:
-    """The items, with a bar on the error stream."""
+    """Yield the items, with a progress bar on the error stream."""
     console = Console(file=sys.stderr)
     yield from track(items, what, total, disable=not progress, transient=True, console=console)
 
 
 def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The part of the pixels that the patches lie on; a remainder at the far edges has none."""
+    """Return the part of the pixels that patches cover; a remainder at the far edges has none."""
     rows, columns = grid
     height, width = pixels.shape[-2:]
     return pixels[..., : height // rows * rows, : width // columns * columns]
@@ -191,7 +191,7 @@ def _distinct(shown: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
 def _places_by_image(
     shown: np.ndarray[Any, np.dtype[np.int64]],
 ) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Flat places of ``shown`` by the image that is there."""
+    """Return the flat places of ``shown`` by the image at them."""
     flat = shown.reshape(-1)
     order = np.argsort(flat, kind="stable")
     numbers, starts = np.unique(flat[order], return_index=True)

@@ -1,4 +1,4 @@
-"""The one public function: from an SAE, its model and images to a folder of pages."""
+"""The public function: it turns an SAE, its model and images into a folder of pages."""
 
 from __future__ import annotations
 
@@ -53,51 +53,51 @@ def report(
     a heat map over the patches, an activation histogram, decoder neighbours, and what steering
     does. It opens from the file system and fetches nothing.
 
-    Images are run through the model once to rank them (not where ``latents`` are given), and
-    those shown once more for their heat maps. Memory does not grow with the number of images.
+    The model runs once on each image to rank them (unless ``latents`` are given), and once more on
+    those shown for their heat maps. Memory does not grow with the number of images.
     The same input makes the same bytes. The folder appears, or is replaced, as a whole.
 
     Args:
         sae: A ``sae_lens.SAE`` whose metadata names a hook of the model.
-        model: A VisionBridge. None will do where ``latents`` are given; then there are no heat
+        model: A VisionBridge. It may be None where ``latents`` are given; then there are no heat
             maps, and images are shown whole.
         images: An image source, a sequence of PIL images, or anything that ``open_images`` takes.
         output_path: Folder of the report. It may not exist, be empty, or hold an earlier report.
-        latents: Latents per image, [n_images, d_sae], dense or sparse CSR or COO, if they are at
-            hand; else the largest value over the image's tokens is computed.
-        scores: One number per latent by column name, NaN where there is none.
-        names: A text per latent, as a sequence of d_sae or a mapping from latents.
-        tokens: ``"cls"``, ``"patch"`` or ``"all"``; by default what the SAE was trained on.
-        features: The latents to report; all by default.
+        latents: Precomputed latents per image, ``[n_images, d_sae]``, dense or sparse CSR or COO;
+            by default the largest value over the image's tokens.
+        scores: Arrays of one number per latent by column name, NaN where there is none.
+        names: A text per latent, as a sequence of ``d_sae`` texts or a mapping from latents.
+        tokens: ``"cls"``, ``"patch"`` or ``"all"``; by default the kind the SAE was trained on.
+        features: Numbers of the latents to report; all by default.
         concepts: Texts, or texts with their embeddings [d_embed], whose probabilities are compared
             before and while each feature is held at ``strength`` (arXiv 2504.08729).
-        steering: The same, computed before, by latent.
-        strength: What a latent is held at.
-        title: Heading of the index.
-        n_top: Top images per feature.
-        n_sample: Images drawn at random from those a feature fires on.
-        n_neighbours: Decoder neighbours per feature.
-        n_steered_images: Images, spread over the source, that are steered.
+        steering: Precomputed effects of steering, by latent.
+        strength: Activation that a latent is held at; 150 as in that paper.
+        title: Heading of the index; by default it names the hook.
+        n_top: Number of top images per feature.
+        n_sample: Number of images drawn at random from those a feature fires on.
+        n_neighbours: Number of decoder neighbours per feature.
+        n_steered_images: Number of images, spread over the source, that are steered.
         image_size: Longest side of the images in the report, in pixels.
-        max_bad_images: Unreadable images that are left out, with a warning and a note in the
-            report, before giving up.
-        progress: Show progress bars; by default on a terminal.
+        max_bad_images: Number of unreadable images that are left out, with a warning and a note in
+            the report, before an error.
+        progress: Whether to show progress bars; by default on a terminal.
 
     Returns:
         Path of ``index.html``.
 
     Raises:
-        FileExistsError: ``out`` holds something that is no report.
+        FileExistsError: ``output_path`` holds something that is not a report.
         UnknownHookError: the model lacks the SAE's hook.
-        ValueError: what was handed in does not fit together, or too many images are broken.
+        ValueError: the arguments do not fit together, or too many images are broken.
     """
     place = Path(output_path).expanduser().resolve()
     check_replaceable(place)
     sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_images, image_size)
     if model is None and latents is None:
-        raise ValueError("without a model the latents are needed: pass latents=, or the model")
+        raise ValueError("there are neither model= nor latents=: pass one of them")
     if model is None and concepts is not None:
-        raise ValueError("steering towards concepts needs the model: pass it, or steering=")
+        raise ValueError("concepts= needs a model: pass model=, or steering= in its place")
     d_sae = int(sae.cfg.d_sae)
     reader = ImageReader(images, max_bad_images=max_bad_images)
     if latents is not None:

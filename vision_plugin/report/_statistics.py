@@ -1,4 +1,4 @@
-"""What one pass over the images leaves of each latent: top images, a sample, counts."""
+"""Statistics of each latent from one pass over the images: top images, a sample, counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 
 @dataclass(frozen=True)
 class Ranking:
-    """Some images per latent, [d_sae, n] each; a free place has image -1 and value 0."""
+    """Some images per latent, ``[d_sae, n]`` each; a free place has image -1 and value 0."""
 
     images: Int[Tensor, "d_sae n"]
     values: Float[Tensor, "d_sae n"]
@@ -24,7 +24,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class LatentSummary:
-    """What the report knows of every latent."""
+    """Statistics of every latent."""
 
     n_images: int
     top: Ranking
@@ -32,7 +32,7 @@ class LatentSummary:
     sample: Ranking
     """Images drawn evenly from those on which it fires, largest first."""
     n_fired: Int[Tensor, " d_sae"]
-    """Images on which it fires."""
+    """Number of images on which it fires."""
     histogram: Int[Tensor, "d_sae n_bins"]
     """Its positive values on images, counted in half octaves."""
     token_frequency: Float[Tensor, " d_sae"] | None
@@ -40,17 +40,17 @@ class LatentSummary:
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
+        """Return the number of latents."""
         return len(self.n_fired)
 
     @property
     def frequency(self) -> Float[Tensor, " d_sae"]:
-        """Share of images on which each latent fires, in float64."""
+        """Return the share of images on which each latent fires, in float64."""
         return self.n_fired.double() / max(1, self.n_images)
 
 
 class LatentStatistics:
-    """Collects a :class:`LatentSummary` from image-level latents, a few images at a time.
+    """Collect a :class:`LatentSummary` from image-level latents, a few images at a time.
 
     Memory is d_sae x (n_top + n_sample + 64) numbers, whatever the number of images. A latent
     fires where it is above 0. Ties go to the earlier image. The evaluation's loop feeds it like a
@@ -72,7 +72,7 @@ class LatentStatistics:
 
         Args:
             latents: Image-level latents, dense or sparse COO.
-            image_indices: The images' numbers in the source; those of later calls are larger.
+            image_indices: Numbers of the images in the source; later calls must have larger ones.
         """
         rows, features, values = _positive(latents)
         images = image_indices
@@ -85,7 +85,7 @@ class LatentStatistics:
         self._sample.merge(features, keys, values, numbers)
 
     def compute(self) -> LatentSummary:
-        """Return what has been collected."""
+        """Return the statistics of all images so far."""
         return LatentSummary(
             n_images=self._n_images,
             top=self._top.ranking(),
@@ -103,7 +103,7 @@ class LatentStatistics:
 
 
 class TokenFrequency:
-    """Counts the tokens on which each latent fires, fed like a metric."""
+    """Count the tokens on which each latent fires; the loop feeds it like a metric."""
 
     sparse_latents = True
     latents_per = "token"
@@ -124,7 +124,7 @@ class TokenFrequency:
 
 
 def _positive(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, latent and value of every positive entry, row by row, on the CPU."""
+    """Return row, latent and value of every positive entry, row by row, on the CPU."""
     if latents.is_sparse:
         entries = latents.coalesce()
         (rows, features), values = entries.indices(), entries.values()
@@ -137,7 +137,7 @@ def _positive(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Running:
-    """The n entries of highest priority per latent, of all seen so far."""
+    """The ``n`` entries of highest priority per latent, of all seen so far."""
 
     def __init__(self, d_sae: int, n: int) -> None:
         self.n = n
@@ -146,10 +146,10 @@ class _Running:
         self.images = torch.full((d_sae, n), -1, dtype=torch.int64)
 
     def merge(self, features: Tensor, priorities: Tensor, values: Tensor, images: Tensor) -> None:
-        """Take in entries [m] with priorities above 0."""
+        """Add entries ``[m]`` with priorities above 0."""
         if self.n == 0:
             return
-        # Only what beats the last place can enter, which soon is next to nothing.
+        # Only entries above the last place can enter; soon they are few.
         strong = priorities > self.priorities[features, -1]
         features, priorities = features[strong], priorities[strong]
         values, images = values[strong], images[strong]
@@ -172,7 +172,7 @@ class _Running:
         self.images[where] = images[order]
 
     def ranking(self, *, by_value: bool = False) -> Ranking:
-        """The entries by priority, or by value, highest first."""
+        """Return the entries by priority, or by value, highest first."""
         if not by_value:
             return Ranking(self.images, self.values)
         values, order = torch.sort(self.values, dim=1, descending=True, stable=True)
@@ -180,7 +180,7 @@ class _Running:
 
 
 def _sampling_keys(images: Tensor, seed: int) -> Tensor:
-    """A number in (0, 1] per image that looks random and is the same in every run.
+    """Return a pseudo-random number in (0, 1] per image, the same in every run.
 
     The same images rank high for all latents, so that they share thumbnails; within one latent
     the sample is even.
@@ -189,5 +189,5 @@ def _sampling_keys(images: Tensor, seed: int) -> Tensor:
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     x = x ^ (x >> 16)
-    # 24 bits are what float32 holds exactly.
+    # float32 holds 24 bits exactly.
     return ((x & 0xFFFFFF) + 1).float() / (1 << 24)

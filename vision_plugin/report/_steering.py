@@ -1,4 +1,4 @@
-"""What holding each latent at a value does to the concepts that images are taken for."""
+"""Effects of holding each latent at a value on the concepts' probabilities."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ConceptShift:
 
 @dataclass(frozen=True)
 class Steered:
-    """What became of the concepts, and the value the latent was held at, where it is known."""
+    """The effect of steering, and the value the latent was held at, where it is known."""
 
     effect: SteeringEffect
     strength: float | None
 
 
 def shifts(effect: SteeringEffect) -> list[ConceptShift]:
-    """The likeliest concepts under steering, then those that fell most, as means over images."""
+    """Return the likeliest concepts under steering, then those that fell most, as means."""
     before, after = effect.before.double().mean(0), effect.after.double().mean(0)
     likeliest = torch.sort(after, descending=True, stable=True).indices[:N_LIKELIEST].tolist()
     fallen = torch.sort(after - before, stable=True).indices[:N_FALLEN].tolist()
@@ -42,14 +42,14 @@ def shifts(effect: SteeringEffect) -> list[ConceptShift]:
 
 
 class Steerer:
-    """Steers one latent after another on the same images.
+    """Steer one latent after another on the same images.
 
     Args:
         model: A VisionBridge with a space shared with text.
-        sae: An SAE at one of its hooks.
-        pixels: As ``model.preprocess`` gives them.
+        sae: An SAE at one of the model's hooks.
+        pixels: Images prepared by ``model.preprocess``.
         concepts: Texts, or texts with their embeddings ``[d_embed]``.
-        strength: Value that latents are held at.
+        strength: Activation that latents are held at.
         tokens: Kind of token to steer.
 
     Raises:
@@ -72,7 +72,7 @@ class Steerer:
         texts = _embeddings(model, concepts).to(pixels)
         if texts.shape[1] != width:
             raise ValueError(
-                f"the concepts' embeddings have {texts.shape[1]} dimensions, but "
+                f"the embeddings in concepts= have {texts.shape[1]} dimensions, but "
                 f"{model.cfg.model_name} embeds images in {width}"
             )
         names = [str(name) for name in concepts]
@@ -86,7 +86,7 @@ class Steerer:
 def effects(
     given: Mapping[int, SteeringEffect] | None, steerer: Steerer | None, features: Sequence[int]
 ) -> Iterator[Steered | None]:
-    """Each latent's effect: the one that was handed in, or else computed, or else None."""
+    """Yield each latent's effect: the given one, else a computed one, else None."""
     for latent in features:
         if given is not None and latent in given:
             yield Steered(given[latent], None)
@@ -98,7 +98,7 @@ def effects(
 
 def _embeddings(model: Any, concepts: Mapping[str, Tensor] | Sequence[str]) -> Tensor:
     if not concepts:
-        raise ValueError("concepts is empty: name at least one text to steer towards")
+        raise ValueError("concepts= is empty: name at least one text to steer towards")
     if not isinstance(concepts, Mapping):
         texts: Tensor = model.encode_text([str(text) for text in concepts])
         return texts

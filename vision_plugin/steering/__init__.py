@@ -1,4 +1,4 @@
-"""Edits of activations while a model runs, the cached pass that scores them, and what they do.
+"""Edits of activations while a model runs, their effects, and the cached pass that scores them.
 
 Importing this package is quick; torch and TransformerLens come with the first name that needs them.
 """

@@ -1,8 +1,8 @@
-"""The model below a site once per image, the rest once per edit.
+"""Forward passes that run the model below a site once per image, the rest once per edit.
 
-A pass that is edited at a dictionary's hook begins at the latest place from which the edit can
-still be made: at the block that the residual stream enters, at the first block that holds one of
-the hooks, or at the pixels.
+An edited pass begins at the latest place from which the edit can still be made: at the block that
+the edited residual stream enters, at the first block that holds one of the dictionary's hooks, or
+at the pixels.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from vision_plugin.models.site import Site, hooked
 
 @dataclass(frozen=True)
 class Prepared:
-    """Some images, run once.
+    """Activations of some images from one run without an edit.
 
     Attributes:
-        entry: what an edited pass begins with: the residual stream ``[n, tokens, d_model]``, or
-            pixels.
+        entry: input of an edited pass: the residual stream ``[n, tokens, d_model]``, or pixels.
         source: activation at the hook that the dictionary encodes, ``[n, ..., d]``.
         target: activation at the hook that is edited.
-        final: the residual stream behind the last block; None where nothing asks for it.
+        final: the residual stream behind the last block; None unless it is asked for.
         embedding: image embeddings without an edit, not normalised, ``[n, d_embed]``.
     """
 
@@ -50,15 +49,15 @@ class CachedPass:
 
     @property
     def model(self) -> Any:
-        """The VisionBridge."""
+        """Return the VisionBridge."""
         return self.site.model
 
     @cached_property
     def _begin(self) -> tuple[int | None, bool]:
-        """First block to run again, and whether the edited activation is the stream entering it."""
+        """Return the first block to run, and whether the edit replaces the stream entering it."""
         hooks, site = self.model.hook_dict, self.site
         if any(hook.fwd_hooks for hook in hooks.values()):
-            # Hooks of a user, or spliced SAEs, are part of the model: all of it runs every time.
+            # A user's hooks and spliced SAEs are part of the model: all of it runs every time.
             return None, False
         if site.hook_name == site.hook_name_out:
             target = hooks[site.hook_name_out]
@@ -73,23 +72,23 @@ class CachedPass:
 
     @property
     def start(self) -> int | None:
-        """Block at which an edited pass begins; the number of blocks for the head alone; None for
-        the pixels."""
+        """Return the block at which an edited pass begins; the number of blocks for the head alone,
+        None for the pixels."""
         return self._begin[0]
 
     @property
     def is_stream(self) -> bool:
-        """Whether the edited activation is the residual stream that enters block ``start``."""
+        """Return whether the edited activation is the residual stream entering block ``start``."""
         return self._begin[1]
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return int(self.model.cfg.n_layers)
 
     @property
     def final_stream(self) -> str:
-        """The hook behind the last block."""
+        """Return the name of the hook behind the last block."""
         return f"blocks.{self.n_layers - 1}.hook_resid_post"
 
     def prepare(self, pixels: Tensor, *, keep_final: bool = False) -> Prepared:
@@ -124,13 +123,13 @@ class CachedPass:
         return Prepared(entry, source, target, seen.get(self.final_stream), embedding)
 
     def finish(self, entry: Tensor) -> Tensor:
-        """Run the model from the site on; embeddings ``[n, d_embed]``, not normalised."""
+        """Return embeddings ``[n, d_embed]``, not normalised, of a run from ``entry`` on."""
         kwargs = {} if self.start is None else {"start_at_layer": self.start}
         embedding: Tensor = self.model.encode_image(entry, normalize=False, **kwargs)
         return embedding
 
     def finish_edited(self, entry: Tensor, edited: Tensor) -> Tensor:
-        """Run the model from the site on, with ``edited`` in place of the target's activation."""
+        """Return the embeddings of a run with ``edited`` in place of the target's activation."""
         if self.is_stream:
             return self.finish(edited)
 
@@ -142,11 +141,11 @@ class CachedPass:
             return self.finish(entry)
 
     def into_final_stream(self) -> Tensor | None:
-        """Return what turns an edit at the site into one of the stream behind the last block.
+        """Return the map of an edit at the site to an edit of the stream behind the last block.
 
         Returns:
-            Float64 ``[d_target, d_model]`` for the last MLP's neurons and its output, from which
-            the stream is reached by a linear map; None for any other place.
+            Float64 ``[d_target, d_model]`` for the last MLP's neurons and its output, from which a
+            linear map leads to the stream; None for any other place.
         """
         model, last = self.model, self.n_layers - 1
         hooks = model.hook_dict
@@ -159,7 +158,7 @@ class CachedPass:
         return out.weight.detach().double().T if isinstance(out, nn.Linear) else None
 
     def _block_of(self, name: str) -> int | None:
-        """First block to run for a hook in a block or in the head; None for one before both."""
+        """Return the first block to run for a hook; None for a hook before all blocks."""
         inside = re.match(r"blocks\.(\d+)\.", name)
         if inside:
             return int(inside.group(1))
@@ -175,12 +174,12 @@ def check_images(pixels: Tensor) -> None:
     """Raise unless ``pixels`` is a batch of images without NaN or infinity."""
     if pixels.ndim != 4 or pixels.shape[0] == 0:
         raise ValueError(
-            f"pixels must be [images, channels, height, width] with at least one image, got "
+            f"pixels= must be [images, channels, height, width] with at least one image, got "
             f"{list(pixels.shape)}; model.preprocess(images) makes them"
         )
     bad = torch.nonzero(~pixels.isfinite().flatten(1).all(dim=1)).flatten().tolist()
     if bad:
         raise ValueError(
-            f"pixels of image {bad[0]} ({len(bad)} of {len(pixels)} images) hold NaN or infinity; "
+            f"pixels= of image {bad[0]} ({len(bad)} of {len(pixels)} images) hold NaN or infinity; "
             "leave them out"
         )

@@ -1,10 +1,10 @@
-"""What setting one latent adds to an activation.
+"""The change that setting one latent makes to an activation.
 
 For a decoder that is affine in the latents, setting latent ``k`` to ``s`` adds
 ``gain(x) (s - f_k(x)) d_k``, where ``gain`` is 1 or, for an SAE that rescales its input and undoes
-that in ``decode``, a number per token. The directions and gains are read off the SAE and then
-checked against its own ``decode``; an SAE that fails the check is steered by differences of its
-decoder's output, one latent at a time.
+that in ``decode``, a number per token. Directions and gains are read off the SAE and checked
+against its own ``decode``. An SAE that fails the check is steered by differences of its decoder's
+output, one latent at a time.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _RESCALING = ("layer_norm", "constant_norm_rescale")
 _N_PROBES = 8
 _TOLERANCE = 1e-4
 _SPARSE_SHARE = 1 / 8
-"""Share of active latents up to which compressed rows, sorted by latent, are the smaller form."""
+"""Largest share of active latents for which compressed rows take less memory than dense ones."""
 
 _GAIN_ELEMENTS = 2**24
-"""Dense latents that exist at a time while gains are read off the decoder (64 MiB)."""
+"""Most dense latents held at once while gains are read off the decoder (64 MiB)."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An SAE's view of some tokens.
+    """An SAE's latents of some tokens.
 
     Attributes:
         source: the activation that was encoded, ``[..., d_in]``.
-        rows: its latents, ``[tokens, d_sae]``: compressed rows, or dense ones.
-        gain: ``[..., 1]``, or None where it is 1 everywhere.
+        rows: the latents, ``[tokens, d_sae]``: compressed rows, or dense ones.
+        gain: the decoder's gain at each token, ``[..., 1]``; None where it is 1 everywhere.
     """
 
     source: Tensor
@@ -46,7 +46,7 @@ class Reading:
     gain: Tensor | None
 
     def values(self, latents: Tensor) -> Tensor:
-        """Some latents at every token, ``[..., k]``."""
+        """Return some latents at every token, ``[..., k]``."""
         if isinstance(self.rows, SparseLatents):
             chosen = self.rows.columns(latents)
         else:
@@ -55,7 +55,7 @@ class Reading:
 
 
 class LatentEditor:
-    """Computes the change of an activation for any latent of one SAE."""
+    """Compute the change of an activation for any latent of one SAE."""
 
     def __init__(self, sae: Dictionary) -> None:
         self.sae = sae
@@ -76,18 +76,18 @@ class LatentEditor:
         return Reading(source, rows, gain)
 
     def coefficients(self, reading: Reading, latents: Tensor, strength: float) -> Tensor:
-        """What the directions are multiplied by, ``[..., k]``."""
+        """Return the factors of the directions, ``[..., k]``."""
         difference: Tensor = strength - reading.values(latents)
         return difference if reading.gain is None else difference * reading.gain
 
     @torch.no_grad()
     def change_by_decoding(self, reading: Reading, latent: int, strength: float) -> Tensor:
-        """The change ``[..., d_out]`` for a decoder that is not affine."""
+        """Return the change ``[..., d_out]`` for a decoder that is not affine."""
         index, value = torch.tensor([latent]), torch.tensor([strength])
         return latent_change(self.sae, reading.source, index, value)
 
     def _latents(self, source: Tensor) -> SparseLatents | Tensor:
-        """Latents of every token: compressed rows where the SAE gives them and few are active."""
+        """Return the latents of every token: compressed rows where few are active, else dense."""
         rows = encode(self.sae, source)
         if not isinstance(rows, SparseLatents):
             return rows
@@ -108,11 +108,11 @@ class LatentEditor:
                 self.directions, self.has_gain = on_device, has_gain
                 return
         logger.info(
-            "the decoder of this SAE is not affine in its latents: each latent is decoded apart"
+            "the decoder of this SAE is not affine in its latents: each latent is decoded alone"
         )
 
     def _gain(self, source: Tensor, directions: Tensor) -> Tensor:
-        """How long the decoder makes one direction at each token, as a share of its length."""
+        """Return the length of a decoded direction at each token, as a share of its own length."""
         reference = int(directions.norm(dim=1).argmax())
         direction = directions[reference].double()
         d_sae = int(self.sae.cfg.d_sae)
@@ -122,7 +122,7 @@ class LatentEditor:
             one = zero.clone()
             one[:, reference] = 1.0
             with bare(self.sae):
-                # An SAE that rescales keeps the scale from an encode to the next decode only.
+                # An SAE that rescales keeps the scale of an encode for the next decode only.
                 self.sae.encode(tokens)
                 at_one = self.sae.decode(one).double()
                 self.sae.encode(tokens)
@@ -133,7 +133,7 @@ class LatentEditor:
         return column
 
     def _agrees(self, probe: Tensor, directions: Tensor, gain: Tensor) -> bool:
-        """Whether direction and gain predict the decoder's own change on a few latents."""
+        """Return whether directions and gain predict the decoder's change on a few latents."""
         with bare(self.sae):
             values = self.sae.encode(probe)
         d_sae = int(self.sae.cfg.d_sae)
@@ -153,7 +153,7 @@ class LatentEditor:
 
 
 def _candidates(sae: Dictionary) -> list[Tensor]:
-    """Directions a decoder may have: its rows, or its rows at norm 1."""
+    """Return the directions that a decoder may have: its rows, or its rows at norm 1."""
     rows = getattr(sae, "W_dec", None)
     if not isinstance(rows, Tensor) or rows.shape[0] != sae.cfg.d_sae:
         return []

@@ -1,4 +1,4 @@
-"""What a model sees in images before and while latents are held at values."""
+"""A model's zero-shot probabilities before and while latents are held at values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vision_plugin.steering._steer import latent_change, read_targets
 
 @dataclass(frozen=True)
 class SteeringEffect:
-    """Zero-shot probabilities of concepts, per image."""
+    """Zero-shot probabilities of concepts, per image, before and while steering."""
 
     concepts: list[str]
     before: Float[Tensor, "n c"]
@@ -34,7 +34,7 @@ class SteeringEffect:
         ]
 
     def top(self, probabilities: Tensor) -> list[tuple[str, float]]:
-        """Return the likeliest concept of each image, with its probability."""
+        """Return each image's likeliest concept, with its probability."""
         best = probabilities.max(dim=-1)
         return [
             (self.concepts[i], float(p))
@@ -43,14 +43,14 @@ class SteeringEffect:
 
 
 class EffectPass:
-    """Images that were run once, ready to be steered by any latents of a dictionary.
+    """Images that were run once, ready to be steered with any latents of a dictionary.
 
     Args:
         model: A VisionBridge with a space shared with text.
-        sae: An SAE, or any dictionary, at one of its hooks.
-        pixels: As ``model.preprocess`` gives them.
-        text_embeddings: Unit embeddings of the concepts.
-        concepts: Their names.
+        sae: An SAE, or any dictionary, at one of the model's hooks.
+        pixels: Images prepared by ``model.preprocess``.
+        text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
+        concepts: Names of the concepts, one per embedding.
         tokens: Kind of token to steer.
 
     Raises:
@@ -71,7 +71,7 @@ class EffectPass:
     ) -> None:
         if len(concepts) != len(text_embeddings):
             raise ValueError(
-                f"{len(concepts)} concepts, but {len(text_embeddings)} text embeddings"
+                f"concepts= has {len(concepts)} names for {len(text_embeddings)} text embeddings"
             )
         self.model, self.sae, self.concepts = model, sae, list(concepts)
         self.text_embeddings = text_embeddings
@@ -81,7 +81,7 @@ class EffectPass:
 
     @torch.no_grad()
     def effect(self, latents: Mapping[int, float]) -> SteeringEffect:
-        """Hold latents at values, and compare what the images are taken for.
+        """Return the concepts' probabilities before and while latents are held at values.
 
         Args:
             latents: Value per latent.
@@ -114,19 +114,19 @@ def steering_effect(
     concepts: Sequence[str],
     tokens: str = "all",
 ) -> SteeringEffect:
-    """Run images plain and steered, and compare what they are taken for.
+    """Run images with and without steering, and return the concepts' probabilities.
 
     Args:
         model: A VisionBridge with a space shared with text.
-        sae: An SAE, or any dictionary, at one of its hooks.
-        pixels: As ``model.preprocess`` gives them.
-        text_embeddings: Unit embeddings of the concepts.
+        sae: An SAE, or any dictionary, at one of the model's hooks.
+        pixels: Images prepared by ``model.preprocess``.
+        text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
         latents: Value per latent.
-        concepts: Names of the concepts.
+        concepts: Names of the concepts, one per embedding.
         tokens: Kind of token to steer.
 
     Raises:
-        ValueError: as :class:`EffectPass` and :meth:`EffectPass.effect` raise it.
+        ValueError: :class:`EffectPass` or :meth:`EffectPass.effect` raises it.
     """
     images = EffectPass(model, sae, pixels, text_embeddings, concepts=concepts, tokens=tokens)
     return images.effect(latents)

@@ -1,4 +1,4 @@
-"""The work behind steerability: the model below the hook once, the rest once per latent."""
+"""Steering for scores: the model below the hook runs once, the rest once per latent."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from vision_plugin.steering._editor import LatentEditor, Reading
 from vision_plugin.steering._head import ClassTokenHead
 
 _LATENT_ELEMENTS = 2**26
-"""Most latents of a batch of images, zeros counted: a bound however many are active."""
+"""Most latents held for a batch of images, zeros included: a bound however many are active."""
 
 _LOGIT_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Logits formed at once: what stays in a CPU's cache; what keeps a GPU busy."""
+"""Most logits computed at once: what fits a CPU's cache, and what keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How the images of one batch differ in what steering does to them, float64 ``[k]``.
+    """Spread over the images of one batch of what steering does to them, float64 ``[k]``.
 
     Attributes:
         squares: sum over images of the squared norm of the change.
-        agreement: sum over images of the squared deviation of ``h_i``, the mean inner product of an
-            image's change with those of the batch's other images.
+        agreement: sum over images of the squared deviation of ``h_i``, the mean inner product of
+            one image's change with the changes of the batch's other images.
     """
 
     squares: Tensor
@@ -38,7 +38,7 @@ class Spread:
 
     @classmethod
     def of(cls, change: Tensor) -> Spread:
-        """Measure changes ``[k, n, concepts]``."""
+        """Return the spread of changes ``[k, n, concepts]``."""
         total = change.sum(1)
         squares = change.square().sum(2)
         with_all = torch.bmm(change, total.unsqueeze(2)).squeeze(2)
@@ -49,11 +49,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Shift:
-    """What steering did, summed over images.
+    """Effect of steering, summed over images.
 
     Attributes:
         total: sum over images of the change of each concept's probability, ``[k, concepts]``.
-        spread: how the images differ; None where it was not asked for.
+        spread: spread over the images; None where it was not asked for.
         n_images: number of images.
     """
 
@@ -67,12 +67,12 @@ class Steering:
 
     Args:
         model: a VisionBridge with a joint space.
-        sae: a ``sae_lens.SAE``, or what encodes and decodes like one.
+        sae: a ``sae_lens.SAE``, or any dictionary that encodes and decodes like one.
         texts: text embeddings ``[concepts, d_embed]``; they are scaled to norm 1 here.
         tokens: kind of token to steer.
-        scale: what cosine similarities are multiplied by; None for the model's own.
-        batch_size: sequences run at once.
-        closed_form: use the algebra from the last block's MLP on where it applies.
+        scale: factor of the cosine similarities; None for the model's own.
+        batch_size: number of sequences per forward pass.
+        closed_form: whether to use the algebra from the last block's MLP on where it applies.
     """
 
     def __init__(
@@ -112,16 +112,16 @@ class Steering:
         self._head: ClassTokenHead | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steering:
-        """A copy of a metric steers the same model."""
+        """Return this object, so that a copied metric steers the same model."""
         return self
 
     @property
     def uses_closed_form(self) -> bool:
-        """Whether the algebra after the last block is in use; known once images were prepared."""
+        """Return whether the algebra after the last block is used; False before :meth:`prepare`."""
         return self._head is not None
 
     def prepare(self, pixels: Tensor) -> Iterator[Prepared]:
-        """Run images below the hook, in batches, each image once."""
+        """Yield images run up to the hook, in batches, each image once."""
         check_images(pixels)
         pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
         for batch in torch.split(pixels, self._images_at_once()):
@@ -138,7 +138,7 @@ class Steering:
         return prepared
 
     def _checked_head(self, prepared: Prepared) -> ClassTokenHead | None:
-        """The head's algebra, where it gives on two images what the model gives."""
+        """Return the head's algebra if it agrees with the model on two images."""
         if prepared.final is None:
             return None
         final, target = prepared.final[:2], prepared.target[:2]
@@ -158,7 +158,7 @@ class Steering:
         """Steer each of ``latents`` on each image and sum the changes of the probabilities.
 
         Raises:
-            ValueError: the model answered with NaN or infinity.
+            ValueError: the model gave NaN or infinity.
         """
         before = self._probabilities(prepared.embedding)
         if self._head is not None and self.editor_is_affine(prepared):
@@ -175,7 +175,7 @@ class Steering:
         return shift
 
     def editor_is_affine(self, prepared: Prepared) -> bool:
-        """Whether the SAE's decoder passed the check for an affine one."""
+        """Return whether the SAE's decoder passed the check for an affine one."""
         if self.editor.directions is None:
             self._read(prepared.source[:1])
         return self.editor.directions is not None
@@ -196,7 +196,7 @@ class Steering:
         mask = self.site.mask(prepared.target)
         for some in torch.split(latents, max(1, self.batch_size // len(prepared))):
             edited = self._edited(prepared, reading, mask, some, strength)
-            # The entry is repeated for hooks inside a block; a stream is edited in its place.
+            # A hook inside a block needs the entry repeated; an edited stream replaces the entry.
             entry = edited if self.cached_pass.is_stream else repeat(prepared.entry, len(some))
             embedding = self.cached_pass.finish_edited(entry, edited)
             after = self._probabilities(embedding)
@@ -214,7 +214,7 @@ class Steering:
         latents: Tensor,
         strength: float,
     ) -> Tensor:
-        """Edited activations of some latents, ``[k * n, ..., d]``."""
+        """Return activations edited by each of some latents, ``[k * n, ..., d]``."""
         target = prepared.target
         directions = self.editor.directions
         if directions is None:
@@ -243,7 +243,7 @@ class Steering:
         before: Tensor,
         spread: bool,
     ) -> Shift:
-        """Steer from the last MLP on without running anything; see ``_head.py``."""
+        """Steer from the last MLP on by algebra alone; see ``_head.py``."""
         if self.site.selection.kind not in ("all", "cls"):
             zero = torch.zeros(len(latents), dtype=torch.float64, device=before.device)
             total = before.new_zeros(len(latents), before.shape[1])
@@ -277,7 +277,7 @@ class Steering:
         return self.editor.read(join_heads(activation, int(self.sae.cfg.d_in)))
 
     def _probabilities(self, embedding: Tensor) -> Tensor:
-        """Probabilities of the concepts, ``[n, concepts]``, float32."""
+        """Return probabilities of the concepts, ``[n, concepts]``, float32."""
         unit = functional.normalize(embedding.to(self.texts.dtype), dim=-1)
         return torch.softmax(self.scale * (unit @ self.texts.T), dim=-1)
 
@@ -306,12 +306,12 @@ def _join(parts: list[Spread]) -> Spread | None:
 def _unit_texts(texts: Tensor) -> Tensor:
     if texts.ndim != 2 or texts.shape[0] < 2:
         raise ValueError(
-            "text_embeddings must be [concepts, d_embed] with at least two concepts, got "
+            "text_embeddings= must be [concepts, d_embed] with at least two concepts, got "
             f"{list(texts.shape)}"
         )
     if not bool(texts.isfinite().all()):
         row = int((~texts.isfinite().all(dim=1)).nonzero()[0])
-        raise ValueError(f"text_embeddings hold NaN or infinity, first in row {row}")
+        raise ValueError(f"text_embeddings= hold NaN or infinity, first in row {row}")
     norms = texts.double().norm(dim=1, keepdim=True)
     if bool((norms == 0).any()):
         row = int((norms[:, 0] == 0).nonzero()[0])

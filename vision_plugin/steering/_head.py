@@ -1,6 +1,6 @@
 r"""Steering after the last block, in closed form.
 
-Behind the last block a CLIP-like tower looks at its class token alone: LayerNorm, then a linear
+Behind the last block a CLIP-like tower reads its class token alone: LayerNorm, then a linear
 projection. For a token ``x`` with ``a d`` added, with a bar for "minus its mean" and
 ``sigma^2 = (|x̄|^2 + 2 a x̄·d̄ + a^2 |d̄|^2) / width + eps``,
 
@@ -10,8 +10,8 @@ projection. For a token ``x`` with ``a d`` added, with a bar for "minus its mean
 the direction),
 
 with the LayerNorm's weight ``g`` and bias ``b``. Its norm expands in the inner products of u, v, w,
-and its similarity to every concept is a weighted sum of those of u, v and w, so that no image has
-to be embedded again: an image, a latent and a concept cost three multiply-adds and one exponential.
+and its similarity to every concept is a weighted sum of those of u, v and w. No image has to be
+embedded again: an image, a latent and a concept cost three multiply-adds and one exponential.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ClassTokenHead:
     Attributes:
         weight: LayerNorm's weight times the projection, ``[d_model, d_embed]``.
         bias: the embedding of a token that is the same everywhere, ``[d_embed]``.
-        eps: the LayerNorm's.
-        row: which token is the class token.
+        eps: epsilon of the LayerNorm.
+        row: index of the class token.
     """
 
     weight: Tensor
@@ -44,12 +44,12 @@ class ClassTokenHead:
 
     @classmethod
     def of(cls, model: Any, residual: Tensor, embedding: Tensor) -> ClassTokenHead | None:
-        """Read the head off a model; None where the model computes anything else.
+        """Return the head of a model; None where the model computes anything else.
 
         Args:
             model: A VisionBridge.
             residual: the stream after the last block, ``[n, tokens, d_model]``.
-            embedding: what the model makes of it, ``[n, d_embed]``, not normalised.
+            embedding: the model's embeddings of it, ``[n, d_embed]``, not normalised.
         """
         norm, projection = _native(model, "ln_final"), _native(model, "unembed")
         if not isinstance(norm, nn.LayerNorm) or not isinstance(projection, nn.Linear):
@@ -67,7 +67,7 @@ class ClassTokenHead:
         return head if head._explains(model, residual, embedding) else None
 
     def _explains(self, model: Any, residual: Tensor, embedding: Tensor) -> bool:
-        """Whether the model's embedding is this head's, whatever the other tokens are."""
+        """Return whether this head gives the model's embedding, whatever the other tokens are."""
         if not self.agrees(residual[:, self.row], embedding):
             return False
         others = residual.flip(-1) * 3.0 + 1.0
@@ -76,11 +76,11 @@ class ClassTokenHead:
         return _close(seen.double(), embedding)
 
     def agrees(self, token: Tensor, embedding: Tensor) -> bool:
-        """Whether class tokens ``[n, d_model]`` give the model's embeddings ``[n, d_embed]``."""
+        """Return whether class tokens ``[n, d_model]`` lead to embeddings ``[n, d_embed]``."""
         return _close(self.embed(token), embedding)
 
     def embed(self, token: Tensor) -> Tensor:
-        """Embeddings ``[n, d_embed]`` of class tokens ``[n, d_model]``, not normalised."""
+        """Return embeddings ``[n, d_embed]`` of class tokens ``[n, d_model]``, not normalised."""
         centred = _centred(token)
         sigma = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
         return centred @ self.weight / sigma + self.bias
@@ -90,14 +90,14 @@ class ClassTokenHead:
     ) -> Iterator[Tensor]:
         """Yield logits ``[k, concepts]`` of one image after the other.
 
-        The tensor that is yielded is overwritten by the next one.
+        Each yielded tensor is overwritten by the next one.
 
         Args:
             token: class tokens, ``[n, d_model]``.
-            directions: ``[k, d_model]``.
-            coefficients: what each direction is multiplied by in each image, ``[n, k]``.
+            directions: directions to add, ``[k, d_model]``.
+            coefficients: factor of each direction in each image, ``[n, k]``.
             texts: unit text embeddings, ``[concepts, d_embed]``.
-            scale: what cosine similarities are multiplied by.
+            scale: factor of the cosine similarities.
         """
         x, d, a = _centred(token), _centred(directions), coefficients.double()
         width = x.shape[-1]

@@ -19,21 +19,21 @@ from vision_plugin.models.site import Site, hooked, token_mask
 def steer(
     model: Any, sae: Dictionary, latents: Mapping[int, float], *, tokens: str = "all"
 ) -> Iterator[None]:
-    """Set latents of an SAE to fixed values for the length of a ``with`` block.
+    """Set latents of an SAE to fixed values within a ``with`` block.
 
     The SAE's reconstruction error is added back: the residual stream becomes
-    ``x + decode(f') - decode(f)``, where f' is f with the latents overwritten, which for a linear
-    decoder is ``x + d_k (s - f_k)``. Several blocks may nest, at one hook as well.
+    ``x + decode(f') - decode(f)``, where f' is f with the latents overwritten. For a linear decoder
+    this is ``x + d_k (s - f_k)``. Several blocks may nest, even at one hook.
 
     Args:
         model: A VisionBridge.
         sae: A ``sae_lens.SAE`` whose metadata names a hook of the model.
         latents: Value per latent; 0 suppresses it.
-        tokens: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
+        tokens: Tokens to steer: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
 
     Raises:
-        ValueError: a latent out of range, a value that is not finite, or an SAE that does not
-            belong to the model.
+        ValueError: a latent is out of range, a value is not finite, or the SAE does not belong to
+            the model.
     """
     site = Site.of(model, sae, tokens=tokens)
     index, values = read_targets(latents, int(sae.cfg.d_sae))
@@ -66,10 +66,10 @@ def steer_neurons(
         model: A VisionBridge.
         hook_name: Any hook of the model.
         neurons: Value per dimension.
-        tokens: As in :func:`steer`.
+        tokens: Tokens to edit: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
 
     Raises:
-        ValueError: a value that is not finite; a dimension out of range (when the model runs).
+        ValueError: a value is not finite, or a dimension is out of range (when the model runs).
     """
     model.check_hook_names([hook_name])
     selection = TokenSelection.parse(tokens)
@@ -87,16 +87,16 @@ def steer_neurons(
 
 
 def latent_change(sae: Dictionary, activation: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """What overwriting latents adds to an activation, [..., d_in].
+    """Return the change that overwriting latents makes to an activation, ``[..., d_in]``.
 
     Args:
         sae: A ``sae_lens.SAE``.
-        activation: [..., d_in].
-        index: Latents, [m].
-        values: Their new values, [m].
+        activation: Activation ``[..., d_in]``.
+        index: Numbers of the latents, ``[m]``.
+        values: New values of the latents, ``[m]``.
     """
     with bare(sae):
-        # Some SAEs keep the input's scale from encode to decode, so each decode has its encode.
+        # Some SAEs keep the input's scale from encode to decode: encode before every decode.
         before: Tensor = sae.decode(sae.encode(activation))
         latents = sae.encode(activation).clone()
         latents[..., index.to(latents.device)] = values.to(latents)
@@ -110,5 +110,5 @@ def read_targets(targets: Mapping[int, float], width: int) -> tuple[Tensor, Tens
         if not 0 <= latent < width:
             raise ValueError(f"latent {latent} is out of range: there are {width}, from 0")
         if not math.isfinite(value):
-            raise ValueError(f"latent {latent} cannot be set to {value}")
+            raise ValueError(f"latent {latent} cannot be set to {value}: give a finite number")
     return torch.tensor(list(targets), dtype=torch.long), torch.tensor(list(targets.values()))
