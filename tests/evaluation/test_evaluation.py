@@ -268,5 +268,5 @@ def test_intervals_and_curves_are_there_when_asked_for(
     written = json.loads((tmp_path / "scores.json").read_text())
     assert "share_steerable_at_20" in written["summary"]["steerability_curve/sae"]
     assert "steerability_curve" in written["details"]
-    with pytest.raises(ValueError, match="goes with monosemanticity_definition='all'"):
+    with pytest.raises(ValueError, match="needs monosemanticity_definition='all'"):
         score(world, tmp_path, confidence=0.9, monosemanticity_definition="top16")

@@ -276,7 +276,7 @@ def test_an_sae_of_another_model_or_hook_is_one_clear_error(
     line = ["sparsity", "--images", "demo:2", "--output-path", str(tmp_path / "out"), "--saes"]
     assert main([*line, *world.saes, str(tmp_path / "other")]) == 1
     error = capsys.readouterr().err.strip().splitlines()
-    assert "was trained on another/clip and" in error[-1]
+    assert "was trained on another/clip, but" in error[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -285,7 +285,7 @@ def test_an_sae_of_another_model_or_hook_is_one_clear_error(
     [
         ({"saes": ()}, "at least one SAE"),
         ({"saes": ("a", "a")}, "twice"),
-        ({"tokens": "random:4"}, "kind of a random token"),
+        ({"tokens": "random:4"}, "random tokens are of no known kind"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dense_above": 2.0}, r"dense_above=2\.0"),
     ],

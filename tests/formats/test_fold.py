@@ -152,7 +152,7 @@ def test_a_threshold_that_was_never_set_is_plain_relu(
     x = expected("dl-batchtopk")["x"]
     pre = (x - state["b_dec"]) @ state["encoder.weight"].T + state["encoder.bias"]
     torch.testing.assert_close(sae.encode(x), pre.relu(), rtol=0, atol=1e-5)
-    assert "never set" in caplog.text
+    assert "not set in training" in caplog.text
 
 
 @pytest.mark.parametrize("norm", ["l2", "max_l2", "l1", "max_l1", "identity"])

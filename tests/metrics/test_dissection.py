@@ -90,7 +90,7 @@ def test_masks_that_do_not_fit_are_refused():
         metric.update(torch.rand(4, 9, 3), masks)
     with pytest.raises(ValueError, match="multiple of 2"):
         metric.update(torch.rand(4, 4, 3), masks[:, :, :3])
-    with pytest.raises(ValueError, match="threshold has shape"):
+    with pytest.raises(ValueError, match="threshold= has shape"):
         metrics.Dissection(n_features=3, n_concepts=2, grid_size=(2, 2), threshold=torch.zeros(2))
 
 

@@ -432,7 +432,7 @@ def test_shapes_that_disagree_are_refused():
     with pytest.raises(ValueError, match="latents are for 6 images and embeddings for 5"):
         monosemanticity(latents, embeddings[:5])
     metric = Monosemanticity(n_features=4, d_embed=2)
-    with pytest.raises(ValueError, match=r"3 features, but .* n_features=4"):
+    with pytest.raises(ValueError, match=r"3 latents, but .* n_features=4"):
         metric.update(latents, embeddings)
     with pytest.raises(ValueError, match=r"width 2, but .* d_embed=5"):
         Monosemanticity(n_features=3, d_embed=5).update(latents, embeddings)

@@ -197,7 +197,7 @@ def _bad_text(row: int, value: float) -> torch.Tensor:
         ({"text_embeddings": _bad_text(2, math.nan)}, "NaN or infinity, first in row 2"),
         ({"text_embeddings": _bad_text(3, 0.0)}, "concept 3 is zero"),
         ({"text_embeddings": torch.randn(1, 12)}, "at least two concepts"),
-        ({"latents": []}, "latents is empty"),
+        ({"latents": []}, "latents= is empty"),
         ({"latents": [0, 6]}, "latent 6 is out of range: there are 6"),
         ({"latents": [-1]}, "latent -1 is out of range"),
         ({"latents": [2, 2]}, "names a latent twice"),
@@ -207,7 +207,7 @@ def _bad_text(row: int, value: float) -> torch.Tensor:
         ({"strength": math.inf}, "strength=inf must be a finite number"),
         ({"threshold": math.nan}, "threshold=nan must be a finite number"),
         ({"definition": "median"}, "definition='median' is not one of"),
-        ({"concepts": ["one"]}, "1 concept names and 7 text embeddings"),
+        ({"concepts": ["one"]}, "has 1 names for 7 text embeddings"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"pixels": torch.zeros(0, 3, 8, 8)}, "at least one image"),
         ({"pixels": torch.full((2, 3, 8, 8), math.nan)}, "image 0 .2 of 2 images."),
@@ -254,7 +254,7 @@ def test_only_like_metrics_merge(world: SimpleNamespace) -> None:
     metric = Steerability(world.model, world.sae, world.texts)
     with pytest.raises(ValueError, match=r"strength=8\.0"):
         metric.merge_state(Steerability(world.model, world.sae, world.texts, strength=8.0))
-    with pytest.raises(ValueError, match="other latents"):
+    with pytest.raises(ValueError, match="different latents"):
         metric.merge_state(Steerability(world.model, world.sae, world.texts, latents=[1]))
 
 

@@ -180,7 +180,7 @@ def test_hierarchy_wants_a_path_per_image():
         metrics.hierarchy(torch.tensor([[0, 7]]), PATHS)
     with pytest.raises(ValueError, match="bare string"):
         metrics.hierarchy(torch.tensor([[0, 1]]), ["animal", "tool"])
-    with pytest.raises(ValueError, match="groups has shape"):
+    with pytest.raises(ValueError, match="groups= has shape"):
         metrics.hierarchy(torch.tensor([[0, 1]]), PATHS, torch.tensor([0, 1]))
 
 

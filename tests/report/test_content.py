@@ -285,17 +285,17 @@ def test_a_stream_of_images_is_read_in_order(tmp_path, model, sae):
     ("arguments", "message"),
     [
         ({"scores": {"s": [1.0] * 39}}, r"scores\['s'\] has shape \(39,\).*40 latents"),
-        ({"scores": {"s": ["x"] * 40}}, "no number"),
-        ({"names": ["a"]}, "names has 1 entries.*40 latents"),
-        ({"names": {40: "a"}}, "names names latent 40.*40, from 0"),
-        ({"features": []}, "features is empty"),
+        ({"scores": {"s": ["x"] * 40}}, "not a number"),
+        ({"names": ["a"]}, "names= has 1 entries.*40 latents"),
+        ({"names": {40: "a"}}, "names= names latent 40.*40, from 0"),
+        ({"features": []}, "features= is empty"),
         ({"features": [-1]}, "latent -1"),
         ({"features": torch.tensor([1.5])}, "1.5, which is not the number"),
         ({"latents": torch.zeros(3, 40)}, r"\(3, 40\).*60 images"),
         ({"tokens": "register"}, "no 'register' token"),
         ({"tokens": "cats"}, "not a kind of token"),
         ({"n_top": 0}, "n_top=0"),
-        ({"concepts": []}, "concepts is empty"),
+        ({"concepts": []}, "concepts= is empty"),
         ({"concepts": {"a": torch.zeros(5)}}, "5 dimensions.*embeds images in 16"),
     ],
 )
@@ -312,9 +312,9 @@ def test_an_sae_that_does_not_belong_to_the_model_is_refused(tmp_path, model, sa
     nowhere.cfg.metadata = SAEMetadata()
     with pytest.raises(ValueError, match="does not say which hook it belongs to"):
         vp.report(nowhere, model, images, tmp_path / "r")
-    with pytest.raises(ValueError, match="images is empty"):
+    with pytest.raises(ValueError, match="images= is empty"):
         vp.report(sae, model, [], tmp_path / "r")
-    with pytest.raises(ValueError, match="without a model the latents are needed"):
+    with pytest.raises(ValueError, match="neither model= nor latents="):
         vp.report(sae, None, images, tmp_path / "r")
 
 

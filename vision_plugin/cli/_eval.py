@@ -83,13 +83,12 @@ def notes(result: Any) -> list[str]:
     if result.monosemanticity:
         similarity = next(iter(result.monosemanticity.values())).mean_similarity
         lines.append(
-            f"Mean similarity of the images: {similarity:.3f}, which a latent that fires at random "
-            "scores."
+            f"Mean similarity of the images: {similarity:.3f}, the score of a latent that fires "
+            "at random."
         )
         if result.own_embeddings:
             lines.append(
-                "The similarities are of the model's own embeddings; --embedder names an outside "
-                "encoder."
+                "Similarities are the model's own embeddings; --embedder names an outside encoder."
             )
     lines += [
         f"Left out: {name}: {as_flags(why, type(result.config))}"
@@ -98,7 +97,7 @@ def notes(result: Any) -> list[str]:
     if result.encoded.bad_images:
         lines.append(f"{len(result.encoded.bad_images)} images could not be read; see the JSON.")
     where = result.path or "not written: --output-path names a file for them"
-    return [*lines, f"All numbers, also per latent: {where}"]
+    return [*lines, f"All numbers, per latent as well: {where}"]
 
 
 def _cell(value: float | int | None) -> str:
