@@ -29,7 +29,7 @@ class SparsityStudyConfig(Inputs):
     """Tokens to encode: ``cls``, ``register``, ``patch`` or ``all``; by default the kind that each
     SAE was trained on."""
     dense_above: float = 0.1
-    """Share of tokens above which a latent that fires on them counts as dense."""
+    """Firing frequency, as a share of tokens, above which a latent counts as dense."""
     batch_size: int = 64
     """Number of images per forward pass."""
 

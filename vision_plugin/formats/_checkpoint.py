@@ -34,7 +34,7 @@ class ReadOptions:
         activation: The sparsifier, for formats that do not record it.
         k: Latents kept per sample, for formats that do not record it.
         threshold: The scalar threshold of a BatchTopK SAE, if its file does not hold it.
-        row_normalization: How overcomplete's dictionary normalises its rows; None means its l2.
+        row_normalization: How overcomplete's dictionary normalises its rows; None means l2.
         negative_latents: What to do with an SAE whose top-k keeps negative latents, which no stock
             architecture does: refuse it, or clip them to zero (which changes what it computes).
         input_mean: Mean [d_in] that the SAE expects its input to be centred by; it is folded in.

@@ -76,7 +76,7 @@ class MetricInfo:
 
     @property
     def usable(self) -> bool:
-        """Whether :func:`get` will return a class."""
+        """Return whether :func:`get` will return a class."""
         return self.error is None
 
 

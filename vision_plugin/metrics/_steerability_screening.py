@@ -131,7 +131,7 @@ class _Sums:
         self.n_seen[latents] += shift.n_images
 
     def upper_bound(self, latents: Tensor, n_images: int, margin: float) -> Tensor:
-        """Return ``margin`` standard deviations above the estimate of the score on all images."""
+        """Return the estimate of the score on all images, plus ``margin`` standard deviations."""
         seen = self.n_seen[latents].double()
         chosen = self.total[latents.to(self.total.device)].double()
         score = chosen.square().sum(1).cpu() / seen.square()
