@@ -14,7 +14,7 @@ from vision_plugin.cli._flags import as_flags, parse
 
 def run(arguments: Sequence[str]) -> None:
     """Score an SAE from flags, print the table, and say where the results are."""
-    from vision_plugin.evaluation import EvaluationConfig, evaluate_config
+    from vision_plugin.evaluation import EvaluationConfig
 
     cfg = parse(
         EvaluationConfig,
@@ -23,6 +23,8 @@ def run(arguments: Sequence[str]) -> None:
         description="Score an SAE by any of the registered metrics, beside the raw neurons at the "
         "same hook and other controls, in one table. `vision-plugin info` lists the metrics.",
     )
+    from vision_plugin.evaluation import evaluate_config
+
     console = Console()
     result = evaluate_config(cfg)
     console.print(scores_table(result))

@@ -11,7 +11,7 @@ from vision_plugin.cli._flags import parse
 
 def run(arguments: Sequence[str]) -> None:
     """Extract activations from flags and print what the store holds."""
-    from vision_plugin.activations import ExtractionConfig, extract, info
+    from vision_plugin.activations import ExtractionConfig
 
     cfg = parse(
         ExtractionConfig,
@@ -20,6 +20,8 @@ def run(arguments: Sequence[str]) -> None:
         description="Run images through a model and write the activations at some hooks to a "
         "store of checked shards. An interrupted run continues where it stopped.",
     )
+    from vision_plugin.activations import extract, info
+
     extract(cfg)
     facts = info(cfg.output_path)
     console = Console()

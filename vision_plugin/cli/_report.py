@@ -35,14 +35,14 @@ class ReportConfig(Inputs):
 
 def run(arguments: Sequence[str]) -> None:
     """Write a report from flags and print where it is."""
-    from vision_plugin.report import report
-
     cfg = parse(
         ReportConfig,
         arguments,
         command="report",
         description="Write static HTML pages in which an SAE's features can be browsed.",
     )
+    from vision_plugin.report import report
+
     sae = cfg.open_sae(cfg.sae)
     report(
         sae,

@@ -11,7 +11,7 @@ from vision_plugin.cli._flags import parse
 
 def run(arguments: Sequence[str]) -> None:
     """Study SAEs from flags, and print the table and the names of the files."""
-    from vision_plugin.evaluation import FILES, SparsityStudyConfig, sparsity_study, table_of
+    from vision_plugin.evaluation import SparsityStudyConfig
 
     cfg = parse(
         SparsityStudyConfig,
@@ -20,6 +20,8 @@ def run(arguments: Sequence[str]) -> None:
         description="L0 and explained variance per layer and kind of token (CLS, registers, "
         "patches), with a map of L0 over the patch grid, for one or several SAEs of a model.",
     )
+    from vision_plugin.evaluation import FILES, sparsity_study, table_of
+
     console = Console()
     result = sparsity_study(cfg)
     console.print(table_of(result))

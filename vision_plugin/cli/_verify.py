@@ -25,14 +25,14 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: the store is damaged; the message names every damaged shard.
     """
-    from vision_plugin.activations import verify
-
     cfg = parse(
         VerifyConfig,
         arguments,
         command="verify",
         description="Check an activation store: its manifest, and every byte of every shard.",
     )
+    from vision_plugin.activations import verify
+
     report = verify(cfg.path)
     if not report.ok:
         raise ValueError(f"{cfg.path} is damaged. {report}")

@@ -1,6 +1,7 @@
 from ._choice import USUAL_METRICS as USUAL_METRICS
 from ._config import Control as Control
 from ._config import EvaluationConfig as EvaluationConfig
+from ._config import SparsityStudyConfig as SparsityStudyConfig
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import evaluate as evaluate
 from ._evaluate import evaluate_config as evaluate_config
@@ -25,7 +26,6 @@ from ._sparsity_plot import text_of as text_of
 from ._sparsity_result import KindStudy as KindStudy
 from ._sparsity_result import SAEStudy as SAEStudy
 from ._sparsity_result import SparsityStudy as SparsityStudy
-from ._sparsity_result import SparsityStudyConfig as SparsityStudyConfig
 from ._sparsity_study import FILES as FILES
 from ._sparsity_study import sparsity_study as sparsity_study
 from ._sparsity_study import write_study as write_study

@@ -114,3 +114,38 @@ class EvaluationConfig(Inputs):
             )
         usual = {"definition": self.monosemanticity_definition, **given.get("monosemanticity", {})}
         return {**given, "monosemanticity": usual}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityStudyConfig(Inputs):
+    """SAEs and images to study."""
+
+    saes: tuple[str, ...]
+    """Folders of the SAEs, or any checkpoints that ``vp.load_sae`` reads: one or several, at any
+    hooks of one model."""
+    output_path: str | None = "sparsity"
+    """Folder of the table, the plot and the JSON; it replaces an earlier study there. None, in
+    Python, writes nothing."""
+    tokens: str | None = None
+    """Tokens to encode: ``cls``, ``register``, ``patch`` or ``all``; by default the kind that each
+    SAE was trained on."""
+    dense_above: float = 0.1
+    """Firing frequency, as a share of tokens, above which a latent counts as dense."""
+    batch_size: int = 64
+    """Number of images per forward pass."""
+
+    def __post_init__(self) -> None:
+        if not self.saes:
+            raise ValueError("saes= is empty: name at least one SAE, as in saes=runs/layer3")
+        if len(set(self.saes)) < len(self.saes):
+            raise ValueError(f"saes={list(self.saes)} names one SAE twice: give each one once")
+        if self.tokens not in (None, "cls", "register", "patch", "all"):
+            raise ValueError(
+                f"tokens={self.tokens!r}: use cls, register, patch or all; random tokens are of "
+                "no known kind"
+            )
+        if self.batch_size < 1 or not 0 <= self.dense_above <= 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be at least 1 and "
+                f"dense_above={self.dense_above} between 0 and 1"
+            )

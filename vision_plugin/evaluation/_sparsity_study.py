@@ -16,6 +16,7 @@ import torch
 
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._progress import Progress
+from vision_plugin.evaluation._config import SparsityStudyConfig
 from vision_plugin.evaluation._facts import Facts
 from vision_plugin.evaluation._loop import Group, Loop, Subject
 from vision_plugin.evaluation._offer import ImageBatch, Place
@@ -24,7 +25,6 @@ from vision_plugin.evaluation._sparsity_result import (
     KindStudy,
     SAEStudy,
     SparsityStudy,
-    SparsityStudyConfig,
 )
 from vision_plugin.images import read_batches
 from vision_plugin.metrics import MetricSet, l0_map
