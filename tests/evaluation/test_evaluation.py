@@ -270,3 +270,26 @@ def test_intervals_and_curves_are_there_when_asked_for(
     assert "steerability_curve" in written["details"]
     with pytest.raises(ValueError, match="needs monosemanticity_definition='all'"):
         score(world, tmp_path, confidence=0.9, monosemanticity_definition="top16")
+
+
+def test_a_metric_that_fails_is_a_row_with_its_reason_and_costs_no_other(
+    world: SimpleNamespace, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Any, latents: torch.Tensor) -> None:
+        raise KeyError("a fault of another package")
+
+    monkeypatch.setattr(metrics.Sparsity, "update", update)
+    result = score(world, tmp_path, metrics=("fvu", "sparsity"), controls=("neurons",))
+    assert list(result.results) == ["fvu"]
+    assert set(result.left_out) == {"sparsity/sae", "sparsity/neurons"}
+    assert "a fault of another package" in result.left_out["sparsity/sae"]
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert "a fault of another package" in written["left_out"]["sparsity/sae"]
+
+
+def test_objects_in_hand_are_evaluated_without_a_file(world: SimpleNamespace) -> None:
+    result = vp.evaluate(
+        world.sae, world.model, world.images, metrics=["fvu"], controls=[], progress=False
+    )
+    assert result.path is None
+    assert list(result.results) == ["fvu"]

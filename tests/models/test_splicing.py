@@ -192,3 +192,16 @@ def test_an_sae_of_another_width_or_model_is_refused(model) -> None:
     homeless.cfg.metadata.hook_name = None
     with pytest.raises(ValueError, match=r"does not say which hook it belongs to"):
         model.add_sae(homeless)
+
+
+@torch.no_grad()
+def test_an_sae_that_takes_heads_apart_is_spliced_like_one_over_all_of_them(model, pixels) -> None:
+    """SAELens trains SAEs of hook_z on ``[..., n_heads, d_head]``, and flattens by itself."""
+    name = "blocks.1.attn.hook_z"
+    joined = make_sae(name)
+    torch.manual_seed(0)
+    apart = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48, reshape_activations="hook_z"))
+    apart.cfg.metadata.hook_name = name
+    expected = model.run_with_saes(pixels, saes=[joined])
+    assert torch.equal(model.run_with_saes(pixels, saes=[apart]), expected)
+    assert apart.hook_z_reshaping_mode

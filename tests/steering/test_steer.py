@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
 from torch import Tensor
 
 import vision_plugin as vp
@@ -105,3 +105,33 @@ def test_bad_targets_are_refused(model, latents, message) -> None:
 def test_bad_tokens_are_refused(model) -> None:
     with pytest.raises(ValueError, match=r"tokens='clss' is not a kind"):
         model.steer(make_sae(), {1: 1.0}, tokens="clss").__enter__()
+
+
+@torch.no_grad()
+def test_a_transcoder_is_steered_from_the_hook_that_it_reads(model, pixels) -> None:
+    torch.manual_seed(0)
+    transcoder = Transcoder(
+        TranscoderConfig(d_in=32, d_out=32, d_sae=48, apply_b_dec_to_input=False)
+    )
+    for weights in (transcoder.W_dec, transcoder.W_enc, transcoder.b_enc):
+        torch.nn.init.normal_(weights)
+    transcoder.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    transcoder.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    read: list[Tensor] = []
+
+    def formula(x: Tensor, hook: object) -> Tensor:
+        return x + (7.0 - transcoder.encode(read[-1])[..., 5:6]) * transcoder.W_dec[5]
+
+    hooks = [
+        ("blocks.1.hook_resid_pre", lambda x, hook: read.append(x)),
+        ("blocks.1.hook_mlp_out", formula),
+    ]
+    expected = model.run_with_hooks(pixels, fwd_hooks=hooks)
+    with model.steer(transcoder, {5: 7.0}):
+        torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-5)
+    effect = steering_effect(
+        model, transcoder, pixels, torch.eye(16)[:3], {5: 7.0}, concepts=["a", "b", "c"]
+    )
+    unit = torch.nn.functional.normalize(expected, dim=-1)
+    after = torch.softmax(model.logit_scale * unit @ torch.eye(16)[:3].T, dim=-1)
+    torch.testing.assert_close(effect.after, after, rtol=1e-4, atol=1e-5)

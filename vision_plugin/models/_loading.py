@@ -47,6 +47,6 @@ def load_model(
     else:
         model = LOADERS["hf"](name, pretrained, revision)
     model.eval()
-    if device is not None or dtype != torch.float32:
-        model.to(device=device or "cpu", dtype=dtype)
+    if model.dtype != dtype or device is not None:
+        model.to(device=device or model.device, dtype=dtype)
     return model
