@@ -81,6 +81,7 @@ def config(path: Path | None, architecture: str = "topk", **changes: Any) -> Vis
         "n_batches_in_buffer": 4,
         "n_batches_for_norm_estimate": 3,
         "dead_feature_window": 5,
+        "defaults": "saelens",
         "lr": 3e-3,
         "lr_warm_up_steps": 4,
         "lr_decay_steps": 8,

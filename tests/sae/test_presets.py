@@ -14,13 +14,13 @@ from tests.sae._runs import ARCHITECTURES, SHAPE
 from vision_plugin.cli import main
 from vision_plugin.cli._train import read_config
 from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, presets
-from vision_plugin.sae._presets import OURS, backbones
+from vision_plugin.sae._presets import backbones
 from vision_plugin.sae._sparse_register import sparse_config
 
 NAMED = {
     *("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14", "clip-vit-l-14-336"),
     *("siglip-b-16", "siglip-so400m-14-384", "dinov2-b-14", "dinov2-l-14"),
-    *("dinov3-b-16", "vit-b-16"),
+    *("dinov3-b-16", "vit-b-16", "dinov2-s-14", "emoji-clip", "demo"),
 }
 
 
@@ -36,8 +36,8 @@ def test_each_is_a_configuration_that_makes_an_sae(architecture: str) -> None:
         cfg = VisionSAERunnerConfig.preset(name, architecture=architecture, images="photos/")
         assert cfg.images == "photos/"
         assert VisionSAERunnerConfig.from_dict(cfg.to_dict()) == cfg
-        assert cfg.sae.d_sae > cfg.sae.d_in >= 768
-        assert 0 < cfg.lr <= 1e-3
+        assert cfg.sae.d_sae > cfg.sae.d_in >= 128
+        assert 0 < cfg.lr <= 4e-3
         assert cfg.total_training_steps > cfg.lr_warm_up_steps + cfg.lr_decay_steps
         assert len(cfg.hook_names) == (2 if "transcoder" in architecture else 1)
         with torch.device("meta"):
@@ -59,17 +59,19 @@ def test_the_matryoshka_s_last_width_is_the_whole_dictionary() -> None:
 def test_what_is_published_goes_before_ours_and_is_named() -> None:
     prisma = VisionSAERunnerConfig.preset("clip-vit-b-32", architecture="standard")
     assert (prisma.sae.d_sae, prisma.lr, prisma.lr_warm_up_steps) == (49152, 4e-4, 200)
+    named = {
+        "published": ("Prisma", "VISAEBench", "sae-for-vlm"),
+        "measured": ("benchmarks/results/quality.md",),
+        "by rule": ("by rule",),
+    }
     for one in presets():
-        assert one.source
-        assert one.source == OURS or any(
-            project in one.source for project in ("Prisma", "VISAEBench", "sae-for-vlm")
-        )
-    assert {one.source == OURS for one in presets()} == {True, False}
+        assert any(project in one.source for project in named[one.kind])
+    assert {one.kind for one in presets()} == set(named)
 
 
 def test_a_field_can_be_changed_and_a_wrong_one_is_refused() -> None:
-    cfg = VisionSAERunnerConfig.preset("vit-b-16", architecture="topk", lr=1.0, seed=3)
-    assert (cfg.lr, cfg.seed) == (1.0, 3)
+    cfg = VisionSAERunnerConfig.preset("vit-b-16", architecture="topk", lr=1e-2, seed=3)
+    assert (cfg.lr, cfg.seed) == (1e-2, 3)
     with pytest.raises(ValueError, match="did you mean clip-vit-b-32"):
         VisionSAERunnerConfig.preset("clip-vit-b32", architecture="topk")
     with pytest.raises(ValueError, match="no architecture is named 'topp'"):
@@ -90,19 +92,22 @@ def test_the_command_takes_a_preset_and_flags_go_before_it() -> None:
     plain = VisionSAERunnerConfig.preset("clip-vit-b-16", architecture="batchtopk")
     assert (cfg.lr, cfg.sae.d_sae, cfg.images) == (0.5, 99, "photos")
     assert (cfg.model_name, cfg.tokens, cfg.sae.k) == (plain.model_name, "patch", plain.sae.k)
-    assert cfg.b_dec_init_method == "geometric_median"
+    assert cfg.b_dec_init_method == "auto"
+    assert {"d_sae", "k", "d_in"} == set(cfg.explicit)
 
 
 def test_info_lists_them(capsys) -> None:
     assert main(["info", "presets"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in NAMED)
-    assert "ours" in out
+    assert len(out.splitlines()) < 50
+    assert max(map(len, out.splitlines())) <= 80
+    assert "by rule" in out
 
 
 def test_the_table_is_read_without_the_hosts() -> None:
     script = (
         "import sys; from vision_plugin.sae._presets import presets; "
-        "assert len(presets()) == 90; assert 'torch' not in sys.modules"
+        "assert len(presets()) == 117; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

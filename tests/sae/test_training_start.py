@@ -143,8 +143,8 @@ def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("b_dec_init_method", "median", "use zeros, mean, geometric_median"),
-        ("decoder_init_method", "pca", "use random, data"),
+        ("b_dec_init_method", "median", "use auto, zeros, mean, geometric_median"),
+        ("decoder_init_method", "pca", "use auto, random, data"),
         ("n_checkpoints", -1, "cannot be below 0"),
         ("lr_warm_up_steps", -1, "cannot be below 0"),
     ],

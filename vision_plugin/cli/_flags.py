@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -64,7 +64,12 @@ def _as_flag(match: re.Match[str]) -> str:
 
 
 def flat_class(
-    name: str, parts: Sequence[tuple[type, Sequence[str]]], defaults: dict[str, Any]
+    name: str,
+    parts: Sequence[tuple[type, Sequence[str]]],
+    defaults: dict[str, Any],
+    *,
+    docs: Mapping[str, str] | None = None,
+    undecided: Collection[str] = (),
 ) -> type:
     """Return a dataclass with the fields of several; of fields with one name the first stays.
 
@@ -72,15 +77,18 @@ def flat_class(
         name: Name of the new class.
         parts: Dataclasses, each with the names of the fields to leave out.
         defaults: Values for fields that have no default of their own.
+        docs: Help for fields that have none below them.
+        undecided: Fields whose default is decided later; the help says ``auto`` for it.
     """
     fields: dict[str, tuple[str, Any, Any]] = {}
     for cls, left_out in parts:
-        hints, docs = get_type_hints(cls), field_docs(cls)
+        hints, helps = get_type_hints(cls), {**(docs or {}), **field_docs(cls)}
         for field in dataclasses.fields(cls):
             if field.name in left_out or field.name in fields or not field.init:
                 continue
-            hint, help_text = hints[field.name], tyro.conf.arg(help=docs.get(field.name, ""))
-            explained: Any = Annotated[hint, help_text]
+            shown = "(default: auto)" if field.name in undecided else None
+            help_text = tyro.conf.arg(help=helps.get(field.name, ""), help_behavior_hint=shown)
+            explained: Any = Annotated[hints[field.name], help_text]
             fields[field.name] = (field.name, explained, _default(field, defaults))
     required = [f for f in fields.values() if f[2] is dataclasses.MISSING]
     optional = [f for f in fields.values() if f[2] is not dataclasses.MISSING]

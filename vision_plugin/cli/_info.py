@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,12 @@ def run(arguments: Sequence[str]) -> None:
         "for training (vision-plugin info presets); or, without a path, which models, metrics and "
         "kernels this installation has.",
     )
-    if cfg.path == "presets" and not Path("presets").exists():
-        facts = preset_facts()
-    else:
-        facts = installation() if cfg.path is None else inside(cfg.path)
     console = Console()
+    if cfg.path == "presets" and not Path("presets").exists():
+        for part in preset_table():
+            console.print(part, highlight=False)
+        return
+    facts = installation() if cfg.path is None else inside(cfg.path)
     for name, value in facts:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
 
@@ -70,30 +72,39 @@ def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
         yield f"metrics of {package}", ", ".join(names)
 
 
-def preset_facts() -> Iterator[tuple[str, Any]]:
-    """Yield the training settings of every backbone and architecture, with their source."""
-    from vision_plugin.sae import presets
+def preset_table() -> Iterator[Any]:
+    """Yield a table with a row for each backbone, and sentences on where its numbers come from."""
+    from rich.table import Table
 
+    from vision_plugin.sae import VisionSAERunnerConfig, presets
+
+    by_backbone: dict[str, list[Any]] = {}
     for one in presets():
-        run, sae = one.run, one.sae
-        sparsity = [f"{name} {sae[name]:g}" for name in _SPARSITY if name in sae]
-        facts = [
-            f"{run['model_name']} at {' to '.join(filter(None, _hooks(run)))}",
-            f"{run['tokens']} tokens",
-            f"d_sae {sae['d_sae']}",
-            *sparsity,
-            f"lr {run['lr']:g}",
-            f"{run['training_tokens']:,} training tokens",
-            f"scaling {sae.get('normalize_activations', 'none')}",
-        ]
-        yield f"{one.name} {one.architecture}", f"{', '.join(facts)}; source: {one.source}"
-
-
-_SPARSITY = ("k", "max_iterations", "l1_coefficient", "l0_coefficient")
-
-
-def _hooks(run: dict[str, Any]) -> tuple[str | None, ...]:
-    return run["hook_name"], run.get("hook_name_out")
+        by_backbone.setdefault(one.name, []).append(one)
+    table = Table("preset", "reads", "latents", "k", "not by rule")
+    sources: dict[tuple[str, str], list[str]] = {}
+    for name, of_backbone in by_backbone.items():
+        cfg = VisionSAERunnerConfig.preset(name, architecture="batchtopk")
+        kinds = Counter(one.kind for one in of_backbone if one.kind != "by rule")
+        for one in of_backbone:
+            if one.kind in kinds:
+                key = (one.kind, one.source)
+                sources.setdefault(key, []).append(f"{name} {one.architecture}")
+        table.add_row(
+            name,
+            f"{cfg.hook_name.removesuffix('.hook_resid_post')}, {cfg.tokens}",
+            f"{cfg.sae.d_sae:,}",
+            f"{cfg.sae.k:g}",
+            ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+        )
+    yield table
+    for (kind, source), names in sources.items():
+        yield f"{kind}, {', '.join(names)}: {source}."
+    yield (
+        "Latents and k are those of --architecture batchtopk. Every other architecture, and every "
+        "setting that is not in a source, is by rule: it follows from the data and the run, and "
+        "the training says what it became."
+    )
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:

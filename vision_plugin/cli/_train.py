@@ -17,26 +17,44 @@ _NOT_FLAGS = ("metadata", "reshape_activations")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Train an SAE from flags and print where it is."""
+    """Train an SAE from flags, and print what was decided, what came out and where it is."""
     from vision_plugin.sae import VisionSAETrainingRunner
 
     cfg = read_config(arguments)
     runner = VisionSAETrainingRunner(cfg)
+    console = Console()
+    decided = runner.decided()
+    if decided:
+        console.print(
+            f"Decided from the data and the run: {decided}.\nEach of them is a flag; --defaults "
+            "saelens takes SAELens's own.",
+            highlight=False,
+        )
     sae = runner.run()
     metadata = sae.cfg.metadata
-    Console().print(
+    assert runner.quality is not None
+    lines = [
         f"Trained a {_name(cfg.sae)} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
-        f"of {metadata.model_name}: {metadata.l0:.1f} latents active per token, "
-        f"{metadata.num_dead_features} dead.\nSaved to {cfg.output_path} in SAELens's format.",
-        highlight=False,
-    )
+        f"of {metadata.model_name}:",
+        f"{runner.quality.sentence()}.",
+        runner.quality.advice(runner.cfg),
+        f"Saved to {cfg.output_path} in SAELens's format.",
+    ]
+    console.print("\n".join(line for line in lines if line), highlight=False)
 
 
 def read_config(arguments: Sequence[str]) -> Any:
     """Return the training configuration that a command line describes."""
     from sae_lens import LoggingConfig
 
-    from vision_plugin.sae import VisionSAERunnerConfig, architectures, training_config_class
+    from vision_plugin.sae import (
+        AUTO,
+        DECIDED_IN_SAE,
+        SAE_FIELDS,
+        VisionSAERunnerConfig,
+        architectures,
+        training_config_class,
+    )
 
     architecture, rest = take_flag(arguments, "--architecture", DEFAULT_ARCHITECTURE)
     preset, rest = take_flag(rest, "--preset", "")
@@ -44,11 +62,13 @@ def read_config(arguments: Sequence[str]) -> Any:
     flags_class = flat_class(
         "TrainFlags",
         [
-            (VisionSAERunnerConfig, ("sae", "logger")),
+            (VisionSAERunnerConfig, ("sae", "logger", "explicit")),
             (sae_class, (*_NOT_FLAGS, "dtype", "device")),
             (LoggingConfig, ()),
         ],
         defaults=_defaults(preset, architecture),
+        docs=SAE_FIELDS,
+        undecided=DECIDED_IN_SAE,
     )
     flags: Any = parse(
         flags_class,
@@ -59,31 +79,47 @@ def read_config(arguments: Sequence[str]) -> Any:
         "sets the flags that suit a backbone: vision-plugin info presets lists them. Run the same "
         "line again to continue a killed run from its last checkpoint.",
     )
+    own: dict[str, Any] = {"dtype": "float32", "device": flags.device}
+    if flags.target_l0 == AUTO and "target_l0" in {f.name for f in dataclasses.fields(sae_class)}:
+        own["target_l0"] = None  # of JumpReLU's quadratic penalty, which shares the flag
+    sae = pick(sae_class, flags, **own)
     output_path = None if flags.output_path is None else os.path.expandvars(flags.output_path)
     return pick(
         VisionSAERunnerConfig,
         flags,
         output_path=output_path,
-        sae=pick(sae_class, flags, dtype="float32", device=flags.device),
+        sae=sae,
+        explicit=_explicit(rest, preset, architecture, sae),
         logger=pick(LoggingConfig, flags),
     )
 
 
-def _defaults(preset: str, architecture: str) -> dict[str, Any]:
-    """Return default values of the flags, from the preset if there is one."""
-    from vision_plugin.sae import D_IN_OF_MODEL, VisionSAERunnerConfig
+def _explicit(
+    arguments: Sequence[str], preset_name: str, architecture: str, sae: Any
+) -> tuple[str, ...]:
+    """Return the fields of the SAE that the line or the preset sets, whatever their values."""
+    from vision_plugin.sae import preset
 
-    values: dict[str, Any] = {"d_in": D_IN_OF_MODEL, "log_to_wandb": False}
-    if not preset:
+    said = {
+        argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        for argument in arguments
+        if argument.startswith("--")
+    }
+    if preset_name:
+        said |= set(preset(preset_name, architecture=architecture).sae)
+    return tuple(sorted(said & {field.name for field in dataclasses.fields(sae)}))
+
+
+def _defaults(preset_name: str, architecture: str) -> dict[str, Any]:
+    """Values of the flags that are not given; a preset's, where one is named."""
+    from vision_plugin.sae import D_IN_OF_MODEL, D_SAE_AUTO, preset
+
+    values: dict[str, Any] = {"d_in": D_IN_OF_MODEL, "d_sae": D_SAE_AUTO, "log_to_wandb": False}
+    if not preset_name:
         return values
-    cfg = VisionSAERunnerConfig.preset(preset, architecture=architecture)
-    for part in (cfg.sae, cfg):
-        values |= {
-            field.name: getattr(part, field.name)
-            for field in dataclasses.fields(part)
-            if field.name not in ("sae", "logger", "images", *_NOT_FLAGS)
-        }
-    return values
+    found = preset(preset_name, architecture=architecture)
+    output_path = f"runs/{found.name}-{found.architecture}"
+    return {**values, "output_path": output_path, **found.sae, **found.run}
 
 
 def take_flag(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:

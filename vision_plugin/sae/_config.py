@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -15,14 +15,37 @@ from vision_plugin.models import TokenSelection
 
 D_IN_OF_MODEL = 0
 """``sae.d_in``, or a transcoder's ``d_out``, of this value is replaced by the width at the hook."""
-B_DEC_INIT_METHODS = ("zeros", "mean", "geometric_median")
-DECODER_INIT_METHODS = ("random", "data")
+D_SAE_AUTO = 0
+"""``sae.d_sae`` of this value is replaced by 8 times the width at the hook."""
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+"""A field of this value follows from the data and the run; see ``_defaults``."""
+DEFAULTS = ("auto", "saelens")
+B_DEC_INIT_METHODS = (AUTO, "zeros", "mean", "geometric_median")
+DECODER_INIT_METHODS = (AUTO, "random", "data")
 NOT_OF_THE_RESULT = (
-    *("output_path", "overwrite", "n_checkpoints", "logger", "device"),
+    *("output_path", "overwrite", "n_checkpoints", "logger", "device", "n_quality_tokens"),
     *("validation_images", "validation_split", "n_validation_images", "n_validations"),
     *("validation_metrics", "validation_embedder", "validation_template"),
 )
 """Fields that leave the trained weights as they are."""
+
+
+_SAELENS_BATCH, _BATCH_RANGE, _LEAST_STEPS = 4096, (256, 4096), 1000
+
+
+def batch_size_for(training_tokens: int, defaults: str) -> int:
+    """Vectors per step where none are set: a power of two that makes at least 1,000 steps.
+
+    More steps at equal vectors reconstruct better, until a step is too small to be worth its
+    fixed cost.
+    """
+    if defaults == "saelens":
+        return _SAELENS_BATCH
+    least, most = _BATCH_RANGE
+    wanted = max(1, training_tokens // _LEAST_STEPS)
+    size = min(most, max(least, 1 << (wanted.bit_length() - 1)))
+    return min(size, training_tokens)
 
 
 def _no_wandb() -> LoggingConfig:
@@ -39,6 +62,12 @@ class VisionSAERunnerConfig:
 
     sae: TrainingSAEConfig
     """The SAE: one of SAELens's training configurations."""
+    defaults: Literal["auto", "saelens"] = "auto"
+    """What decides the fields that are not set. ``auto``: rules that follow from the data and the
+    run, found by experiment; they fill in every field of value ``auto`` here, and the fields of
+    ``sae`` that have SAELens's own default. ``saelens``: SAELens's own defaults for all of them."""
+    explicit: tuple[str, ...] = ()
+    """Names of fields of ``sae`` that stay as they are although they have SAELens's default."""
     model_name: str
     """Hugging Face id, local folder, ``open_clip:...``, ``timm:...`` or ``demo``."""
     images: str
@@ -69,8 +98,9 @@ class VisionSAERunnerConfig:
     split: str | None = None
     """Split of a data set."""
 
-    train_batch_size_tokens: int = 4096
-    """Vectors per training step."""
+    train_batch_size_tokens: int | Auto = AUTO
+    """Vectors per training step; ``auto`` makes at least 1,000 steps of the run, with 256 to 4,096
+    vectors in each."""
     store_batch_size_images: int = 32
     """Images per forward pass."""
     n_batches_in_buffer: int = 20
@@ -78,16 +108,18 @@ class VisionSAERunnerConfig:
     n_batches_for_norm_estimate: int = 100
     """Training batches from which an activation scale is estimated, where the SAE wants one."""
 
-    lr: float = 3e-4
-    """Learning rate."""
+    lr: float | Auto = AUTO
+    """Learning rate; ``auto`` falls with the square root of the SAE's width."""
+    encoder_lr_ratio: float | Auto = AUTO
+    """Learning rate of the encoder, as a multiple of ``lr``."""
     lr_end: float | None = None
     """Final learning rate of a cosine schedule; a tenth of ``lr`` by default."""
     lr_scheduler_name: str = "constant"
     """``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``."""
-    lr_warm_up_steps: int = 0
-    """Steps of linear warm-up."""
-    lr_decay_steps: int = 0
-    """Steps of linear decay at the end."""
+    lr_warm_up_steps: int | Auto = AUTO
+    """Steps of linear warm-up; ``auto`` is a tenth of the run."""
+    lr_decay_steps: int | Auto = AUTO
+    """Steps of linear decay at the end; ``auto`` is a fifth of the run."""
     n_restart_cycles: int = 1
     """Cycles of a cosine schedule with warm restarts."""
     adam_beta1: float = 0.9
@@ -104,17 +136,36 @@ class VisionSAERunnerConfig:
     seed: int = 42
     """Seed of everything random."""
 
-    b_dec_init_method: str = "zeros"
+    b_dec_init_method: str = AUTO
     """Decoder bias to begin with: ``zeros``, or the ``mean`` or ``geometric_median`` of the first
-    buffer of activations."""
-    decoder_init_method: str = "random"
+    buffer of activations; ``auto`` is the mean."""
+    decoder_init_method: str = AUTO
     """Decoder directions to begin with: ``random``, or centred activations of the first buffer
-    (``data``)."""
+    (``data``); ``auto`` is random."""
+    target_l0: float | Auto | None = AUTO
+    """Latents to be active per vector, for the kinds of SAE that have no k: while it trains, the
+    weight of the sparsity penalty is raised or lowered until as many are. None leaves the weight
+    alone; so does ``auto`` where the weight is set, and otherwise it is the k of other kinds."""
+    revive_dead: bool | Auto = AUTO
+    """Train the dead latents of a standard or gated SAE or of a transcoder on what the others leave
+    over, as SAELens does for TopK SAEs; ``auto`` does."""
+    fit_threshold: bool | Auto = AUTO
+    """Set the threshold of a BatchTopK or Matryoshka SAE at the end of the run so that k latents
+    are active on average on vectors of the stream, in place of a moving average; ``auto`` does."""
+    mono_coefficient: float = 0.0
+    """Weight of a term that rewards monosemantic latents: 1 less the mean over latents of the
+    similarity of the batch's vectors, weighted by how strongly the latent fires on both (MonoLoss,
+    2602.12403, whose authors use 3e-4 of a mean squared error)."""
 
-    dead_feature_window: int = 1000
-    """Steps without firing after which a latent counts as dead."""
+    dead_feature_window: int | Auto = AUTO
+    """Steps without firing after which a latent counts as dead, and is trained on what the others
+    leave over; ``auto`` is a twentieth of the run."""
     feature_sampling_window: int = 2000
     """Steps over which firing frequencies are counted."""
+
+    n_quality_tokens: int = 20_000
+    """Vectors of the stream, behind those that were trained on, on which the finished SAE is
+    measured: dead and dense latents, L0, explained variance. Not more than were trained on."""
 
     validation_images: str | None = None
     """Held-out images to look at while training, as for ``images``; none by default. What is found
@@ -139,29 +190,38 @@ class VisionSAERunnerConfig:
         TokenSelection.parse(self.tokens)
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
-            *("n_validation_images", "n_validations", "n_batches_for_norm_estimate"),
+            *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
+            *("encoder_lr_ratio", "dead_feature_window", "n_quality_tokens"),
         ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it has to be above 0")
-        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it cannot be below 0")
+            value = getattr(self, name)
+            if value not in (AUTO, None) and not value > 0:
+                raise ValueError(f"{name}={value}: it has to be above 0")
+        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"):
+            value = getattr(self, name)
+            if value != AUTO and value < 0:
+                raise ValueError(f"{name}={value}: it cannot be below 0")
         choices = {
+            "defaults": DEFAULTS,
             "b_dec_init_method": B_DEC_INIT_METHODS,
             "decoder_init_method": DECODER_INIT_METHODS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(allowed)}")
-        if self.training_tokens < self.train_batch_size_tokens:
+        unknown = sorted(set(self.explicit) - {f.name for f in dataclasses.fields(self.sae)})
+        if unknown:
+            raise ValueError(
+                f"explicit names {unknown[0]!r}, which a {self.sae.architecture()} SAE has not"
+            )
+        if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch of "
-                f"train_batch_size_tokens={self.train_batch_size_tokens}"
+                f"train_batch_size_tokens={self.batch_size}"
             )
 
     @classmethod
     def preset(cls, name: str, *, architecture: str, **changes: Any) -> VisionSAERunnerConfig:
-        """A sound beginning for a backbone that people use.
+        """A sound beginning for a backbone that people use, with every setting decided.
 
         Args:
             name: Of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info presets``
@@ -173,6 +233,7 @@ class VisionSAERunnerConfig:
             ValueError: there is no such preset, or no such field.
         """
         from vision_plugin.sae._architectures import training_config_class
+        from vision_plugin.sae._defaults import resolve
         from vision_plugin.sae._presets import preset
 
         known = {f.name for f in dataclasses.fields(cls)}
@@ -182,13 +243,23 @@ class VisionSAERunnerConfig:
         found = preset(name, architecture=architecture)
         sae = training_config_class(found.architecture)(**found.sae)
         output_path = f"runs/{found.name}-{found.architecture}"
-        settings = {"images": "", "output_path": output_path, "sae": sae, **found.run}
-        return cls(**{**settings, **changes})
+        settings = {
+            **{"images": "", "output_path": output_path, "sae": sae},
+            **{"explicit": tuple(sorted(found.sae)), **found.run},
+        }
+        return resolve(cls(**{**settings, **changes}))
+
+    @property
+    def batch_size(self) -> int:
+        """``train_batch_size_tokens``, or what it becomes where it is ``auto``."""
+        if self.train_batch_size_tokens != AUTO:
+            return self.train_batch_size_tokens
+        return batch_size_for(self.training_tokens, self.defaults)
 
     @property
     def total_training_steps(self) -> int:
         """Optimiser steps of the run."""
-        return -(-self.training_tokens // self.train_batch_size_tokens)
+        return -(-self.training_tokens // self.batch_size)
 
     @property
     def hook_names(self) -> list[str]:
@@ -210,14 +281,25 @@ class VisionSAERunnerConfig:
         return {name: fields[name] for name in sorted(fields) if name not in NOT_OF_THE_RESULT}
 
     def to_sae_trainer_config(self) -> SAETrainerConfig:
-        """What SAELens's trainer takes of this."""
+        """What SAELens's trainer takes of this.
+
+        Raises:
+            ValueError: a field is still ``auto``: the runner decides it once it knows the data.
+        """
         shared = {f.name for f in dataclasses.fields(SAETrainerConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared}
         del mine["n_checkpoints"]  # SAELens's are pickles, and cannot be gone on with bit for bit
-        mine["lr_end"] = self.lr / 10 if self.lr_end is None else self.lr_end
+        undecided = [name for name, value in mine.items() if value == AUTO]
+        if undecided:
+            raise ValueError(
+                f"{', '.join(undecided)} are still 'auto': VisionSAETrainingRunner(cfg).cfg has "
+                "the values that they take"
+            )
+        if self.lr_end is None:
+            mine["lr_end"] = mine["lr"] / 10
         return SAETrainerConfig(
             total_training_samples=self.training_tokens,
-            train_batch_size_samples=self.train_batch_size_tokens,
+            train_batch_size_samples=self.batch_size,
             **mine,
         )
 
@@ -246,5 +328,20 @@ class VisionSAERunnerConfig:
         fields = dict(fields)
         fields["sae"] = TrainingSAEConfig.from_dict(dict(fields["sae"]))
         fields["logger"] = LoggingConfig(**fields["logger"])
-        fields["validation_metrics"] = tuple(fields.get("validation_metrics", ()))
+        for name in ("validation_metrics", "explicit"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
+
+
+def number(cfg: VisionSAERunnerConfig, name: str) -> float:
+    """A field that can be ``auto``, decided.
+
+    Raises:
+        ValueError: it is still ``auto``.
+    """
+    value = getattr(cfg, name)
+    if value == AUTO:
+        raise ValueError(
+            f"{name} is still 'auto': VisionSAETrainingRunner(cfg).cfg has the value that it takes"
+        )
+    return float(value)

@@ -11,13 +11,14 @@ from jaxtyping import Float
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._sources import Batches
 
 logger = logging.getLogger(__name__)
 
 _SCALE, _WHITEN = "expected_average_only_in", "covariance_whitening"
 _DECODER_NORM = 0.1
+_ROWS_OF_CUT = 4096
 
 
 def estimate_scalers(
@@ -70,13 +71,14 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
         ValueError: the activations are of another width than the SAE.
     """
     sae = trainer.sae
+    at_target = getattr(sae.cfg, "jumprelu_init_threshold", 0.0) < 0
     width = sae.cfg.d_in + getattr(sae.cfg, "d_out", 0)
     if rows.shape[1] != width:
         raise ValueError(
             f"the SAE takes {width} dimensions, but {' and '.join(cfg.hook_names)} of "
             f"{cfg.model_name} give {rows.shape[1]}"
         )
-    if cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random":
+    if cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random" and not at_target:
         return
     rows = trainer.activation_scaler(rows.to(sae.device))[:, -sae.W_dec.shape[1] :]
     centre = geometric_median(rows) if cfg.b_dec_init_method == "geometric_median" else rows.mean(0)
@@ -84,6 +86,15 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
         sae.b_dec.copy_(centre)
     if cfg.decoder_init_method == "data":
         _decoder_from(rows - centre, sae, cfg)
+    if at_target:
+        sae.threshold.fill_(_cut(rows[:_ROWS_OF_CUT], sae, number(cfg, "target_l0")))
+
+
+def _cut(rows: Tensor, sae: Any, n_active: float) -> float:
+    """The threshold above which so many latents fire on a row, on average."""
+    before = sae.process_sae_in(rows) @ sae.W_enc + sae.b_enc
+    wanted = min(max(1, round(n_active * len(rows))), before.numel())
+    return max(0.0, float(before.flatten().topk(wanted).values[-1]))
 
 
 def _decoder_from(rows: Tensor, sae: Any, cfg: VisionSAERunnerConfig) -> None:

@@ -31,7 +31,8 @@ MAY_DIFFER = frozenset(
         *("sae", "hook_name", "hook_name_out", "output_path", "dense"),
         *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
         *("n_restart_cycles", "adam_beta1", "adam_beta2", "dead_feature_window"),
-        *("feature_sampling_window", "b_dec_init_method", "decoder_init_method"),
+        *("feature_sampling_window", "b_dec_init_method", "decoder_init_method", "defaults"),
+        *("explicit", "encoder_lr_ratio", "target_l0", "fit_threshold", "mono_coefficient"),
     }
 )
 """Fields in which runs that share a pass may differ: the SAE, its hook, and how it learns."""

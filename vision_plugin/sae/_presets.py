@@ -11,10 +11,9 @@ from typing import Any
 
 import yaml
 
-OURS = "ours"
+BY_RULE = "by rule"
+_SOURCED = ("measured", "published")
 _TRANSCODERS = ("transcoder", "skip_transcoder")
-_LAW = (2e-4, 2**14)
-"""Learning rate of a TopK SAE, and the width it holds for (Gao et al. 2024, figure 3)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,9 @@ class Preset:
     sae: dict[str, Any]
     """Fields of the SAE's own configuration."""
     source: str
-    """Where the numbers come from, or ``ours``."""
+    """Where the numbers come from, or ``by rule``."""
+    kind: str
+    """``measured``, ``published`` or ``by rule``."""
 
 
 def backbones() -> list[str]:
@@ -57,10 +58,12 @@ def preset(name: str, *, architecture: str) -> Preset:
     name = _known(name.replace("_", "-"), backbones(), "preset")
     architecture = _known(architecture.replace("-", "_"), architectures(), "architecture")
     backbone, learning = table["backbones"][name], table["architectures"][architecture]
-    published = backbone.get("published", {}).get(architecture, {})
-    merged: dict[str, Any] = {**table["common"], **learning, **published}
-    merged["sae"] = {**learning["sae"], **published.get("sae", {})}
-    return _preset(name, architecture, backbone, merged)
+    sourced = [kind for kind in _SOURCED if architecture in backbone.get(kind, {})]
+    kind = sourced[0] if sourced else BY_RULE
+    found: dict[str, Any] = backbone[kind][architecture] if sourced else {}
+    merged: dict[str, Any] = {**table["common"], **learning, **found}
+    merged["sae"] = {**learning.get("sae", {}), **found.get("sae", {})}
+    return _preset(name, architecture, backbone, merged, kind)
 
 
 def presets() -> list[Preset]:
@@ -69,31 +72,22 @@ def presets() -> list[Preset]:
 
 
 def _preset(
-    name: str, architecture: str, backbone: Mapping[str, Any], merged: dict[str, Any]
+    name: str, architecture: str, backbone: Mapping[str, Any], merged: dict[str, Any], kind: str
 ) -> Preset:
     d_sae = merged.pop("expansion") * backbone["d_model"]
     layer = backbone["n_layers"] - 2
-    source = merged.pop("source", OURS)
+    source = merged.pop("source", BY_RULE)
     sae = {"d_in": backbone["d_model"], "d_sae": d_sae, **merged.pop("sae")}
-    fractions = merged.pop("matryoshka_fractions", None)
-    if fractions is not None:
-        sae["matryoshka_widths"] = [round(d_sae * fraction) for fraction in fractions]
-    scaling = merged.pop("normalize_activations")
-    steps = -(-merged["training_tokens"] // merged["train_batch_size_tokens"])
     run = {
         "model_name": backbone["model_name"],
         "hook_name": f"blocks.{layer}.hook_resid_post",
-        "lr": float(f"{_LAW[0] / (d_sae / _LAW[1]) ** 0.5:.2g}"),
-        "lr_decay_steps": round(steps * merged.pop("lr_decay_fraction")),
         **merged,
     }
     if architecture in _TRANSCODERS:
         run["hook_name"] = f"blocks.{layer}.ln2.hook_out"
         run["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
         sae["d_out"] = backbone["d_model"]
-    else:
-        sae["normalize_activations"] = scaling
-    return Preset(name, architecture, run, sae, source)
+    return Preset(name, architecture, run, sae, source, kind)
 
 
 @cache

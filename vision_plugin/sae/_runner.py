@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from vision_plugin.activations import ActivationStore
 from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.sae._checkpoint import CheckpointFolder
-from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._config import AUTO, VisionSAERunnerConfig
+from vision_plugin.sae._defaults import described, resolve
+from vision_plugin.sae._quality import Quality
 from vision_plugin.sae._saving import check_output_path, save
 from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
 from vision_plugin.sae._sources import (
@@ -68,6 +71,12 @@ class VisionSAETrainingRunner:
             self.cfg, self.model, override_validation_images
         )
         self.batches = open_batches(self.cfg, self.images, self.model)
+        self.quality: Quality | None = None
+        """What the finished SAE is like on vectors of the stream; None before the run."""
+
+    def decided(self) -> str:
+        """What the configuration left open and was decided: ``lr 0.002, k 20, ...``."""
+        return described(self.cfg.sae.metadata.to_dict().get("auto") or {})
 
     def run(self) -> SAE[Any]:
         """Train, save, and return the trained SAE as its stock inference class."""
@@ -84,6 +93,7 @@ class VisionSAETrainingRunner:
         )
         with session.opened():
             session.fit()
+            self.quality = session.quality[""]
             if self.validator is not None:
                 log_top_features(session.wandb, self.validator)
             sae = self._finish(session)
@@ -139,15 +149,24 @@ def open_inputs(
 def fitted(
     cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
 ) -> VisionSAERunnerConfig:
-    """The configuration, checked against the model or the store, with its widths filled in.
+    """The configuration, checked against the model or the store, with all that it left open.
 
     Raises:
-        ValueError: a hook, width, model or kind of token does not fit.
+        ValueError: a hook, width, model or kind of token does not fit, or a setting does not fit
+            the length of the run.
     """
     if isinstance(images, ActivationStore):
         check_store(images, cfg, model)
-        return with_widths(cfg, model, images)
-    return with_widths(cfg, model, None)
+        return resolve(with_widths(_with_batch(cfg, images), model, images))
+    return resolve(with_widths(cfg, model, None))
+
+
+def _with_batch(cfg: VisionSAERunnerConfig, store: ActivationStore) -> VisionSAERunnerConfig:
+    """The configuration with a batch that the store can fill, where none is set."""
+    n_rows = min(store.n_rows(name) for name in cfg.hook_names if name in store.hook_names)
+    if cfg.train_batch_size_tokens != AUTO or cfg.batch_size <= n_rows:
+        return cfg
+    return dataclasses.replace(cfg, train_batch_size_tokens=1 << (n_rows.bit_length() - 1))
 
 
 def make_sae(cfg: VisionSAERunnerConfig) -> TrainingSAE[Any]:

@@ -13,9 +13,13 @@ from sae_lens import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from vision_plugin.sae._checkpoint import CheckpointError, CheckpointFolder
-from vision_plugin.sae._config import VisionSAERunnerConfig
-from vision_plugin.sae._initialise import estimate_scalers, initialise
+from vision_plugin.sae._config import VisionSAERunnerConfig, number
+from vision_plugin.sae._initialise import by_name, estimate_scalers, initialise
+from vision_plugin.sae._monosemantic import reward_monosemanticity
+from vision_plugin.sae._quality import Quality, fit_threshold, measure, record, take
+from vision_plugin.sae._saving import inference_sae
 from vision_plugin.sae._sources import Batches
+from vision_plugin.sae._terms import revive_dead
 from vision_plugin.sae._trainer import (
     SteppedTrainer,
     check_finite,
@@ -58,16 +62,12 @@ class TrainingSession:
         """
         self.cfgs, self.saes, self.batches = dict(cfgs), dict(saes), batches
         self.checkpoints, self.validators, self.identity = checkpoints, validators, identity
-        self.trainers = {
-            name: SteppedTrainer(
-                cfg=cfgs[name].to_sae_trainer_config(), sae=sae, data_provider=batches
-            )
-            for name, sae in saes.items()
-        }
+        self.trainers = {name: _trainer(cfgs[name], sae, batches) for name, sae in saes.items()}
         self.first = next(iter(self.trainers.values()))
         self.first.before_step = self._between_steps
         self.cfg = next(iter(self.cfgs.values()))
         self.log = ValidationLog()
+        self.quality: dict[str, Quality] = {}
         self._resumed: dict[str, Any] | None = None
         self._resumed_step: int | None = None
         self._checkpoint_steps = _evenly(self.cfg.n_checkpoints + 1, self.cfg)
@@ -113,6 +113,7 @@ class TrainingSession:
         for name, trainer in self.trainers.items():
             check_finite(trainer, name or "the SAE")
         self._validate()
+        self._look_back()
 
     def done(self) -> None:
         """Remove the checkpoints: the SAE is saved."""
@@ -151,9 +152,30 @@ class TrainingSession:
         self.log.restore(state["validation"])
         load_random_state(state["random"])
 
+    def _look_back(self) -> None:
+        """Measure the finished SAEs on the vectors that come next in the stream, and record it.
+
+        Half as many vectors before those set the thresholds of the SAEs that want one fitted.
+        """
+        n = min(self.cfg.n_quality_tokens, self.cfg.training_tokens)
+        fitting = [name for name, cfg in self.cfgs.items() if cfg.fit_threshold is True]
+        if fitting:
+            batches = list(take(self.batches, n // 2))
+            for name in fitting:
+                rows = torch.cat([dict(by_name(batch, [name]))[name] for batch in batches])
+                fit_threshold(self.saes[name], rows.to(self.saes[name].device))
+        batches = list(take(self.batches, n))
+        for name, sae in self.saes.items():
+            parts = (dict(by_name(batch, [name]))[name] for batch in batches)
+            found = measure(inference_sae(sae), parts)
+            self.quality[name] = found
+            record(sae, found)
+            prefix = f"{name}/quality/" if name else "quality/"
+            self.wandb.log(found.scores(prefix), step=self.first.n_training_steps)
+
     def _together(self) -> MultiSAETrainer:
         """SAELens's coordinator with our trainers in it, each with its own learning rate."""
-        multi = MultiSAETrainer(
+        multi = _MultiTrainer(
             cfg=self.first.cfg,
             saes=self.saes,
             hook_names={name: name for name in self.saes},
@@ -201,6 +223,34 @@ class TrainingSession:
         step, samples = self.first.n_training_steps, self.first.n_training_samples
         self.log.add({"step": step, "n_training_samples": samples, **found})
         self.wandb.log(found, step=step)
+
+
+class _MultiTrainer(MultiSAETrainer):  # type: ignore[misc]  # SAELens ships no types
+    """SAELens's coordinator, whose progress line says what the SAEs are like."""
+
+    def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 0) -> None:
+        interval = update_interval or max(1, self.cfg.total_training_steps // 100)
+        last = self.n_training_samples >= self.cfg.total_training_samples
+        if self.n_training_steps % interval and not last:
+            return
+        states = [t.progress(step_outputs[name]) for name, t in self.trainers.items()]
+        worst = min(states, key=lambda state: state.explained_variance)
+        pbar.set_description(f"{len(states)} SAEs; the one that explains least: {worst}")
+        pbar.update(self.n_training_samples - pbar.n)
+
+
+def _trainer(cfg: VisionSAERunnerConfig, sae: TrainingSAE[Any], batches: Batches) -> SteppedTrainer:
+    if cfg.revive_dead is True and not hasattr(sae.cfg, "aux_loss_coefficient"):
+        revive_dead(sae)
+    if cfg.mono_coefficient:
+        reward_monosemanticity(sae, cfg.mono_coefficient)
+    return SteppedTrainer(
+        cfg=cfg.to_sae_trainer_config(),
+        sae=sae,
+        data_provider=batches,
+        encoder_lr_ratio=number(cfg, "encoder_lr_ratio"),
+        target_l0=None if cfg.target_l0 is None else number(cfg, "target_l0"),
+    )
 
 
 def _evenly(parts: int, cfg: VisionSAERunnerConfig) -> set[int]:

@@ -27,6 +27,8 @@ _METADATA_OF_STORE = (
 class Batches(Protocol):
     """Endless batches of exactly one size, with a place that can be saved."""
 
+    def __iter__(self) -> Iterator[Any]: ...
+
     def __next__(self) -> Any: ...
 
     def sample(self) -> Any:
@@ -127,26 +129,26 @@ def open_batches(
             images,
             hook_names=names,
             tokens=cfg.tokens,
-            batch_size=cfg.train_batch_size_tokens,
+            batch_size=cfg.batch_size,
             images_per_forward=cfg.store_batch_size_images,
             n_batches_in_buffer=cfg.n_batches_in_buffer,
             seed=cfg.seed,
             by_hook=by_hook,
         )
     n_rows = min(images.n_rows(name) for name in names)
-    if n_rows < cfg.train_batch_size_tokens:
+    if n_rows < cfg.batch_size:
         raise ValueError(
             f"{images.paths[0]} holds {n_rows} vectors, which is less than one batch of "
-            f"{cfg.train_batch_size_tokens}: extract more, or make the batch smaller "
+            f"{cfg.batch_size}: extract more, or make the batch smaller "
             "(train_batch_size_tokens)"
         )
     batches = images.batches(
         names,
-        cfg.train_batch_size_tokens,
+        cfg.batch_size,
         seed=cfg.seed,
         n_batches_in_buffer=cfg.n_batches_in_buffer,
     )
-    n_sampled = min(cfg.n_batches_in_buffer, -(-n_rows // cfg.train_batch_size_tokens))
+    n_sampled = min(cfg.n_batches_in_buffer, -(-n_rows // cfg.batch_size))
     return StoreBatches(batches, n_sampled=n_sampled, by_hook=by_hook)
 
 

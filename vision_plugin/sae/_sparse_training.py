@@ -7,7 +7,7 @@ a live hook on the latents, runs SAELens's dense code, which these classes inher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         """SAELens's initial weights, with W_enc stored latent-major (same shape, other strides)."""
         super().initialize_weights()
+        self.loss_terms: dict[str, Callable[[Tensor, SparseLatents], Tensor]] = {}
         in_host_layout: Tensor = self.W_enc.data
         self.W_enc = nn.Parameter(_latent_major(in_host_layout))
 
@@ -115,6 +116,8 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(
             x, scale, step_input, reconstructions
         )
+        for name, term in self.loss_terms.items():
+            losses[name] = term(step_input.sae_in, latents)
         for width, inner in reconstructions[:-1]:
             losses[f"inner_mse_loss_{width}"] = self._mean_squared_error(inner, step_input.sae_in)
         reported = latents.detach()

@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationWhitening
+from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from torch.optim import Adam
 
-_COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
+_ENCODER = ("W_enc", "b_enc", "r_mag", "b_mag", "b_gate")
+_STEERING, _DAMPING, _MOST_DAMPING = 0.05, 1.0, 0.2
+"""Change of the logarithm of a penalty's weight in a step: most of it for too many or too few
+latents, its part for their change, and most of that."""
+_COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "l0_excess")
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An SAE in training, as one batch and the steps before it show it."""
+
+    explained_variance: float
+    """Of the batch."""
+    l0: float
+    """Mean number of latents that fire on a vector of the batch."""
+    n_fired: int
+    """Latents that fired at least once in the window."""
+    n_latents: int
+    """Latents of the SAE."""
+    window: int
+    """Steps back that ``n_fired`` looks."""
+
+    def __str__(self) -> str:
+        return (
+            f"explained variance {self.explained_variance:.3f}, L0 {self.l0:.1f}, {self.n_fired} "
+            f"of {self.n_latents} latents fired in the last {self.window} steps"
+        )
 
 
 class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no types
     """SAELens's `SAETrainer`, which calls back before each step.
 
     Between two steps everything that a run consists of is at rest: that is when its state can be
-    taken, or the SAE be looked at.
+    taken, or the SAE be looked at. Two things can be added to what SAELens does in a step: another
+    learning rate for the encoder, and a penalty whose weight follows from the latents that fire.
     """
 
     def __init__(
-        self, *args: Any, before_step: Callable[[], None] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        before_step: Callable[[], None] | None = None,
+        encoder_lr_ratio: float = 1.0,
+        target_l0: float | None = None,
+        **kwargs: Any,
     ) -> None:
+        """Make SAELens's trainer.
+
+        Args:
+            *args: SAELens's.
+            before_step: Called before each step.
+            encoder_lr_ratio: Learning rate of the encoder, as a multiple of the others'.
+            target_l0: Latents to be active per vector; None leaves the penalty's weight alone.
+            **kwargs: SAELens's.
+        """
         super().__init__(*args, **kwargs)
-        self.before_step = before_step
+        self.before_step, self.target_l0 = before_step, target_l0
+        self.l0_excess: float | None = None
+        if encoder_lr_ratio != 1:
+            self._slow_encoder(encoder_lr_ratio)
 
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         """Call back; then as SAELens, which asks this first in every step."""
@@ -35,6 +84,75 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             self.before_step()
         log: dict[str, Any] = super().maybe_reset_sparsity()
         return log
+
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        """SAELens's step; then the penalty's weight is moved towards the target."""
+        output: TrainStepOutput = super().step(batch)
+        if self.target_l0 is not None:
+            self._steer(self.target_l0, output)
+        return output
+
+    def _steer(self, target: float, output: TrainStepOutput) -> None:
+        """Raise the penalty's weight where too many latents fire, lower it where too few do.
+
+        How fast their number changes counts too, against overshooting: a weight that rose while
+        the latents were still on their way would kill them.
+        """
+        found = float((output.feature_acts.detach() > 0).sum()) / len(output.sae_in)
+        excess = math.log(max(found, 1e-3 * target) / target)
+        change = 0.0 if self.l0_excess is None else excess - self.l0_excess
+        self.l0_excess = excess
+        by = _STEERING * _within(excess, 1.0) + _within(_DAMPING * change, _MOST_DAMPING)
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.final_value *= math.exp(by)
+            scheduler.current_value = scheduler.final_value
+
+    def _slow_encoder(self, ratio: float) -> None:
+        """A group of its own for the encoder, and SAELens's schedule over both groups."""
+        cfg = self.cfg
+        encoder = [p for name, p in self.sae.named_parameters() if name in _ENCODER]
+        others = [p for name, p in self.sae.named_parameters() if name not in _ENCODER]
+        groups = [{"params": others}, {"params": encoder, "lr": cfg.lr * ratio}]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = Adam(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+
+    @torch.no_grad()
+    def progress(self, output: TrainStepOutput) -> Progress:
+        """What a batch says of the SAE in training."""
+        x, fired = output.sae_in, output.feature_acts.bool().float().sum(-1)
+        error = (x - output.sae_out).pow(2).sum()
+        window = max(1, min(self.n_training_steps, int(self.cfg.dead_feature_window)))
+        return Progress(
+            explained_variance=1 - float(error / (x - x.mean(0)).pow(2).sum().clamp(min=1e-12)),
+            l0=float(fired.mean()),
+            n_fired=int((self.n_forward_passes_since_fired < window).sum()),
+            n_latents=int(self.sae.cfg.d_sae),
+            window=window,
+        )
+
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 0
+    ) -> None:
+        """Show the progress a hundred times in a run, in place of SAELens's losses."""
+        interval = update_interval or max(1, self.cfg.total_training_steps // 100)
+        last = self.n_training_samples >= self.cfg.total_training_samples
+        if self.n_training_steps % interval == 0 or last:
+            pbar.set_description(str(self.progress(step_output)))
+            pbar.update(self.n_training_samples - pbar.n)
+
+
+def _within(value: float, bound: float) -> float:
+    return max(-bound, min(bound, value))
 
 
 def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
@@ -51,7 +169,11 @@ def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
         "optimizer": {names[p]: dict(state) for p, state in trainer.optimizer.state.items()},
         "parameter_groups": groups,
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
-        "coefficients": {n: s.state_dict() for n, s in trainer.coefficient_schedulers.items()},
+        "coefficients": {
+            # SAELens leaves the final value to the configuration; a steered one is not from there.
+            name: {**scheduler.state_dict(), "final_value": scheduler.final_value}
+            for name, scheduler in trainer.coefficient_schedulers.items()
+        },
         "scaler": {"scaling_factor": scaler.scaling_factor, "whitening": whitening},
         "counters": {name: getattr(trainer, name) for name in _COUNTERS},
         "statistics": {name: getattr(trainer, name) for name in _STATISTICS},

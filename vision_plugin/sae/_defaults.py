@@ -1,0 +1,239 @@
+"""Settings that nobody made, decided from the data and the run before the first step.
+
+Each rule was chosen among others by training on real activations; ``benchmarks/quality.py`` is the
+comparison, and ``benchmarks/results/quality.md`` what came out. The rules make three things sure.
+An SAE's weights begin at the scale of the activations, which are scaled to a mean norm of
+``sqrt(d_in)``. Warm-up, decay and the time after which a latent counts as dead are shares of the
+run, so that a short run has them too. And the number of active latents is one that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vision_plugin.sae._config import AUTO, D_IN_OF_MODEL, D_SAE_AUTO, VisionSAERunnerConfig
+
+SAELENS: dict[str, Any] = {
+    "lr": 3e-4,
+    "encoder_lr_ratio": 1.0,
+    "lr_warm_up_steps": 0,
+    "lr_decay_steps": 0,
+    "b_dec_init_method": "zeros",
+    "decoder_init_method": "random",
+    "dead_feature_window": 1000,
+    "target_l0": None,
+    "fit_threshold": False,
+    "revive_dead": False,
+}
+"""What SAELens itself trains with."""
+
+WARM_UP, DECAY, DEAD = 0.1, 0.2, 0.05
+"""Shares of a run: linear warm-up, linear decay, and the time without firing of a dead latent."""
+EXPANSION = 8
+"""Latents per dimension, where no width is set."""
+MATRYOSHKA = (1 / 16, 1 / 4, 11 / 16, 1)
+"""Nested widths, as shares of the whole: 1/16, and 3/16, 7/16 and 5/16 more."""
+DECODER_NORM = 1.0
+ENCODER_LR_RATIO = 0.3
+"""A slower encoder leaves more latents alive, at a cost in explained variance below 0.002."""
+AT_TARGET = -1.0
+"""Initial threshold of a JumpReLU SAE that stands for the one at which ``target_l0`` latents fire
+on the first buffer."""
+_PENALTIES = {
+    "standard": "l1_coefficient",
+    "gated": "l1_coefficient",
+    "jumprelu": "l0_coefficient",
+    "transcoder": "l1_coefficient",
+    "skip_transcoder": "l1_coefficient",
+}
+"""Weight of the sparsity penalty, of the kinds of SAE that have no k."""
+_REVIVED = ("standard", "gated", "transcoder", "skip_transcoder")
+_SCALE = "expected_average_only_in"
+_LEARNING_RATES = (6e-4, 2**14)
+"""Learning rate, and the width that it is for; 1/sqrt(width) otherwise (Gao et al. 2024)."""
+_LARGEST_RATE, _TOO_FAST = 4e-3, 50
+
+
+def kind_of(sae: Any) -> str:
+    """Architecture of an SAE's configuration, without this package's prefix."""
+    return str(sae.architecture()).removeprefix("vision_plugin_")
+
+
+def k_for(d_in: int) -> int:
+    """Active latents for vectors of a width: its square root."""
+    return max(1, round(math.sqrt(d_in)))
+
+
+def learning_rate_for(d_sae: int) -> float:
+    """Learning rate for a width of the SAE."""
+    rate, width = _LEARNING_RATES
+    return float(f"{min(_LARGEST_RATE, rate / (d_sae / width) ** 0.5):.2g}")
+
+
+def matryoshka_widths(d_sae: int) -> list[int]:
+    """Nested widths for an SAE, without repetitions where it is narrow."""
+    return sorted({max(1, round(d_sae * share)) for share in MATRYOSHKA})
+
+
+def resolve(cfg: VisionSAERunnerConfig) -> VisionSAERunnerConfig:
+    """The configuration with a value in place of everything that was not set.
+
+    What it gives resolves to itself. Its SAE's ``metadata.auto`` holds the values that were
+    decided here, by name.
+
+    Args:
+        cfg: Its SAE's widths are known.
+
+    Raises:
+        ValueError: a value does not fit the run; the message has one that would.
+    """
+    steps = cfg.total_training_steps
+    is_set = cfg.sae.d_sae != D_SAE_AUTO
+    width = cfg.sae.d_sae if is_set else EXPANSION * cfg.sae.d_in
+    inside: dict[str, Any] = {} if is_set else {"d_sae": width}
+    if cfg.defaults == "saelens":
+        run = dict(SAELENS)
+    else:
+        inside |= _inside_sae(cfg, width, steps)
+        run = _of_run(cfg, width, steps)
+    run["train_batch_size_tokens"] = cfg.batch_size
+    run = {name: value for name, value in run.items() if getattr(cfg, name) == AUTO}
+    # A copy, so that a configuration that was passed in stays as it is.
+    sae = dataclasses.replace(cfg.sae, metadata=copy.deepcopy(cfg.sae.metadata), **inside)
+    if cfg.defaults == "auto" and (inside or run):
+        sae.metadata["auto"] = {**inside, **run}
+    explicit = tuple(sorted({*cfg.explicit, *inside}))
+    found = dataclasses.replace(cfg, sae=sae, explicit=explicit, **run)
+    check_fits(found, fitting_rate=learning_rate_for(width))
+    return found
+
+
+def described(decided: Mapping[str, Any]) -> str:
+    """Settings as one line: ``lr 0.0016, k 20, ...``."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in decided.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_fits(cfg: VisionSAERunnerConfig, *, fitting_rate: float) -> None:
+    """Raise where a setting and the length of the run, or the SAE, do not go together.
+
+    Raises:
+        ValueError: naming the setting, what it does not fit, and a value that would.
+    """
+    steps = cfg.total_training_steps
+    warm_up, decay = int(cfg.lr_warm_up_steps), int(cfg.lr_decay_steps)
+    if warm_up + decay > steps:
+        raise ValueError(
+            f"lr_warm_up_steps={warm_up} and lr_decay_steps={decay} do not fit into a run of "
+            f"{steps} steps: use {round(steps * WARM_UP)} and {round(steps * DECAY)}, or a larger "
+            "training_tokens"
+        )
+    for name in ("l1_warm_up_steps", "l0_warm_up_steps"):
+        rising = getattr(cfg.sae, name, 0)
+        if rising > steps:
+            raise ValueError(
+                f"{name}={rising} does not fit into a run of {steps} steps, in which the penalty "
+                f"would never have its weight: use {round(steps * WARM_UP)}"
+            )
+    if cfg.defaults == "saelens":
+        return
+    window = int(cfg.dead_feature_window)
+    if window >= steps > 1:
+        raise ValueError(
+            f"dead_feature_window={window} does not fit into a run of {steps} steps: no latent "
+            f"could count as dead. Use {_window(steps)}"
+        )
+    if float(cfg.lr) > _TOO_FAST * fitting_rate:
+        raise ValueError(
+            f"lr={cfg.lr:g} is too high for {cfg.sae.d_sae} latents: weights that begin with norm "
+            f"{DECODER_NORM:g} would be overwritten in a few steps. Use {fitting_rate:g}"
+        )
+
+
+def _window(steps: int) -> int:
+    return max(1, round(steps * DEAD))
+
+
+def _of_run(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str, Any]:
+    """A value for each field of the run that can be ``auto``."""
+    kind = kind_of(cfg.sae)
+    is_tied = kind == "matching_pursuit"
+    warm_up, decay = round(steps * WARM_UP), round(steps * DECAY)
+    if cfg.lr_warm_up_steps != AUTO:
+        decay = max(0, min(decay, steps - cfg.lr_warm_up_steps))
+    if cfg.lr_decay_steps != AUTO:
+        warm_up = max(0, min(warm_up, steps - cfg.lr_decay_steps))
+    return {
+        "lr": learning_rate_for(width),
+        "encoder_lr_ratio": ENCODER_LR_RATIO,
+        "lr_warm_up_steps": warm_up,
+        "lr_decay_steps": decay,
+        "b_dec_init_method": "mean",
+        "decoder_init_method": "data" if is_tied else "random",
+        "dead_feature_window": min(_window(steps), max(1, steps - 1)),
+        "target_l0": _target(cfg, kind),
+        "fit_threshold": hasattr(cfg.sae, "topk_threshold_lr"),
+        "revive_dead": kind in _REVIVED,
+    }
+
+
+def _target(cfg: VisionSAERunnerConfig, kind: str) -> float | None:
+    """Active latents to steer for: none where the penalty's weight is set, or there is no such."""
+    name = _PENALTIES.get(kind)
+    if name is None or not _unset(cfg, name) or _aims_itself(cfg.sae):
+        return None
+    return float(k_for(cfg.sae.d_in))
+
+
+def _aims_itself(sae: Any) -> bool:
+    """Whether the penalty has a target of its own: JumpReLU's quadratic one."""
+    return bool(getattr(sae, "jumprelu_sparsity_loss_mode", "") == "quadratic")
+
+
+def _inside_sae(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str, Any]:
+    """Values for the fields of the SAE that nobody set."""
+    kind, sae = kind_of(cfg.sae), cfg.sae
+    assert sae.d_in != D_IN_OF_MODEL
+    is_transcoder = hasattr(sae, "d_out")
+    wanted: dict[str, Any] = {"decoder_init_norm": DECODER_NORM}
+    if not is_transcoder:
+        wanted["normalize_activations"] = _SCALE
+    if hasattr(sae, "k"):
+        wanted["k"] = min(k_for(sae.d_in), width)
+    if hasattr(sae, "topk_threshold_lr"):
+        wanted["topk_threshold_lr"] = min(0.5, max(0.01, 20 / steps))
+    if hasattr(sae, "max_iterations"):
+        wanted["max_iterations"] = min(k_for(sae.d_in), width)
+    if getattr(sae, "matryoshka_widths", None) == []:
+        wanted["matryoshka_widths"] = matryoshka_widths(width)
+    if kind == "jumprelu":
+        wanted |= {
+            "jumprelu_init_threshold": AT_TARGET,
+            "jumprelu_bandwidth": 1.0,
+            "jumprelu_ste_to_input": True,
+            "pre_act_loss_coefficient": 0.01,
+            "l0_coefficient": 0.1,
+        }
+        target = _target(cfg, kind) if cfg.target_l0 == AUTO else cfg.target_l0
+        if target is None:
+            del wanted["jumprelu_init_threshold"]
+        if _aims_itself(sae):
+            wanted["target_l0"] = float(k_for(sae.d_in))
+    return {name: value for name, value in wanted.items() if _unset(cfg, name)}
+
+
+def _unset(cfg: VisionSAERunnerConfig, name: str) -> bool:
+    """Whether a field of the SAE has SAELens's default, and is not to be kept at it."""
+    if name in cfg.explicit:
+        return False
+    (field,) = (f for f in dataclasses.fields(cfg.sae) if f.name == name)
+    made = field.default_factory
+    default = field.default if made is dataclasses.MISSING else made()
+    return bool(getattr(cfg.sae, name) == default)

@@ -1,0 +1,69 @@
+"""A term of the loss that rewards latents which fire on vectors that are alike (MonoLoss).
+
+Source: "MonoLoss: A Training Objective for Interpretable Monosemantic Representations"
+(2602.12403). It is the monosemanticity score of Pach et al. (2025) on a batch, with the batch's own
+vectors as embeddings, by the identity that needs no pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin.sae._terms import add_term
+
+_SMALL = 1e-8
+
+
+def monosemanticity_loss(
+    x: Float[Tensor, "batch d_in"], latents: Float[Tensor, "batch d_sae"]
+) -> Float[Tensor, ""]:
+    """1 less the mean score of the latents that fire on two vectors of the batch at least.
+
+    With ``a`` the latents, each from 0 to 1 over the batch, and ``e`` the vectors of unit norm, a
+    latent scores ``(|sum_i a_i e_i|^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2)``: the mean
+    similarity of two vectors, weighted by how strongly it fires on both.
+
+    Args:
+        x: Vectors that the SAE reads; constants here.
+        latents: Not negative.
+    """
+    directions = torch.nn.functional.normalize(x.detach(), dim=1)
+    low, high = latents.detach().amin(0), latents.detach().amax(0)
+    scaled = (latents - low) / (high - low).clamp(min=_SMALL)
+    squares = scaled.square().sum(0)
+    together = (directions.T @ scaled).square().sum(0) - squares
+    pairs = scaled.sum(0).square() - squares
+    counted = pairs > _SMALL
+    if not bool(counted.any()):
+        return latents.new_zeros(())
+    score: Tensor = 1 - (together[counted] / pairs[counted]).mean()
+    return score
+
+
+def reward_monosemanticity(sae: Any, coefficient: float) -> None:
+    """Add the term to an SAE's loss from now on.
+
+    The coefficient is that of a mean squared error, as the authors have it; SAELens sums the error
+    over ``d_in``, and so the term is multiplied by it.
+
+    Args:
+        sae: In training.
+        coefficient: Weight of the term.
+    """
+    weight = coefficient * sae.cfg.d_in
+    if hasattr(sae, "loss_terms"):
+        sae.loss_terms["mono_loss"] = lambda x, latents: (
+            weight * monosemanticity_loss(x, latents.to_dense())
+        )
+        return
+
+    def term(step_input: Any, output: Any) -> Tensor:
+        x = step_input.sae_in[:, : sae.cfg.d_in]
+        loss: Tensor = weight * monosemanticity_loss(x, output.feature_acts)
+        return loss
+
+    add_term(sae, "mono_loss", term)

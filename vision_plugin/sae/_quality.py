@@ -1,0 +1,150 @@
+"""What a finished SAE is like, measured on vectors of the stream and not told by a counter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin import metrics
+from vision_plugin.models import encode_tokens
+from vision_plugin.sae._config import VisionSAERunnerConfig
+
+DENSE_ABOVE = 0.1
+"""A latent that fires on a larger share of the vectors is dense."""
+MANY_DEAD = 0.1
+"""From this share of dead latents on, a run says what to change."""
+_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Latents and reconstruction of an SAE on some vectors."""
+
+    n_vectors: int
+    """Vectors looked at."""
+    n_latents: int
+    """Latents of the SAE."""
+    n_alive: int
+    """Latents that fire on at least one of the vectors."""
+    n_dead: int
+    """Latents that fire on none of them."""
+    n_dense: int
+    """Latents that fire on more than a tenth of them."""
+    l0: float
+    """Mean number of latents that fire on a vector."""
+    explained_variance: float
+    """``1 - sum |x - xhat|^2 / sum |x - mean(x)|^2``."""
+
+    def scores(self, prefix: str = "quality/") -> dict[str, float]:
+        """The figures by name, as wandb takes them."""
+        return {f"{prefix}{name}": float(value) for name, value in dataclasses.asdict(self).items()}
+
+    def sentence(self) -> str:
+        """The figures in one line."""
+        return (
+            f"{self.n_alive:,} of {self.n_latents:,} latents alive ({self.n_dead:,} dead, "
+            f"{self.n_dense:,} dense), {self.l0:.1f} active per vector, explained variance "
+            f"{self.explained_variance:.3f}; measured on {self.n_vectors:,} vectors"
+        )
+
+    def advice(self, cfg: VisionSAERunnerConfig) -> str:
+        """What to change where a tenth of the latents or more are dead; otherwise nothing."""
+        share = self.n_dead / self.n_latents
+        if share < MANY_DEAD:
+            return ""
+        if cfg.defaults == "saelens":
+            change = "--defaults auto begins at the scale of the data, which keeps most alive"
+        elif "lr" not in _decided(cfg) or "dead_feature_window" not in _decided(cfg):
+            change = "leave lr and dead_feature_window unset, or lower lr"
+        else:
+            change = (
+                f"train on more than {cfg.training_tokens:,} vectors (training_tokens), or make "
+                f"the SAE narrower than {self.n_latents:,} (d_sae)"
+            )
+        return f"{share:.0%} of the latents are dead: {change}."
+
+
+def _decided(cfg: VisionSAERunnerConfig) -> dict[str, Any]:
+    decided: dict[str, Any] = cfg.sae.metadata.to_dict().get("auto") or {}
+    return decided
+
+
+@torch.no_grad()
+def measure(sae: Any, batches: Iterable[Float[Tensor, "batch width"]]) -> Quality:
+    """Measure an inference SAE.
+
+    Args:
+        sae: Takes activations as the model gives them.
+        batches: Those activations; of a transcoder its input and target side by side.
+    """
+    d_in = int(sae.cfg.d_in)
+    d_out = int(getattr(sae.cfg, "d_out", d_in))
+    sparsity = metrics.Sparsity(n_features=int(sae.cfg.d_sae), dense_above=DENSE_ABOVE)
+    fidelity = metrics.FVU(d_in=d_out, definition="per_dimension")
+    for batch in batches:
+        rows = batch.to(sae.W_dec.device, sae.W_dec.dtype)
+        latents = encode_tokens(sae, rows[:, None, :d_in])
+        sparsity.update(latents.flat())
+        fidelity.update(rows[:, -d_out:], latents.reconstruction[:, 0])
+    fires, fit = sparsity.compute(), fidelity.compute()
+    return Quality(
+        n_vectors=fit.n_tokens,
+        n_latents=int(sae.cfg.d_sae),
+        n_alive=int(sae.cfg.d_sae) - fires.n_dead,
+        n_dead=fires.n_dead,
+        n_dense=fires.n_dense,
+        l0=fires.l0,
+        explained_variance=fit.explained_variance,
+    )
+
+
+def record(sae: Any, quality: Quality) -> None:
+    """Write the figures into a training SAE's metadata, over what SAELens's counter left there."""
+    metadata = sae.cfg.metadata
+    metadata["quality"] = dataclasses.asdict(quality)
+    metadata["l0"] = quality.l0
+    metadata["num_dead_features"] = quality.n_dead
+
+
+@torch.no_grad()
+def fit_threshold(sae: Any, rows: Float[Tensor, "n d_in"]) -> None:
+    """Set the threshold of a BatchTopK SAE so that k latents fire on average.
+
+    In training the k * batch largest latents of a batch fire. The finished SAE has one threshold
+    instead, of which SAELens keeps a moving average: late where the threshold moves, and early in
+    a run near the zero that it begins at.
+
+    Args:
+        sae: The training SAE when all is done; it takes activations as the model gives them.
+        rows: Such activations.
+    """
+    wanted = round(sae.cfg.k * len(rows))
+    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
+    largest = rows.new_zeros(0)
+    for chunk in rows.split(_CHUNK):
+        latents = ((sae.process_sae_in(chunk) @ sae.W_enc + sae.b_enc) * norms).relu().flatten()
+        latents = latents.topk(min(wanted + 1, latents.numel())).values
+        largest = torch.cat([largest, latents])
+        largest = largest.topk(min(wanted + 1, largest.numel())).values
+    positive = largest[largest > 0]
+    if len(positive) > wanted:
+        sae.topk_threshold.copy_((positive[wanted - 1] + positive[wanted]).double() / 2)
+    elif len(positive):
+        sae.topk_threshold.copy_(positive[-1].double() / 2)
+
+
+def take(batches: Iterable[Any], n: int) -> Iterator[Any]:
+    """Batches that hold at least so many vectors together."""
+    taken = 0
+    for batch in batches:
+        yield batch
+        rows = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        taken += len(rows)
+        if taken >= n:
+            return

@@ -1,0 +1,64 @@
+"""Terms that are added to the loss of SAELens's own training classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from vision_plugin.sae._sparse_auxiliary import auxiliary_loss
+
+Term = Callable[[Any, Any], Tensor | None]
+"""Of a step's input and output: a loss to add, or None."""
+
+
+def add_term(sae: Any, name: str, term: Term) -> None:
+    """Add a term to every training step of an SAE from now on.
+
+    Args:
+        sae: In training.
+        name: Of the term among the step's losses.
+        term: Given SAELens's ``TrainStepInput`` and ``TrainStepOutput``.
+    """
+    plain = sae.training_forward_pass
+
+    def with_term(step_input: Any) -> Any:
+        output = plain(step_input)
+        loss = term(step_input, output)
+        if loss is not None:
+            output.losses[name] = loss
+            output.loss = output.loss + loss
+        return output
+
+    sae.training_forward_pass = with_term
+
+
+def revive_dead(sae: Any) -> None:
+    """Let the dead latents of an SAE without a k reconstruct what the living ones leave over.
+
+    SAELens does so for TopK SAEs alone (AuxK, Gao et al. 2024). A ReLU latent that fires on nothing
+    has no gradient either, and here it gets one in the same way.
+
+    Args:
+        sae: In training: a standard or gated SAE, or a transcoder.
+    """
+    b_in = None if hasattr(sae.cfg, "d_out") else sae.b_dec
+
+    def term(step_input: Any, output: Any) -> Tensor | None:
+        dead = step_input.dead_neuron_mask
+        if dead is None or not bool(dead.any()):
+            return None
+        chosen = dead.nonzero().squeeze(1)
+        bias = sae.b_enc if hasattr(sae, "b_enc") else sae.b_gate
+        return auxiliary_loss(
+            step_input.sae_in[:, : sae.cfg.d_in],
+            (output.sae_in - output.sae_out).detach(),
+            W_enc=sae.W_enc.index_select(1, chosen),
+            b_enc=bias.index_select(0, chosen),
+            W_dec=sae.W_dec.index_select(0, chosen),
+            b_in=b_in,
+            scale=None,
+        )
+
+    add_term(sae, "auxiliary_loss_of_dead", term)
