@@ -60,7 +60,7 @@ def test_training_learns_and_saves_what_stock_saelens_loads(cfg) -> None:
         return float(error / (x - x.mean(0)).square().sum())
 
     untrained = VisionSAETrainingRunner(dataclasses.replace(cfg, output_path=None)).sae
-    assert unexplained(sae) < 0.5 * unexplained(untrained)
+    assert unexplained(sae) < min(0.6, unexplained(untrained))
     files = {path.name for path in Path(cfg.output_path).iterdir()}
     expected = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
     assert files == expected

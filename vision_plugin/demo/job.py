@@ -213,6 +213,7 @@ def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
         hook_name=cfg.hook_name,
         tokens=cfg.tokens,
         sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
+        defaults="saelens",  # a narrow SAE on sparse neurons, whose settings were found by hand
         training_tokens=cfg.training_tokens,
         train_batch_size_tokens=TRAINING_BATCH,
         n_batches_in_buffer=4,
