@@ -169,7 +169,7 @@ def train_here(
         output_path=None,
         target_l0="auto" if "topk" in kind else float(wanted.k),
     )
-    runner = VisionSAETrainingRunner(cfg, override_images=store)
+    runner = VisionSAETrainingRunner(cfg, images=store)
     begin, cpu = time.perf_counter(), time.process_time()
     trained = runner.run()
     took = {

@@ -47,7 +47,7 @@ from vision_plugin.metrics import to_json
 from vision_plugin.models import Harvester, VisionBridge
 from vision_plugin.sae import VisionMultiSAETrainingRunner, VisionSAERunnerConfig
 from vision_plugin.sae._initialise import estimate_scalers, initialise
-from vision_plugin.sae._runner import record_origin
+from vision_plugin.sae._preparing import record_origin
 from vision_plugin.sae._saving import inference_sae
 from vision_plugin.sae._sources import origin
 from vision_plugin.sae._trainer import SteppedTrainer
@@ -201,9 +201,7 @@ def train(
         for layer in layers
         for name, sae in architectures.items()
     }
-    runner = VisionMultiSAETrainingRunner(
-        runs, output_path=None, override_model=model, override_images=images
-    )
+    runner = VisionMultiSAETrainingRunner(runs, output_path=None, model=model, images=images)
     trainers = {
         name: SteppedTrainer(
             cfg=run.to_sae_trainer_config(), sae=runner.saes[name], data_provider=runner.batches

@@ -93,8 +93,8 @@ def config(path: Path | None, architecture: str = "topk", **changes: Any) -> Vis
 def runner(cfg: VisionSAERunnerConfig, **overrides: Any) -> VisionSAETrainingRunner:
     """A runner over random images and the tiny model."""
     settings: dict[str, Any] = {
-        "override_model": tiny_model(),
-        "override_images": open_images(images()),
+        "model": tiny_model(),
+        "images": open_images(images()),
     }
     return VisionSAETrainingRunner(cfg, **{**settings, **overrides})
 

@@ -33,7 +33,7 @@ def many(**changes: object) -> dict[str, VisionSAERunnerConfig]:
 
 
 def together(cfgs: dict[str, VisionSAERunnerConfig], out: Path, **overrides: object):
-    settings = {"override_model": tiny_model(), "override_images": open_images(_runs.images())}
+    settings = {"model": tiny_model(), "images": open_images(_runs.images())}
     return VisionMultiSAETrainingRunner(cfgs, output_path=str(out), **{**settings, **overrides})
 
 
@@ -68,10 +68,10 @@ def test_from_one_store_too(tmp_path: Path) -> None:
     mlp = dataclasses.replace(ARCHITECTURES["topk"](), d_in=24)
     plain = config(None)
     cfgs = {"resid": plain, "mlp": dataclasses.replace(plain, hook_name=MLP, sae=mlp)}
-    together(cfgs, tmp_path / "many", override_images=store).run()
+    together(cfgs, tmp_path / "many", images=store).run()
     for name, cfg in cfgs.items():
         alone = dataclasses.replace(cfg, output_path=str(tmp_path / name))
-        runner(alone, override_images=store).run()
+        runner(alone, images=store).run()
         assert weights(tmp_path / "many" / name) == weights(tmp_path / name)
 
 

@@ -95,7 +95,7 @@ def test_the_command_ends_with_the_figures(tmp_path: Path, capsys: Any) -> None:
 def test_several_saes_have_figures_each(tmp_path: Path) -> None:
     store = store_of(tmp_path / "store")
     cfgs = {"a": config(None, "topk"), "b": config(None, "standard")}
-    train_many(cfgs, output_path=str(tmp_path / "saes"), override_images=store)
+    train_many(cfgs, output_path=str(tmp_path / "saes"), images=store)
     for name in cfgs:
         metadata = json.loads((tmp_path / "saes" / name / "cfg.json").read_text())["metadata"]
         assert metadata["quality"]["n_latents"] == 32

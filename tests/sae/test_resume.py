@@ -112,13 +112,13 @@ def test_killed_at_each_change_on_disk(tmp_path: Path) -> None:
 def test_a_run_over_a_store_goes_on_too(tmp_path: Path, monkeypatch) -> None:
     store = _runs.store_of(tmp_path / "store")
     straight = config(tmp_path / "straight", images=str(tmp_path / "store"), n_checkpoints=0)
-    runner(straight, override_images=store).run()
+    runner(straight, images=store).run()
     cfg = config(tmp_path / "killed", images=str(tmp_path / "store"), n_checkpoints=4)
     with monkeypatch.context() as patched:
         stop_at(patched, 17, kill)
         with pytest.raises(Killed):
-            runner(cfg, override_images=store).run()
-    runner(cfg, override_images=store).run()
+            runner(cfg, images=store).run()
+    runner(cfg, images=store).run()
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
 
 
@@ -230,10 +230,10 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(
 def test_too_few_vectors_for_a_batch_and_none_at_all(tmp_path: Path) -> None:
     few = open_images(_runs.images(1))
     with pytest.raises(ValueError, match=r"1 images give 17 vectors.*less than one batch of 32"):
-        runner(config(tmp_path / "sae"), override_images=few).run()
+        runner(config(tmp_path / "sae"), images=few).run()
     store = _runs.store_of(tmp_path / "store", tokens="cls")
     with pytest.raises(ValueError, match=r"holds 12 vectors.*less than one batch of 32"):
-        runner(config(tmp_path / "sae", tokens="cls"), override_images=store)
+        runner(config(tmp_path / "sae", tokens="cls"), images=store)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 

@@ -69,7 +69,7 @@ def test_a_store_that_does_not_fit_is_one_clear_sentence(
     store: str, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        runner(config(tmp_path / "sae", images=store, **changes), override_images=None)
+        runner(config(tmp_path / "sae", images=store, **changes), images=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_another_model_is_told_by_its_weights(store: str, tmp_path: Path) -> Non
     cfg = config(tmp_path / "sae", images=store)
     torch.manual_seed(1)
     with pytest.raises(StoreMismatchError, match=r"model: 'tiny' expected, 'tiny' \(other weights"):
-        runner(cfg, override_model=tiny_model(seed=1), override_images=None)
+        runner(cfg, model=tiny_model(seed=1), images=None)
 
 
 def test_an_unfinished_store_is_refused(store: str, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_unfinished_store_is_refused(store: str, tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_name_their_images(store: str, tmp_path: Path) -> None:
-    run = runner(config(tmp_path / "sae", images=store), override_images=None)
+    run = runner(config(tmp_path / "sae", images=store), images=None)
     gathered = run.batches.batches.next_batch
 
     def broken():

@@ -97,9 +97,7 @@ def test_the_last_look_is_at_the_sae_that_is_saved(folders, model, tmp_path: Pat
     cfg = config(folders, tmp_path / "sae")
     source = AsTheModelSeesThem(folders[1], model)
     assert len(set(source.labels)) > 1
-    sae = VisionSAETrainingRunner(
-        cfg, override_model=model, override_validation_images=source
-    ).run()
+    sae = VisionSAETrainingRunner(cfg, model=model, validation_images=source).run()
     records = lines(tmp_path / "sae")
     assert [record["step"] for record in records] == [5, 10, 15, 20]
     last = {key.removeprefix("validation/"): value for key, value in records[-1].items()}
@@ -149,7 +147,7 @@ def by_hand(model: Any, sae: SAE, pixels: torch.Tensor, labels: list[str]) -> di
 def test_looking_changes_nothing_in_the_weights(folders, model, tmp_path: Path) -> None:
     for name, images in (("seen", folders[1]), ("unseen", None)):
         cfg = config(folders, tmp_path / name, validation_images=images)
-        VisionSAETrainingRunner(cfg, override_model=model).run()
+        VisionSAETrainingRunner(cfg, model=model).run()
     assert weights(tmp_path / "seen") == weights(tmp_path / "unseen")
 
 
@@ -158,10 +156,10 @@ def test_a_killed_run_has_each_line_once(folders, model, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         stop_at(patched, 12, kill)  # behind the look of step 10; the last checkpoint is of step 7
         with pytest.raises(Killed):
-            VisionSAETrainingRunner(cfg, override_model=model).run()
-    VisionSAETrainingRunner(cfg, override_model=model).run()
+            VisionSAETrainingRunner(cfg, model=model).run()
+    VisionSAETrainingRunner(cfg, model=model).run()
     straight = config(folders, tmp_path / "straight", n_checkpoints=0)
-    VisionSAETrainingRunner(straight, override_model=model).run()
+    VisionSAETrainingRunner(straight, model=model).run()
     assert lines(tmp_path / "killed") == lines(tmp_path / "straight")
 
 
@@ -172,7 +170,7 @@ def test_wandb_has_the_curves_and_the_top_features(
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5, log_weights_to_wandb=False)
     cfg = config(folders, tmp_path / "sae", logger=logger)
-    VisionSAETrainingRunner(cfg, override_model=model).run()
+    VisionSAETrainingRunner(cfg, model=model).run()
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = run.read_bytes()
     for key in (b"validation/loss_recovered", b"metrics/explained_variance", b"hook_name"):
@@ -191,14 +189,14 @@ def test_nothing_of_wandb_is_called_where_it_is_off(
 
     for name in ("init", "log", "finish"):
         monkeypatch.setattr(wandb, name, lambda *_, **__: pytest.fail("wandb was called"))
-    VisionSAETrainingRunner(config(folders, tmp_path / "sae"), override_model=model).run()
+    VisionSAETrainingRunner(config(folders, tmp_path / "sae"), model=model).run()
 
 
 def test_sae_lens_s_own_trainer_takes_it_as_its_evaluator(
     folders, model, tmp_path: Path, monkeypatch
 ) -> None:
     cfg = config(folders, tmp_path / "sae")
-    run = VisionSAETrainingRunner(cfg, override_model=model)
+    run = VisionSAETrainingRunner(cfg, model=model)
     for name, value in {"hook_name": HOOK, "tokens": "all"}.items():
         run.sae.cfg.metadata[name] = value
     logged: list[dict[str, Any]] = []
@@ -226,7 +224,7 @@ def test_sae_lens_s_own_trainer_takes_it_as_its_evaluator(
 def test_an_unknown_metric_is_found_before_training(folders, model, tmp_path: Path) -> None:
     cfg = config(folders, tmp_path / "sae", validation_metrics=("uniquenes",))
     with pytest.raises(ValueError, match="did you mean 'uniqueness'"):
-        VisionSAETrainingRunner(cfg, override_model=model)
+        VisionSAETrainingRunner(cfg, model=model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,7 +239,7 @@ def test_other_kinds_of_token(folders, model, tmp_path: Path, tokens: str) -> No
         n_validations=1,
         validation_metrics=(),
     )
-    VisionSAETrainingRunner(cfg, override_model=model).run()
+    VisionSAETrainingRunner(cfg, model=model).run()
     (record,) = lines(tmp_path / "sae")
     assert ("validation/l0_patch" in record) == (tokens != "cls")
     assert record["validation/accuracy_spliced"] is not None
@@ -253,15 +251,13 @@ def test_several_saes_share_the_images(folders, model, tmp_path: Path) -> None:
         "a": plain,
         "b": dataclasses.replace(plain, hook_name="blocks.0.hook_resid_post"),
     }
-    runner = vp.VisionMultiSAETrainingRunner(
-        cfgs, output_path=str(tmp_path / "many"), override_model=model
-    )
+    runner = vp.VisionMultiSAETrainingRunner(cfgs, output_path=str(tmp_path / "many"), model=model)
     runner.run()
     first, second = runner.validators.values()
     assert first.held_out is second.held_out
     (alone,) = [r for r in lines(tmp_path / "many" / "a") if r["step"] == 20]
     VisionSAETrainingRunner(
-        dataclasses.replace(plain, output_path=str(tmp_path / "alone")), override_model=model
+        dataclasses.replace(plain, output_path=str(tmp_path / "alone")), model=model
     ).run()
     last = lines(tmp_path / "alone")[-1]
     assert last["validation/loss_recovered"] == alone["a/validation/loss_recovered"]

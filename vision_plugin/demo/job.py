@@ -105,7 +105,7 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
             shutil.rmtree(out / "activations")  # of an earlier run, perhaps with other settings
         extract(_extraction(cfg, out), model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
-        sae = VisionSAETrainingRunner(_training(cfg, out), override_model=model).run()
+        sae = VisionSAETrainingRunner(_training(cfg, out), model=model).run()
     with _stage(f"Scoring it on {cfg.images} new images, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
         images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")

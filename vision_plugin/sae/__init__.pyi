@@ -7,14 +7,14 @@ from ._config import VisionSAERunnerConfig as VisionSAERunnerConfig
 from ._field_help import DECIDED_IN_SAE as DECIDED_IN_SAE
 from ._field_help import SAE_FIELDS as SAE_FIELDS
 from ._monosemantic import monosemanticity_loss as monosemanticity_loss
-from ._multi import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
-from ._multi import train_many as train_many
 from ._presets import Preset as Preset
 from ._presets import preset as preset
 from ._presets import presets as presets
 from ._quality import Quality as Quality
+from ._runner import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
 from ._runner import VisionSAETrainingRunner as VisionSAETrainingRunner
 from ._runner import train as train
+from ._runner import train_many as train_many
 from ._sources import is_store as is_store
 from ._sparse_register import register as register
 from ._transcoder import SkipTranscoderTrainingConfig as SkipTranscoderTrainingConfig

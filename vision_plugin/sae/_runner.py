@@ -3,215 +3,268 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE, TrainingSAE
 
-from vision_plugin.activations import ActivationStore
-from vision_plugin.images import open_images
-from vision_plugin.models import VisionBridge, load_model
+from vision_plugin.models import VisionBridge
 from vision_plugin.sae._checkpoint import CheckpointFolder
-from vision_plugin.sae._config import AUTO, VisionSAERunnerConfig
-from vision_plugin.sae._defaults import described, resolve
-from vision_plugin.sae._quality import Quality
-from vision_plugin.sae._saving import check_output_path, save
-from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
-from vision_plugin.sae._sources import (
-    check_store,
-    is_store,
-    open_batches,
-    open_store,
-    origin,
-    with_widths,
+from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._defaults import described
+from vision_plugin.sae._preparing import (
+    fitted,
+    make_sae,
+    make_validator,
+    open_inputs,
+    record_origin,
+    run_identity,
 )
-from vision_plugin.sae._sparse_register import sparse_config
+from vision_plugin.sae._quality import Quality
+from vision_plugin.sae._saving import check_output_path, inference_sae, save
+from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
+from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
 from vision_plugin.sae._top_features import log_top_features
 from vision_plugin.sae._validation import Validator
+
+ALONE = ""
+"""Name of an SAE that is trained alone: its folder is the output folder itself."""
+
+MAY_DIFFER = frozenset(
+    {
+        *("sae", "hook_name", "hook_name_out", "output_path", "dense"),
+        *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+        *("n_restart_cycles", "adam_beta1", "adam_beta2", "dead_feature_window"),
+        *("feature_sampling_window", "b_dec_init_method", "decoder_init_method", "defaults"),
+        *("explicit", "encoder_lr_ratio", "target_l0", "fit_threshold", "mono_coefficient"),
+    }
+)
+"""Fields in which runs that share a pass may differ: the SAE, its hook, and how it learns."""
+
+
+class VisionMultiSAETrainingRunner:
+    """Trains SAEs of several layers, widths and architectures from one pass of the images.
+
+    Each SAE ends as it would if its configuration were run alone, bit for bit on the same device.
+    Everything that can be wrong with a configuration is found when the runner is made, before
+    anything is computed or written. A run that was killed goes on where its last checkpoint was
+    made when the same configurations are run again, and ends with the same weights.
+
+    Args:
+        cfgs: Runs by the name of the SAE, which is also the name of its folder. They may differ in
+            the fields of ``MAY_DIFFER``; their own ``output_path`` is not used.
+        output_path: Folder of the folders; None saves nothing. Checkpoints go beside it.
+        model: A model in hand, in place of ``model_name``.
+        images: Images or an ActivationStore in hand, in place of ``images``.
+        saes: SAEs in hand by name, to train further.
+        validation_images: Held-out images in hand, in place of ``validation_images``.
+
+    Raises:
+        ValueError: the runs cannot share a pass, or the model, images, store, hooks or widths are
+            unknown or do not fit.
+
+    Example:
+        >>> runner = VisionMultiSAETrainingRunner(  # doctest: +SKIP
+        ...     {
+        ...         f"blocks.{layer}": dataclasses.replace(
+        ...             cfg, hook_name=f"blocks.{layer}.hook_resid_post"
+        ...         )
+        ...         for layer in range(12)
+        ...     },
+        ...     output_path="runs/every-layer",
+        ... )
+        >>> saes = runner.run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cfgs: Mapping[str, VisionSAERunnerConfig],
+        *,
+        output_path: str | None,
+        model: VisionBridge | None = None,
+        images: Any = None,
+        saes: Mapping[str, TrainingSAE[Any]] | None = None,
+        validation_images: Any = None,
+    ) -> None:
+        first = check_together(cfgs)
+        check_output_path(output_path, overwrite=first.overwrite)
+        self.output_path = None if output_path is None else Path(output_path)
+        model, self.images = open_inputs(first, model, images)
+        self.cfgs = {
+            name: fitted(
+                dataclasses.replace(cfg, output_path=self._folder(name)), model, self.images
+            )
+            for name, cfg in cfgs.items()
+        }
+        in_hand = saes or {}
+        self.saes: dict[str, TrainingSAE[Any]] = {
+            name: in_hand.get(name) or make_sae(cfg) for name, cfg in self.cfgs.items()
+        }
+        for sae in self.saes.values():
+            sae.to(first.device)
+        validator, self.model = make_validator(first, model, validation_images)
+        self.validators: dict[str, Validator] = {}
+        if validator is not None:
+            self.validators = {n: validator.at(cfg.hook_names) for n, cfg in self.cfgs.items()}
+        runs = list(self.cfgs.values())
+        if list(cfgs) == [ALONE]:
+            self.batches: Any = open_batches(runs[0], self.images, self.model)
+        else:
+            shared = open_batches(runs[0], self.images, self.model, hook_names=all_hooks(runs))
+            self.batches = SplitBatches(shared, {n: c.hook_names for n, c in self.cfgs.items()})
+        self.quality: dict[str, Quality] = {}
+        """What the finished SAEs are like on vectors of the stream; empty before the run."""
+
+    def run(self) -> dict[str, SAE[Any]]:
+        """Train, save, and return the trained SAEs as their stock inference classes."""
+        made_of: dict[str, Any] = {}
+        for name, cfg in self.cfgs.items():
+            made_of = origin(cfg, self.model, self.images)
+            record_origin(self.saes[name], made_of)
+        session = TrainingSession(
+            self.cfgs,
+            self.saes,
+            self.batches,
+            checkpoints=self._checkpoints(),
+            validators=self.validators,
+            identity=run_identity(self.cfgs, made_of),
+        )
+        with session.opened():
+            session.fit()
+            self.quality = session.quality
+            for name, validator in self.validators.items():
+                log_top_features(session.wandb, validator, prefix=f"{name}/" if name else "")
+            if self.output_path is not None:
+                self._save(session)
+            session.done()
+        return {name: inference_sae(sae) for name, sae in self.saes.items()}
+
+    def _folder(self, name: str) -> str | None:
+        return None if self.output_path is None else str(self.output_path / name)
+
+    def _checkpoints(self) -> CheckpointFolder | None:
+        out = self.output_path
+        return None if out is None else CheckpointFolder(out.with_name(f"{out.name}.checkpoints"))
+
+    def _save(self, session: TrainingSession) -> None:
+        for name, cfg in self.cfgs.items():
+            more = {VALIDATION_FILE: session.log.text()} if session.log.records else {}
+            log_sparsity = session.trainers[name].log_feature_sparsity
+            save(self.saes[name], cfg, Path(str(cfg.output_path)), log_sparsity, more=more)
 
 
 class VisionSAETrainingRunner:
     """Trains one SAE, as SAELens's ``LanguageModelSAETrainingRunner`` does for language models.
 
-    Everything that can be wrong with a configuration is found when the runner is made, before
-    anything is computed or written. A run that was killed goes on where its last checkpoint was
-    made when the same configuration is run again, and ends with the same weights.
+    This is :class:`VisionMultiSAETrainingRunner` with a single entry, whose folder is
+    ``cfg.output_path`` itself.
+
+    Args:
+        cfg: The run.
+        model: A model in hand, in place of ``cfg.model_name``.
+        images: Images or an ActivationStore in hand, in place of ``cfg.images``.
+        sae: An SAE in hand, to train further.
+        validation_images: Held-out images in hand, in place of ``cfg.validation_images``.
+
+    Raises:
+        ValueError: the model, images, store, hook or widths are unknown or do not fit.
     """
 
     def __init__(
         self,
         cfg: VisionSAERunnerConfig,
         *,
-        override_model: VisionBridge | None = None,
-        override_images: Any = None,
-        override_sae: TrainingSAE[Any] | None = None,
-        override_validation_images: Any = None,
+        model: VisionBridge | None = None,
+        images: Any = None,
+        sae: TrainingSAE[Any] | None = None,
+        validation_images: Any = None,
     ) -> None:
-        """Load the model, open the images or the store, and make the SAE.
-
-        Args:
-            cfg: The run.
-            override_model: A model in hand, instead of ``cfg.model_name``.
-            override_images: An image source or an ActivationStore in hand, instead of
-                ``cfg.images``.
-            override_sae: An SAE in hand, to train further.
-            override_validation_images: Held-out images, instead of ``cfg.validation_images``.
-
-        Raises:
-            ValueError: the model, images, store, hook or widths are unknown or do not fit.
-        """
-        check_output_path(cfg.output_path, overwrite=cfg.overwrite)
-        self.model, self.images = open_inputs(cfg, override_model, override_images)
-        self.cfg = fitted(cfg, self.model, self.images)
-        self.sae = override_sae or make_sae(self.cfg)
-        self.sae.to(cfg.device)
-        self.validator, self.model = make_validator(
-            self.cfg, self.model, override_validation_images
+        self._runner = VisionMultiSAETrainingRunner(
+            {ALONE: cfg},
+            output_path=cfg.output_path,
+            model=model,
+            images=images,
+            saes=None if sae is None else {ALONE: sae},
+            validation_images=validation_images,
         )
-        self.batches = open_batches(self.cfg, self.images, self.model)
-        self.quality: Quality | None = None
+
+    @property
+    def cfg(self) -> VisionSAERunnerConfig:
+        """The run, with everything decided that the configuration left open."""
+        return self._runner.cfgs[ALONE]
+
+    @property
+    def sae(self) -> TrainingSAE[Any]:
+        """The SAE in training."""
+        return self._runner.saes[ALONE]
+
+    @property
+    def model(self) -> VisionBridge | None:
+        """The model; None where a store makes do without one."""
+        return self._runner.model
+
+    @property
+    def images(self) -> Any:
+        """The images, or the store."""
+        return self._runner.images
+
+    @property
+    def batches(self) -> Any:
+        """The stream of training batches."""
+        return self._runner.batches
+
+    @property
+    def validator(self) -> Validator | None:
+        """What looks at held-out images; None where there are none."""
+        return self._runner.validators.get(ALONE)
+
+    @property
+    def quality(self) -> Quality | None:
         """What the finished SAE is like on vectors of the stream; None before the run."""
+        return self._runner.quality.get(ALONE)
 
     def decided(self) -> str:
-        """What the configuration left open and was decided: ``lr 0.002, k 20, ...``."""
+        """Return what the configuration left open and was decided: ``lr 0.002, k 20, ...``."""
         return described(self.cfg.sae.metadata.to_dict().get("auto") or {})
 
     def run(self) -> SAE[Any]:
         """Train, save, and return the trained SAE as its stock inference class."""
-        made_of = origin(self.cfg, self.model, self.images)
-        record_origin(self.sae, made_of)
-        path = self.cfg.checkpoint_path
-        session = TrainingSession(
-            {"": self.cfg},
-            {"": self.sae},
-            self.batches,
-            checkpoints=None if path is None else CheckpointFolder(path),
-            validators={} if self.validator is None else {"": self.validator},
-            identity=run_identity({"": self.cfg}, made_of),
-        )
-        with session.opened():
-            session.fit()
-            self.quality = session.quality[""]
-            if self.validator is not None:
-                log_top_features(session.wandb, self.validator)
-            sae = self._finish(session)
-            session.done()
-        return sae
-
-    def _finish(self, session: TrainingSession) -> SAE[Any]:
-        log_sparsity = session.first.log_feature_sparsity
-        more = {VALIDATION_FILE: session.log.text()} if session.log.records else {}
-        if self.cfg.output_path is not None:
-            out = Path(self.cfg.output_path)
-            save(self.sae, self.cfg, out, log_sparsity, more=more)
-            return SAE.load_from_disk(out, device=self.cfg.device)
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "sae"
-            save(self.sae, self.cfg, out, log_sparsity)
-            return SAE.load_from_disk(out, device=self.cfg.device)
+        return self._runner.run()[ALONE]
 
 
-def train(cfg: VisionSAERunnerConfig, **overrides: Any) -> SAE[Any]:
-    """Train an SAE: ``VisionSAETrainingRunner(cfg).run()``."""
-    return VisionSAETrainingRunner(cfg, **overrides).run()
+def train(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
+    """Train an SAE: ``VisionSAETrainingRunner(cfg, **in_hand).run()``."""
+    return VisionSAETrainingRunner(cfg, **in_hand).run()
 
 
-def open_inputs(
-    cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
-) -> tuple[VisionBridge | None, Any]:
-    """The model and the images of a run; a store of activations goes without a model.
+def train_many(
+    cfgs: Mapping[str, VisionSAERunnerConfig], *, output_path: str | None, **in_hand: Any
+) -> dict[str, SAE[Any]]:
+    """Train SAEs in one pass: ``VisionMultiSAETrainingRunner(cfgs, ...).run()``."""
+    return VisionMultiSAETrainingRunner(cfgs, output_path=output_path, **in_hand).run()
 
-    Args:
-        cfg: The run.
-        model: In hand, or None to load the configuration's.
-        images: An image source or a store in hand, or None to open the configuration's.
+
+def check_together(cfgs: Mapping[str, VisionSAERunnerConfig]) -> VisionSAERunnerConfig:
+    """The first of several runs, once it is known that they can share a pass.
 
     Raises:
-        ValueError: there are none, or the model is unknown.
+        ValueError: there is none, a name is no folder's, or they differ in what they share.
     """
-    source = cfg.images if images is None else images
-    if source == "":
-        raise ValueError(
-            "the configuration does not say what to train on: set images (--images) to images, "
-            "or to a store of activations"
-        )
-    if is_store(source):
-        return model, open_store(source)
-    torch.manual_seed(cfg.seed)
-    model = model or load_model(cfg.model_name, device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    if images is None:
-        images = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
-    return model, images
-
-
-def fitted(
-    cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
-) -> VisionSAERunnerConfig:
-    """The configuration, checked against the model or the store, with all that it left open.
-
-    Raises:
-        ValueError: a hook, width, model or kind of token does not fit, or a setting does not fit
-            the length of the run.
-    """
-    if isinstance(images, ActivationStore):
-        check_store(images, cfg, model)
-        return resolve(with_widths(_with_batch(cfg, images), model, images))
-    return resolve(with_widths(cfg, model, None))
-
-
-def _with_batch(cfg: VisionSAERunnerConfig, store: ActivationStore) -> VisionSAERunnerConfig:
-    """The configuration with a batch that the store can fill, where none is set."""
-    n_rows = min(store.n_rows(name) for name in cfg.hook_names if name in store.hook_names)
-    if cfg.train_batch_size_tokens != AUTO or cfg.batch_size <= n_rows:
-        return cfg
-    return dataclasses.replace(cfg, train_batch_size_tokens=1 << (n_rows.bit_length() - 1))
-
-
-def make_sae(cfg: VisionSAERunnerConfig) -> TrainingSAE[Any]:
-    """The SAE with its first weights, which follow from the seed alone."""
-    torch.manual_seed(cfg.seed)
-    sae_config = cfg.sae if cfg.dense else sparse_config(cfg.sae)
-    return TrainingSAE.from_dict(sae_config.to_dict())
-
-
-def make_validator(
-    cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
-) -> tuple[Validator | None, VisionBridge | None]:
-    """What looks at held-out images, if any are given, and the model, which it may have to load."""
-    if images is None and cfg.validation_images is None:
-        return None, model
-    if images is None:
-        images = open_images(
-            cfg.validation_images, column=cfg.image_column, split=cfg.validation_split
-        )
-    model = model or load_model(cfg.model_name, device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    name = cfg.validation_embedder
-    validator = Validator(
-        model,
-        images,
-        cfg.hook_names,
-        tokens=cfg.tokens,
-        n_images=cfg.n_validation_images,
-        batch_size=cfg.store_batch_size_images,
-        names=cfg.validation_metrics,
-        embedder=None if name is None else load_model(name, device=cfg.device),
-        template=cfg.validation_template,
-    )
-    return validator, model
-
-
-def record_origin(sae: TrainingSAE[Any], made_of: dict[str, Any]) -> None:
-    """Write into the SAE's metadata what it is trained on."""
-    for name, value in made_of.items():
-        sae.cfg.metadata[name] = value
-
-
-def run_identity(cfgs: dict[str, VisionSAERunnerConfig], made_of: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has to have been made with: configurations, and the model's weights."""
-    return {
-        "configs": {name or "sae": cfg.identity() for name, cfg in cfgs.items()},
-        "model_signature": made_of["model_signature"],
-        "n_images": made_of["n_images"],
-    }
+    if not cfgs:
+        raise ValueError("there are no SAEs to train: name at least one")
+    if list(cfgs) == [ALONE]:
+        return cfgs[ALONE]
+    for name in cfgs:
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot be the name of an SAE: it becomes a folder's")
+    (first_name, first), *others = cfgs.items()
+    for name, cfg in others:
+        for field in dataclasses.fields(cfg):
+            here, there = getattr(first, field.name), getattr(cfg, field.name)
+            if field.name not in MAY_DIFFER and here != there:
+                raise ValueError(
+                    f"{first_name} and {name} cannot be trained in one pass: {field.name} is "
+                    f"{here!r} and {there!r}. They may differ in {', '.join(sorted(MAY_DIFFER))}"
+                )
+    return first
