@@ -28,7 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     console = Console()
     result = evaluate_config(cfg)
     console.print(scores_table(result))
-    for note in notes(result):
+    for embedder in result.equal_firing:
+        console.print(equal_firing_table(result, embedder))
+    for note in [*equal_firing_notes(result), *notes(result)]:
         console.print(note, highlight=False)
 
 
@@ -77,6 +79,62 @@ def row_label(metric: str, name: str, embedders: dict[str, bool]) -> str:
     if not embedder:
         return label
     return f"{label} ({'the model itself' if embedders[embedder] else embedder})"
+
+
+def equal_firing_table(result: Any, embedder: str) -> Table:
+    """Monosemanticity of the SAE and of random directions that fire as often, bin by bin."""
+    found = result.equal_firing[embedder]
+    table = Table(title=f"Monosemanticity at equal firing, judged by {_judge(result, embedder)}")
+    for heading in ("active images", "latents", "SAE", "random directions", "difference"):
+        table.add_column(heading, justify="right")
+    for each in found.bins:
+        images = f"{each.fewest:,} to {each.most:,}"
+        means = (_cell(each.mean), _cell(each.control_mean), f"{each.difference:+.4f}")
+        table.add_row(images, f"{each.n_latents:,}", *means)
+    return table
+
+
+def equal_firing_notes(result: Any) -> list[str]:
+    """A sentence for each judge that says whether the SAE is above random directions."""
+    lines = [
+        _verdict(found, _judge(result, embedder)) for embedder, found in result.equal_firing.items()
+    ]
+    if any(result.embedders[embedder] for embedder in result.equal_firing):
+        lines.append(
+            "The model's own embeddings favour random directions: --embedder names an outside "
+            "encoder, --embedder labels takes the images' classes."
+        )
+    if lines and result.seen_in_training:
+        lines.append(
+            "The SAE was trained on these images, where its latents score higher than on others: "
+            "score it on images that it has not seen."
+        )
+    return lines
+
+
+def _verdict(found: Any, judge: str) -> str:
+    if found.verdict == "not comparable":
+        return (
+            f"Judged by {judge}, the SAE cannot be compared with random directions: too few "
+            "latents of both fire on as many images."
+        )
+    says = {
+        "above": "score above random directions",
+        "below": "score below random directions",
+        "not told apart": "cannot be told apart from random directions",
+    }
+    return (
+        f"Judged by {judge}, the SAE's latents {says[found.verdict]} that fire as often: "
+        f"{found.difference:+.4f} ({found.confidence:.0%} interval {found.low:+.4f} to "
+        f"{found.high:+.4f}) over {found.n_latents:,} latents; {found.n_left_out:,} fire too "
+        "rarely, or as no random direction does."
+    )
+
+
+def _judge(result: Any, embedder: str) -> str:
+    if result.embedders[embedder]:
+        return "the model itself"
+    return "the images' classes" if embedder == "labels" else embedder
 
 
 def notes(result: Any) -> list[str]:

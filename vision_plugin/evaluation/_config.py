@@ -28,9 +28,12 @@ class EvaluationConfig(Inputs):
     """Controls beside the SAE in the table: the raw neurons, their principal components, random
     directions as sparse as the SAE, and the neurons of the same model with random weights."""
     embedder: tuple[str, ...] = ()
-    """Models whose embeddings say which images are alike, named as for ``--model-name``. Default:
-    the model itself, ``model``, which the result marks, since an outside encoder judges more
-    strictly."""
+    """Models whose embeddings say which images are alike, named as for ``model_name``; ``labels``
+    calls images of one class alike and all others not. Default: the model itself, ``model``, which
+    favours random directions: an outside encoder or the classes judge more fairly."""
+    centre_embeddings: bool = False
+    """Subtract the mean embedding, over up to 256 images, before similarities are taken. It lets
+    differences show where an encoder finds all images alike."""
     labels: str | None = None
     """Classes of the images, as ``column:NAME``; by default the labels of the images."""
     concepts: str | None = None

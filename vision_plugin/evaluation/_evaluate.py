@@ -13,16 +13,21 @@ from vision_plugin.evaluation._choice import USUAL_METRICS, choose_metrics
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._controls import make_subjects
 from vision_plugin.evaluation._facts import Facts, read_concepts
+from vision_plugin.evaluation._judges import OWN, Judges
 from vision_plugin.evaluation._keep import EncodedImages
 from vision_plugin.evaluation._run import Run
-from vision_plugin.metrics import MonosemanticityResult, SteerabilityResult, summary_of, to_json
-from vision_plugin.models import VisionBridge, load_model
+from vision_plugin.metrics import (
+    EqualFiringResult,
+    MonosemanticityResult,
+    SteerabilityResult,
+    compare_at_equal_firing,
+    summary_of,
+    to_json,
+)
+from vision_plugin.models import VisionBridge
 from vision_plugin.models.site import Site
 
 SCHEMA = "vision_plugin.evaluation/1"
-
-OWN = "model"
-"""Name of the model under study among the embedders."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Evaluation:
     """By name, whether it is the model under study itself."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a metric, or ``metric/dictionary``, has no result."""
+    seen_in_training: bool = False
+    """Whether the SAE's metadata says that it was trained on these images."""
 
     @property
     def path(self) -> Path | None:
@@ -55,6 +62,18 @@ class Evaluation:
         first = next(iter(self.embedders))
         found = self.results.get("monosemanticity")
         return found or self.results.get(f"monosemanticity@{first}", {})
+
+    @property
+    def equal_firing(self) -> dict[str, EqualFiringResult]:
+        """Monosemanticity of the SAE beside random directions that fire as often, by embedder."""
+        found = {}
+        for key, by_dictionary in self.results.items():
+            name, _, embedder = key.partition("@")
+            if name == "monosemanticity" and {"sae", "random"} <= by_dictionary.keys():
+                found[embedder or next(iter(self.embedders))] = compare_at_equal_firing(
+                    by_dictionary["sae"], by_dictionary["random"]
+                )
+        return found
 
     @property
     def steerability(self) -> dict[str, SteerabilityResult] | None:
@@ -88,6 +107,8 @@ class Evaluation:
             "embedders": {
                 name: "model" if is_own else "external" for name, is_own in self.embedders.items()
             },
+            "equal_firing": to_json(self.equal_firing),
+            "seen_in_training": self.seen_in_training,
             "n_images": len(self.encoded.ids),
             "bad_images": self.encoded.bad_images,
             "fidelity": to_json(self.encoded.fidelity),
@@ -179,7 +200,9 @@ def evaluate_config(
         masks=cfg.masks,
         domain_images=cfg.domain_images,
     )
-    embedders = _embedders(cfg, model, sae)
+    metadata = sae.cfg.metadata
+    itself = {cfg.model_name, metadata.get("model_name")}
+    judges = Judges(cfg.embedder, model, itself, facts)
     subjects = make_subjects(
         sae, site, facts, controls=cfg.controls, batch_size=cfg.batch_size, seed=cfg.seed
     )
@@ -191,7 +214,7 @@ def evaluate_config(
     )
     # Steering has a way of its own, which runs the model below the hook once for all latents.
     of_loop = [name for name in chosen if name != "steerability"]
-    run = Run(cfg, facts, subjects, of_loop, embedders)
+    run = Run(cfg, facts, subjects, of_loop, judges)
     encoded = run.score_images(progress=progress)
     run.compare_weights()
     if "steerability" in chosen:
@@ -205,8 +228,9 @@ def evaluate_config(
         encoded=encoded,
         results={name: results[name] for name in _order(cfg, results)},
         concepts=facts.concepts,
-        embedders={name: name == OWN for name in embedders},
+        embedders={name: name == OWN for name in judges.models},
         left_out=left_out | run.failures,
+        seen_in_training=metadata.get("dataset_path") == cfg.images,
     )
     if result.path is not None:
         write_json(result.to_dict(), result.path)
@@ -216,13 +240,6 @@ def evaluate_config(
 def _settled(value: Any) -> Any:
     """A list as the tuple that a frozen configuration holds."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def _embedders(cfg: EvaluationConfig, model: VisionBridge, sae: Any) -> dict[str, VisionBridge]:
-    """Models by name; the model under study is called ``model`` however it was named."""
-    itself = {OWN, cfg.model_name, sae.cfg.metadata.get("model_name")}
-    names = dict.fromkeys(OWN if name in itself else name for name in cfg.embedder or (OWN,))
-    return {name: model if name == OWN else load_model(name, device=cfg.device) for name in names}
 
 
 def _fidelity(results: dict[str, dict[str, Any]]) -> dict[str, float]:

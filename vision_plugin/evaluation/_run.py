@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._facts import Facts
+from vision_plugin.evaluation._judges import Judges
 from vision_plugin.evaluation._keep import EncodedImages, Keeper, pool
-from vision_plugin.evaluation._loop import Loop, Subject, embed, needs_class_texts
+from vision_plugin.evaluation._loop import Loop, Subject, needs_class_texts
 from vision_plugin.evaluation._offer import OF_WEIGHTS, ImageBatch
 from vision_plugin.formats import load_sae
 from vision_plugin.images import read_batches
@@ -27,7 +27,6 @@ from vision_plugin.metrics import (
     steerability,
     steerability_curve,
 )
-from vision_plugin.models import VisionBridge
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 
@@ -43,7 +42,7 @@ class Run:
         facts: of the images.
         subjects: the SAE first.
         metrics: names of the metrics that see the images, and of those that see weights alone.
-        embedders: models by name.
+        judges: who says which images are alike.
         results: by metric (and embedder, where there are several) and subject.
         failures: why a metric has no result, by ``metric/subject``.
     """
@@ -52,7 +51,7 @@ class Run:
     facts: Facts
     subjects: list[Subject]
     metrics: list[str]
-    embedders: dict[str, VisionBridge]
+    judges: Judges
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -69,6 +68,8 @@ class Run:
         """
         cfg, facts = self.cfg, self.facts
         of_images = [name for name in self.metrics if not self._sees_weights(name)]
+        if cfg.centre_embeddings:
+            self.judges.centre(cfg.batch_size)
         self._add_metrics(of_images)
         class_texts = self._texts(facts.class_names) if needs_class_texts(of_images) else None
         loop = Loop(self.subjects, pooling=cfg.pooling, class_texts=class_texts, tolerant=True)
@@ -151,22 +152,13 @@ class Run:
         return bool(set(OF_WEIGHTS) & set(needs(name)[1]))
 
     def _batch(self, images: dict[int, Any], *, embedded: bool) -> ImageBatch:
-        model, shown = self.site.model, list(images.values())
-        pixels = model.preprocess(shown)
-        embeddings = {}
-        if embedded:
-            for name, embedder in self.embedders.items():
-                embeddings[name] = embed(embedder, model, shown, pixels)
+        pixels = self.site.model.preprocess(list(images.values()))
+        embeddings = self.judges.embed(images, pixels) if embedded else {}
         return ImageBatch(list(images), pixels, embeddings)
 
     def _add_metrics(self, names: list[str]) -> None:
-        """Construct every subject's metrics; the width of embeddings is read off one image."""
-        probe = [Image.new("RGB", (64, 64))]
-        pixels = self.site.model.preprocess(probe)
-        widths = {
-            name: embed(embedder, self.site.model, probe, pixels).shape[1]
-            for name, embedder in self.embedders.items()
-        }
+        """Construct every subject's metrics."""
+        widths = self.judges.widths()
         for subject in self.subjects:
             subject.add(names, widths=widths, options=self.cfg.options())
 
@@ -191,7 +183,7 @@ class Run:
                     self._keep_result(self._key(name, group.embedder), one.key, metric)
 
     def _key(self, name: str, embedder: str | None) -> str:
-        return name if embedder is None or len(self.embedders) == 1 else f"{name}@{embedder}"
+        return name if embedder is None or len(self.judges.models) == 1 else f"{name}@{embedder}"
 
     def _keep_result(self, key: str, subject: str, metric: Any) -> None:
         with self._caught(key, subject):

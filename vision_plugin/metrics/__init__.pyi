@@ -27,6 +27,9 @@ from ._localization import LocalizationResult as LocalizationResult
 from ._localization import morans_i as morans_i
 from ._lossrecovered import LossRecovered as LossRecovered
 from ._lossrecovered import LossRecoveredResult as LossRecoveredResult
+from ._matched import EqualFiringBin as EqualFiringBin
+from ._matched import EqualFiringResult as EqualFiringResult
+from ._matched import compare_at_equal_firing as compare_at_equal_firing
 from ._metricset import MetricSet as MetricSet
 from ._monosemanticity import Monosemanticity as Monosemanticity
 from ._monosemanticity import MonosemanticityResult as MonosemanticityResult
