@@ -1,10 +1,11 @@
 """Settings that nobody made, decided from the data and the run before the first step.
 
-Each rule was chosen among others by training on real activations; ``benchmarks/quality.py`` is the
-comparison, and ``benchmarks/results/quality.md`` what came out. The rules make three things sure.
-An SAE's weights begin at the scale of the activations, which are scaled to a mean norm of
-``sqrt(d_in)``. Warm-up, decay and the time after which a latent counts as dead are shares of the
-run, so that a short run has them too. And the number of active latents is one that is asked for.
+Each rule was chosen among others by training on real activations; the trial runs are in
+``benchmarks/results/defaults.md``, and ``benchmarks/quality.py`` compares with the peers. The
+rules make three things sure. An SAE's weights begin at the scale of the activations, which are
+scaled to a mean norm of ``sqrt(d_in)``. Warm-up, decay and the time after which a latent counts as
+dead are shares of the run, so that a short run has them too. And the number of active latents is
+one that is asked for.
 """
 
 from __future__ import annotations
