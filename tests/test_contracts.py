@@ -20,7 +20,7 @@ PUBLIC = {
     "formats": 12,
     "images": 5,
     "models": 16,
-    "sae": 15,
+    "sae": 22,
     "steering": 11,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""

@@ -1,8 +1,8 @@
 from ._architectures import architectures as architectures
 from ._architectures import training_config_class as training_config_class
-from ._config import AUTO as AUTO
-from ._config import D_IN_OF_MODEL as D_IN_OF_MODEL
-from ._config import D_SAE_AUTO as D_SAE_AUTO
+from ._auto import AUTO as AUTO
+from ._auto import D_IN_OF_MODEL as D_IN_OF_MODEL
+from ._auto import D_SAE_AUTO as D_SAE_AUTO
 from ._config import VisionSAERunnerConfig as VisionSAERunnerConfig
 from ._field_help import DECIDED_IN_SAE as DECIDED_IN_SAE
 from ._field_help import SAE_FIELDS as SAE_FIELDS

@@ -12,14 +12,9 @@ from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
 from vision_plugin.models import TokenSelection
+from vision_plugin.sae._auto import AUTO, Auto
+from vision_plugin.sae._defaults import resolve
 
-D_IN_OF_MODEL = 0
-"""``sae.d_in``, or a transcoder's ``d_out``, of this value is replaced by the width at the hook."""
-D_SAE_AUTO = 0
-"""``sae.d_sae`` of this value is replaced by 8 times the width at the hook."""
-Auto = Literal["auto"]
-AUTO: Auto = "auto"
-"""A field of this value follows from the data and the run; see ``_defaults``."""
 DEFAULTS = ("auto", "saelens")
 B_DEC_INIT_METHODS = (AUTO, "zeros", "mean", "geometric_median")
 DECODER_INIT_METHODS = (AUTO, "random", "data")
@@ -233,7 +228,6 @@ class VisionSAERunnerConfig:
             ValueError: there is no such preset, or no such field.
         """
         from vision_plugin.sae._architectures import training_config_class
-        from vision_plugin.sae._defaults import resolve
         from vision_plugin.sae._presets import preset
 
         known = {f.name for f in dataclasses.fields(cls)}

@@ -14,9 +14,11 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from vision_plugin.sae._config import AUTO, D_IN_OF_MODEL, D_SAE_AUTO, VisionSAERunnerConfig
+from vision_plugin.sae._auto import AUTO, D_IN_OF_MODEL, D_SAE_AUTO
+
+_Config = TypeVar("_Config")
 
 SAELENS: dict[str, Any] = {
     "lr": 3e-4,
@@ -80,18 +82,22 @@ def matryoshka_widths(d_sae: int) -> list[int]:
     return sorted({max(1, round(d_sae * share)) for share in MATRYOSHKA})
 
 
-def resolve(cfg: VisionSAERunnerConfig) -> VisionSAERunnerConfig:
+def resolve(cfg: _Config) -> _Config:
     """The configuration with a value in place of everything that was not set.
 
     What it gives resolves to itself. Its SAE's ``metadata.auto`` holds the values that were
     decided here, by name.
 
     Args:
-        cfg: Its SAE's widths are known.
+        cfg: A VisionSAERunnerConfig, whose SAE's widths are known.
 
     Raises:
         ValueError: a value does not fit the run; the message has one that would.
     """
+    return cast(_Config, _resolved(cfg))
+
+
+def _resolved(cfg: Any) -> Any:
     steps = cfg.total_training_steps
     is_set = cfg.sae.d_sae != D_SAE_AUTO
     width = cfg.sae.d_sae if is_set else EXPANSION * cfg.sae.d_in
@@ -122,7 +128,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def check_fits(cfg: VisionSAERunnerConfig, *, fitting_rate: float) -> None:
+def check_fits(cfg: Any, *, fitting_rate: float) -> None:
     """Raise where a setting and the length of the run, or the SAE, do not go together.
 
     Raises:
@@ -162,7 +168,7 @@ def _window(steps: int) -> int:
     return max(1, round(steps * DEAD))
 
 
-def _of_run(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str, Any]:
+def _of_run(cfg: Any, width: int, steps: int) -> dict[str, Any]:
     """A value for each field of the run that can be ``auto``."""
     kind = kind_of(cfg.sae)
     is_tied = kind == "matching_pursuit"
@@ -185,7 +191,7 @@ def _of_run(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str, Any
     }
 
 
-def _target(cfg: VisionSAERunnerConfig, kind: str) -> float | None:
+def _target(cfg: Any, kind: str) -> float | None:
     """Active latents to steer for: none where the penalty's weight is set, or there is no such."""
     name = _PENALTIES.get(kind)
     if name is None or not _unset(cfg, name) or _aims_itself(cfg.sae):
@@ -198,7 +204,7 @@ def _aims_itself(sae: Any) -> bool:
     return bool(getattr(sae, "jumprelu_sparsity_loss_mode", "") == "quadratic")
 
 
-def _inside_sae(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str, Any]:
+def _inside_sae(cfg: Any, width: int, steps: int) -> dict[str, Any]:
     """Values for the fields of the SAE that nobody set."""
     kind, sae = kind_of(cfg.sae), cfg.sae
     assert sae.d_in != D_IN_OF_MODEL
@@ -230,7 +236,7 @@ def _inside_sae(cfg: VisionSAERunnerConfig, width: int, steps: int) -> dict[str,
     return {name: value for name, value in wanted.items() if _unset(cfg, name)}
 
 
-def _unset(cfg: VisionSAERunnerConfig, name: str) -> bool:
+def _unset(cfg: Any, name: str) -> bool:
     """Whether a field of the SAE has SAELens's default, and is not to be kept at it."""
     if name in cfg.explicit:
         return False

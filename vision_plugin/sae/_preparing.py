@@ -11,7 +11,8 @@ from sae_lens import TrainingSAE
 from vision_plugin.activations import ActivationStore
 from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model
-from vision_plugin.sae._config import AUTO, VisionSAERunnerConfig
+from vision_plugin.sae._auto import AUTO
+from vision_plugin.sae._config import VisionSAERunnerConfig
 from vision_plugin.sae._defaults import resolve
 from vision_plugin.sae._sources import check_store, is_store, open_store, with_widths
 from vision_plugin.sae._sparse_register import sparse_config

@@ -14,7 +14,8 @@ from torch import Tensor
 from vision_plugin.activations import ActivationStore, ActivationStream, ShuffledBatches
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models.site import hook_width, signature
-from vision_plugin.sae._config import D_IN_OF_MODEL, VisionSAERunnerConfig
+from vision_plugin.sae._auto import D_IN_OF_MODEL
+from vision_plugin.sae._config import VisionSAERunnerConfig
 
 _STORE_FILES = ("manifest.json", "plan.json")
 _METADATA_OF_STORE = (
