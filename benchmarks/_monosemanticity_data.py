@@ -37,8 +37,8 @@ class Config:
     """Images."""
     labels: str = "category"
     """Column of the classes that judge which images are alike."""
-    layers: tuple[int, ...] = (7, 11)
-    """Blocks behind which to read."""
+    layers: tuple[int, ...] = (11,)
+    """Blocks behind which to read; fewer images and an SAE of class tokens at the last of them."""
     n_trained: int = 1432
     """Images, drawn at random, to train on."""
     n_scored: int = 848

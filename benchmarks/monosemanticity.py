@@ -1,6 +1,6 @@
 """What decides whether trained latents score above random directions in monosemanticity.
 
-    python -m benchmarks.monosemanticity           # most of an hour on two cores
+    python -m benchmarks.monosemanticity           # half an hour on two cores
     python -m benchmarks.monosemanticity --small   # a minute, to see that it works
 
 The model is the DINOv2-S backbone beside the checkout, the images are the clip art beside it. One

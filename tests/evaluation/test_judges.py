@@ -13,33 +13,36 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vision_plugin as vp
-from tests.metrics._steerability_reference import topk_sae
+from tests.metrics._steerability_reference import standard_sae
 from vision_plugin import metrics
 from vision_plugin.cli import main
 from vision_plugin.evaluation import Evaluation, EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 
-HOOK = "blocks.1.hook_resid_post"
+HOOK = "blocks.3.hook_resid_post"
 N = 160
 
 
 @pytest.fixture(scope="module")
-def world(tiny_clip: str) -> SimpleNamespace:
-    images = open_images(f"demo:{N}@3")
-    model = vp.load_model(tiny_clip)
+def world() -> SimpleNamespace:
+    images, model = open_images(f"demo:{N}@3"), vp.load_model("demo")
     pixels = model.preprocess([images[i] for i in range(N)])
-    sae = topk_sae(HOOK, 32, d_sae=96)
     with torch.no_grad():
         x = model.run_with_cache(pixels)[1][HOOK]
-        embeddings = model.image_features(pixels)
+        d_in = x.shape[-1]
+        sae = standard_sae(HOOK, d_in, d_sae=96)
+        sae.b_dec.copy_(x.flatten(0, 1).mean(0))
+        sae.b_enc.fill_(-float((x - sae.b_dec).norm(dim=-1).mean()))  # about 14 latents fire
+        latents = sae.encode(x)
+        k = round(float((latents != 0).sum(-1).float().mean()))
+        drawn = metrics.random_dictionary(d_in, 96, k=k, seed=0).encode(x)
         return SimpleNamespace(
-            clip=tiny_clip,
             images=images,
             model=model,
             sae=sae,
-            embeddings=embeddings,
-            latents=sae.encode(x).amax(1),
-            drawn=metrics.random_dictionary(32, 96, k=2, seed=0).encode(x).amax(1),
+            embeddings=model.image_features(pixels),
+            latents=latents.amax(1),
+            drawn=drawn.amax(1),
         )
 
 
@@ -101,7 +104,7 @@ def test_centred_embeddings_lose_their_mean_and_nothing_else_changes(
     centred = score(world, tmp_path, centre_embeddings=True)
     by_hand = F.normalize(world.embeddings - world.embeddings.mean(0), dim=1)
     torch.testing.assert_close(centred.encoded.embeddings["model"], by_hand, rtol=1e-3, atol=1e-3)
-    assert plain.monosemanticity["sae"].mean_similarity > 0.5
+    assert plain.monosemanticity["sae"].mean_similarity > 0.1
     assert abs(centred.monosemanticity["sae"].mean_similarity) < 0.05
     found = centred.equal_firing["model"]
     assert found.difference == pytest.approx(expected(world, by_hand).difference, abs=1e-3)
@@ -125,7 +128,7 @@ def test_classes_that_are_not_there_are_named_before_anything_is_scored(
 def test_the_command_says_whether_the_sae_is_above_random_directions(
     world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    world.sae.cfg.metadata.model_name = world.clip
+    world.sae.cfg.metadata.model_name = "demo"
     world.sae.cfg.metadata.dataset_path = f"demo:{N}@3"
     world.sae.save_model(str(tmp_path / "sae"))
     arguments = (

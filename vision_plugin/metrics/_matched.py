@@ -108,8 +108,9 @@ def compare_at_equal_firing(
 
     with ``n_b`` latents and sample variances (divided by ``n_b - 1``). The interval is the
     difference plus and minus the normal quantile times the standard error. It says what other
-    latents and other random directions would give on the same images. What other images would give
-    varies about as much (``benchmarks/monosemanticity.py`` measures both).
+    latents and other random directions would give on the same images. Other images add to it: left
+    out in groups, they give one to two times that standard error
+    (``benchmarks/monosemanticity.py``).
 
     Edges: a latent without a score does not enter. A latent on fewer than ``min_active`` images is
     left out, since few images are alike by luck. A bin with fewer than five latents of either
