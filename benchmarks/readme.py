@@ -28,7 +28,6 @@ NOTO = (
     "vision-plugin train --model-name ../shared/models/emoji-clip "
     "--images ../shared/data/noto.parquet --hook-name blocks.4.hook_resid_post "
     "--architecture batchtopk --d-sae 768 --k 16 --training-tokens 400_000 "
-    "--train-batch-size-tokens 2048 --lr 0.001 --b-dec-init-method mean --dead-feature-window 40 "
     "--output-path runs/noto",
     "vision-plugin eval --sae runs/noto --images ../shared/data/noto.parquet "
     "--concepts column:name --concept-template 'a picture of {}'",
