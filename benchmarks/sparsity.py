@@ -258,8 +258,8 @@ def look_at(cfg: Config, model: VisionBridge, images: Part, layers: list[int]) -
     activations: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     embeddings = []
     for start in range(0, len(images), 64):
-        images = [images[i] for i in range(start, min(start + 64, len(images)))]
-        pixels = model.preprocess(images)
+        batch = [images[i] for i in range(start, min(start + 64, len(images)))]
+        pixels = model.preprocess(batch)
         found = harvest(pixels)
         for layer in layers:
             activations[layer].append(found[hook(layer)])
