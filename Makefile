@@ -35,4 +35,4 @@ exports: $(READY)
 	$(BIN)/python tests/metrics_stub.py
 
 clean:
-	rm -rf .venv demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
