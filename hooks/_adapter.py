@@ -287,18 +287,3 @@ def set_dimensions(cfg: TransformerBridgeConfig, dims: Dimensions) -> None:
     cfg.eps = dims.eps
     cfg.act_fn = dims.act_fn
     cfg.positional_embedding_type = "rotary" if dims.rotary else "standard"
-
-
-def bridge_config(dims: Dimensions, architecture: str, model_name: str) -> TransformerBridgeConfig:
-    """Return a bridge configuration from a tower's sizes alone."""
-    cfg = TransformerBridgeConfig(
-        d_model=dims.d_model,
-        d_head=dims.head_width,
-        n_layers=dims.n_layers,
-        n_ctx=dims.layout().n_tokens,
-        n_heads=dims.n_heads,
-        architecture=architecture,
-        model_name=model_name,
-    )
-    set_dimensions(cfg, dims)
-    return cfg

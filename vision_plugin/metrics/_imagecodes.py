@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vision_plugin.metrics._latents import LatentColumns, read_latents
@@ -146,8 +146,3 @@ def probe_columns(codes: Any, columns: Array) -> Array:
     """Return a few latents of all images as a dense float32 matrix."""
     dense: Array = codes[:, columns].toarray()
     return dense
-
-
-def as_labels(labels: Int[Tensor, " n"] | Sequence[int]) -> Array:
-    """Return labels as an int64 array."""
-    return np.asarray(labels, dtype=np.int64)

@@ -49,19 +49,6 @@ class LatentColumns:
             torch.where(has_zero, high.clamp(min=0.0), high),
         )
 
-    def row_slice(self, start: int, stop: int) -> LatentColumns:
-        """Return rows ``start:stop``, renumbered from 0."""
-        if start == 0 and stop >= self.n_rows:
-            return self
-        inside = (self.rows >= start) & (self.rows < stop)
-        return LatentColumns(
-            min(stop, self.n_rows) - start,
-            self.n_features,
-            self.features[inside],
-            self.rows[inside] - start,
-            self.values[inside],
-        )
-
     def keep_rows(self, keep: Tensor) -> LatentColumns:
         """Return the rows where ``keep`` is true, renumbered."""
         inside = keep[self.rows]
