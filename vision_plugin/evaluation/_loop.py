@@ -132,8 +132,8 @@ class Loop:
         return min(s.site.images_at_once(s.width, batch_size) for s in self.subjects)
 
     @torch.no_grad()
-    def feed(self, batch: ImageBatch, *, only: str | None = None) -> list[Offer]:
-        """Feed every metric with a batch, and return what each subject was offered.
+    def feed(self, batch: ImageBatch, *, only: str | None = None) -> Offer:
+        """Feed every metric with a batch, and return what the first subject was offered.
 
         Args:
             batch: Images that were preprocessed.
@@ -144,7 +144,7 @@ class Loop:
         """
         found = [(model, harvester(batch.pixels)) for model, harvester in self._harvesters]
         readings: dict[Site, Any] = {}
-        offers = []
+        first: Offer | None = None
         for subject in self.subjects:
             site = subject.site
             if site not in readings:
@@ -153,8 +153,9 @@ class Loop:
             offer = Offer(subject.place, batch, readings[site], self.pooling, self.class_texts)
             for group in subject.groups:
                 self._update(subject, group, offer, only)
-            offers.append(offer)
-        return offers
+            first = offer if first is None else first
+        assert first is not None
+        return first
 
     def _update(self, subject: Subject, group: Group, offer: Offer, only: str | None) -> None:
         metrics = group.metrics.metrics

@@ -6,6 +6,7 @@ may name. The loop, the choice of metrics and their error messages all read thes
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -75,8 +76,15 @@ class Offer:
     @cached_property
     def entries(self) -> LazyBatch:
         """Every entry of the table that is there, made when it is first asked for."""
+        itself = weakref.ref(self)  # a batch must go when its last reader lets go of it
+
+        def made(make: Callable[[Offer], Any]) -> Any:
+            offer = itself()
+            assert offer is not None
+            return make(offer)
+
         makers: dict[str, Callable[[], Any]] = {
-            name: partial(entry.make, self)
+            name: partial(made, entry.make)
             for name, entry in OF_A_BATCH.items()
             if entry.make is not None and entry.is_there(self.place)
         }

@@ -80,7 +80,7 @@ class Run:
             for images in read_batches(facts.images, at_once, bad):
                 batch = self._batch(images, embedded=True)
                 facts.note_read(batch.indices)
-                of_sae = loop.feed(batch)[0]
+                of_sae = loop.feed(batch)
                 pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
                 neurons = pool(of_sae.reading.source, cfg.pooling)
                 keep.add(batch.indices, pooled, neurons, batch.embeddings)

@@ -149,7 +149,7 @@ class Validator:
         loop = Loop([subject], class_texts=held.texts)
         pooled, ablated = [], []
         for place, pixels in self._batches(held.pixels):
-            [offer] = loop.feed(
+            offer = loop.feed(
                 ImageBatch(
                     held.indices[place],
                     pixels,
