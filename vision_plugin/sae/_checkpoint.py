@@ -8,22 +8,21 @@ stood, the size and SHA-256 of the tensors' file, and its own SHA-256. Nothing i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vision_plugin._disk import NO_ROOM, put_in_place
+from vision_plugin._disk import NO_ROOM, locked, remove_unfinished, whole_folder, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +31,7 @@ TENSORS, STATE, LOCK = "tensors.safetensors", "state.json", ".lock"
 KEPT = 2
 """Checkpoints that are kept: the newest, and the one before it, should the newest be damaged."""
 MAX_STATE_BYTES = 256 * 1024 * 1024
-_STEP, _PARTIAL = "step-", ".partial-"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_STEP = "step-"
 
 
 class CheckpointError(ValueError):
@@ -74,16 +63,12 @@ class CheckpointFolder:
             CheckpointLockedError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointLockedError(
-                    f"another run is writing its checkpoints to {self.path}. Wait for it, or "
-                    "name another --output-path"
-                ) from error
-            for leftover in self.path.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        busy = CheckpointLockedError(
+            f"another run is writing its checkpoints to {self.path}. Wait for it, or "
+            "name another --output-path"
+        )
+        with locked(self.path / LOCK, busy):
+            remove_unfinished(self.path)
             try:
                 yield
             finally:
@@ -105,18 +90,16 @@ class CheckpointFolder:
         Raises:
             CheckpointFullError: there is no room. The checkpoints before it are kept.
         """
-        partial = self.partial(f"{_STEP}{step}")
+        tensors: dict[str, Tensor] = {}
+        document = _without_tensors(state, "", tensors)
         try:
-            partial.mkdir()
-            tensors: dict[str, Tensor] = {}
-            document = _without_tensors(state, "", tensors)
-            digest = write_tensors(partial / TENSORS, tensors)
-            content = {"schema": SCHEMA, "step": step, "tensors": digest, "state": document}
-            sealed = {"sha256": _seal(content), **content}
-            _write(partial / STATE, (json.dumps(sealed) + "\n").encode())
-            put_in_place(partial, self._folder(step))
+            with whole_folder(self._folder(step)) as folder:
+                with (folder / TENSORS).open("wb") as stream:
+                    written = asdict(write_tensors(stream, tensors))
+                content = {"schema": SCHEMA, "step": step, "tensors": written, "state": document}
+                sealed = {"sha256": _seal(content), **content}
+                (folder / STATE).write_text(json.dumps(sealed) + "\n", encoding="utf-8")
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             if error.errno in NO_ROOM:
                 raise self._no_room(step, error) from error
             raise
@@ -164,10 +147,6 @@ class CheckpointFolder:
             raise CheckpointError(f"{TENSORS} is damaged ({error})") from error
         return state
 
-    def partial(self, name: str) -> Path:
-        """A place for something that is being written; cleared when a run starts."""
-        return self.path / f"{_PARTIAL}{os.getpid()}-{name}"
-
     def clear(self) -> None:
         """Remove every checkpoint; the run is done, or begins anew."""
         for step in self.steps():
@@ -187,41 +166,6 @@ class CheckpointFolder:
         )
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, tensor by tensor, and return its bytes and SHA-256.
-
-    The library's own writer hides the system's error number, by which a full disk is told.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        n_bytes = _put(stream, digest, len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                n_bytes += _put(stream, digest, flat.view(torch.uint8).numpy())
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"bytes": n_bytes, "sha256": digest.hexdigest()}
-
-
-def _put(stream: BinaryIO, digest: Any, content: Any) -> int:
-    stream.write(content)
-    digest.update(content)
-    return len(content)
-
-
 def _seal(content: dict[str, Any]) -> str:
     """SHA-256 of JSON content, whatever the order of its keys and its spaces."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -231,13 +175,6 @@ def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

@@ -6,7 +6,6 @@ import copy
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vision_plugin._disk import put_in_place, sync_files
+from vision_plugin._disk import whole_folder, write_tensors
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
@@ -58,29 +56,24 @@ def save(
     Raises:
         OSError: there is no room.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        sae.save_inference_model(str(unfinished))
-        save_file({"sparsity": log_sparsity}, unfinished / SPARSITY_FILENAME)
-        cfg.save(unfinished / RUNNER_CFG_FILENAME)
+    with whole_folder(out) as folder:
+        _save_weights(sae, folder, out)
+        with (folder / SPARSITY_FILENAME).open("wb") as stream:
+            write_tensors(stream, {"sparsity": log_sparsity})
+        cfg.save(folder / RUNNER_CFG_FILENAME)
         for name, text in (more or {}).items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        sync_files(unfinished)
-        unfinished.chmod(0o755)
-        put_in_place(unfinished, out)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _save_weights(sae: TrainingSAE[Any], folder: Path, out: Path) -> None:
+    """Let SAELens write an SAE; its error hides the system's number, which tells a full disk."""
+    try:
+        sae.save_inference_model(str(folder))
     except SafetensorError as error:
-        if shutil.disk_usage(out.parent).free > _bytes_of(sae):
+        if shutil.disk_usage(folder).free > sum(t.nbytes for t in sae.state_dict().values()):
             raise
-        raise OSError(
-            errno.ENOSPC, f"no room to write the SAE ({os.strerror(errno.ENOSPC)})", str(out)
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _bytes_of(sae: TrainingSAE[Any]) -> int:
-    return sum(tensor.nbytes for tensor in sae.state_dict().values())
+        reason = f"no room to write the SAE ({os.strerror(errno.ENOSPC)})"
+        raise OSError(errno.ENOSPC, reason, str(out)) from error
 
 
 @torch.no_grad()

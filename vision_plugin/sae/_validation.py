@@ -15,6 +15,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from vision_plugin import metrics
+from vision_plugin._disk import whole_file
 from vision_plugin.evaluation import Facts, ImageBatch, Loop, Place, Subject, embed
 from vision_plugin.images import read_batches
 from vision_plugin.metrics import to_json
@@ -46,7 +47,8 @@ class ValidationLog:
         """Go back to what a checkpoint holds."""
         self.records = list(records)
         if self.file is not None:
-            self.file.write_text(self.text(), encoding="utf-8")
+            with whole_file(self.file) as stream:
+                stream.write(self.text().encode())
 
     def text(self) -> str:
         """All lines."""
