@@ -97,13 +97,14 @@ def test_a_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> No
 
 
 def test_folders_of_other_people_that_look_alike_are_left_alone(tmp_path: Path) -> None:
-    for name in ("f.part-1", ".f.part-2", "f.part-3/lock"):
+    for name in ("f.part-1", ".f.part-2", ".g.part-3/lock"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "f.part-1" / "lock").write_text("mine")
+    (tmp_path / ".f.part-2" / "notes").write_text("mine")
     replace(tmp_path / "f", "new")
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["f", "f.part-1", ".f.part-2", "f.part-3"]
+        ["f", "f.part-1", ".f.part-2", ".g.part-3"]
     )
 
 

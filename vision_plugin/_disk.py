@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -57,9 +57,8 @@ def whole_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder.parent, folder.name)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_PART}", dir=folder.parent))
-    try:
-        with locked(staging / _LOCK, BlockingIOError(f"{staging} is taken")):
+    with _staging(folder) as staging:
+        try:
             made = staging / _NEW
             made.mkdir()
             yield made
@@ -70,8 +69,23 @@ def whole_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
                 folder.replace(staging / _REPLACED)
             made.replace(folder)
             sync(folder.parent)
-    finally:
-        _remove(staging, folder)
+        finally:
+            _remove(staging, folder)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``, and hold the lock in it."""
+    with ExitStack() as held:
+        while True:
+            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_PART}", dir=folder.parent))
+            try:
+                held.enter_context(locked(staging / _LOCK, BlockingIOError()))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process took the folder without a lock for a killed one's
+            if (staging / _LOCK).exists():
+                break
+        yield staging
 
 
 def remove_unfinished(parent: Path, name: str | None = None) -> None:
@@ -88,9 +102,13 @@ def remove_unfinished(parent: Path, name: str | None = None) -> None:
         if not part or not made_for.startswith(".") or name not in (None, made_for[1:]):
             continue
         lock = staging / _LOCK
-        if staging.is_symlink() or not lock.is_file():
+        if staging.is_symlink() or not staging.is_dir():
             continue
-        with suppress(BlockingIOError), locked(lock, BlockingIOError()):
+        if not lock.is_file():
+            with suppress(OSError):
+                staging.rmdir()  # the process was killed before it made the lock
+            continue
+        with suppress(BlockingIOError, FileNotFoundError), locked(lock, BlockingIOError()):
             logger.info("removing %s, which a killed process left", staging)
             _remove(staging, parent / made_for[1:])
 
