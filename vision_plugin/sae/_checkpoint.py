@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: written whole or not at all, and the last good one found again.
+"""Checkpoints of a training run: each is written whole, and a run finds the last good one.
 
 A checkpoint is a folder ``step-000001200`` with two files. ``tensors.safetensors`` holds every
-tensor of the run's state. ``state.json`` holds the rest, with ``{"tensor": NAME}`` where a tensor
-stood, the size and SHA-256 of the tensors' file, and its own SHA-256. Nothing in it is code.
+tensor of the run's state. ``state.json`` holds the rest, with ``{"tensor": NAME}`` in place of a
+tensor, the size and SHA-256 of the tensors' file, and its own SHA-256. Neither file holds code.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 SCHEMA = "vision_plugin.checkpoint/1"
 TENSORS, STATE, LOCK = "tensors.safetensors", "state.json", ".lock"
 KEPT = 2
-"""Checkpoints that are kept: the newest, and the one before it, should the newest be damaged."""
+"""Checkpoints to keep: the newest, and the one before it in case the newest is damaged."""
 MAX_STATE_BYTES = 256 * 1024 * 1024
 _STEP = "step-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, or belongs to another run."""
+    """A checkpoint is damaged, or another run wrote it."""
 
 
 class CheckpointFullError(OSError):
-    """The disk has no room for a checkpoint; those before it are kept."""
+    """The disk has no room for a checkpoint; the earlier ones stay."""
 
 
 class CheckpointLockedError(ValueError):
@@ -47,25 +47,26 @@ class CheckpointLockedError(ValueError):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, and the only place where it writes before it is done."""
+    """The checkpoints of one run. Until it is done, a run writes nowhere else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for the length of a ``with`` block.
+        """Hold the folder's lock during a ``with`` block; make the folder if it does not exist.
 
-        The system lets go of it when the process ends, however it ends. What a killed process
-        was writing is removed. A folder without checkpoints is taken away at the end.
+        The system releases the lock when the process ends for any reason. Entering the block
+        removes what a killed process left unfinished. Leaving it removes a folder without
+        checkpoints.
 
         Raises:
-            CheckpointLockedError: another process holds it.
+            CheckpointLockedError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         busy = CheckpointLockedError(
             f"another run is writing its checkpoints to {self.path}. Wait for it, or "
-            "name another --output-path"
+            "name another output_path="
         )
         with locked(self.path / LOCK, busy):
             remove_unfinished(self.path)
@@ -76,19 +77,19 @@ class CheckpointFolder:
                     shutil.rmtree(self.path, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
+        """Return the steps that have a checkpoint, ascending."""
         found = [path.name.removeprefix(_STEP) for path in self.path.glob(f"{_STEP}*")]
         return sorted(int(step) for step in found if step.isdigit())
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint so that it is seen complete or not at all, and outlasts a power cut.
+        """Write a checkpoint that is seen complete or not at all, and that outlasts a power cut.
 
         Args:
-            step: Its number; the checkpoint of that step is replaced.
-            state: Dictionaries and lists of tensors and JSON values, nested as needed.
+            step: Number of the training step; a checkpoint of the same step is replaced.
+            state: Dictionaries and lists of tensors and JSON values, nested to any depth.
 
         Raises:
-            CheckpointFullError: there is no room. The checkpoints before it are kept.
+            CheckpointFullError: the disk has no room. The earlier checkpoints stay.
         """
         tensors: dict[str, Tensor] = {}
         document = _without_tensors(state, "", tensors)
@@ -107,22 +108,22 @@ class CheckpointFolder:
             shutil.rmtree(self._folder(old), ignore_errors=True)
 
     def last(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest checkpoint that is whole; None where there is none.
+        """Return step and state of the newest good checkpoint, or None if there is none.
 
-        A damaged one is reported in the log and passed over.
+        A damaged checkpoint is skipped with a warning.
         """
         for step in reversed(self.steps()):
             try:
                 return step, self.load(step)
             except (CheckpointError, OSError) as error:
-                logger.warning("checkpoint %s is passed over: %s", self._folder(step), error)
+                logger.warning("skipping checkpoint %s: %s", self._folder(step), error)
         return None
 
     def load(self, step: int) -> dict[str, Any]:
-        """State that :meth:`save` was given.
+        """Return the state that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: a file is not the one that was written.
+            CheckpointError: a file differs from the one that :meth:`save` wrote.
         """
         folder = self._folder(step)
         if (folder / STATE).stat().st_size > MAX_STATE_BYTES:
@@ -134,7 +135,9 @@ class CheckpointFolder:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{STATE} is damaged ({error!r})") from error
         if schema != SCHEMA:
-            raise CheckpointError(f"{STATE} has schema {schema!r}, this version reads {SCHEMA!r}")
+            raise CheckpointError(
+                f"{STATE} has schema {schema!r}, but this version reads {SCHEMA!r}"
+            )
         if seal != _seal(content):
             raise CheckpointError(f"{STATE} is damaged (its SHA-256 is not {seal})")
         found = _digest(folder / TENSORS)
@@ -148,7 +151,7 @@ class CheckpointFolder:
         return state
 
     def clear(self) -> None:
-        """Remove every checkpoint; the run is done, or begins anew."""
+        """Remove every checkpoint, after the run has finished or before it begins anew."""
         for step in self.steps():
             shutil.rmtree(self._folder(step), ignore_errors=True)
 
@@ -157,7 +160,7 @@ class CheckpointFolder:
 
     def _no_room(self, step: int, error: OSError) -> CheckpointFullError:
         steps = self.steps()
-        kept = f"The one of step {steps[-1]} is kept: free" if steps else "Free"
+        kept = f"The checkpoint of step {steps[-1]} is safe: free" if steps else "Free"
         return CheckpointFullError(
             error.errno,
             f"no room to write the checkpoint of step {step} "
@@ -167,7 +170,7 @@ class CheckpointFolder:
 
 
 def _seal(content: dict[str, Any]) -> str:
-    """SHA-256 of JSON content, whatever the order of its keys and its spaces."""
+    """Return the SHA-256 of JSON content; the order of its keys and its spaces do not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,7 +181,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with each tensor put into ``tensors`` and its name in its place."""
+    """Return the value with names in place of its tensors, and add these to ``tensors``."""
     if isinstance(value, Tensor):
         tensors[place] = value
         return {"tensor": place}

@@ -1,4 +1,4 @@
-"""Trained SAEs as SAELens's own: in memory, and in a folder that appears whole."""
+"""Turn a training SAE into SAELens's inference class, in memory and in a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
 def check_output_path(output_path: str | None, *, overwrite: bool) -> None:
-    """Raise where an output folder is taken already.
+    """Raise if the output folder is not free.
+
+    Args:
+        output_path: Folder of the result; None saves nothing.
+        overwrite: Whether the run may replace what is there.
 
     Raises:
         FileExistsError: the folder has something in it, or is a file.
@@ -31,8 +35,8 @@ def check_output_path(output_path: str | None, *, overwrite: bool) -> None:
     path = Path(output_path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(
-            f"{output_path} exists already. Choose another --output-path, or say --overwrite to "
-            "replace it."
+            f"{output_path} exists already: name another output_path=, or set overwrite= to "
+            "replace it"
         )
 
 
@@ -44,17 +48,17 @@ def save(
     *,
     more: dict[str, str] | None = None,
 ) -> None:
-    """Write the SAE in SAELens's format, whole or not at all.
+    """Write a trained SAE in SAELens's format, whole or not at all.
 
     Args:
-        sae: What was trained.
-        cfg: How.
-        out: The folder; what has its name is replaced once the new one is complete.
-        log_sparsity: Logarithm of how often each latent fires, [d_sae].
+        sae: SAE after its last step.
+        cfg: Configuration of the run.
+        out: Folder to write. If it exists, it is replaced once the new one is complete.
+        log_sparsity: Base-10 logarithm of the share of vectors each latent fires on, [d_sae].
         more: Further text files by name.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk has no room.
     """
     with whole_folder(out) as folder:
         _save_weights(sae, folder, out)
@@ -78,12 +82,12 @@ def _save_weights(sae: TrainingSAE[Any], folder: Path, out: Path) -> None:
 
 @torch.no_grad()
 def inference_sae(sae: TrainingSAE[Any], scaler: ActivationScaler | None = None) -> SAE[Any]:
-    """The SAE that would be saved now, as a copy in memory; the training SAE stays as it is.
+    """Return a copy of a training SAE as SAELens's inference class, as it would be saved now.
 
     Args:
-        sae: In training.
-        scaler: What training scales activations with; it is folded into the copy's weights, which
-            then takes activations as the model gives them.
+        sae: SAE in training; it stays as it is.
+        scaler: Scaler that training applies to activations. It is folded into the weights of the
+            copy, which then takes activations as the model gives them.
     """
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
