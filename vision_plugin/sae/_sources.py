@@ -247,7 +247,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         found = images.metadata(cfg.hook_name)
         return {**{name: found[name] for name in _METADATA_OF_STORE}, **hooks}
     assert model is not None
-    processor = model.image_processor
+    image_processor = model.image_processor
     return {
         "model_name": cfg.model_name,
         "model_revision": model.revision,
@@ -255,7 +255,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         "tokens": cfg.tokens,
         "dataset_path": cfg.images,
         "n_images": len(images),
-        "preprocessing": None if processor is None else processor.fingerprint(),
+        "preprocessing": None if image_processor is None else image_processor.fingerprint(),
         "context_size": model.token_layout().n_tokens,
         **hooks,
     }
