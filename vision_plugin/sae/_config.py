@@ -277,10 +277,7 @@ class VisionSAERunnerConfig:
     @property
     def checkpoint_path(self) -> Path | None:
         """Folder of the checkpoints; None if the run saves nothing."""
-        if self.output_path is None:
-            return None
-        out = Path(self.output_path)
-        return out.with_name(f"{out.name}.checkpoints")
+        return None if self.output_path is None else checkpoints_of(Path(self.output_path))
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the trained weights, as JSON values."""
@@ -338,6 +335,11 @@ class VisionSAERunnerConfig:
         for name in ("validation_metrics", "explicit"):
             fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
+
+
+def checkpoints_of(output_path: Path) -> Path:
+    """Return the folder of the checkpoints of a run that saves to ``output_path``."""
+    return output_path.with_name(f"{output_path.name}.checkpoints")
 
 
 def number(cfg: VisionSAERunnerConfig, name: str) -> float:
