@@ -25,7 +25,7 @@ from vision_plugin.activations._files import (
     read_capped,
     remove_partial,
     to_json,
-    write_whole,
+    whole_file,
 )
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
@@ -124,7 +124,8 @@ def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
         StoreMismatchError: the plans differ; the message names every difference.
     """
     if not (folder / PLAN).exists():
-        write_whole(folder / PLAN, to_json(plan.to_json()))
+        with whole_file(folder / PLAN) as stream:
+            stream.write(to_json(plan.to_json()))
         return plan
     there = read_plan(folder)
     differences = there.differences(plan)
@@ -234,5 +235,6 @@ def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
     manifest = Manifest(plan, tuple(entries), tuple(bad))
     content = to_json(manifest.to_json())
     if not (folder / MANIFEST).is_file() or read_capped(folder, MANIFEST) != content:
-        write_whole(folder / MANIFEST, content)
+        with whole_file(folder / MANIFEST) as stream:
+            stream.write(content)
     return manifest

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vision_plugin._disk import put_in_place, umask
-
-logger = logging.getLogger(__name__)
+from vision_plugin._disk import whole_folder
 
 MARKER = "report.json"
 KIND = "vision_plugin.report"
 SCHEMA = 1
-_LOCK = ".building"
-CONTENTS = frozenset(
-    {MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images", "pictures"}
-)
+CONTENTS = frozenset({MARKER, "index.html", "data.js", "assets", "features", "images", "pictures"})
 """Names that a report's folder may hold at its top; anything else there is someone's own.
 
 Reports of version 0.1.0 keep their images in ``pictures``.
@@ -45,21 +36,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.expanduser().resolve()
     check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _restore_interrupted(out)
-    _sweep(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
-    try:
-        with (folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-            check_replaceable(out)
-            folder.chmod(0o777 & ~umask())
-            put_in_place(folder, out, aside=_earlier(out))
-            (out / _LOCK).unlink()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with whole_folder(out, flush=False) as folder:
+        yield folder
+        check_replaceable(out)
 
 
 def check_replaceable(out: Path) -> None:
@@ -101,31 +80,3 @@ def _is_report(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(about, dict) and about.get("kind") == KIND
-
-
-def _earlier(out: Path) -> Path:
-    return out.with_name(f".{out.name}.earlier")
-
-
-def _restore_interrupted(out: Path) -> None:
-    """Finish or undo a swap of folders that was killed between its two renames."""
-    earlier = _earlier(out)
-    if not earlier.is_dir() or not _is_report(earlier):
-        return
-    if out.exists():
-        shutil.rmtree(earlier)
-    else:
-        earlier.rename(out)
-
-
-def _sweep(out: Path) -> None:
-    """Remove the folders of killed builds; running builds hold a lock on theirs."""
-    prefix = f".{out.name}.part-"
-    for path in sorted(out.parent.iterdir()):
-        lock_file = path / _LOCK
-        if not path.name.startswith(prefix) or path.is_symlink() or not lock_file.is_file():
-            continue
-        with suppress(BlockingIOError), lock_file.open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            logger.info("removing %s, left behind by an interrupted build", path)
-            shutil.rmtree(path)
