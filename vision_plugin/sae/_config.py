@@ -163,6 +163,13 @@ class VisionSAERunnerConfig:
     """Weight of a loss that rewards latents which fire on similar vectors of a batch (MonoLoss,
     arXiv 2602.12403), relative to the mean squared error. Its authors use 3e-4; 0 turns it off."""
 
+    archetypal_points: int = 0
+    """Keep the decoder's directions near the convex hull of so many data points (RA-SAE, arXiv
+    2502.12892): the centres of k-means clusters of the first buffer. More points fit better; 0
+    leaves the decoder free."""
+    archetypal_relaxation: float = 0.1
+    """How far a direction may be from that hull, as a share of the points' mean norm."""
+
     dead_feature_window: int | Auto = AUTO
     """Steps without firing after which a latent counts as dead, and trains to reconstruct the error
     of the others; ``auto`` is a twentieth of the run."""
@@ -204,7 +211,10 @@ class VisionSAERunnerConfig:
             value = getattr(self, name)
             if value not in (AUTO, None) and not value > 0:
                 raise ValueError(f"{name}={value}: use a number above 0")
-        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"):
+        for name in (
+            *("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"),
+            *("archetypal_points", "archetypal_relaxation"),
+        ):
             value = getattr(self, name)
             if value != AUTO and value < 0:
                 raise ValueError(f"{name}={value}: use 0 or a larger number")

@@ -153,6 +153,11 @@ def check_fits(cfg: Any, *, fitting_rate: float) -> None:
                 f"{name}={rising} does not fit into a run of {steps} steps, because the penalty "
                 f"would never reach its weight: use {round(steps * WARM_UP)}"
             )
+    if cfg.archetypal_points and kind_of(cfg.sae) == "matching_pursuit":
+        raise ValueError(
+            f"archetypal_points={cfg.archetypal_points}: a matching_pursuit SAE encodes with its "
+            "decoder, which has to have unit rows. Use another architecture, or 0"
+        )
     if cfg.defaults == "saelens":
         return
     window = int(cfg.dead_feature_window)
