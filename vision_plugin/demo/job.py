@@ -116,7 +116,6 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
             model=model,
             images=images,
             concepts=concepts,
-            progress=False,
         )
         embeddings = evaluation.encoded.first_embeddings
         own_code = {

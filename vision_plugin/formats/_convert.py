@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._disk import whole_folder
+from vision_plugin._paths import local_path
 from vision_plugin.formats._load import load_sae
 
 
@@ -32,7 +33,7 @@ def convert(
         FileExistsError: `out` exists and `overwrite` is false.
         CheckpointError: `load_sae` cannot read the checkpoint; nothing is written then.
     """
-    target = Path(out)
+    target = local_path(out)
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another folder, or pass overwrite=True.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):

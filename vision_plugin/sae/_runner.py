@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 
+from vision_plugin._paths import local_path
 from vision_plugin.models import VisionBridge
 from vision_plugin.sae._checkpoint import CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig
@@ -89,7 +90,7 @@ class VisionMultiSAETrainingRunner:
     ) -> None:
         first = check_together(cfgs)
         check_output_path(output_path, overwrite=first.overwrite)
-        self.output_path = None if output_path is None else Path(output_path)
+        self.output_path = None if output_path is None else local_path(output_path)
         model, self.images = open_inputs(first, model, images)
         self.cfgs = {
             name: fitted(
