@@ -106,7 +106,7 @@ def vit_b_32() -> vp.VisionBridge:
         projection_dim=512,
     )
     module = CLIPVisionModelWithProjection(config).eval()
-    return vp.wrap(module, name="ViT-B/32 (random)", processor=CLIPImageProcessor())
+    return vp.wrap(module, name="ViT-B/32 (random)", image_processor=CLIPImageProcessor())
 
 
 def one_model(

@@ -103,7 +103,7 @@ def clip(width: int, layers: int, size: int, patch: int) -> Any:
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     module = CLIPVisionModelWithProjection(config).eval()
-    return vp.wrap(module, processor=processor, name="random CLIP")
+    return vp.wrap(module, image_processor=processor, name="random CLIP")
 
 
 def topk(d_in: int, d_sae: int, hook_name: str) -> TopKSAE:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._paths import local_path
 from vision_plugin._untrusted import open_regular, read_json
 
 MAX_MARKER_BYTES = 16 * 2**20
@@ -28,8 +29,8 @@ class Kind:
     """What it is, as in ``a report``."""
     marker: str
     """File that says so, as a JSON object."""
-    is_marked: Callable[[dict[str, Any]], bool] = field(repr=False)
-    """Whether the marker's content says so."""
+    is_marked: Callable[[dict[str, Any]], bool] | None = field(repr=False)
+    """Whether the marker's content says so; None where it is enough that the marker is there."""
     contents: re.Pattern[str] = field(repr=False)
     """Names, with their folders, of all that it may hold."""
 
@@ -45,6 +46,8 @@ class Kind:
 
     def is_one(self, folder: Path) -> bool:
         """Whether a folder has the marker of this kind."""
+        if self.is_marked is None:
+            return (folder / self.marker).is_file()
         try:
             content = read_json(folder / self.marker, limit=MAX_MARKER_BYTES)
         except (OSError, ValueError):
@@ -65,6 +68,12 @@ SAE_FOLDER = Kind(
     ),
 )
 """What training and ``convert`` write, in SAELens's format."""
+CHECKPOINT = Kind(
+    noun="a checkpoint",
+    marker="state.json",
+    is_marked=None,
+    contents=re.compile(r"state\.json|tensors\.safetensors"),
+)
 REPORT = Kind(
     noun="a report of vision_plugin",
     marker="report.json",
@@ -95,8 +104,6 @@ def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_pa
         NotADirectoryError: a parent is a file.
         ValueError: links lead round in a circle.
     """
-    from vision_plugin._paths import local_path
-
     folder = local_path(folder)
     if not os.path.lexists(folder):
         check_parent(folder, name=name)
@@ -116,8 +123,8 @@ def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_pa
     stranger = kind.stranger(folder)
     if stranger is not None:
         raise FileExistsError(
-            f"{folder} is {kind.noun}, but {stranger!r} in it was not written with it and would be "
-            f"lost: move it elsewhere, or name another {name}="
+            f"{folder} is {kind.noun}, but {stranger!r} in it was not written by vision_plugin and "
+            f"would be lost: move it elsewhere, or name another {name}="
         )
 
 

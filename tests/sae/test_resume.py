@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     found = checkpoints_of(interrupted).last()
     assert found is not None
     assert found[0] == 16
-    assert "passed over" in caplog.text
+    assert "skipping checkpoint" in caplog.text
 
 
 def test_another_configuration_is_not_gone_on_with(interrupted: VisionSAERunnerConfig) -> None:
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert ended(in_child(work)) == 0
     assert "CheckpointFullError" in told.read_text()
     assert "no room to write the checkpoint of step 8" in told.read_text()
-    assert "The one of step 4 is kept" in told.read_text()
+    assert "The checkpoint of step 4 is safe" in told.read_text()
     assert checkpoints_of(cfg).steps() == [4]
     runner(cfg).run()
     runner(config(tmp_path / "straight", n_checkpoints=0)).run()

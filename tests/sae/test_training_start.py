@@ -145,8 +145,8 @@ def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
     [
         ("b_dec_init_method", "median", "use auto, zeros, mean, geometric_median"),
         ("decoder_init_method", "pca", "use auto, random, data"),
-        ("n_checkpoints", -1, "cannot be below 0"),
-        ("lr_warm_up_steps", -1, "cannot be below 0"),
+        ("n_checkpoints", -1, "use 0 or a larger number"),
+        ("lr_warm_up_steps", -1, "use 0 or a larger number"),
     ],
 )
 def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: str) -> None:

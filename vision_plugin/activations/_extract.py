@@ -28,7 +28,7 @@ from vision_plugin.activations._files import (
     read_capped,
     remove_partial,
     to_json,
-    write_whole,
+    whole_file,
 )
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
@@ -137,7 +137,8 @@ def settle_plan(folder: Path, plan: StorePlan, *, overwrite: bool = False) -> St
     if overwrite and (folder / PLAN).exists() and read_plan(folder).differences(plan):
         remove_store(folder)
     if not (folder / PLAN).exists():
-        write_whole(folder / PLAN, to_json(plan.to_json()))
+        with whole_file(folder / PLAN) as stream:
+            stream.write(to_json(plan.to_json()))
         return plan
     there = read_plan(folder)
     differences = there.differences(plan)
@@ -263,5 +264,6 @@ def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
     manifest = Manifest(plan, tuple(entries), tuple(bad))
     content = to_json(manifest.to_json())
     if not (folder / MANIFEST).is_file() or read_capped(folder, MANIFEST) != content:
-        write_whole(folder / MANIFEST, content)
+        with whole_file(folder / MANIFEST) as stream:
+            stream.write(content)
     return manifest

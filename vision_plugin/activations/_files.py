@@ -8,8 +8,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,18 +33,19 @@ STORE_FILE = re.compile(
 """Names of all files that an extraction writes."""
 
 
-def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file of the store that is seen complete or not at all.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream for a file of the store, which is seen complete or not at all.
 
     Args:
         path: File to write; an existing one is replaced.
-        content: The bytes, or a function that writes them to a stream.
 
     Raises:
         StoreFullError: the disk is full, or a quota or a limit on file sizes is reached.
     """
     try:
-        _disk.write_whole(path, content, prefix=TEMPORARY)
+        with _disk.whole_file(path, prefix=TEMPORARY) as stream:
+            yield stream
     except OSError as error:
         if error.errno in _disk.NO_ROOM:
             raise _no_room(path, error) from error

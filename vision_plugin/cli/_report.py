@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._inputs import Inputs
+from vision_plugin._ours import REPORT, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin._untrusted import read_json
 from vision_plugin.cli._console import console
@@ -44,6 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     from vision_plugin.report import report
 
+    check_replaceable(local_path(cfg.output_path), REPORT)
     known = read_scores(cfg.evaluation, cfg.sae)
     sae = cfg.open_sae(cfg.sae)
     report(

@@ -189,9 +189,7 @@ def write_study(result: SparsityStudy, folder: Path) -> None:
     Raises:
         FileExistsError: the folder holds anything but an earlier study.
     """
-    folder = folder.resolve()
-    check_replaceable(folder, STUDY)
-    with whole_folder(folder) as made:
+    with whole_folder(folder, replaces=STUDY) as made:
         write_json(result.to_dict(), made / JSON)
         (made / TABLE).write_text(text_of(result), encoding="utf-8")
         figure_of(result).savefig(made / PLOT, dpi=150)

@@ -42,7 +42,7 @@ class Embeddings:
         if self.image_processor is None:
             raise ValueError(
                 f"{self.cfg.model_name} was wrapped without its preprocessing: use "
-                "wrap(module, processor=...), or pass pixels that you prepared yourself"
+                "wrap(module, image_processor=...), or pass pixels that you prepared yourself"
             )
         images = [images] if isinstance(images, Image) else images
         return self.image_processor(images).to(device=self.device, dtype=self.dtype)

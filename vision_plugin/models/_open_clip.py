@@ -41,7 +41,7 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
         tokenizer = open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(not_found(f"open_clip:{name}", error)) from error
-    return wrap(model, name=f"open_clip:{name}", processor=transform, tokenizer=tokenizer)
+    return wrap(model, name=f"open_clip:{name}", image_processor=transform, tokenizer=tokenizer)
 
 
 def _source(name: str) -> str:

@@ -41,7 +41,7 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
     data: Any = timm.data
     settings = data.resolve_model_data_config(model)
     transform = data.create_transform(**settings, is_training=False)
-    return wrap(model, name=f"timm:{name}", processor=transform, revision=revision)
+    return wrap(model, name=f"timm:{name}", image_processor=transform, revision=revision)
 
 
 def _source(name: str, revision: str | None) -> str:

@@ -43,7 +43,7 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
     return wrap(
         _module(config, path, revision),
         name=name,
-        processor=_images(path, revision),
+        image_processor=_images(path, revision),
         tokenizer=_tokenizer(config, path, revision),
         revision=revision,
     )

@@ -35,7 +35,7 @@ def wrap(
     module: nn.Module,
     *,
     name: str | None = None,
-    processor: Any = None,
+    image_processor: Any = None,
     tokenizer: Any = None,
     revision: str | None = None,
 ) -> VisionBridge:
@@ -48,7 +48,8 @@ def wrap(
     Args:
         module: A vision tower or an image-text model of a supported family.
         name: Name of the model in errors, SAEs and reports; the class name by default.
-        processor: Turns images into pixels: a transformers processor or torchvision transform.
+        image_processor: Turns images into pixels: a transformers image processor or a torchvision
+            transform.
         tokenizer: A transformers tokenizer, or a function from texts to the text tower's arguments.
         revision: The checkpoint's revision, kept for records.
 
@@ -59,9 +60,15 @@ def wrap(
     architecture, adapter_class = find_adapter(module)
     if tower := inner_tower(adapter_class):
         inner = _part(module, tower, name)
-        return wrap(inner, name=name, processor=processor, tokenizer=tokenizer, revision=revision)
+        return wrap(
+            inner,
+            name=name,
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            revision=revision,
+        )
     adapter = _make_adapter(adapter_class, architecture, module, name)
-    images = _image_processor(processor)
+    images = _image_processor(image_processor)
     try:
         structure = share_weights(module)
         adapter.prepare_model(structure)

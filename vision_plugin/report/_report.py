@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from vision_plugin._ours import REPORT, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.report._build import Job, Sizes, build, make_steerer
 from vision_plugin.report._encoding import TokenEncoder
-from vision_plugin.report._folder import check_replaceable, new_folder
+from vision_plugin.report._folder import new_folder
 from vision_plugin.report._images import ImageReader
 from vision_plugin.report._inputs import (
     check_latent,
@@ -92,7 +93,7 @@ def report(
         ValueError: the arguments do not fit together, or too many images are broken.
     """
     place = local_path(output_path).resolve()
-    check_replaceable(place)
+    check_replaceable(place, REPORT)
     sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_images, image_size)
     if model is None and latents is None:
         raise ValueError("there are neither model= nor latents=: pass one of them")
