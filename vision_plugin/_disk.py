@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -21,6 +22,9 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from vision_plugin._ours import Kind, check_replaceable
+from vision_plugin._paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,25 +43,36 @@ DTYPES = {
 """Dtypes by their safetensors codes."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PART, _LOCK, _NEW, _REPLACED = ".part-", "lock", "new", "replaced"
+_UNFINISHED = ".unfinished-"
 
 
 @contextmanager
-def whole_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
+def whole_folder(
+    folder: Path, *, replaces: Kind | None = None, flush: bool = True
+) -> Iterator[Path]:
     """Yield an empty folder to fill, and give it the name ``folder`` when the block ends.
 
     Nobody sees it half full. If the block fails, it is deleted and ``folder`` stays as it is. A
-    folder that has the name is replaced; it comes back if the renaming fails, or at the next call
-    for the same ``folder`` if the process was killed while it renamed.
+    folder of the kind ``replaces`` that has the name is replaced; it comes back if the renaming
+    fails, or at the next call for the same ``folder`` if the process was killed while it renamed.
+    Of two processes that make one folder, the one that ends last replaces the other's.
 
     Args:
         folder: Folder to make. A link stays a link: the folder that it names is replaced.
+        replaces: Kind of folder that may be replaced; None replaces an empty one at most.
         flush: Whether to wait until every file is on the disk. A report has tens of thousands of
             small files and can be made again, so it does not wait.
+
+    Raises:
+        FileExistsError: something else has the name; it is left alone.
+        OSError: there is no room (``error.errno in NO_ROOM``), or the system refuses.
     """
-    folder = folder.resolve()
+    folder = local_path(folder).resolve()
+    check_replaceable(folder, replaces)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder.parent, folder.name)
-    with _staging(folder) as staging:
+    check_replaceable(folder, replaces)
+    with _room_for(folder), _staging(folder) as staging:
         try:
             made = staging / _NEW
             made.mkdir()
@@ -65,12 +80,38 @@ def whole_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
             if flush:
                 _flush(made)
             sync(made)
-            if folder.exists():
-                folder.replace(staging / _REPLACED)
-            made.replace(folder)
+            with _alone_in(folder.parent):
+                check_replaceable(folder, replaces)
+                if folder.exists():
+                    folder.replace(staging / _REPLACED)
+                made.replace(folder)
             sync(folder.parent)
         finally:
             _remove(staging, folder)
+
+
+@contextmanager
+def _room_for(place: Path) -> Iterator[None]:
+    """Say what a full disk has no room for, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM or "no room" in str(error):
+            raise
+        reason = f"no room to write {place.name} ({os.strerror(error.errno)}): free some room and "
+        raise OSError(error.errno, f"{reason}run the same command again", str(place)) from error
+
+
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Wait until no other process renames folders in a folder: two renamings are not one."""
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -108,6 +149,8 @@ def remove_unfinished(parent: Path, name: str | None = None) -> None:
             with suppress(OSError):
                 staging.rmdir()  # the process was killed before it made the lock
             continue
+        if not {path.name for path in staging.iterdir()} <= {_LOCK, _NEW, _REPLACED}:
+            continue  # somebody's own
         with suppress(BlockingIOError, FileNotFoundError), locked(lock, BlockingIOError()):
             logger.info("removing %s, which a killed process left", staging)
             _remove(staging, parent / made_for[1:])
@@ -142,7 +185,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, prefix: str = ".unfinished-") -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, prefix: str = _UNFINISHED) -> Iterator[BinaryIO]:
     """Yield a stream to write to, and give what was written the name ``path`` when the block ends.
 
     The file is seen complete or not at all, and outlasts a power cut. If the block fails, the
@@ -159,6 +202,7 @@ def whole_file(path: Path, *, prefix: str = ".unfinished-") -> Iterator[BinaryIO
     unfinished = path.with_name(f"{prefix}{os.getpid()}-{path.name}")
     try:
         with unfinished.open("wb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # says that a process is at it
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -168,6 +212,18 @@ def whole_file(path: Path, *, prefix: str = ".unfinished-") -> Iterator[BinaryIO
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def _remove_unfinished_files(path: Path) -> None:
+    """Remove unfinished files of a name; those that a running process writes are locked."""
+    if not path.parent.is_dir():
+        return
+    name = re.compile(rf"{re.escape(_UNFINISHED)}[0-9]+-{re.escape(path.name)}")
+    for left in sorted(path.parent.iterdir()):
+        if name.fullmatch(left.name) and left.is_file() and not left.is_symlink():
+            with suppress(OSError), left.open("r+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 @contextmanager
@@ -187,8 +243,13 @@ def locked(path: Path, busy: Exception) -> Iterator[None]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write strict JSON, whole or not at all."""
-    with whole_file(path) as stream:
+    """Write strict JSON, whole or not at all; remove what killed processes left of the file.
+
+    Raises:
+        OSError: there is no room (``error.errno in NO_ROOM``), or the system refuses.
+    """
+    _remove_unfinished_files(path)
+    with _room_for(path), whole_file(path) as stream:
         stream.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 

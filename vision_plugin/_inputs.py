@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|privateuseone)(:[0-9]{1,4})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,11 @@ class Inputs:
     """Model, as ``vp.load_model`` takes it; by default the one that the SAE's metadata names."""
     device: str = "cpu"
     """Device that the model and the SAE run on."""
+    check_model: bool = True
+    """Refuse an SAE that was trained on a model with other weights."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def open_images(self, images: Any = None) -> Any:
         """Return an image source for the argument, or else for the field ``images``.
@@ -62,14 +71,58 @@ class Inputs:
     def open_sae(self, sae: Any) -> Any:
         """Return ``sae`` as it is, or load the SAELens SAE at that path or of that name.
 
+        Without ``check_model`` its metadata no longer say which model it was trained on, so that
+        it fits any.
+
         Raises:
             ValueError: no SAE is found, or its format is unknown.
         """
-        if not isinstance(sae, (str, Path)):
-            return sae
-        from vision_plugin.formats import load_sae
+        if isinstance(sae, (str, Path)):
+            from vision_plugin.formats import load_sae
 
-        return load_sae(str(sae), device=self.device)
+            sae = load_sae(str(sae), device=self.device)
+        if self.check_model or sae.cfg.metadata.get("model_signature") is None:
+            return sae
+        of_any = copy.copy(sae)
+        of_any.cfg = copy.deepcopy(sae.cfg)
+        of_any.cfg.metadata["model_signature"] = None
+        return of_any
+
+
+def check_device(device: str | None) -> None:
+    """Raise unless a text names a kind of device; whether this machine has it is another question.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if device is not None and _DEVICE.fullmatch(device) is None:
+        raise ValueError(
+            f"device={device[:40]!r} is no device: use cpu, cuda, cuda:1 for the second GPU, mps "
+            "or xpu"
+        )
+
+
+def usable_device(device: Any) -> Any:
+    """Return a device, a name or a ``torch.device``, once something was computed on it.
+
+    Raises:
+        ValueError: this machine has no such device, or PyTorch was built without it.
+    """
+    if str(device) in ("cpu", "None"):
+        return device
+    import torch
+
+    try:
+        if torch.zeros(1, device=device).add(1).item() == 1:
+            return device
+        reason = "it computes 0 + 1 wrongly"
+    except Exception as error:  # the kind of error is the backend's own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    n_gpus = torch.cuda.device_count()
+    here = ["cpu", *(f"cuda:{number}" for number in range(n_gpus))]
+    raise ValueError(
+        f"device={str(device)!r} cannot be used here ({reason}): this machine has {', '.join(here)}"
+    )
 
 
 def named(value: Any) -> str:

@@ -125,7 +125,7 @@ def test_an_output_folder_in_use_is_kept_unless_told_otherwise(cfg) -> None:
     out = Path(cfg.output_path)
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"set overwrite= to replace it"):
+    with pytest.raises(FileExistsError, match=r"'precious\.txt', so it is left alone"):
         train(cfg)
     assert (out / "precious.txt").read_text() == "mine"
 

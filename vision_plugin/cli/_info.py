@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
+from vision_plugin._paths import local_path
+from vision_plugin._untrusted import read_json
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ def run(arguments: Sequence[str]) -> None:
         "for training (vision-plugin info presets); or, without a path, which models, metrics and "
         "kernels this installation has.",
     )
-    console = Console()
+    out = console()
     if cfg.path == "presets" and not Path("presets").exists():
         for part in preset_table():
-            console.print(part, highlight=False)
+            out.print(part)
         return
     facts = installation() if cfg.path is None else inside(cfg.path)
     for name, value in facts:
-        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+        out.print(f"{name}: {value}", soft_wrap=True)
 
 
 def installation() -> Iterator[tuple[str, Any]]:
@@ -108,14 +111,35 @@ def preset_table() -> Iterator[Any]:
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the facts of an SAE's folder, or of a store."""
+    """Yield the facts of an SAE's folder, or of a store.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or neither of these in it.
+        ValueError: what is there is damaged.
+    """
     from vision_plugin.activations import info
 
-    config = Path(path) / "cfg.json"
-    if not config.is_file():
-        yield from info(path).items()
+    folder = local_path(path)
+    config = folder / "cfg.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a folder that exists: name the folder of an SAE or of a store"
+        )
+    if not config.exists():
+        try:
+            facts = info(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}, and no SAE, since it has no {config.name}: name the folder of one"
+            ) from None
+        yield from facts.items()
         return
-    content = json.loads(config.read_text(encoding="utf-8"))
-    metadata = content.pop("metadata", {})
+    content = read_json(config, limit=MAX_CONFIG_BYTES)
+    metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{config} is not the configuration of an SAE, a JSON object with the object "
+            "metadata in it: name another folder"
+        )
     yield from content.items()
     yield from metadata.items()

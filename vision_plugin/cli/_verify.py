@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
-from rich.console import Console
 
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
@@ -19,12 +19,8 @@ class VerifyConfig:
     """Folder of an activation store."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Check a store.
-
-    Raises:
-        ValueError: the store is damaged; the message names every damaged shard.
-    """
+def run(arguments: Sequence[str]) -> int:
+    """Check a store; return 1, after a line on stderr for each fault, where it is damaged."""
     cfg = parse(
         VerifyConfig,
         arguments,
@@ -35,5 +31,7 @@ def run(arguments: Sequence[str]) -> None:
 
     report = verify(cfg.path)
     if not report.ok:
-        raise ValueError(f"{cfg.path} is damaged. {report}")
-    Console().print(str(report), highlight=False)
+        console(stderr=True).print(f"{cfg.path} is damaged. {report}", soft_wrap=True)
+        return 1
+    console().print(str(report))
+    return 0

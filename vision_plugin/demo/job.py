@@ -6,7 +6,6 @@ factors are known, the job also places the metrics' scores between truth and noi
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,16 +18,24 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from torch import Tensor
 
 from vision_plugin._disk import write_json
+from vision_plugin._ours import (
+    REPORT,
+    SAE_FOLDER,
+    check_replaceable,
+    check_replaceable_file,
+)
+from vision_plugin._paths import local_path
 from vision_plugin.activations import ExtractionConfig, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
 from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
 from vision_plugin.models import load_model
-from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, is_store
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
 from vision_plugin.steering import SteeringEffect, steering_effect
 
-SCHEMA = "vision_plugin.demo/1"
+KIND = "vision_plugin.demo/"
+SCHEMA = f"{KIND}1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
@@ -90,19 +97,25 @@ class DemoResult:
 def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     """Run the whole job.
 
-    It writes results.json, activations/, sae/ and report/ below ``output_path``.
+    It writes results.json, activations/, sae/ and report/ below ``output_path``, and replaces
+    what an earlier run wrote there.
 
     Args:
         cfg: Size and place of the run.
         announce: Function called with one line per stage.
+
+    Raises:
+        FileExistsError: one of these is there and no run wrote it.
+        StoreError: activations/ holds something that no extraction wrote.
     """
     seconds: dict[str, float] = {}
-    out = Path(cfg.output_path)
+    out = local_path(cfg.output_path)
+    for part, kind in ((out / "sae", SAE_FOLDER), (out / "report", REPORT)):
+        check_replaceable(part, kind)
+    check_replaceable_file(out / "results.json", KIND)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
     with _stage(f"Extracting activations of {cfg.training_images} images", seconds, announce):
-        if is_store(out / "activations"):
-            shutil.rmtree(out / "activations")  # of an earlier run, perhaps with other settings
         extract(_extraction(cfg, out), model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
         sae = VisionSAETrainingRunner(_training(cfg, out), model=model).run()
@@ -116,7 +129,6 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
             model=model,
             images=images,
             concepts=concepts,
-            progress=False,
         )
         embeddings = evaluation.encoded.first_embeddings
         own_code = {
@@ -201,6 +213,7 @@ def _extraction(cfg: DemoConfig, out: Path) -> ExtractionConfig:
         hook_names=(cfg.hook_name,),
         tokens=cfg.tokens,
         output_path=str(out / "activations"),
+        overwrite=True,  # an earlier run may have had other settings
         batch_size=64,
     )
 

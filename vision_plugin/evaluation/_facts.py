@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
+from vision_plugin._paths import local_path
+from vision_plugin._untrusted import read_regular
 from vision_plugin.images import open_images
 from vision_plugin.metrics import (
     TaxonomyPaths,
@@ -24,7 +27,10 @@ from vision_plugin.metrics import (
     taxonomy_from_columns,
 )
 
+logger = logging.getLogger(__name__)
+
 DEMO = re.compile(r"demo:(\d+)@(\d+)")
+MAX_TEXT_BYTES = 16 * 2**20
 
 
 class Facts:
@@ -103,12 +109,13 @@ class Facts:
             names = columns.split(",")
             table = {name: self.images.column(name) for name in names}
             return taxonomy_from_columns(table, names)
-        if not Path(named).is_file():
+        path = local_path(named)
+        if not path.is_file():
             raise FileNotFoundError(
                 f"taxonomy={named!r}: there is no such file; write columns of the images as "
                 "column:BROAD,NARROW"
             )
-        return read_taxonomy(named, image_ids=self.images.ids)
+        return read_taxonomy(path, image_ids=self.images.ids)
 
     @cached_property
     def sibling_groups(self) -> dict[str, list[int]]:
@@ -193,7 +200,8 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
     """Return distinct concepts, from a column of the images or a text file.
 
     Raises:
-        ValueError: there is no such column, or the file is empty.
+        ValueError: there is no such column, the file is empty or no text, or ``demo`` is named for
+            images that are not drawn.
         FileNotFoundError: there is no such file.
     """
     if concepts is None:
@@ -202,16 +210,31 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
     if concepts == "labels":
         if images.labels is None:
             raise ValueError("concepts='labels': these images have no labels")
+        if getattr(images, "description", {}).get("kind") == "demo":
+            logger.info(
+                "concepts=labels are the %s of drawn images alone: concepts=demo has every factor",
+                images.label_column,
+            )
         return list(dict.fromkeys(images.labels))
     if kind == "column":
         return list(dict.fromkeys(str(value) for value in images.column(column)))
-    path = Path(concepts)
+    if concepts == "demo":
+        demo_world(images, "concepts='demo'")
+        vocabulary = import_module("vision_plugin.demo").concept_vocabulary()
+        return [concept.text for concept in vocabulary]
+    path = local_path(concepts)
     if not path.is_file():
         raise FileNotFoundError(
             f"concepts={concepts!r}: there is no such file; write a column of the images as "
-            "column:NAME, and their labels as labels"
+            "column:NAME, their labels as labels"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"concepts={concepts!r} is no text in UTF-8 ({error.reason}): write one concept a line"
+        ) from None
+    lines = [line.strip() for line in text.splitlines()]
     found = list(dict.fromkeys(line for line in lines if line))
     if not found:
         raise ValueError(f"{concepts} has no concepts: write one per line")
@@ -249,7 +272,7 @@ def _demo_masks(images: Any) -> Masks:
 
 
 def _folder_masks(folder: str, images: Any) -> Masks:
-    root = Path(folder)
+    root = local_path(folder)
     listed = root / "names.txt"
     if not listed.is_file():
         raise FileNotFoundError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from vision_plugin._paths import local_path
 from vision_plugin.images._collection import ImageCollection, hash_ids, no_column
 from vision_plugin.images._folder import FolderImages
 from vision_plugin.images._image import SUFFIXES, BadImageError, Raw, decode_image
@@ -215,7 +216,7 @@ def _open_text(
         return _open_demo(source)
     if prefix == "imagefolder" and rest:
         return FolderImages(_existing_folder(rest), labelled=True)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _open_folder(path, column, split)
     if source.endswith((".tar", ".parquet")):
@@ -243,7 +244,7 @@ def _open_demo(source: str) -> ImageCollection:
 
 
 def _existing_folder(text: str) -> Path:
-    folder = Path(text).expanduser()
+    folder = local_path(text)
     if not folder.is_dir():
         raise FileNotFoundError(f"{text} is not a folder that exists")
     return folder
@@ -276,7 +277,7 @@ def _has_image(folder: Path) -> bool:
 def _open_files(source: str, column: str | None) -> ImageCollection:
     from vision_plugin.images._webdataset import expand
 
-    return _open_kind(Path(source).suffix, expand(str(Path(source).expanduser())), source, column)
+    return _open_kind(Path(source).suffix, expand(str(local_path(source))), source, column)
 
 
 def _open_kind(suffix: str, files: list[Path], where: str, column: str | None) -> ImageCollection:

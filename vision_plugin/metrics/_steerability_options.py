@@ -55,6 +55,8 @@ class SteerabilityOptions:
     """Sequences per forward pass."""
     closed_form: bool = True
     """Whether to use the closed form behind the last block where it applies."""
+    watch: Callable[[int], object] | None = None
+    """Called with the number of passes, one for each latent and image, as they are done."""
 
     def __post_init__(self) -> None:
         if self.definition not in get_args(Definition):
@@ -95,6 +97,7 @@ class SteerabilityOptions:
             scale=self.scale,
             batch_size=self.batch_size,
             closed_form=self.closed_form,
+            watch=self.watch,
         )
         return steering, scoring
 

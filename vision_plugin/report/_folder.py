@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._disk import whole_folder
+from vision_plugin._ours import REPORT
 
-MARKER = "report.json"
-KIND = "vision_plugin.report"
 SCHEMA = 1
-CONTENTS = frozenset({MARKER, "index.html", "data.js", "assets", "features", "images", "pictures"})
-"""Names that a report's folder may hold at its top; anything else there is someone's own.
-
-Reports of version 0.1.0 keep their images in ``pictures``.
-"""
-_MAX_MARKER_BYTES = 1 << 16
 
 
 @contextmanager
@@ -34,49 +27,13 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: ``out`` holds anything else.
     """
-    out = out.expanduser().resolve()
-    check_replaceable(out)
-    with whole_folder(out, flush=False) as folder:
+    with whole_folder(out, replaces=REPORT, flush=False) as folder:
         yield folder
-        check_replaceable(out)
-
-
-def check_replaceable(out: Path) -> None:
-    """Raise FileExistsError if ``out`` holds anything but an earlier report."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise FileExistsError(
-            f"{out} is a file; a report needs a folder: name another output_path="
-        )
-    names = {path.name for path in out.iterdir()}
-    if not names:
-        return
-    if not _is_report(out):
-        raise FileExistsError(
-            f"{out} holds files and is not a report of vision_plugin, so it is left alone: name "
-            "another output_path=, or empty that folder yourself"
-        )
-    foreign = sorted(names - CONTENTS)
-    if foreign:
-        raise FileExistsError(
-            f"{out} is a report, but {foreign[0]!r} in it was not written by vision_plugin and "
-            "would be lost: move it elsewhere, or name another output_path="
-        )
 
 
 def write_marker(folder: Path, about: dict[str, Any]) -> None:
     """Write the file that marks the folder as a report, with the facts of the run."""
-    text = json.dumps({"kind": KIND, "schema": SCHEMA, **about}, indent=1, ensure_ascii=True)
-    (folder / MARKER).write_text(text + "\n", encoding="utf-8")
-
-
-def _is_report(folder: Path) -> bool:
-    marker = folder / MARKER
-    try:
-        if marker.stat().st_size > _MAX_MARKER_BYTES:
-            return False
-        about = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(about, dict) and about.get("kind") == KIND
+    text = json.dumps(
+        {"kind": "vision_plugin.report", "schema": SCHEMA, **about}, indent=1, ensure_ascii=True
+    )
+    (folder / REPORT.marker).write_text(text + "\n", encoding="utf-8")

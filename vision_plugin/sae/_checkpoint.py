@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,11 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vision_plugin._disk import NO_ROOM, locked, remove_unfinished, whole_folder, write_tensors
+from vision_plugin._ours import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "vision_plugin.checkpoint/1"
 TENSORS, STATE, LOCK = "tensors.safetensors", "state.json", ".lock"
+VALIDATION_FILE = "validation.jsonl"
 KEPT = 2
 """Checkpoints to keep: the newest, and the one before it in case the newest is damaged."""
 MAX_STATE_BYTES = 256 * 1024 * 1024
@@ -74,12 +77,21 @@ class CheckpointFolder:
                 yield
             finally:
                 if not self.steps():
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    for name in (LOCK, VALIDATION_FILE):
+                        (self.path / name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # somebody has put something there
+                        self.path.rmdir()
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, ascending."""
-        found = [path.name.removeprefix(_STEP) for path in self.path.glob(f"{_STEP}*")]
-        return sorted(int(step) for step in found if step.isdigit())
+        """Return the steps that have a checkpoint, ascending.
+
+        A folder of such a name with anything else in it is somebody's own.
+        """
+        found = (path for path in self.path.glob(f"{_STEP}*") if path.is_dir())
+        ours = [
+            path.name.removeprefix(_STEP) for path in found if CHECKPOINT.stranger(path) is None
+        ]
+        return sorted(int(step) for step in ours if re.fullmatch(r"[0-9]{9,}", step))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint that is seen complete or not at all, and that outlasts a power cut.
@@ -94,7 +106,7 @@ class CheckpointFolder:
         tensors: dict[str, Tensor] = {}
         document = _without_tensors(state, "", tensors)
         try:
-            with whole_folder(self._folder(step)) as folder:
+            with whole_folder(self._folder(step), replaces=CHECKPOINT) as folder:
                 with (folder / TENSORS).open("wb") as stream:
                     written = asdict(write_tensors(stream, tensors))
                 content = {"schema": SCHEMA, "step": step, "tensors": written, "state": document}

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
+from vision_plugin._inputs import check_device
+from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
 from vision_plugin.sae._defaults import resolve
@@ -203,6 +205,7 @@ class VisionSAERunnerConfig:
 
     def __post_init__(self) -> None:
         TokenSelection.parse(self.tokens)
+        check_device(self.device)
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
             *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
@@ -287,7 +290,7 @@ class VisionSAERunnerConfig:
     @property
     def checkpoint_path(self) -> Path | None:
         """Folder of the checkpoints; None if the run saves nothing."""
-        return None if self.output_path is None else checkpoints_of(Path(self.output_path))
+        return None if self.output_path is None else checkpoints_of(local_path(self.output_path))
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the trained weights, as JSON values."""

@@ -9,8 +9,9 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 
+from vision_plugin._paths import local_path
 from vision_plugin.models import VisionBridge
-from vision_plugin.sae._checkpoint import CheckpointFolder
+from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig, checkpoints_of
 from vision_plugin.sae._defaults import described
 from vision_plugin.sae._preparing import (
@@ -23,7 +24,7 @@ from vision_plugin.sae._preparing import (
 )
 from vision_plugin.sae._quality import Quality
 from vision_plugin.sae._saving import check_output_path, inference_sae, save
-from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
+from vision_plugin.sae._session import TrainingSession
 from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
 from vision_plugin.sae._top_features import log_top_features
 from vision_plugin.sae._validation import Validator
@@ -89,8 +90,10 @@ class VisionMultiSAETrainingRunner:
         validation_images: Any = None,
     ) -> None:
         first = check_together(cfgs)
-        check_output_path(output_path, overwrite=first.overwrite)
-        self.output_path = None if output_path is None else Path(output_path)
+        self.output_path = None if output_path is None else local_path(output_path)
+        self._overwrite = first.overwrite or self._was_saving(cfgs)
+        for name in cfgs:
+            check_output_path(self._folder(name), overwrite=self._overwrite)
         model, self.images = open_inputs(first, model, images)
         self.cfgs = {
             name: fitted(
@@ -141,6 +144,11 @@ class VisionMultiSAETrainingRunner:
             session.done()
         return {name: inference_sae(sae) for name, sae in self.saes.items()}
 
+    def _was_saving(self, cfgs: Mapping[str, VisionSAERunnerConfig]) -> bool:
+        """Whether a run of several SAEs may have been killed when it had saved some of them."""
+        checkpoints = self._checkpoints()
+        return checkpoints is not None and list(cfgs) != [ALONE] and bool(checkpoints.steps())
+
     def _folder(self, name: str) -> str | None:
         return None if self.output_path is None else str(self.output_path / name)
 
@@ -152,7 +160,8 @@ class VisionMultiSAETrainingRunner:
         for name, cfg in self.cfgs.items():
             more = {VALIDATION_FILE: session.log.text()} if session.log.records else {}
             log_sparsity = session.trainers[name].log_feature_sparsity
-            save(self.saes[name], cfg, Path(str(cfg.output_path)), log_sparsity, more=more)
+            out = Path(str(cfg.output_path))
+            save(self.saes[name], cfg, out, log_sparsity, overwrite=self._overwrite, more=more)
 
 
 class VisionSAETrainingRunner:

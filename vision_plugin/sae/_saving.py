@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vision_plugin._disk import whole_folder, write_tensors
+from vision_plugin._ours import SAE_FOLDER, check_replaceable
+from vision_plugin._paths import local_path
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
@@ -25,19 +27,20 @@ def check_output_path(output_path: str | None, *, overwrite: bool) -> None:
 
     Args:
         output_path: Folder of the result; None saves nothing.
-        overwrite: Whether the run may replace what is there.
+        overwrite: Whether the run may replace an SAE of this package that is there.
 
     Raises:
         FileExistsError: the folder has something in it, or is a file.
     """
-    if output_path is None or overwrite:
+    if output_path is None:
         return
-    path = Path(output_path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    path = local_path(output_path)
+    if not overwrite and SAE_FOLDER.is_one(path):
         raise FileExistsError(
             f"{output_path} exists already: name another output_path=, or set overwrite= to "
             "replace it"
         )
+    check_replaceable(path, SAE_FOLDER if overwrite else None)
 
 
 def save(
@@ -46,6 +49,7 @@ def save(
     out: Path,
     log_sparsity: Tensor,
     *,
+    overwrite: bool = False,
     more: dict[str, str] | None = None,
 ) -> None:
     """Write a trained SAE in SAELens's format, whole or not at all.
@@ -53,14 +57,16 @@ def save(
     Args:
         sae: SAE after its last step.
         cfg: Configuration of the run.
-        out: Folder to write. If it exists, it is replaced once the new one is complete.
+        out: Folder to write.
         log_sparsity: Base-10 logarithm of the share of vectors each latent fires on, [d_sae].
+        overwrite: Whether an SAE of this package is replaced once the new one is complete.
         more: Further text files by name.
 
     Raises:
+        FileExistsError: something else is there.
         OSError: the disk has no room.
     """
-    with whole_folder(out) as folder:
+    with whole_folder(out, replaces=SAE_FOLDER if overwrite else None) as folder:
         _save_weights(sae, folder, out)
         with (folder / SPARSITY_FILENAME).open("wb") as stream:
             write_tensors(stream, {"sparsity": log_sparsity})

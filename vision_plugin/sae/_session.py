@@ -13,7 +13,7 @@ from sae_lens import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from vision_plugin.sae._archetypal import ArchetypalDecoder
-from vision_plugin.sae._checkpoint import CheckpointError, CheckpointFolder
+from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointError, CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._initialise import by_name, estimate_scalers, initialise
 from vision_plugin.sae._monosemantic import reward_monosemanticity
@@ -33,8 +33,6 @@ from vision_plugin.sae._validation import ValidationLog, Validator
 from vision_plugin.sae._wandb import WandbRun
 
 logger = logging.getLogger(__name__)
-
-VALIDATION_FILE = "validation.jsonl"
 
 
 class TrainingSession:

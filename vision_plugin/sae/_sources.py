@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vision_plugin._paths import local_path
 from vision_plugin.activations import ActivationStore, ActivationStream, ShuffledBatches
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models.site import hook_width, signature
@@ -99,7 +100,7 @@ def is_store(images: Any) -> bool:
         return True
     if not isinstance(images, str | Path):
         return False
-    folder = Path(images).expanduser()
+    folder = local_path(images)
     return any((folder / name).is_file() for name in _STORE_FILES)
 
 
