@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template, sentences
 from vision_plugin.cli._flags import parse
 
 
@@ -41,6 +41,7 @@ class SteerConfig(Inputs):
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -86,7 +87,7 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
         model,
         sae,
         model.preprocess([images[i] for i in chosen]),
-        model.encode_text([cfg.concept_template.format(concept) for concept in concepts]),
+        model.encode_text(sentences(cfg.concept_template, concepts, argument="concept_template")),
         dict.fromkeys(cfg.latents, cfg.strength),
         concepts=concepts,
         tokens=cfg.tokens,
