@@ -14,7 +14,7 @@ import pytest
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAEConfig
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
 import vision_plugin as vp
 from benchmarks._family_cases import VISION
@@ -100,18 +100,12 @@ class Toolkit:
     """One CLIP with dropout in train mode, and the same in eval mode."""
 
     def __init__(self, folder: str) -> None:
-        module = CLIPModel.from_pretrained(folder, attention_dropout=0.5)
-        for tower in (module.config.vision_config, module.config.text_config):
-            tower.attention_dropout = 0.5
-        for part in module.modules():
-            if hasattr(part, "dropout"):
-                part.dropout = 0.5
-        tools: dict[str, Any] = {
-            "processor": CLIPImageProcessor.from_pretrained(folder),
-            "tokenizer": AutoTokenizer.from_pretrained(folder),
-        }
-        self.eval = vp.wrap(copy.deepcopy(module).eval(), **tools)
-        self.train = vp.wrap(module.train(), **tools)
+        self.eval, self.train = vp.load_model(folder), vp.load_model(folder)
+        for tree in (self.train.native, self.train.original_model):
+            for part in tree.modules():
+                if hasattr(part, "dropout"):
+                    part.dropout = 0.5
+        self.train.train()
         torch.manual_seed(0)
         self.sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=40, k=4))
         self.sae.cfg.metadata.hook_name = HOOK

@@ -160,7 +160,10 @@ def test_heads_apart_and_joined_are_one_sae(
     with model.steer(made[1], {5: 20.0}, tokens=tokens):
         assert torch.equal(model(pixels), steered)
     sites = [Site.of(model, sae, tokens=tokens) for sae in made]
-    readings = [site.read(site.harvester()(pixels)).encode(sae) for site, sae in zip(sites, made)]
+    readings = [
+        site.read(site.harvester()(pixels)).encode(sae)
+        for site, sae in zip(sites, made, strict=True)
+    ]
     assert torch.equal(readings[0].dense, readings[1].dense)
     assert torch.equal(readings[0].reconstruction, readings[1].reconstruction)
 
