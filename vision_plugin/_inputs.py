@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|privateuseone)(:[0-9]{1,4})?")
@@ -123,6 +125,34 @@ def usable_device(device: Any) -> Any:
     raise ValueError(
         f"device={str(device)!r} cannot be used here ({reason}): this machine has {', '.join(here)}"
     )
+
+
+def sentences(template: str, names: Iterable[object], *, argument: str) -> list[str]:
+    """Return a sentence about each name.
+
+    Args:
+        template: Sentence with one ``{}``, the place of the name.
+        names: Concepts or classes.
+        argument: Name of the argument that holds the template, for errors.
+
+    Raises:
+        ValueError: the template does not have one place for the name.
+    """
+    check_template(template, argument=argument)
+    return [template.format(name) for name in names]
+
+
+def check_template(template: str, *, argument: str) -> None:
+    """Raise ValueError unless a template has one place for a name, ``{}``."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError:
+        fields = []
+    if fields not in ([""], ["0"]):
+        raise ValueError(
+            f"{argument}={template!r} must have one {{}}, where the name goes, as in "
+            "'a photo of a {}'; without it every name would become the same sentence"
+        )
 
 
 def named(value: Any) -> str:

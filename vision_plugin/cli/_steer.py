@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template, sentences
 from vision_plugin._ours import check_replaceable_file
 from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
@@ -48,6 +48,7 @@ class SteerConfig(Inputs):
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -94,7 +95,9 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     model = cfg.open_model(sae, where=cfg.sae)
     images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
-    texts = model.encode_text([cfg.concept_template.format(concept) for concept in concepts])
+    texts = model.encode_text(
+        sentences(cfg.concept_template, concepts, argument="concept_template")
+    )
     step = max(1, len(images) // cfg.n_images)
     chosen = list(range(0, len(images), step))[: cfg.n_images]
     effects = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template
 from vision_plugin._untrusted import parse_json
 
 Control = Literal["neurons", "pca", "random", "random_model"]
@@ -97,6 +97,7 @@ class EvaluationConfig(Inputs):
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
         self.options()
 
     def options(self) -> dict[str, dict[str, Any]]:

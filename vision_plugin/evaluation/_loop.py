@@ -19,7 +19,7 @@ from vision_plugin.evaluation._offer import ImageBatch, Offer, Place, known_of
 from vision_plugin.metrics import MetricSet, feed, takes
 from vision_plugin.models import Harvester
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.models.site import Site
+from vision_plugin.models.site import Site, in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,6 @@ def embed(embedder: Any, model: Any, images: list[Any], pixels: Tensor) -> Tenso
         pixels: Their pixels.
     """
     own = pixels if embedder is model else embedder.preprocess(images)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(embedder):
         features: Tensor = embedder.image_features(own)
     return features.float().cpu()

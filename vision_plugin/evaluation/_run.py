@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_plugin._inputs import sentences
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._facts import Facts
@@ -227,8 +228,8 @@ class Run:
                 )
 
     def _texts(self, texts: list[str]) -> Tensor:
-        template = self.cfg.concept_template
-        embedded: Tensor = self.site.model.encode_text([template.format(text) for text in texts])
+        named = sentences(self.cfg.concept_template, texts, argument="concept_template")
+        embedded: Tensor = self.site.model.encode_text(named)
         return embedded
 
 

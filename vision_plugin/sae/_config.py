@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from vision_plugin._inputs import check_device
+from vision_plugin._inputs import check_device, check_template
 from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
@@ -221,6 +221,7 @@ class VisionSAERunnerConfig:
             value = getattr(self, name)
             if value != AUTO and value < 0:
                 raise ValueError(f"{name}={value}: use 0 or a larger number")
+        check_template(self.validation_template, argument="validation_template")
         choices = {
             "defaults": DEFAULTS,
             "b_dec_init_method": B_DEC_INIT_METHODS,

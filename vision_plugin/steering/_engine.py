@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from vision_plugin.models.dictionary import Dictionary, join_heads
 from vision_plugin.models.site import Site
-from vision_plugin.steering._cached_pass import CachedPass, Prepared, check_images, repeat
+from vision_plugin.steering._cached_pass import (
+    CachedPass,
+    Prepared,
+    check_images,
+    check_texts_differ,
+    repeat,
+)
 from vision_plugin.steering._editor import LatentEditor, Reading
 from vision_plugin.steering._head import ClassTokenHead
 
@@ -327,5 +333,6 @@ def _unit_texts(texts: Tensor) -> Tensor:
         raise ValueError(
             f"the text embedding of concept {row} is zero: it has no direction; leave it out"
         )
+    check_texts_differ(texts)
     unit: Tensor = texts.detach().double() / norms
     return unit.float()
