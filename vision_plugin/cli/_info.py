@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,14 +107,13 @@ def preset_table() -> Iterator[Any]:
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the facts of an SAE's folder, or of a store."""
-    from vision_plugin.activations import info
+    """Yield the facts of an SAE, or of a store.
 
-    config = Path(path) / "cfg.json"
-    if not config.is_file():
-        yield from info(path).items()
-        return
-    content = json.loads(config.read_text(encoding="utf-8"))
-    metadata = content.pop("metadata", {})
-    yield from content.items()
-    yield from metadata.items()
+    Raises:
+        FileNotFoundError: there is neither of the two.
+        ValueError: what is there is damaged.
+    """
+    from vision_plugin import activations, formats
+    from vision_plugin.sae import is_store
+
+    yield from (activations if is_store(path) else formats).info(path).items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from vision_plugin._disk import whole_folder
 from vision_plugin.formats._load import load_sae
+from vision_plugin.formats._seal import seal
 
 
 def convert(
@@ -40,4 +41,5 @@ def convert(
     sae = load_sae(path, sae_id, **options)
     with whole_folder(target) as made:
         sae.save_model(made)
+        seal(made)
     return target

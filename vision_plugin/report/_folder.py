@@ -17,11 +17,12 @@ from vision_plugin._disk import put_in_place, umask
 logger = logging.getLogger(__name__)
 
 MARKER = "report.json"
+CHECKSUMS = "checksums.json"
 KIND = "vision_plugin.report"
 SCHEMA = 1
 _LOCK = ".building"
 CONTENTS = frozenset(
-    {MARKER, _LOCK, "index.html", "data.js", "assets", "features", "images", "pictures"}
+    {MARKER, CHECKSUMS, _LOCK, "index.html", "data.js", "assets", "features", "images", "pictures"}
 )
 """Names that a report's folder may hold at its top; anything else there is someone's own.
 

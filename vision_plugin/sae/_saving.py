@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vision_plugin._disk import put_in_place, sync_files
+from vision_plugin.formats import seal
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
@@ -66,6 +67,7 @@ def save(
         cfg.save(unfinished / RUNNER_CFG_FILENAME)
         for name, text in (more or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
+        seal(unfinished)
         sync_files(unfinished)
         unfinished.chmod(0o755)
         put_in_place(unfinished, out)
