@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "activations": 16,
     "evaluation": 31,
-    "formats": 12,
+    "formats": 15,
     "images": 5,
     "models": 16,
     "sae": 22,
