@@ -145,7 +145,7 @@ def stream(kit: Toolkit, model: VisionBridge, path: Path) -> Any:
 
 
 def evaluation(kit: Toolkit, model: VisionBridge, path: Path) -> Any:
-    result = vp.evaluate(
+    vp.evaluate(
         kit.sae,
         model,
         kit.images,
@@ -153,8 +153,7 @@ def evaluation(kit: Toolkit, model: VisionBridge, path: Path) -> Any:
         controls=("neurons", "pca", "random"),
         output_path=str(path / "scores.json"),
     )
-    del result
-    return json.loads((path / "scores.json").read_text())["results"]
+    return json.loads((path / "scores.json").read_text())["summary"]
 
 
 def steerability(kit: Toolkit, model: VisionBridge, path: Path) -> Any:
