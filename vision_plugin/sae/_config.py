@@ -91,7 +91,7 @@ class VisionSAERunnerConfig:
     image_column: str | None = None
     """Column of images, where a data set has several."""
     split: str | None = None
-    """Split of a data set."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
 
     train_batch_size_tokens: int | Auto = AUTO
     """Vectors per training step; ``auto`` makes at least 1,000 steps of the run, with 256 to 4,096
