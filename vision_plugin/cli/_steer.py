@@ -74,18 +74,18 @@ def run(arguments: Sequence[str]) -> None:
 def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     """Return the ids of the images, and the effect on them."""
     from vision_plugin.evaluation import read_concepts
+    from vision_plugin.images import read_spread
     from vision_plugin.steering import steering_effect
 
     sae = cfg.open_sae(cfg.sae)
     model = cfg.open_model(sae, where=cfg.sae)
     images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
-    step = max(1, len(images) // cfg.n_images)
-    chosen = list(range(0, len(images), step))[: cfg.n_images]
+    chosen = read_spread(images, cfg.n_images)
     effect = steering_effect(
         model,
         sae,
-        model.preprocess([images[i] for i in chosen]),
+        model.preprocess(list(chosen.values())),
         model.encode_text([cfg.concept_template.format(concept) for concept in concepts]),
         dict.fromkeys(cfg.latents, cfg.strength),
         concepts=concepts,
