@@ -22,7 +22,7 @@ class Inputs:
     image_column: str | None = None
     """Column that holds the images; name it where a data set has several."""
     split: str | None = None
-    """Split of a data set; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
     model_name: str | None = None
     """Model, as ``vp.load_model`` takes it; by default the one that the SAE's metadata names."""
     device: str = "cpu"

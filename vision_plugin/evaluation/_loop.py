@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vision_plugin.evaluation._lazy_batch import LazyBatch
 from vision_plugin.evaluation._offer import ImageBatch, Offer, Place, known_of
-from vision_plugin.metrics import MetricSet, feed, takes
+from vision_plugin.metrics import MetricSet, feed, needs, takes
 from vision_plugin.models import Harvester
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site, in_eval_mode
@@ -167,7 +168,10 @@ class Loop:
             view = view.plus(embeddings=offer.batch.embeddings[group.embedder])
         for name in asked:
             try:
-                feed(metrics[name], view)
+                about = (needs if only is None else takes)(type(metrics[name]))[1]
+                seen = _labelled(view, offer) if "labels" in about else view
+                if seen is not None:
+                    feed(metrics[name], seen)
             except Exception as error:
                 if not self.tolerant:
                     raise
@@ -176,6 +180,15 @@ class Loop:
                 reason = str(error) or type(error).__name__
                 self.failures[subject.key, group.embedder, name] = reason
                 del metrics[name]
+
+
+def _labelled(view: LazyBatch, offer: Offer) -> LazyBatch | None:
+    """Return what is about the images that have a label; None where no image has one."""
+    labels = offer["labels"]
+    rows = torch.nonzero(labels >= 0).flatten()
+    if len(rows) == len(labels):
+        return view
+    return view.of_images(rows, len(labels)) if len(rows) else None
 
 
 def needs_class_texts(names: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import IcoImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from vision_plugin._untrusted import read_regular
 from vision_plugin.models import as_rgb
@@ -78,6 +78,9 @@ def _decode(raw: Raw, id: str) -> Image.Image:
         return _alone(as_rgb(raw), raw)
     with _open(raw, id) as image:
         _check_size(image, id)
+        if isinstance(image, IcoImagePlugin.IcoImageFile):
+            # The image inside an icon has a size of its own.
+            _check_size(image.ico.getimage(image.size), id)
         image.seek(0)
         return _alone(as_rgb(image), image)
 

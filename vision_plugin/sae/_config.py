@@ -100,7 +100,7 @@ class VisionSAERunnerConfig:
     image_column: str | None = None
     """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a dataset; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
 
     train_batch_size_tokens: int | Auto = AUTO
     """Vectors per training step; ``auto`` is a power of two from 256 to 4,096 that gives the run at
