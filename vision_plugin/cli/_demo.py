@@ -63,13 +63,16 @@ def ladder_table(result: Any) -> Table:
 
 
 def steering_table(result: Any) -> Table:
-    """Return the largest effects of steering as a table."""
-    strength = result.evaluation.config.strength
-    table = Table(title=f"Steering: latents held at {strength:g} on eight images")
-    for heading in ("latent", "seen more", "gain", "seen less", "loss"):
-        table.add_column(heading, justify="left" if "seen" in heading else "right")
-    for latent, effect in result.effects.items():
-        gains = effect.gains(len(effect.concepts))
-        (more, gain), (less, loss) = gains[0], gains[-1]
-        table.add_row(str(latent), more, f"{gain:+.3f}", less, f"{loss:+.3f}")
+    """Return what the model answers before and while latents are held, as a table."""
+    n_images = max((found.n_images for found in result.answers.values()), default=0)
+    table = Table(title=f"Steering: {n_images} images that lack what a latent is named after")
+    for heading in ("latent", "named", "asked for"):
+        table.add_column(heading)
+    for heading in ("answered so\nbefore", "while held", "other answers\nkept"):
+        table.add_column(heading, justify="right")
+    for latent, found in result.answers.items():
+        shares = (found.before, found.after, found.kept)
+        name = found.name.removeprefix("a picture of ")
+        asked = f"{found.factor}, {found.choices} choices"
+        table.add_row(str(latent), name, asked, *(f"{share:.0%}" for share in shares))
     return table

@@ -27,20 +27,18 @@ from vision_plugin._ours import (
 from vision_plugin._paths import local_path
 from vision_plugin.activations import ExtractionConfig, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
+from vision_plugin.demo.answers import Answers, Naming, ask, choose_latents, name_latents
 from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
 from vision_plugin.models import load_model
 from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
-from vision_plugin.steering import SteeringEffect, steering_effect
 
 KIND = "vision_plugin.demo/"
 SCHEMA = f"{KIND}1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
-LEAST_IMAGES = 20
-"""Fewest images that a latent fires on to be steered."""
 Announce = Callable[[str], None]
 
 
@@ -88,8 +86,8 @@ class DemoResult:
     ladder: dict[str, float]
     """Mean score with image embeddings: factors, SAE, neurons, rotation, mean similarity."""
     evaluation: Any
-    effects: dict[int, SteeringEffect]
-    """Effects by steered latent."""
+    answers: dict[int, Answers]
+    """What the model answers while a latent is held, by latent."""
     report: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -122,7 +120,8 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     with _stage(f"Scoring it on {cfg.images} new images, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
         images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
-        concepts = [concept.text for concept in concept_vocabulary()]
+        vocabulary = concept_vocabulary()
+        concepts = [concept.text for concept in vocabulary]
         evaluation = evaluate_config(
             _evaluation(cfg, out),
             sae=sae,
@@ -135,14 +134,14 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
             factor: own_code_test(world.scenes, factor, cfg.seed) for factor in FACTORS_OF_TRUTH
         }
         ladder = score_ladder(world.scenes, embeddings, evaluation.monosemanticity, cfg.seed)
-    with _stage("Steering a few features", seconds, announce):
-        effects = _steer(cfg, model, sae, evaluation, images, concepts)
+    with _stage("Steering features by their names", seconds, announce):
+        texts = model.encode_text(concepts)
+        naming = name_latents(evaluation.encoded.latents, embeddings, texts, vocabulary)
+        answers = _steer(cfg, model, sae, evaluation, naming, images, world.scenes, texts)
     with _stage("Writing the HTML report", seconds, announce):
-        names = name_latents(evaluation.encoded.latents, embeddings, model.encode_text(concepts))
-        report = _report(
-            model, sae, images, evaluation, [concepts[name] for name in names], out / "report"
-        )
-    result = DemoResult(own_code, ladder, evaluation, effects, report, seconds)
+        names = [concepts[name] for name in naming.names]
+        report = _report(model, sae, images, evaluation, names, out / "report")
+    result = DemoResult(own_code, ladder, evaluation, answers, report, seconds)
     write_json(to_dict(cfg, result), out / "results.json")
     return result
 
@@ -250,45 +249,31 @@ def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
 
 
 def _steer(
-    cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, images: Any, concepts: list[str]
-) -> dict[int, SteeringEffect]:
-    """Return the effects on eight images of the most monosemantic latents, one per top concept."""
-    scores = evaluation.monosemanticity["sae"]
-    steerability = evaluation.steerability["sae"]
-    common = scores.n_active >= LEAST_IMAGES
-    ranked = scores.score.where(common.to(scores.score.device), -1).nan_to_num(-1)
-    chosen: dict[int, int] = {}
-    for latent in ranked.argsort(descending=True).tolist():
-        chosen.setdefault(int(steerability.top_concept[latent]), latent)
-        if len(chosen) == cfg.steered_latents:
-            break
-    pixels = model.preprocess([images[i] for i in range(8)])
-    texts = model.encode_text(concepts)
+    cfg: DemoConfig,
+    model: Any,
+    sae: Any,
+    evaluation: Any,
+    naming: Naming,
+    images: Any,
+    scenes: tuple[Scene, ...],
+    texts: Tensor,
+) -> dict[int, Answers]:
+    """Return the answers while the latents are held that their names single out best."""
+    latents = evaluation.encoded.latents.to_dense()
+    chosen = choose_latents(naming, (latents > 0).sum(0), cfg.steered_latents)
     return {
-        latent: steering_effect(
-            model, sae, pixels, texts, {latent: evaluation.config.strength}, concepts=concepts
+        latent: ask(
+            model,
+            sae,
+            latent,
+            naming=naming,
+            largest=float(latents[:, latent].max()),
+            images=images,
+            scenes=scenes,
+            texts=texts,
         )
-        for latent in chosen.values()
+        for latent in chosen
     }
-
-
-def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int]:
-    """Return for each latent the concept that sets its images apart from all images best.
-
-    Args:
-        latents: Image-level latents, sparse [n, d_sae].
-        embeddings: Embeddings of the images, [n, d].
-        texts: Embeddings of the concepts, [concepts, d].
-
-    Returns:
-        The concept most similar to the weighted mean of the embeddings of the latent's images,
-        minus the mean of all embeddings.
-    """
-    weights = latents.to_dense().double()
-    weights = weights / weights.sum(0).clamp(min=1e-12)
-    apart = weights.T @ embeddings.double() - embeddings.double().mean(0)
-    best: list[int] = (apart @ texts.double().T).argmax(1).tolist()
-    return best
 
 
 def _report(
@@ -318,10 +303,7 @@ def to_dict(cfg: DemoConfig, result: DemoResult) -> dict[str, Any]:
         "config": asdict(cfg),
         "own_code": {factor: asdict(test) for factor, test in result.own_code.items()},
         "ladder": result.ladder,
-        "steered": {
-            str(latent): [{"concept": c, "gain": g} for c, g in effect.gains()]
-            for latent, effect in result.effects.items()
-        },
+        "steered": {str(latent): asdict(found) for latent, found in result.answers.items()},
         "evaluation": result.evaluation.to_dict(),
         "seconds": result.seconds,
     }
