@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vision_plugin._inputs import check_device
+from vision_plugin._device import check_device
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
-from vision_plugin._inputs import usable_device
+from vision_plugin._device import usable_device
 from vision_plugin._paths import local_path
 from vision_plugin.formats._checkpoint import Activation, NegativeLatents, RowNormalization
 from vision_plugin.formats._errors import CorruptCheckpointError

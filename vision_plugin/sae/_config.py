@@ -11,7 +11,8 @@ from typing import Any, Literal
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from vision_plugin._inputs import check_device, check_template
+from vision_plugin._device import check_device
+from vision_plugin._inputs import check_template
 from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
