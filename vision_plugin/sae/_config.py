@@ -250,7 +250,8 @@ class VisionSAERunnerConfig:
             name: Name of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info
                 presets`` lists the names and the sources of the numbers.
             architecture: Architecture of the SAE, for example ``matryoshka_batchtopk``.
-            **changes: Fields to set to other values; ``images`` has to be one of them.
+            **changes: Fields to set to other values. Presets name no images, so set ``images``,
+                or give the runner opened images.
 
         Raises:
             ValueError: there is no such preset, or no such field.
