@@ -237,12 +237,13 @@ def test_bad_input_is_one_clear_error(
         steerability(**arguments)
 
 
-def test_weights_that_are_not_numbers_name_the_latent(world: SimpleNamespace) -> None:
+def test_weights_that_are_no_numbers_any_more_name_the_latent(world: SimpleNamespace) -> None:
     sae = standard_sae(HOOK, 16)
+    metric = Steerability(world.model, sae, world.texts)
     with torch.no_grad():
         sae.W_dec[4] = math.nan
     with pytest.raises(ValueError, match=r"steering latent 4 \(1 of 6 latents\)"):
-        steerability(world.model, sae, world.pixels, world.texts)
+        metric.update(world.pixels)
 
 
 def test_a_model_without_a_text_space_is_refused() -> None:

@@ -253,10 +253,14 @@ def test_hooks_and_saes_come_along_with_a_copy(tiny_clip: str) -> None:
     assert again.cfg.use_attn_result
     assert list(again.acts_to_saes) == ["blocks.1.hook_resid_post"]
     assert again.acts_to_saes["blocks.1.hook_resid_post"] is not sae
+    with pytest.raises(pickle.PicklingError, match=r"detach them with reset_saes\(\)"):
+        pickle.dumps(model)
     again.reset_hooks(including_permanent=True)
     again.set_use_attn_result(False)
     assert torch.equal(again(pixels), plain)
     assert torch.equal(model(pixels), expected)
+    model.reset_saes()
+    assert torch.equal(pickled(model)(pixels), model(pixels))
 
 
 def test_a_whole_model_is_saved_and_read_by_torch(tiny_clip: str) -> None:

@@ -46,10 +46,15 @@ class Splicing:
         return [(splice.sae, splice.site.tokens, splice.use_error_term) for splice in splices]
 
     def _user_hooks(self) -> list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]]:
-        """Return the hooks on the model and on attached SAEs, except those of the splices."""
+        """Return the hooks on the model's own points, except those of the splices.
+
+        Hooks on an attached SAE's points are the SAE's.
+        """
         ours = {id(handle) for splice in self._splices.values() for _, handle in splice.handles}
         found: list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]] = []
-        points = {id(point): (name, point) for name, point in reversed(self.hook_dict.items())}
+        inner = {id(point) for point in self.splice_hooks().values()}
+        named = [pair for pair in self.hook_dict.items() if id(pair[1]) not in inner]
+        points = {id(point): (name, point) for name, point in reversed(named)}
         for name, point in points.values():
             for direction, handles in (("fwd", point.fwd_hooks), ("bwd", point.bwd_hooks)):
                 found += [

@@ -6,6 +6,8 @@ native module's; the bridge then takes them from there, so that the two never pa
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -118,13 +120,13 @@ class Weights:
         """Return native names by the other names that mean the same tensor, and no other."""
         native = {id(t): name for name, t in self.native.state_dict(keep_vars=True).items()}
         own = set(native.values())
-        copy = self.original_model.state_dict(keep_vars=True)
+        structure = self.original_model.state_dict(keep_vars=True)
         names: dict[str, set[str]] = {}
         in_lens: dict[str, list[str]] = self._tl_key_to_actual_keys()  # type: ignore[attr-defined]
         for lens_name, paths in in_lens.items():
             for path in paths:
                 for name in (lens_name, path, path.replace("._original_component", "")):
-                    names.setdefault(name, set()).add(native.get(id(copy[path]), ""))
+                    names.setdefault(name, set()).add(native.get(id(structure[path]), ""))
         return {
             name: next(iter(meant))
             for name, meant in names.items()
@@ -200,14 +202,34 @@ class Weights:
 
     # ------------------------------------------------------------------ copies
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle a bridge as its native module, with what is attached to it.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a bridge over a copy of the native module, with copies of what is attached."""
+        from vision_plugin.models._wrapping import bridge_again
 
-        Hooks that users added come along; pickle wants them to be functions of a module.
+        memo[id(self)] = again = bridge_again(
+            copy.deepcopy(self.native, memo), copy.deepcopy(self._belongings(), memo)
+        )
+        return again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a bridge as its native module and the hooks that users added.
+
+        Raises:
+            PicklingError: an SAE is attached.
         """
         from vision_plugin.models._wrapping import bridge_again
 
-        kept = {
+        kept = self._belongings()
+        if kept["splices"]:
+            raise pickle.PicklingError(
+                f"{self.cfg.model_name} has SAEs attached, which SAELens does not let pickle: "
+                "detach them with reset_saes() and save each with sae.save_model(path)"
+            )
+        return bridge_again, (self.native, kept)
+
+    def _belongings(self) -> dict[str, Any]:
+        """Return what a bridge has beside its native module."""
+        return {
             "name": self.cfg.model_name,
             "architecture": self.cfg.architecture,
             "adapter_class": type(self.adapter),
@@ -219,7 +241,6 @@ class Weights:
             "splices": self._spliced(),  # type: ignore[attr-defined]
             "hooks": self._user_hooks(),  # type: ignore[attr-defined]
         }
-        return bridge_again, (self.native, kept)
 
 
 def _tensors(modules: Iterator[nn.Module]) -> Iterator[dict[str, Any]]:

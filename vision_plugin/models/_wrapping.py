@@ -97,7 +97,7 @@ def _bridge(module: nn.Module, name: str, architecture: str, adapter_class: Any)
 
 
 def bridge_again(module: nn.Module, kept: dict[str, Any]) -> VisionBridge:
-    """Return a bridge over a copied or unpickled native module, see ``Weights.__reduce__``."""
+    """Return a bridge over a copied or unpickled native module, see ``Weights._belongings``."""
     bridge = _bridge(module, kept["name"], kept["architecture"], kept["adapter_class"])
     bridge.adapter.tower_dimensions = kept["dimensions"]
     bridge.image_processor, bridge.tokenizer = kept["image_processor"], kept["tokenizer"]
