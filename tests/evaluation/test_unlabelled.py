@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from PIL import Image
 
 import vision_plugin as vp
 from tests.metrics._steerability_reference import standard_sae
@@ -97,3 +98,24 @@ def test_images_without_any_label_have_no_classes(world: SimpleNamespace, tmp_pa
         read_concepts("labels", nameless)
     with pytest.raises(ValueError, match=r"embedder='labels': no image has a label"):
         score(world, nameless, tmp_path)
+
+
+def test_images_of_other_domains_may_have_splits(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name / "heart").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "heart" / f"{name}.png")
+    with pytest.raises(ValueError, match="the splits test, train"):
+        Facts([], domain_images=[str(tmp_path)]).domains  # noqa: B018
+    found = Facts([], domain_images=[str(tmp_path)], domain_split="test").domains
+    assert found[str(tmp_path)].ids == ["heart/test.png"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_a_mask_that_cannot_be_read_is_named(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("heart\n")
+    (tmp_path / "0.png").write_bytes(damage)
+    images = open_images([Image.new("RGB", (8, 8))])
+    masks = Facts(images, masks=str(tmp_path)).masks
+    assert masks is not None
+    with pytest.raises(ValueError, match=r"0\.png cannot be read as a mask in PNG"):
+        masks.of_image(0)

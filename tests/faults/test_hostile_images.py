@@ -22,6 +22,7 @@ from tests._cost import Cost, cost_of
 from tests._images import image, photo_folder
 from tests.images.test_sources import dataset, png, same, write_tar
 from vision_plugin.images import BadImageError, ImageSource, open_images
+from vision_plugin.metrics import read_taxonomy
 
 MB = 1_000_000
 
@@ -412,3 +413,24 @@ def test_the_commands_say_it_in_a_sentence(
     assert len(said) == 1
     assert "metadata.jsonl, line 1 is nested more than 64 deep" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((f"{name}.json", JSON[name]) for name in ("deep", "deep and closed", "number", "half")),
+        *((f"{name}.csv", CSV[name]) for name in ("a field above the limit", "UTF-16")),
+    ],
+)
+def test_taxonomies(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    cost = cost_of(lambda: read_taxonomy(tmp_path / name, image_ids=["a.png"]))
+    assert cost.error.startswith(f"ValueError: {tmp_path / name}"), cost.error
+    assert cost.is_small
+
+
+def test_a_pipe_is_no_taxonomy(tmp_path: Path) -> None:
+    for name in ("a.json", "a.csv"):
+        os.mkfifo(tmp_path / name)
+        cost = cost_of(partial(read_taxonomy, tmp_path / name, image_ids=["a.png"]))
+        assert "is a named pipe, not a regular file" in cost.error

@@ -52,6 +52,8 @@ class EvaluationConfig(Inputs):
     image, whose pixel values are line numbers, 0 for no concept; or ``demo``."""
     domain_images: tuple[str, ...] = ()
     """For cross_domain: labelled images unlike the training images of the SAE."""
+    domain_split: str | None = None
+    """For cross_domain: split of ``domain_images``, where they have several."""
     other_saes: tuple[str, ...] = ()
     """For stability: SAEs of the same activations from other seeds."""
     output_path: str | None = None

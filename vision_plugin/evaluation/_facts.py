@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -29,8 +30,13 @@ from vision_plugin.metrics import (
 
 logger = logging.getLogger(__name__)
 
+MAX_MASK_BYTES = 64 * 1024 * 1024
+"""Larger files with masks are refused."""
+MAX_MASK_PIXELS = 100_000_000
+"""Masks with more pixels are refused before they are decoded."""
 DEMO = re.compile(r"demo:(\d+)@(\d+)")
-MAX_TEXT_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Larger lists of concepts or names are refused."""
 
 
 class Facts:
@@ -44,6 +50,7 @@ class Facts:
         group_widths: Cumulative widths of a Matryoshka dictionary's groups.
         masks: A folder of masks, or ``demo``.
         domain_images: Labelled images of other domains, as ``open_images`` takes them.
+        domain_split: Split of each of them.
     """
 
     def __init__(
@@ -56,10 +63,12 @@ class Facts:
         group_widths: Sequence[int] = (),
         masks: str | None = None,
         domain_images: Sequence[str] = (),
+        domain_split: str | None = None,
     ) -> None:
         self.images, self.label_column, self.concepts = images, labels, list(concepts)
         self.taxonomy, self.group_widths = taxonomy, tuple(group_widths)
         self.masks_named, self.domain_images = masks, tuple(domain_images)
+        self.domain_split = domain_split
         self.paths_read: list[Sequence[str]] = []
         """Taxonomy paths of the images read so far, shared by the metrics."""
 
@@ -151,7 +160,7 @@ class Facts:
     @cached_property
     def domains(self) -> dict[str, Any]:
         """Return the labelled images of other domains, by their names in ``domain_images``."""
-        found = {name: open_images(name) for name in self.domain_images}
+        found = {name: open_images(name, split=self.domain_split) for name in self.domain_images}
         for name, images in found.items():
             if images.label_column is None:
                 raise ValueError(f"domain_images={name!r}: these images need labels")
@@ -302,7 +311,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
             raise ValueError(f"image {images.ids[image]!r} names a mask outside {folder}")
         if not path.is_file():
             raise FileNotFoundError(f"masks={folder!r}: there is no {path}")
-        numbers = np.asarray(Image.open(path))
+        numbers = _read_mask(path)
         shown = np.unique(numbers)
         if numbers.ndim != 2 or int(shown.max()) > len(names):
             raise ValueError(
@@ -312,6 +321,16 @@ def _folder_masks(folder: str, images: Any) -> Masks:
         return {int(value) - 1: numbers == value for value in shown if value > 0}
 
     return Masks(names, of_image)
+
+
+def _read_mask(path: Path) -> Any:
+    try:
+        with Image.open(io.BytesIO(read_regular(path, MAX_MASK_BYTES)), formats=("PNG",)) as mask:
+            if mask.width * mask.height > MAX_MASK_PIXELS:
+                raise ValueError(f"it has more than {MAX_MASK_PIXELS:,} pixels")
+            return np.asarray(mask)
+    except Exception as error:  # decoders raise nearly every type on malformed bytes
+        raise ValueError(f"{path} cannot be read as a mask in PNG ({error})") from error
 
 
 def _image(mask: Bool[np.ndarray, "height width"]) -> Image.Image:

@@ -19,6 +19,8 @@ from vision_plugin.images._splits import choose_split
 
 logger = logging.getLogger(__name__)
 
+MAX_STREAMED = 100_000_000
+"""Largest number of images in a stream."""
 _BYTES = ("binary", "large_binary", "binary_view")
 
 
@@ -98,6 +100,11 @@ class StreamedImages(ImageCollection):
                 f"{name} is streamed and does not say how many rows it has: give n_images="
             )
         n_rows = min(n for n in (n_images, known) if n is not None)
+        if n_rows > MAX_STREAMED:
+            raise ValueError(
+                f"{name} is said to have {n_rows:,} rows, above the limit of {MAX_STREAMED:,} for "
+                "a stream: take fewer with n_images="
+            )
         self.ids = [str(row) for row in range(n_rows)]
         self.dataset = _undecoded(dataset, self.image_column)
         self._names = {n: _class_names(dataset, n) for n in columns}

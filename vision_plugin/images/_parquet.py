@@ -288,7 +288,7 @@ def _class_names(schema: pa.Schema, file: Path) -> dict[str, list[str]]:
     for step in ("info", "features"):
         features = (features.get(step) or {}) if isinstance(features, dict) else None
     described = features if isinstance(features, dict) else {}
-    found = {
+    found: dict[str, Any] = {
         name: feature.get("names")
         for name, feature in described.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"

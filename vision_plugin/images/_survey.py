@@ -50,7 +50,7 @@ def survey(root: Path) -> Contents:
     """
     contents = Contents()
     n_links = 0
-    waiting = [("", (_identity(os.stat(root)),))]  # noqa: PTH116
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root.stat()),))]
     while waiting:
         below, above = waiting.pop()
         for entry in _entries(root / below):
