@@ -33,6 +33,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 import vision_plugin as vp
 from benchmarks._machine import machine
 from benchmarks._quality_score import Encoded, Scored, at_k, scores, stability

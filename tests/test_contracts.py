@@ -18,7 +18,7 @@ PUBLIC = {
     "activations": 16,
     "evaluation": 31,
     "formats": 15,
-    "images": 5,
+    "images": 7,
     "models": 16,
     "sae": 22,
     "steering": 11,

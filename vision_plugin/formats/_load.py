@@ -10,6 +10,8 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
+from vision_plugin._device import usable_device
+from vision_plugin._paths import local_path
 from vision_plugin.formats._checkpoint import Activation, NegativeLatents, RowNormalization
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import reason_of
@@ -83,9 +85,10 @@ def load_sae(
         "input_mean": input_mean,
         "input_std": input_std,
     }
+    usable_device(device)
     register()
     text = str(path_or_repo)
-    path = Path(path_or_repo)
+    path = local_path(path_or_repo)
     if not os.path.lexists(path) and text in get_pretrained_saes_directory():
         return SAE.from_pretrained(
             text,

@@ -74,9 +74,11 @@ def _metadata(raw: RawCheckpoint) -> dict[str, object]:
         tokens = "cls"
     else:
         tokens = "patch" if raw.setting("use_patches_only", bool, default=False) else "all"
+    # Prisma's hook_normalized comes after weight and bias, where the bridge has hook_out.
+    place = (raw.text("layer_subtype") or "").replace("hook_normalized", "hook_out")
     return {
         "model_name": model,
-        "hook_name": f"blocks.{layer}.{raw.text('layer_subtype')}",
+        "hook_name": f"blocks.{layer}.{place}",
         "hook_head_index": raw.setting("hook_point_head_index", int, default=None),
         "tokens": tokens,
     }

@@ -148,7 +148,7 @@ def _metadata(raw: RawCheckpoint) -> dict[str, object]:
         layer = int(found[1]) if found else None
     hook = None if layer is None else f"blocks.{layer}.hook_resid_post"
     if backbone == "dinov2_vitb14":  # its helper applies the final norm to what it returns
-        hook = "ln_final.hook_normalized" if layer == _LAST_LAYER else None
+        hook = "ln_final.hook_out" if layer == _LAST_LAYER else None
     return {
         "model_name": _MODELS.get(backbone or "", backbone),
         "hook_name": hook,

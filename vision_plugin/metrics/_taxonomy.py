@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vision_plugin._paths import local_path
+
 __all__ = ["TaxonomyPaths", "read_taxonomy", "taxonomy_from_columns"]
 
 T = TypeVar("T")
@@ -60,7 +62,7 @@ def read_taxonomy(
     Raises:
         ValueError: the file is neither JSON nor CSV, too large, or lacks an image or a column.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} is larger than {MAX_BYTES} bytes, too large for a taxonomy")
     if path.suffix == ".json":

@@ -96,7 +96,7 @@ def build(job: Job, folder: Path) -> None:
     effect_of = effects(job.steering, job.steerer, job.features)
     n_pages = len(job.features)
     pages = watch(
-        feature_pages(content, effect_of), "Writing pages", progress=job.progress, total=n_pages
+        feature_pages(content, effect_of), "writing pages", progress=job.progress, total=n_pages
     )
     write_assets(folder)
     write_features(folder, pages)

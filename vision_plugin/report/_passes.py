@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vision_plugin._progress import Progress
@@ -156,12 +153,12 @@ def map_heat(
     return HeatMaps(values, elsewhere, encoder.layout.grid)
 
 
-def watch(
-    items: Iterable[_Item], what: str, *, progress: bool, total: int | None = None
-) -> Iterator[_Item]:
-    """Yield the items, with a progress bar on the error stream."""
-    console = Console(file=sys.stderr)
-    yield from track(items, what, total, disable=not progress, transient=True, console=console)
+def watch(items: Iterable[_Item], what: str, *, progress: bool, total: int) -> Iterator[_Item]:
+    """Yield the items and show how far it is."""
+    with Progress(total, what, shown=progress, of="pages") as shown:
+        for item in items:
+            yield item
+            shown.advance(1)
 
 
 def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
