@@ -95,11 +95,18 @@ def _room_for(place: Path) -> Iterator[None]:
     """Say what a full disk has no room for, and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_ROOM or "no room" in str(error):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _number_told(error)
+        if number not in NO_ROOM or "no room" in str(error):
             raise
-        reason = f"no room to write {place.name} ({os.strerror(error.errno)}): free some room and "
-        raise OSError(error.errno, f"{reason}run the same command again", str(place)) from error
+        reason = f"no room to write {place.name} ({os.strerror(number)}): free some room and run "
+        raise OSError(number, f"{reason}the same command again", str(place)) from error
+
+
+def _number_told(error: Exception) -> int:
+    """Return the system's error number, which libraries in Rust give in words; 0 for none."""
+    told = re.search(r"\(os error ([0-9]+)\)", str(error))
+    return int(told.group(1)) if told else 0
 
 
 @contextmanager
