@@ -14,6 +14,7 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import CLIPModel
 
 import vision_plugin as vp
@@ -230,6 +231,26 @@ def test_names_that_transformer_lens_gives_are_understood(tiny_clip: str) -> Non
     assert model.load_state_dict(by_lens, strict=False).unexpected_keys == []
     assert torch.equal(native.post_layernorm.weight, new)
     assert bool((native.encoder.layers[1].self_attn.q_proj.bias == 2.0).all())
+
+
+@torch.no_grad()
+def test_a_state_under_the_names_of_transformer_lens_loads_or_is_refused(family) -> None:
+    """Such a state is what ``state_dict()`` of TransformerLens's own bridge is."""
+    case, module, _ = family
+    trained = other(module)
+    state = TransformerBridge.state_dict(vp.wrap(trained))
+    model = vp.wrap(copy.deepcopy(module))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if case.label == "open_clip: ViT-B-32":  # both towers end in an ln_final there
+        with pytest.raises(RuntimeError, match=r"'ln_final\.bias' means 'visual\.ln_post\.bias'"):
+            model.load_state_dict(state, strict=False)
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+        return
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    loaded, wanted = model.state_dict(), trained.state_dict()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, wanted[name]) or torch.equal(tensor, before[name])
+    assert sum(torch.equal(loaded[name], wanted[name]) for name in loaded) == len(state)
 
 
 def twice(activation: Tensor, hook: object) -> Tensor:

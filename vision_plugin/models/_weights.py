@@ -104,11 +104,12 @@ class Weights:
             torch's pair of missing and unexpected names.
 
         Raises:
-            RuntimeError: a shape differs, or ``strict`` is set and the names differ.
+            RuntimeError: a shape differs, a name means two things, or ``strict`` is set and the
+                names differ.
         """
-        aliases = self._lens_names()
+        names = self._native_names(state_dict)
         native: OrderedDict[str, Any] = OrderedDict(
-            (aliases.get(name, name), value) for name, value in state_dict.items()
+            (names.get(name, name), value) for name, value in state_dict.items()
         )
         if hasattr(state_dict, "_metadata"):
             native._metadata = state_dict._metadata  # type: ignore[attr-defined]
@@ -116,22 +117,36 @@ class Weights:
         self._renew_loans()
         return result
 
-    def _lens_names(self) -> dict[str, str]:
-        """Return native names by the other names that mean the same tensor, and no other."""
+    def _native_names(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
+        """Return native names by the names of a state that TransformerLens gives.
+
+        Raises:
+            RuntimeError: a name means one tensor to TransformerLens and another one natively.
+        """
+        meanings = self._lens_names()
+        native = set(self.native.state_dict(keep_vars=True))
+        translated = {n for n in state_dict if n not in native and len(meanings.get(n, ())) == 1}
+        for name in sorted(native & meanings.keys() & state_dict.keys() if translated else ()):
+            other = meanings[name] - {name}
+            if other and not other & state_dict.keys():
+                raise RuntimeError(
+                    f"the state has names of TransformerLens ({min(translated)!r}), among which "
+                    f"{name!r} means {min(other)!r}, but {self.cfg.model_name} has a weight of "
+                    "that name too: rename the state's weights as in model.state_dict()"
+                )
+        return {name: next(iter(meanings[name])) for name in translated}
+
+    def _lens_names(self) -> dict[str, set[str]]:
+        """Return the tensors, by their native names, that TransformerLens's names may mean."""
         native = {id(t): name for name, t in self.native.state_dict(keep_vars=True).items()}
-        own = set(native.values())
         structure = self.original_model.state_dict(keep_vars=True)
         names: dict[str, set[str]] = {}
         in_lens: dict[str, list[str]] = self._tl_key_to_actual_keys()  # type: ignore[attr-defined]
         for lens_name, paths in in_lens.items():
             for path in paths:
                 for name in (lens_name, path, path.replace("._original_component", "")):
-                    names.setdefault(name, set()).add(native.get(id(structure[path]), ""))
-        return {
-            name: next(iter(meant))
-            for name, meant in names.items()
-            if name not in own and len(meant) == 1 and "" not in meant
-        }
+                    names.setdefault(name, set()).add(native[id(structure[path])])
+        return names
 
     def _load_from_state_dict(
         self,
