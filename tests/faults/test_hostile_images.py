@@ -384,6 +384,17 @@ class TestParquet:
         source = open_images(tmp_path / "a.parquet")
         assert all(same(source[i], image(i)) for i in range(3))
 
+    @pytest.mark.parametrize("place", range(8, 800, 60))
+    def test_a_damaged_footer_is_a_sentence(self, place: int, tmp_path: Path) -> None:
+        dataset(3).to_parquet(tmp_path / "a.parquet")
+        content = bytearray((tmp_path / "a.parquet").read_bytes())
+        content[-place - 8 : -place] = b"\xff" * 8
+        (tmp_path / "a.parquet").write_bytes(content)
+        cost = cost_of(lambda: use(tmp_path / "a.parquet"))
+        assert cost.error == "" or cost.error.startswith(("ValueError: ", "BadImageError: "))
+        assert "\n" not in cost.error
+        assert cost.is_small
+
     def test_damaged_pages_cost_their_images_alone(self, tmp_path: Path) -> None:
         dataset(6).to_parquet(tmp_path / "a.parquet", batch_size=3)
         whole = open_images(tmp_path / "a.parquet")

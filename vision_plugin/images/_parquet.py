@@ -86,7 +86,7 @@ class ParquetImages(ImageCollection):
             value = self._row_group(group)[index - self._starts[group]].as_py()
         except (pa.ArrowException, OSError, ValueError) as error:
             file, number = self._groups[group]
-            reason = " ".join(str(error).split())[:200]
+            reason = _in_a_line(error)
             self._broken[group] = (
                 f"row group {number} of {self.files[file]} cannot be read: {reason}"
             )
@@ -241,13 +241,17 @@ def _open(file: Path, column: str | None = None) -> pq.ParquetFile:
             )
         reader.schema_arrow  # noqa: B018  # it is read on first use, and may be damaged
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+        raise ValueError(f"{file} cannot be read as Parquet: {_in_a_line(error)}") from error
     if min(rows, default=0) < 0 or sum(rows) != n_rows or n_rows > max(ROWS_FLOOR, size):
         raise ValueError(
             f"{file} has {size:,} bytes and claims {n_rows:,} rows, {sum(rows):,} in its row "
             "groups: fetch or write it again"
         )
     return reader
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _leaves(reader: pq.ParquetFile, name: str) -> list[int]:
@@ -276,7 +280,7 @@ def read_column(file: Path, name: str) -> list[Any]:
         check_expansion(file, reader, name, range(reader.num_row_groups))
         chunks = reader.read(columns=[name]).column(name).chunks
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {_in_a_line(error)}") from error
     found: list[Any] = []
     for chunk in chunks:
         if not pa.types.is_dictionary(chunk.type):
