@@ -22,6 +22,7 @@ from tests._cost import Cost, cost_of
 from tests._images import image, photo_folder
 from tests.images.test_sources import dataset, png, same, write_tar
 from vision_plugin.images import BadImageError, ImageSource, open_images
+from vision_plugin.images._pages import expanded_bytes
 from vision_plugin.metrics import read_taxonomy
 
 MB = 1_000_000
@@ -321,6 +322,51 @@ class TestParquet:
         error = refused(tmp_path / "a.parquet").error
         assert f"its column '{column}' expand to 30," in error
 
+    def test_a_footer_that_says_less_is_not_believed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vision_plugin.images._parquet.EXPANSION_FLOOR_BYTES", 8 * MB)
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"image": [b"\0" * (30 * MB)]}), path, compression="zstd")
+        claimed = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+        content = path.read_bytes()
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        assert varint(claimed) in content[start:]
+        footer = content[start:].replace(varint(claimed), varint(1_100_000))
+        path.write_bytes(content[:start] + footer)
+        lying = pq.read_metadata(path).row_group(0).column(0)
+        assert lying.total_uncompressed_size == 1_100_000
+        assert "its column 'image' expand to 30," in refused(path).error
+
+    @pytest.mark.parametrize("version", ["1.0", "2.0"])
+    @pytest.mark.parametrize("statistics", [True, False])
+    def test_pages_are_counted_as_the_writer_counted_them(
+        self, version: str, statistics: bool, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "a.parquet"
+        values = [bytes(100 + i) for i in range(3000)] + [None, b"a"] * 1000
+        numbers = list(range(5000))
+        pq.write_table(
+            pa.table({"image": values, "n": numbers, "lists": [[i, i] for i in numbers]}),
+            path,
+            compression="zstd",
+            data_page_size=2000,
+            data_page_version=version,
+            write_statistics=statistics,
+            row_group_size=1500,
+        )
+        about = pq.read_metadata(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        for group in range(about.num_row_groups):
+            for place in range(about.num_columns):
+                column = about.row_group(group).column(place)
+                first = min(column.dictionary_page_offset or 10**9, column.data_page_offset)
+                size = column.total_compressed_size
+                found = expanded_bytes(descriptor, first, size)
+                # The writer counts the headers too.
+                assert 0 <= column.total_uncompressed_size - found < size
+        os.close(descriptor)
+
     def test_dictionary_encoded_bytes_are_images(self, tmp_path: Path) -> None:
         """As pyarrow writes them, alone and in the struct that datasets uses."""
         values = pa.array([png(image(i)) for i in (0, 1, 0)], pa.binary()).dictionary_encode()
@@ -337,6 +383,17 @@ class TestParquet:
         pq.write_table(pa.table({"image": pa.array(contents, kind)}), tmp_path / "a.parquet")
         source = open_images(tmp_path / "a.parquet")
         assert all(same(source[i], image(i)) for i in range(3))
+
+    @pytest.mark.parametrize("place", range(8, 800, 60))
+    def test_a_damaged_footer_is_a_sentence(self, place: int, tmp_path: Path) -> None:
+        dataset(3).to_parquet(tmp_path / "a.parquet")
+        content = bytearray((tmp_path / "a.parquet").read_bytes())
+        content[-place - 8 : -place] = b"\xff" * 8
+        (tmp_path / "a.parquet").write_bytes(content)
+        cost = cost_of(lambda: use(tmp_path / "a.parquet"))
+        assert cost.error == "" or cost.error.startswith(("ValueError: ", "BadImageError: "))
+        assert "\n" not in cost.error
+        assert cost.is_small
 
     def test_damaged_pages_cost_their_images_alone(self, tmp_path: Path) -> None:
         dataset(6).to_parquet(tmp_path / "a.parquet", batch_size=3)
@@ -359,6 +416,13 @@ class TestParquet:
             held.to_parquet(tmp_path / f"{number}.parquet")
         with pytest.raises(ValueError, match=r"1\.parquet has other class names than .*0\.parquet"):
             open_images(tmp_path)
+
+
+def varint(value: int) -> bytes:
+    """A number as the footer of a Parquet file holds it."""
+    value *= 2
+    groups = [value >> shift & 127 for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
 
 
 def encoded(picture: Image.Image, format: str) -> bytes:

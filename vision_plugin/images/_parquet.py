@@ -17,6 +17,7 @@ from PIL import Image
 from vision_plugin._untrusted import open_regular, parse_json
 from vision_plugin.images._collection import ImageCollection, find_image_column, no_column
 from vision_plugin.images._image import BadImageError, Raw
+from vision_plugin.images._pages import expanded_bytes
 
 CACHE_BYTES = 128 * 1024 * 1024
 """Row groups read before stay in memory up to this size in bytes; at least one stays."""
@@ -85,7 +86,7 @@ class ParquetImages(ImageCollection):
             value = self._row_group(group)[index - self._starts[group]].as_py()
         except (pa.ArrowException, OSError, ValueError) as error:
             file, number = self._groups[group]
-            reason = " ".join(str(error).split())[:200]
+            reason = _in_a_line(error)
             self._broken[group] = (
                 f"row group {number} of {self.files[file]} cannot be read: {reason}"
             )
@@ -126,7 +127,7 @@ class ParquetImages(ImageCollection):
         file, number = self._groups[group]
         if file not in self._readers:
             self._readers = {file: _open(self.files[file], self.image_column)}
-        check_expansion(self._readers[file], self.image_column, [number])
+        check_expansion(self.files[file], self._readers[file], self.image_column, [number])
         table = self._readers[file].read_row_group(
             number, columns=[self.image_column], use_threads=False
         )
@@ -192,14 +193,22 @@ def is_image(kind: pa.DataType) -> bool:
     )
 
 
-def check_expansion(reader: pq.ParquetFile, name: str, groups: Sequence[int]) -> None:
+def check_expansion(file: Path, reader: pq.ParquetFile, name: str, groups: Sequence[int]) -> None:
     """Raise a ``ValueError`` if a column is far larger than what the file holds of it."""
     stored = expanded = 0
-    for group in groups:
-        about = reader.metadata.row_group(group)
-        for place in _leaves(reader, name):
-            stored += about.column(place).total_compressed_size
-            expanded += about.column(place).total_uncompressed_size
+    leaves = _leaves(reader, name)
+    with open_regular(file) as stream:
+        for group in groups:
+            about = reader.metadata.row_group(group)
+            for place in leaves:
+                column = about.column(place)
+                first, size = column.data_page_offset, column.total_compressed_size
+                if column.has_dictionary_page:
+                    first = min(first, column.dictionary_page_offset)
+                stored += size
+                expanded += max(
+                    column.total_uncompressed_size, expanded_bytes(stream.fileno(), first, size)
+                )
     if expanded > max(EXPANSION_FLOOR_BYTES, MAX_EXPANSION * stored):
         raise ValueError(
             f"{stored:,} bytes of its column {name!r} expand to {expanded:,}, above the limits of "
@@ -232,13 +241,17 @@ def _open(file: Path, column: str | None = None) -> pq.ParquetFile:
             )
         reader.schema_arrow  # noqa: B018  # it is read on first use, and may be damaged
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+        raise ValueError(f"{file} cannot be read as Parquet: {_in_a_line(error)}") from error
     if min(rows, default=0) < 0 or sum(rows) != n_rows or n_rows > max(ROWS_FLOOR, size):
         raise ValueError(
             f"{file} has {size:,} bytes and claims {n_rows:,} rows, {sum(rows):,} in its row "
             "groups: fetch or write it again"
         )
     return reader
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _leaves(reader: pq.ParquetFile, name: str) -> list[int]:
@@ -264,10 +277,10 @@ def read_column(file: Path, name: str) -> list[Any]:
     """
     reader = _open(file, name)
     try:
-        check_expansion(reader, name, range(reader.num_row_groups))
+        check_expansion(file, reader, name, range(reader.num_row_groups))
         chunks = reader.read(columns=[name]).column(name).chunks
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {_in_a_line(error)}") from error
     found: list[Any] = []
     for chunk in chunks:
         if not pa.types.is_dictionary(chunk.type):
