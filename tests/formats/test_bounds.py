@@ -29,7 +29,9 @@ def refused(path: Path, *words: str) -> None:
     """Loading costs little, and ends in one printable sentence that names the file."""
     cost = cost_of(lambda: load_sae(path))
     assert cost.is_small, cost
-    assert cost.error.startswith("CorruptCheckpointError: Cannot load "), cost.error
+    kind, _, message = cost.error.partition(": ")
+    assert kind.endswith("CheckpointError"), cost.error
+    assert message.startswith(f"Cannot load {path}: "), cost.error
     assert path.name in cost.error
     assert cost.error.isprintable()
     assert len(cost.error) < 1000
@@ -39,11 +41,11 @@ def refused(path: Path, *words: str) -> None:
 
 def doubled(depth: int, *, kind: bytes = b"\x86") -> bytes:
     """A tuple of two references to a tuple of two references, and so on: 2^depth leaves."""
-    stream = b"K\x01q\x00"
+    stream = b"K\x01q\x000"
     for level in range(depth):
         at = bytes([level])
-        stream += b"h" + at + b"h" + at + kind + b"q" + bytes([level + 1])
-    return stream
+        stream += b"h" + at + b"h" + at + kind + b"q" + bytes([level + 1]) + b"0"
+    return stream + b"h" + bytes([depth])
 
 
 def name(text: str) -> bytes:

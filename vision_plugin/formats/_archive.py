@@ -46,10 +46,10 @@ def read_pickled(file: Stream, size: int) -> Any:
             f"it starts with {start[:8]!r}: neither a torch file, a pickle, gzip nor safetensors."
         )
     # An embedded storage counts twice: its bytes, and the numbers that they become.
-    content, budget = PickleBytes(file, size), Budget(2 * size)
+    content = PickleBytes(file, size, Budget(2 * size))
     if _STREAM_MARK in start:
-        return _stream(content, budget, _embedded)
-    return InertUnpickler(content, budget, embedded=_embedded).load()
+        return _stream(content, _embedded)
+    return InertUnpickler(content, embedded=_embedded).load()
 
 
 def _zip_archive(file: Stream, size: int) -> Any:
@@ -86,8 +86,8 @@ def _zip_archive(file: Stream, size: int) -> Any:
             return cache[key].view(dtype)
 
         pickled = archive.read(pickles[0])
-        content = PickleBytes(io.BytesIO(pickled), len(pickled))
-        return InertUnpickler(content, Budget(2 * size), storage, _embedded).load()
+        content = PickleBytes(io.BytesIO(pickled), len(pickled), Budget(2 * size))
+        return InertUnpickler(content, storage, _embedded).load()
 
 
 def _check_directory(file: Stream) -> None:
@@ -112,7 +112,6 @@ def _check_directory(file: Stream) -> None:
 
 def _stream(
     content: PickleBytes,
-    budget: Budget,
     embedded: Callable[[bytes, Budget], torch.Tensor] | None,
 ) -> Any:
     """Return the content of a file in torch's format before version 1.6.
@@ -125,14 +124,14 @@ def _stream(
         if key not in storages:
             if n_elements < 0:
                 raise _not_held(key, n_elements, dtype)
-            budget.take(n_elements * dtype.itemsize)
+            content.budget.take(n_elements * dtype.itemsize)
             storages[key] = torch.zeros(n_elements, dtype=dtype)
         if storages[key].dtype != dtype or storages[key].numel() != n_elements:
             raise _not_held(key, n_elements, dtype)
         return storages[key]
 
     def following(storages: Callable[..., torch.Tensor] | None = None) -> Any:
-        return InertUnpickler(content, budget, storages, embedded).load()
+        return InertUnpickler(content, storages, embedded).load()
 
     magic, protocol, machine = following(), following(), following()
     if type(magic) is not int or magic != _STREAM_MAGIC:
@@ -157,7 +156,7 @@ def _stream(
 
 
 def _embedded(blob: bytes, budget: Budget) -> torch.Tensor:
-    found = _stream(PickleBytes(io.BytesIO(blob), len(blob)), budget, None)
+    found = _stream(PickleBytes(io.BytesIO(blob), len(blob), budget), None)
     if not isinstance(found, torch.Tensor):
         raise CorruptCheckpointError("an embedded storage holds something other than numbers.")
     return found

@@ -1,8 +1,8 @@
 """What a pickle may build: tensors, plain containers, and records of everything else.
 
-Work is bounded by the file: each instruction and each copied element is a step, and `Budget` has
-a limit of steps. Nothing here hashes, compares or prints a value that the file built, except for
-short texts and small whole numbers.
+Work is bounded by the file: each read of the pickle and each copied element is a step, and a
+`Budget` has a limit of steps. Nothing here hashes, compares or prints a value that the file built,
+except for short texts and small whole numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from vision_plugin.formats._errors import CorruptCheckpointError, UnsafeCheckpointError
 from vision_plugin.formats._shown import shown
 
-MAX_STEPS = 250_000
+MAX_STEPS = 100_000
 """Steps that reading one file may take; an SAE's takes some hundreds, a large config thousands."""
 MAX_NAME = 1_000
 """Characters of a name: of a class, of a key, of a storage."""
@@ -82,17 +82,17 @@ class Budget:
     """
 
     def __init__(self, n_bytes: int) -> None:
-        self._steps = MAX_STEPS
+        self.steps = MAX_STEPS
         self._bytes = n_bytes
 
     def step(self, n: int = 1) -> None:
-        """Count instructions, or copied elements.
+        """Count reads, or copied elements.
 
         Raises:
             CorruptCheckpointError: There are more than any checkpoint needs.
         """
-        self._steps -= n
-        if self._steps < 0:
+        self.steps -= n
+        if self.steps < 0:
             raise CorruptCheckpointError(
                 f"its pickle takes more than {MAX_STEPS:,} steps to read, which no SAE needs."
             )

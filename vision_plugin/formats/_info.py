@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._paths import local_path
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import read_config
 from vision_plugin.formats._loaders import disk_converter
@@ -26,7 +27,7 @@ def info(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no SAE.
         CheckpointError: It cannot be read; see `load_sae`.
     """
-    folder = Path(path)
+    folder = local_path(path)
     checksums = "none: another program wrote it, and its bytes cannot be checked"
     if is_native(folder):
         config = read_config(folder / NATIVE_CONFIG)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._checksums import Verification, check, is_record, record
+from vision_plugin._paths import local_path
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import read_config
 from vision_plugin.formats._locate import NATIVE_CONFIG, NATIVE_WEIGHTS
@@ -42,7 +43,7 @@ def verify(path: str | Path) -> Verification:
         ValueError: There are none: another program wrote it, or saved it again.
         CheckpointError: Its `cfg.json` cannot be read.
     """
-    folder = Path(path)
+    folder = local_path(path)
     config = read_config(folder / NATIVE_CONFIG)
     recorded = recorded_in(folder, config)
     if recorded is None:

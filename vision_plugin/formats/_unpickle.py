@@ -7,8 +7,8 @@ records the request. So a config object of a project that is not installed reads
 attributes, and an attack reads as a record of what it wanted to do.
 
 The interpreter is the standard library's, in its Python form: the C form allocates its memo by the
-largest index that a file mentions, so a file of nine bytes can ask it for gigabytes. Every
-instruction is counted, and those that could do more work than their bytes are our own.
+largest index that a file mentions, so a file of nine bytes can ask it for gigabytes. Every read is
+counted, and the instructions that could do more work than their bytes are our own.
 """
 
 from __future__ import annotations
@@ -40,9 +40,16 @@ _MAX_LINE = 4096  # of the instructions of protocol 0, which end with a line
 
 
 class PickleBytes:
-    """A stream of known size: no read is longer than what is left, no line longer than a name."""
+    """A stream of known size: no read is longer than what is left, no line longer than a name.
 
-    def __init__(self, file: Stream, size: int) -> None:
+    Args:
+        file: The file, at the first byte.
+        size: Number of bytes.
+        budget: What reading them may still take; each read is a step.
+    """
+
+    def __init__(self, file: Stream, size: int, budget: Budget) -> None:
+        self.budget = budget
         self._file = file
         self._left = size
 
@@ -51,7 +58,11 @@ class PickleBytes:
 
         Raises:
             EOFError: There are fewer.
+            CorruptCheckpointError: It takes too many steps.
         """
+        self.budget.steps -= 1  # for each instruction: a call of step() would cost as much again
+        if self.budget.steps < 0:
+            self.budget.step(0)
         if not 0 <= n <= self._left:
             raise EOFError("it ends too early")
         self._left -= n
@@ -78,7 +89,6 @@ class InertUnpickler(pickle._Unpickler, Reader):
 
     Args:
         content: The stream that the pickle stands in; it is left at the pickle's end.
-        budget: What reading the file may still take.
         storages: Returns the flat tensor [numel] of a storage, given its key in the archive,
             element type and number of elements; None if no storage may lie outside the pickle.
         embedded: See `Reader`.
@@ -87,12 +97,11 @@ class InertUnpickler(pickle._Unpickler, Reader):
     def __init__(
         self,
         content: PickleBytes,
-        budget: Budget,
         storages: Callable[[str, torch.dtype, int], torch.Tensor] | None = None,
         embedded: Callable[[bytes, Budget], torch.Tensor] | None = None,
     ) -> None:
         pickle._Unpickler.__init__(self, content)
-        Reader.__init__(self, budget, embedded)
+        Reader.__init__(self, content.budget, embedded)
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
@@ -201,16 +210,13 @@ def _memoize_text(reader: Any) -> None:
     reader.memo[index] = reader.stack[-1]
 
 
+def _frame(reader: Any) -> None:
+    """Skip a frame's length; a frame is a hint for reading ahead, which would not be counted."""
+    reader.read(8)
+
+
 def _not_in_checkpoints(_reader: Any) -> None:
     raise CorruptCheckpointError("the pickle uses an instruction that no checkpoint needs.")
-
-
-def _counted(run: Callable[[Any], None]) -> Callable[[Any], None]:
-    def step(reader: Any) -> None:
-        reader.budget.step()
-        run(reader)
-
-    return step
 
 
 # A set's elements would be hashed; it reads as a list.
@@ -228,10 +234,11 @@ _OURS: dict[bytes, Callable[[Any], None]] = {
     pickle.ADDITEMS: _append_marked,
     pickle.FROZENSET: _list_of_marked,
     pickle.PUT: _memoize_text,
+    pickle.FRAME: _frame,
 }
 # Each of these does work in proportion to its bytes in the file.
 _STOCK = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
+    *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
     *(pickle.DUP, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.PERSID, pickle.BINPERSID),
     *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1),
@@ -243,8 +250,7 @@ _STOCK = (
     pickle.EMPTY_DICT,
 )
 InertUnpickler.dispatch = {
-    code: _counted(_not_in_checkpoints) for code in pickle._Unpickler.dispatch
-} | {
-    **{code[0]: _counted(pickle._Unpickler.dispatch[code[0]]) for code in _STOCK},
-    **{code[0]: _counted(run) for code, run in _OURS.items()},
+    **dict.fromkeys(pickle._Unpickler.dispatch, _not_in_checkpoints),
+    **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _STOCK},
+    **{code[0]: run for code, run in _OURS.items()},
 }

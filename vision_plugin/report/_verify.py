@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vision_plugin._checksums import Verification, check, is_record, record
 from vision_plugin._disk import write_json
+from vision_plugin._paths import local_path
 from vision_plugin._untrusted import read_json
 from vision_plugin.report._folder import CHECKSUMS
 
@@ -25,7 +26,7 @@ def verify(path: str | Path) -> Verification:
         FileNotFoundError: It has no checksums: an earlier version of this package wrote it.
         ValueError: The file that holds them is damaged.
     """
-    folder = Path(path)
+    folder = local_path(path)
     try:
         content = read_json(folder / CHECKSUMS)
     except FileNotFoundError as error:
