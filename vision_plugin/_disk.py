@@ -288,8 +288,9 @@ def write_tensors(
     shapes = {name: (_CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     head = json.dumps(tensors_header(shapes, metadata), separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
+    start: list[bytes | memoryview] = [struct.pack("<Q", len(head)), head]
     digest, n_bytes = hashlib.sha256(), 0
-    for part in chain((struct.pack("<Q", len(head)), head), map(tensor_bytes, tensors.values())):
+    for part in chain(start, map(tensor_bytes, tensors.values())):
         stream.write(part)
         digest.update(part)
         n_bytes += len(part)

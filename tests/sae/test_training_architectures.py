@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 
 from tests.activations._stores import RESID, tiny_model
 from tests.activations.conftest import one_thread
 from tests.sae._runs import ARCHITECTURES, MLP_IN, MLP_OUT, SAVED_AS, config, images, runner
 from vision_plugin.sae._saving import inference_sae
-from vision_plugin.sae._trainer import SteppedTrainer
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,17 +53,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, x: dict[str, torch.Tensor]
         sae = ARCHITECTURES[architecture](**options)
         run = runner(config(root / name, architecture, sae=sae, n_checkpoints=0))
         before: dict[str, SAE[Any]] = {}
-        plain = SteppedTrainer.set_final_sae_metadata
+        plain = SAETrainer.set_final_sae_metadata
 
         def keep(self: Any, before: dict[str, Any] = before, plain: Any = plain) -> None:
             plain(self)
             before["folded"] = inference_sae(self.sae)
 
-        SteppedTrainer.set_final_sae_metadata = keep
+        SAETrainer.set_final_sae_metadata = keep
         try:
             run.run()
         finally:
-            SteppedTrainer.set_final_sae_metadata = plain
+            SAETrainer.set_final_sae_metadata = plain
         rows = x[run.cfg.hook_name]
         with torch.no_grad():
             expected = before["folded"](rows)

@@ -238,7 +238,8 @@ class VisionSAERunnerConfig:
             name: Name of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info
                 presets`` lists the names and the sources of the numbers.
             architecture: Architecture of the SAE, for example ``matryoshka_batchtopk``.
-            **changes: Fields to set to other values; ``images`` has to be one of them.
+            **changes: Fields to set to other values. Presets name no images, so set ``images``,
+                or give the runner opened images.
 
         Raises:
             ValueError: there is no such preset, or no such field.
@@ -280,10 +281,7 @@ class VisionSAERunnerConfig:
     @property
     def checkpoint_path(self) -> Path | None:
         """Folder of the checkpoints; None if the run saves nothing."""
-        if self.output_path is None:
-            return None
-        out = local_path(self.output_path)
-        return out.with_name(f"{out.name}.checkpoints")
+        return None if self.output_path is None else checkpoints_of(local_path(self.output_path))
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the trained weights, as JSON values."""
@@ -341,6 +339,11 @@ class VisionSAERunnerConfig:
         for name in ("validation_metrics", "explicit"):
             fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
+
+
+def checkpoints_of(output_path: Path) -> Path:
+    """Return the folder of the checkpoints of a run that saves to ``output_path``."""
+    return output_path.with_name(f"{output_path.name}.checkpoints")
 
 
 def number(cfg: VisionSAERunnerConfig, name: str) -> float:

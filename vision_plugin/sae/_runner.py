@@ -12,7 +12,7 @@ from sae_lens import SAE, TrainingSAE
 from vision_plugin._paths import local_path
 from vision_plugin.models import VisionBridge
 from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointFolder
-from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._config import VisionSAERunnerConfig, checkpoints_of
 from vision_plugin.sae._defaults import described
 from vision_plugin.sae._preparing import (
     fitted,
@@ -154,7 +154,7 @@ class VisionMultiSAETrainingRunner:
 
     def _checkpoints(self) -> CheckpointFolder | None:
         out = self.output_path
-        return None if out is None else CheckpointFolder(out.with_name(f"{out.name}.checkpoints"))
+        return None if out is None else CheckpointFolder(checkpoints_of(out))
 
     def _save(self, session: TrainingSession) -> None:
         for name, cfg in self.cfgs.items():

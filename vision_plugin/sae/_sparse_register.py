@@ -56,9 +56,8 @@ def register() -> None:
     Raises:
         ValueError: another package has taken one of the names.
     """
-    for sae_class, config_class in CLASSES:
+    for sae_class, config_class in (*CLASSES, *_transcoder.CLASSES):
         name = config_class.architecture()
         entry = (sae_class, config_class)
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != entry:
             register_sae_training_class(name, *entry)
-    _transcoder.register()

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
 from sae_lens.saes.sae import (
     SAEConfig,
     TrainCoefficientConfig,
@@ -167,11 +166,3 @@ CLASSES: tuple[tuple[Any, Any], ...] = (
     (TranscoderTraining, TranscoderTrainingConfig),
     (SkipTranscoderTraining, SkipTranscoderTrainingConfig),
 )
-
-
-def register() -> None:
-    """Register the classes with SAELens; calling it again changes nothing."""
-    for sae_class, config_class in CLASSES:
-        name = config_class.architecture()
-        if SAE_TRAINING_CLASS_REGISTRY.get(name) != (sae_class, config_class):
-            register_sae_training_class(name, sae_class, config_class)
