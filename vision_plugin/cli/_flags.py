@@ -27,14 +27,20 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
         arguments: Arguments after the command's name.
         command: Name of the command, for the usage line.
         description: First text of ``--help``.
+
+    Raises:
+        ValueError: the configuration refuses the values.
     """
     _parsed[:] = [cls]
-    return tyro.cli(
-        cls,
+    # The reader of flags would draw a box around what the configuration's own checks say.
+    has_checks = hasattr(cls, "__post_init__")
+    flags = tyro.cli(
+        flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls,
         args=list(arguments),
         prog=f"vision-plugin {command}",
         description=description,
     )
+    return pick(cls, flags) if has_checks else flags
 
 
 def as_flags(message: str, cls: type | None = None) -> str:
@@ -84,7 +90,7 @@ def flat_class(
     """
     fields: dict[str, tuple[str, Any, Any]] = {}
     for cls, left_out in parts:
-        hints, helps = get_type_hints(cls), {**(docs or {}), **field_docs(cls)}
+        hints, helps = get_type_hints(cls, include_extras=True), {**(docs or {}), **field_docs(cls)}
         for field in dataclasses.fields(cls):
             if field.name in left_out or field.name in fields or not field.init:
                 continue

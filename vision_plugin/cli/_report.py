@@ -43,10 +43,10 @@ def run(arguments: Sequence[str]) -> None:
         command="report",
         description="Write static HTML pages in which an SAE's features can be browsed.",
     )
-    from vision_plugin.report import report
-
     check_replaceable(local_path(cfg.output_path), REPORT)
     known = read_scores(cfg.evaluation, cfg.sae)
+    from vision_plugin.report import report
+
     sae = cfg.open_sae(cfg.sae)
     report(
         sae,

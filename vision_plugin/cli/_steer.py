@@ -53,8 +53,6 @@ class SteerConfig(Inputs):
 
 def run(arguments: Sequence[str]) -> None:
     """Steer from flags and print each image's likeliest concept before and after."""
-    from vision_plugin._disk import write_json
-
     cfg = parse(
         SteerConfig,
         arguments,
@@ -71,6 +69,8 @@ def run(arguments: Sequence[str]) -> None:
     gains = ", ".join(f"{name} {gain:+.3f}" for name, gain in effect.gains())
     out.print(f"Largest mean gains in probability: {gains}")
     if place is not None:
+        from vision_plugin._disk import write_json
+
         check_replaceable_file(place, KIND)
         content = {
             "schema": f"{KIND}1",
