@@ -50,7 +50,7 @@ def small_clip() -> vp.VisionBridge:
     size = {"height": 32, "width": 32}
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
     module = CLIPVisionModelWithProjection(config).eval()
-    return vp.wrap(module, name="small", processor=processor)
+    return vp.wrap(module, name="small", image_processor=processor)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks._kernel_timing import interleaved
 from benchmarks._machine import machine

@@ -36,6 +36,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 import vision_plugin as vp
 from benchmarks._extraction_memory import write_parquet
 from benchmarks._machine import machine
@@ -104,7 +106,7 @@ def vit_b_32() -> vp.VisionBridge:
         projection_dim=512,
     )
     module = CLIPVisionModelWithProjection(config).eval()
-    return vp.wrap(module, name="ViT-B/32 (random)", processor=CLIPImageProcessor())
+    return vp.wrap(module, name="ViT-B/32 (random)", image_processor=CLIPImageProcessor())
 
 
 def one_model(
@@ -324,6 +326,7 @@ def memory(sizes: tuple[int, int]) -> dict[str, Any]:
                 check=True,
                 capture_output=True,
                 text=True,
+                cwd=Path(__file__).parents[1],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             ).stdout
             found[str(n_images)] = json.loads(output.splitlines()[-1])

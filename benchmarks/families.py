@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 import vision_plugin as vp
 from benchmarks import _family_checks as checks
 from benchmarks._family_cases import (

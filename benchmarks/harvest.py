@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 import vision_plugin as vp
 from benchmarks._machine import machine
 from vision_plugin.models import Harvester

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks._machine import machine
 from benchmarks._metrics_visaebench import compare

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks._machine import machine
 from benchmarks._monosemanticity_data import (

@@ -30,6 +30,8 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 import vision_plugin as vp
 from benchmarks._machine import machine
 
@@ -101,7 +103,7 @@ def clip(width: int, layers: int, size: int, patch: int) -> Any:
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     module = CLIPVisionModelWithProjection(config).eval()
-    return vp.wrap(module, processor=processor, name="random CLIP")
+    return vp.wrap(module, image_processor=processor, name="random CLIP")
 
 
 def topk(d_in: int, d_sae: int, hook_name: str) -> TopKSAE:

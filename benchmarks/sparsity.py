@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,8 @@ from sae_lens import (
     TrainingSAEConfig,
 )
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 import vision_plugin as vp
 from benchmarks._machine import machine

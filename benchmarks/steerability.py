@@ -19,12 +19,15 @@ import json
 import logging
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 import vision_plugin as vp
 from benchmarks._machine import machine

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
+
+from vision_plugin._device import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +21,16 @@ class Inputs:
     image_column: str | None = None
     """Column that holds the images; name it where a data set has several."""
     split: str | None = None
-    """Split of a data set; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
     model_name: str | None = None
     """Model, as ``vp.load_model`` takes it; by default the one that the SAE's metadata names."""
     device: str = "cpu"
     """Device that the model and the SAE run on."""
+    check_model: bool = True
+    """Refuse an SAE that was trained on a model with other weights."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def open_images(self, images: Any = None) -> Any:
         """Return an image source for the argument, or else for the field ``images``.
@@ -62,14 +72,50 @@ class Inputs:
     def open_sae(self, sae: Any) -> Any:
         """Return ``sae`` as it is, or load the SAELens SAE at that path or of that name.
 
+        Without ``check_model`` its metadata no longer say which model it was trained on, so that
+        it fits any.
+
         Raises:
             ValueError: no SAE is found, or its format is unknown.
         """
-        if not isinstance(sae, (str, Path)):
-            return sae
-        from vision_plugin.formats import load_sae
+        if isinstance(sae, (str, Path)):
+            from vision_plugin.formats import load_sae
 
-        return load_sae(str(sae), device=self.device)
+            sae = load_sae(str(sae), device=self.device)
+        if self.check_model or sae.cfg.metadata.get("model_signature") is None:
+            return sae
+        of_any = copy.copy(sae)
+        of_any.cfg = copy.deepcopy(sae.cfg)
+        of_any.cfg.metadata["model_signature"] = None
+        return of_any
+
+
+def sentences(template: str, names: Iterable[object], *, argument: str) -> list[str]:
+    """Return a sentence about each name.
+
+    Args:
+        template: Sentence with one ``{}``, the place of the name.
+        names: Concepts or classes.
+        argument: Name of the argument that holds the template, for errors.
+
+    Raises:
+        ValueError: the template does not have one place for the name.
+    """
+    check_template(template, argument=argument)
+    return [template.format(name) for name in names]
+
+
+def check_template(template: str, *, argument: str) -> None:
+    """Raise ValueError unless a template has one place for a name, ``{}``."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError:
+        fields = []
+    if fields not in ([""], ["0"]):
+        raise ValueError(
+            f"{argument}={template!r} must have one {{}}, where the name goes, as in "
+            "'a photo of a {}'; without it every name would become the same sentence"
+        )
 
 
 def named(value: Any) -> str:

@@ -28,10 +28,11 @@ class Progress:
         total: Number of images.
         title: Name of the work.
         shown: Whether to show and log anything.
+        of: What is counted, where it is not images.
     """
 
-    def __init__(self, total: int, title: str, *, shown: bool = True) -> None:
-        self._shown = shown
+    def __init__(self, total: int, title: str, *, shown: bool = True, of: str = "images") -> None:
+        self._shown, self._of = shown, of
         self._total, self._title = total, title
         self._done = 0
         self._start = self._logged = time.monotonic()
@@ -64,10 +65,11 @@ class Progress:
         self._done += n
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
-        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} images/s")
+        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} {self._of}/s")
         if self._shown and now - self._logged >= LOG_EVERY_S:
             self._logged = now
             logger.info(
-                "%s: %d of %d images, %.0f a second, %.0f s left",
-                *(self._title, self._done, self._total, rate, (self._total - self._done) / rate),
+                "%s: %d of %d %s, %s a second, %.0f s left",
+                *(self._title, self._done, self._total, self._of),
+                *(f"{rate:.2g}" if rate < 10 else f"{rate:.0f}", (self._total - self._done) / rate),
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 import tyro
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout works, too
 
 from benchmarks.demo_checkpoint._evaluation import ClipEvaluation, evaluate_checkpoint
 from benchmarks.demo_checkpoint._training import MEAN, STD, ClipTraining, train

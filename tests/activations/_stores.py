@@ -37,7 +37,7 @@ def tiny_model(seed: int = 0) -> VisionBridge:
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
     module = CLIPVisionModelWithProjection(config).eval()
-    return wrap(module, name="tiny", processor=processor)
+    return wrap(module, name="tiny", image_processor=processor)
 
 
 @cache

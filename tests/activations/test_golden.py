@@ -6,6 +6,7 @@ one for a new version, run this file's ``write_golden`` and put the folder besid
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import torch
 
 from tests.activations._stores import MLP, RESID, make_store
 from vision_plugin.activations import ActivationStore, info, verify
-from vision_plugin.activations._plan import MAJOR, MINOR
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(DATA.glob("golden-*"))
@@ -23,9 +23,9 @@ GOLDEN = sorted(DATA.glob("golden-*"))
 def write_golden() -> Path:
     """A store of six images, with random tokens in bfloat16."""
     torch.set_num_threads(1)
-    folder = DATA / f"golden-{MAJOR}.{MINOR}"
+    made = DATA / "new"
     make_store(
-        folder,
+        made,
         6,
         hook_names=[RESID, MLP],
         tokens="random:2",
@@ -33,12 +33,19 @@ def write_golden() -> Path:
         images_per_shard=4,
         seed=5,
     )
-    (folder / ".lock").unlink()
-    return folder
+    (made / ".lock").unlink()
+    return made.rename(golden_of_version(made))
 
 
-def test_there_is_one_of_this_version() -> None:
-    assert DATA / f"golden-{MAJOR}.{MINOR}" in GOLDEN
+def golden_of_version(store: Path) -> Path:
+    """The golden store of the version that another store has."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    return DATA / f"golden-{manifest['schema_version']}"
+
+
+def test_there_is_one_of_this_version(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", 1)
+    assert golden_of_version(tmp_path / "store") in GOLDEN
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vision_plugin.cli import COMMANDS, main
 
@@ -25,31 +25,6 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for label in ("a red circle", "a blue square", "a green star"):
-        (root / label).mkdir()
-        for i in range(6):
-            values = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(values).save(root / label / f"{i}.png")
-    return str(root)
-
-
-@pytest.fixture(scope="module")
-def sae(tiny_clip: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SAE trained by the command itself, in this process."""
-    out = str(tmp_path_factory.mktemp("run") / "sae")
-    arguments = (
-        f"train --model-name {tiny_clip} --images {images} --hook_name "
-        "blocks.1.hook_resid_post --architecture=topk --d_sae=40 --k 3 --training-tokens 3200 "
-        f"--train_batch_size_tokens 64 --n-batches-in-buffer 4 --lr 0.003 --output-path {out}"
-    )
-    assert main(arguments.split()) == 0
-    return out
 
 
 def test_the_flags_became_the_run(sae: str, tiny_clip: str) -> None:
@@ -156,7 +131,7 @@ def test_bad_input_is_one_clear_sentence_and_leaves_nothing(
         (aside / "broken" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n, and then nothing of use")
     if "{other}" in line:
         _save_another_clip(tiny_clip, aside / "other")
-    assert main(line.format(**places).split()) == 1
+    assert main(line.format(**places).split()) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vision-plugin ")
     assert message.format(**places) in error
@@ -189,3 +164,23 @@ def _save_another_clip(folder: str, out: Path) -> None:
             parameter.mul_(1.5)
     model.save_pretrained(out)
     AutoProcessor.from_pretrained(folder).save_pretrained(out)
+
+
+def test_steering_leaves_out_images_that_cannot_be_read(
+    sae: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    broken = mixed / "a red circle" / "0.png"
+    broken.write_bytes(b"no image")
+    line = ["steer", "--sae", sae, "--latents", "3", "--concepts", "labels", "--n-images", "6"]
+    path = tmp_path / "effect.json"
+    assert main([*line, "--images", str(mixed), "--output-path", str(path)]) == 0
+    ids = json.loads(path.read_text())["ids"]
+    assert len(ids) == 5
+    assert "a red circle/0.png" not in ids
+    for other in mixed.rglob("*.png"):
+        other.write_bytes(b"no image")
+    capsys.readouterr()
+    assert main([*line, "--images", str(mixed)]) != 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "none of 6 images can be read: image a blue square/0.png: not an image" in said[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from vision_plugin.activations import ActivationStore
 from vision_plugin.demo import draw
 from vision_plugin.demo.job import (
     FACTORS_OF_TRUTH,
     DemoConfig,
-    name_latents,
     one_hot,
     own_code_test,
     rotation,
@@ -47,12 +48,6 @@ def test_true_latents_fire_for_one_shape_in_one_colour() -> None:
     assert torch.equal(latents.sum(dim=1), torch.ones(200, dtype=torch.float64))
 
 
-def test_a_latent_is_named_by_what_its_images_have_that_others_lack() -> None:
-    embeddings = torch.eye(4)[torch.tensor([0, 0, 1, 2])] + torch.eye(4)[3]
-    latents = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 0.1]])
-    assert name_latents(latents.to_sparse_csr(), embeddings, torch.eye(4)) == [0, 1]
-
-
 def test_a_rotation_is_orthogonal() -> None:
     q = rotation(12, seed=3)
     torch.testing.assert_close(q @ q.T, torch.eye(12, dtype=torch.float64))
@@ -83,5 +78,10 @@ def test_the_whole_job_runs_and_orders_truth_above_sae_above_neurons_above_noise
     assert result.report.is_file()
     assert (tmp_path / "demo" / "sae" / "sae_weights.safetensors").is_file()
     assert len(lines) == 6
-    gains = [effect.gains(1)[0][1] for effect in result.effects.values()]
-    assert max(gains) > 0.1
+    assert len(result.answers) == 2
+    for found in result.answers.values():
+        assert found.before < 0.2
+        assert found.after > found.before + 0.3
+    again = run_demo(dataclasses.replace(cfg, training_images=400, images=200), lines.append)
+    assert again.report == result.report
+    assert len(ActivationStore(tmp_path / "demo" / "activations")) == 400

@@ -96,7 +96,7 @@ def test_naflex_images_become_pixels_that_cut_back_to_the_processors_patches(
     from benchmarks._family_cases import naflex_arguments
 
     processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
-    model = vp.wrap(CASES["Siglip2VisionModel"].build(), processor=processor)
+    model = vp.wrap(CASES["Siglip2VisionModel"].build(), image_processor=processor)
     pixels = model.preprocess(images)
     assert pixels.shape == (2, 3, 32, 32)
     square = [p.resize((32, 32), Image.Resampling.BILINEAR) for p in images]

@@ -12,6 +12,7 @@ import sae_lens
 import torch
 from PIL import Image
 from sae_lens import TrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
 
 from tests.activations._stores import D_MODEL, RESID, make_store, tiny_model
 from vision_plugin.activations import ActivationStore
@@ -22,7 +23,6 @@ from vision_plugin.sae import (
     VisionSAERunnerConfig,
     VisionSAETrainingRunner,
 )
-from vision_plugin.sae._trainer import SteppedTrainer
 
 MLP_IN, MLP_OUT = "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"
 N_IMAGES, BATCH, STEPS = 12, 32, 24
@@ -117,7 +117,7 @@ class Killed(BaseException):
 
 def stop_at(monkeypatch: Any, step: int, end: Callable[[], None]) -> None:
     """Call ``end`` in the middle of a step of every run from now on."""
-    before = SteppedTrainer.step
+    before = SAETrainer.step
 
     def until(self: Any, batch: torch.Tensor) -> Any:
         output = before(self, batch)
@@ -125,7 +125,7 @@ def stop_at(monkeypatch: Any, step: int, end: Callable[[], None]) -> None:
             end()
         return output
 
-    monkeypatch.setattr(SteppedTrainer, "step", until)
+    monkeypatch.setattr(SAETrainer, "step", until)
 
 
 def kill() -> None:

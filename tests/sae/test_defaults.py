@@ -96,7 +96,7 @@ def test_a_field_of_the_sae_keeps_sae_lens_s_value_where_it_is_named() -> None:
     assert runner(left_open(None, sae=sae)).cfg.sae.k == 4  # sqrt(16)
     kept = runner(left_open(None, sae=sae, explicit=("k", "decoder_init_norm"))).cfg.sae
     assert (kept.k, kept.decoder_init_norm) == (100, 0.1)
-    with pytest.raises(ValueError, match="explicit names 'kk', which a batchtopk SAE has not"):
+    with pytest.raises(ValueError, match="explicit names 'kk', but batchtopk has no such field"):
         left_open(None, explicit=("kk",))
 
 

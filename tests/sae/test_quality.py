@@ -71,7 +71,7 @@ def test_a_run_that_ends_with_dead_latents_says_what_to_change() -> None:
     assert run.quality is not None
     advice = run.quality.advice(run.cfg)
     assert "% of the latents are dead" in advice
-    assert "--defaults auto" in advice
+    assert "set defaults to auto" in advice
     healthy = runner(config(None))
     healthy.run()
     assert healthy.quality is not None

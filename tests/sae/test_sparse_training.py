@@ -293,7 +293,7 @@ def test_a_stock_configuration_turns_into_its_sparse_counterpart():
         assert type(found) is config
         assert found.normalize_activations == "layer_norm"
         assert found.k == settings["k"]
-        assert found.metadata.training_architecture == config.architecture()
+        assert found.metadata.training_architecture == stock.architecture()
         assert given.metadata.training_architecture == stock.architecture()
         assert sparse_config(found) is found
     other = sae_lens.StandardTrainingSAEConfig(d_in=4, d_sae=8)

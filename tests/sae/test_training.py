@@ -125,7 +125,7 @@ def test_an_output_folder_in_use_is_kept_unless_told_otherwise(cfg) -> None:
     out = Path(cfg.output_path)
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"--overwrite"):
+    with pytest.raises(FileExistsError, match=r"'precious\.txt', so it is left alone"):
         train(cfg)
     assert (out / "precious.txt").read_text() == "mine"
 
@@ -155,7 +155,7 @@ def test_the_definition_survives_json(cfg, tmp_path) -> None:
     ("field", "value", "message"),
     [
         ("tokens", "clss", "not a kind of token"),
-        ("lr", 0.0, "lr=0.0: it has to be above 0"),
+        ("lr", 0.0, "lr=0.0: use a number above 0"),
         ("training_tokens", 3, "less than one batch"),
     ],
 )

@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens.training.sae_trainer import SAETrainer
 from scipy.optimize import minimize
 
 from tests.activations.conftest import one_thread
 from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, runner
 from vision_plugin.sae._initialise import geometric_median
-from vision_plugin.sae._session import TrainingSession
-from vision_plugin.sae._trainer import SteppedTrainer
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +44,7 @@ def test_the_geometric_median_has_the_least_sum_of_distances(
 def first_weights(monkeypatch: Any, architecture: str = "topk", **changes: Any) -> dict[str, Any]:
     """Weights, scaler and buffer of a run right before its first step."""
     seen: dict[str, Any] = {}
-    before = SteppedTrainer.step
+    before = SAETrainer.step
 
     def step(self: Any, batch: torch.Tensor) -> Any:
         if not seen:
@@ -54,7 +53,7 @@ def first_weights(monkeypatch: Any, architecture: str = "topk", **changes: Any) 
             seen["first"] = batch.clone()
         return before(self, batch)
 
-    monkeypatch.setattr(SteppedTrainer, "step", step)
+    monkeypatch.setattr(SAETrainer, "step", step)
     run = runner(config(None, architecture, **changes))
     seen_buffer = run.batches.sample().clone()
     run.run()
@@ -112,13 +111,13 @@ def test_a_transcoder_begins_at_the_centre_of_what_it_writes(monkeypatch) -> Non
 
 def test_the_learning_rate_warms_up_and_decays(monkeypatch) -> None:
     rates: list[float] = []
-    plain = TrainingSession._between_steps
+    plain = SAETrainer.step
 
-    def note(self: TrainingSession) -> None:
-        rates.append(self.first.optimizer.param_groups[0]["lr"])
-        plain(self)
+    def step(self: Any, batch: torch.Tensor) -> Any:
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return plain(self, batch)
 
-    monkeypatch.setattr(TrainingSession, "_between_steps", note)
+    monkeypatch.setattr(SAETrainer, "step", step)
     runner(config(None, lr=1e-3, lr_warm_up_steps=4, lr_decay_steps=8)).run()
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert rates[4:17] == pytest.approx([1e-3] * 13)
@@ -127,13 +126,13 @@ def test_the_learning_rate_warms_up_and_decays(monkeypatch) -> None:
 
 def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
     masks: list[int] = []
-    plain = SteppedTrainer.step
+    plain = SAETrainer.step
 
     def step(self: Any, batch: torch.Tensor) -> Any:
         masks.append(int(self.dead_neurons.sum()))
         return plain(self, batch)
 
-    monkeypatch.setattr(SteppedTrainer, "step", step)
+    monkeypatch.setattr(SAETrainer, "step", step)
     wide = dataclasses.replace(ARCHITECTURES["topk"](), d_sae=512, k=1)
     runner(config(None, sae=wide, dead_feature_window=5)).run()
     assert masks[:6] == [0] * 6
@@ -145,10 +144,16 @@ def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
     [
         ("b_dec_init_method", "median", "use auto, zeros, mean, geometric_median"),
         ("decoder_init_method", "pca", "use auto, random, data"),
-        ("n_checkpoints", -1, "cannot be below 0"),
-        ("lr_warm_up_steps", -1, "cannot be below 0"),
+        ("n_checkpoints", -1, "use 0 or a larger number"),
+        ("lr_warm_up_steps", -1, "use 0 or a larger number"),
     ],
 )
 def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(None, **{field: value})
+
+
+@pytest.mark.parametrize("part", ["split", "image_column"])
+def test_a_source_in_hand_has_no_part_that_the_configuration_could_name(part: str) -> None:
+    with pytest.raises(ValueError, match=f"open already, .*: leave out {part}="):
+        runner(config(None, **{part: "train"}))

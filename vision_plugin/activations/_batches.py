@@ -58,6 +58,8 @@ class ShuffledBatches:
             raise ValueError(f"batch_size={batch_size}: use a whole number from 1 up")
         if n_batches_in_buffer < 2:
             raise ValueError(f"n_batches_in_buffer={n_batches_in_buffer}: use 2 or more")
+        for shard in store.shards:
+            shard.check_there()
         if len(store) == 0:
             raise ValueError(f"{store!r} holds no activations to make batches of")
         chunk_rows = max(s.plan.images_per_chunk for s in store.shards) * self._rows

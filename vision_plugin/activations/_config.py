@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vision_plugin._device import check_device
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:
@@ -18,6 +20,8 @@ class ExtractionConfig:
     """Hook points to store, all read in one forward pass."""
     output_path: str
     """Folder of the store. An interrupted extraction in it continues."""
+    overwrite: bool = False
+    """Replace another extraction that the folder holds; nothing but a store is ever removed."""
     tokens: str = "all"
     """Tokens to keep: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``."""
     dtype: str = "float32"
@@ -33,7 +37,7 @@ class ExtractionConfig:
     image_column: str | None = None
     """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a dataset; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
     label_column: str | None = None
     """Column that holds the labels; by default sub-folders, ``label`` or ``cls``."""
     n_images: int | None = None
@@ -52,6 +56,7 @@ class ExtractionConfig:
     def __post_init__(self) -> None:
         names = (self.hook_names,) if isinstance(self.hook_names, str) else tuple(self.hook_names)
         object.__setattr__(self, "hook_names", names)
+        check_device(self.device)
         if not names:
             raise ValueError("hook_names is empty: name at least one, 'blocks.5.hook_resid_post'")
         if len(set(names)) != len(names):

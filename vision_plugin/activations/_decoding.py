@@ -51,8 +51,10 @@ class DecodedBatch:
 class PixelBatches(Dataset[DecodedBatch | Exception]):
     """Decoded batches for worker processes; a batch depends on its number alone."""
 
-    def __init__(self, source: ImageSource, processor: Any, tasks: Sequence[BatchTask]) -> None:
-        self.source, self.processor, self.tasks = source, processor, tasks
+    def __init__(
+        self, source: ImageSource, image_processor: Any, tasks: Sequence[BatchTask]
+    ) -> None:
+        self.source, self.image_processor, self.tasks = source, image_processor, tasks
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -76,7 +78,7 @@ class PixelBatches(Dataset[DecodedBatch | Exception]):
             indices.append(index)
             if labels is not None:
                 labels.append(self.source.label(index) or "")
-        pixels = self.processor(images) if images else None
+        pixels = self.image_processor(images) if images else None
         return DecodedBatch(task, pixels, indices, labels, bad)
 
 
@@ -91,7 +93,7 @@ def batch_tasks(shards: Iterable[ShardTask], batch_size: int) -> list[BatchTask]
 
 def decode(
     source: ImageSource,
-    processor: Any,
+    image_processor: Any,
     tasks: Sequence[BatchTask],
     n_workers: int,
     *,
@@ -101,7 +103,7 @@ def decode(
 
     Args:
         source: Images to decode.
-        processor: Turns images into pixels.
+        image_processor: Turns images into pixels.
         tasks: Batches to decode.
         n_workers: Processes that decode; 0 decodes in this process.
         yielding: Give workers only the time that this process leaves over. A model on the same
@@ -110,7 +112,7 @@ def decode(
     Raises:
         ValueError: the images or the preprocessing raise it.
     """
-    for batch in _batches(PixelBatches(source, processor, tasks), n_workers, yielding):
+    for batch in _batches(PixelBatches(source, image_processor, tasks), n_workers, yielding):
         if isinstance(batch, Exception):
             raise batch
         yield batch
@@ -169,9 +171,9 @@ def default_workers(source: ImageSource, on_gpu: bool) -> int:
     return max(1, min(16, wanted))
 
 
-def probe_pixels(processor: Any) -> Float[Tensor, "1 channels height width"]:
+def probe_pixels(image_processor: Any) -> Float[Tensor, "1 channels height width"]:
     """Return the pixels of an empty image, which show the shape."""
     from PIL import Image
 
-    pixels: Tensor = processor([Image.new("RGB", (64, 64))])
+    pixels: Tensor = image_processor([Image.new("RGB", (64, 64))])
     return pixels.to(torch.float32)

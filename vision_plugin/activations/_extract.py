@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vision_plugin._ours import check_parent
+from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
 from vision_plugin.activations._config import ExtractionConfig
 from vision_plugin.activations._decoding import DecodedBatch, default_workers
@@ -21,11 +23,12 @@ from vision_plugin.activations._errors import (
 )
 from vision_plugin.activations._files import (
     LOCK,
+    STORE_FILE,
     locked,
     read_capped,
     remove_partial,
     to_json,
-    write_whole,
+    whole_file,
 )
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import StorePlan
@@ -69,6 +72,8 @@ def extract(
         TooManyBadImagesError: more images than ``config.max_bad_images`` cannot be read.
         ValueError: the model or the images cannot be loaded, or do not fit the configuration.
     """
+    folder = local_path(config.output_path)
+    check_folder(folder)
     source = open_images(
         config.images if images is None else images,
         column=config.image_column,
@@ -79,12 +84,11 @@ def extract(
     )
     model = _load(config) if model is None else model
     plan = make_plan(config, model, source)
-    folder = Path(config.output_path).expanduser()
-    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         remove_partial(folder)
-        plan = settle_plan(folder, plan)
+        check_folder(folder)
+        plan = settle_plan(folder, plan, overwrite=config.overwrite)
         _Extraction(config, plan, folder, model, source).run()
     return ActivationStore(folder)
 
@@ -107,6 +111,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file: name a folder for the store")
     if not folder.is_dir():
+        check_parent(folder, name="output_path")
         return
     others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
     # Checked last: another extraction may begin now, and it writes the plan before other files.
@@ -117,23 +122,50 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def settle_plan(folder: Path, plan: StorePlan) -> StorePlan:
+def settle_plan(folder: Path, plan: StorePlan, *, overwrite: bool = False) -> StorePlan:
     """Write the plan into a new store, or check that the store's plan is the same.
+
+    Args:
+        folder: Folder of the store, whose lock is held.
+        plan: Plan of this extraction.
+        overwrite: Whether to remove a store of another plan.
 
     Raises:
         StoreMismatchError: the plans differ; the message names every difference.
+        StoreError: a store is to be removed from a folder that holds something else as well.
     """
+    if overwrite and (folder / PLAN).exists() and read_plan(folder).differences(plan):
+        remove_store(folder)
     if not (folder / PLAN).exists():
-        write_whole(folder / PLAN, to_json(plan.to_json()))
+        with whole_file(folder / PLAN) as stream:
+            stream.write(to_json(plan.to_json()))
         return plan
     there = read_plan(folder)
     differences = there.differences(plan)
     if differences:
         raise StoreMismatchError(
             f"{folder} holds another extraction, which this one cannot continue: "
-            f"{'; '.join(differences)}. Name another folder, or use the same settings"
+            f"{'; '.join(differences)}. Name another folder, use the same settings, or replace it "
+            "with overwrite=True"
         )
     return there
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a store's files, the plan last, so that what a kill leaves is still a store.
+
+    Raises:
+        StoreError: the folder holds something that no extraction wrote; nothing is removed then.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    strangers = [name for name in names if not STORE_FILE.fullmatch(name)]
+    if strangers:
+        raise StoreError(
+            f"{folder} holds {strangers[0]!r}, which no extraction wrote, so the store in it is "
+            "left alone: move that elsewhere, or name another output_path="
+        )
+    for name in [MANIFEST, *(n for n in names if n not in (MANIFEST, PLAN, LOCK)), PLAN]:
+        (folder / name).unlink(missing_ok=True)
 
 
 @dataclass
@@ -201,9 +233,7 @@ class _Extraction:
 def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
     """Return the records of complete shards: those with a marker and a file of its size."""
     done = {}
-    for task in plan.tasks():
-        if not (folder / task.marker).exists():
-            continue
+    for task in plan.marked_tasks(folder):
         try:
             record = read_marker(folder, plan, task)
             size = (folder / task.file).lstat().st_size
@@ -234,5 +264,6 @@ def write_manifest(folder: Path, plan: StorePlan) -> Manifest:
     manifest = Manifest(plan, tuple(entries), tuple(bad))
     content = to_json(manifest.to_json())
     if not (folder / MANIFEST).is_file() or read_capped(folder, MANIFEST) != content:
-        write_whole(folder / MANIFEST, content)
+        with whole_file(folder / MANIFEST) as stream:
+            stream.write(content)
     return manifest

@@ -66,9 +66,11 @@ class Fields:
         """Return an object within this one."""
         return Fields(self._get(name, dict, False), self.where, f"{self.path}{name}.")
 
-    def objects(self, name: str) -> list[Fields]:
-        """Return a list of objects."""
+    def objects(self, name: str, *, most: int = MAX_NUMBER) -> list[Fields]:
+        """Return a list of at most so many objects."""
         values = self._get(name, list, False)
+        if len(values) > most:
+            raise self.error(name, f"at most {most:,} of them", f"{len(values):,}")
         for place, value in enumerate(values):
             if not isinstance(value, dict):
                 raise self.error(f"{name}[{place}]", "an object", _shown(value))
@@ -99,7 +101,10 @@ class Fields:
         values = self._get(name, list, False)
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             raise self.error(name, "numbers", _shown(values))
-        return [float(value) for value in values]
+        try:
+            return [float(value) for value in values]
+        except OverflowError:
+            raise self.error(name, "numbers below 1e308", "a larger one") from None
 
     def _list(self, name: str, kind: type) -> list[Any]:
         values: list[Any] = self._get(name, list, False)
@@ -119,5 +124,9 @@ _names = {
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)) and len(value) > 20:  # its text may be as long as the file
+        return f"{_names[type(value)]} of {len(value):,}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of some hundred digits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -6,13 +6,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vision_plugin import _disk
+from vision_plugin._untrusted import MAX_JSON_BYTES
+from vision_plugin._untrusted import parse_json as parse_bounded
 from vision_plugin.activations._errors import (
     ManifestError,
     ShardError,
@@ -20,25 +23,29 @@ from vision_plugin.activations._errors import (
     StoreLockedError,
 )
 
-MAX_JSON_BYTES = 64 * 1024 * 1024
-"""Size limit of every JSON file of a store, in bytes."""
 TEMPORARY = ".partial-"
 """Prefix of the name of a file that is being written."""
 LOCK = ".lock"
+STORE_FILE = re.compile(
+    rf"{re.escape(LOCK)}|({re.escape(TEMPORARY)}[0-9]+-)?"
+    r"(plan\.json|manifest\.json|shard-[0-9]{5,7}\.(json|safetensors))"
+)
+"""Names of all files that an extraction writes."""
 
 
-def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file of the store that is seen complete or not at all.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream for a file of the store, which is seen complete or not at all.
 
     Args:
         path: File to write; an existing one is replaced.
-        content: The bytes, or a function that writes them to a stream.
 
     Raises:
         StoreFullError: the disk is full, or a quota or a limit on file sizes is reached.
     """
     try:
-        _disk.write_whole(path, content, prefix=TEMPORARY)
+        with _disk.whole_file(path, prefix=TEMPORARY) as stream:
+            yield stream
     except OSError as error:
         if error.errno in _disk.NO_ROOM:
             raise _no_room(path, error) from error
@@ -57,7 +64,8 @@ def _no_room(path: Path, error: OSError) -> StoreFullError:
 def remove_partial(folder: Path) -> None:
     """Remove unfinished files of a killed extraction; hold the lock when calling this."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        if STORE_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
@@ -104,7 +112,7 @@ def read_capped(folder: Path, name: str) -> bytes:
             raise ManifestError(
                 f"{folder / name}: expected at most {MAX_JSON_BYTES:,} bytes, found {size:,}"
             )
-        return stream.read(MAX_JSON_BYTES + 1)
+        return stream.read(size)
 
 
 def parse_json(content: bytes, where: Path) -> dict[str, Any]:
@@ -114,29 +122,14 @@ def parse_json(content: bytes, where: Path) -> dict[str, Any]:
         ManifestError: the content is not such an object.
     """
     try:
-        document = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=_without_doubles,
-            parse_constant=_no_constant,
-        )
-    except (ValueError, RecursionError) as error:
+        document = parse_bounded(content, where, strict=True)
+    except ValueError as error:
         raise ManifestError(f"{where}: expected JSON, found something else ({error})") from error
     if not isinstance(document, dict):
         raise ManifestError(
             f"{where}: expected a JSON object, found a {type(document).__name__} at the top"
         )
     return document
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def to_json(document: dict[str, Any]) -> bytes:

@@ -34,7 +34,7 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
     if model.image_processor is None:
         raise ValueError(
             f"{model.cfg.model_name} was wrapped without its preprocessing: use "
-            "wrap(module, processor=...)"
+            "wrap(module, image_processor=...)"
         )
     pixels = probe_pixels(model.image_processor)
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,11 @@ MAJOR, MINOR = 1, 0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_IMAGES_PER_SHARD = 10_000_000
 MAX_WIDTH = 10_000_000
+MAX_SHARDS = 1_000_000
+MAX_HOOKS = 10_000
+MAX_SOURCE_BYTES = 2**20
+"""Size of what a plan says of the images, as JSON."""
+_SHARD_FILE = re.compile(r"shard-([0-9]{5,7})\.(?:json|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,33 @@ class StorePlan:
         names = ", ".join(spec.name for spec in self.hooks)
         raise ValueError(f"this store has no activations of {name!r}; it has {names}")
 
+    @property
+    def n_shards(self) -> int:
+        """Number of shards that the store has once it is complete."""
+        return -(-self.n_images // self.images_per_shard)
+
+    def task(self, index: int) -> ShardTask:
+        """Return a shard task by its number."""
+        start = index * self.images_per_shard
+        return ShardTask(index, start, min(start + self.images_per_shard, self.n_images))
+
     def tasks(self) -> Iterator[ShardTask]:
         """Yield the shard tasks; they do not depend on each other."""
-        for index, start in enumerate(range(0, self.n_images, self.images_per_shard)):
-            yield ShardTask(index, start, min(start + self.images_per_shard, self.n_images))
+        return map(self.task, range(self.n_shards))
+
+    def task_of(self, file: str) -> ShardTask | None:
+        """Return the task whose shard, or whose marker, has that name; None if none has."""
+        match = _SHARD_FILE.fullmatch(file)
+        if match is None or int(match.group(1)) >= self.n_shards:
+            return None
+        task = self.task(int(match.group(1)))
+        return task if file in (task.file, task.marker) else None
+
+    def marked_tasks(self, folder: Path) -> list[ShardTask]:
+        """Return the tasks whose markers are in a folder, in order."""
+        found = {task for path in folder.iterdir() if (task := self.task_of(path.name))}
+        there = [task for task in found if os.path.lexists(folder / task.marker)]
+        return sorted(there, key=lambda task: task.index)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that plan.json holds."""
@@ -157,15 +189,18 @@ class StorePlan:
         """
         fields = Fields(document, where)
         check_version(fields)
-        hooks = tuple(_hook(entry) for entry in fields.objects("hooks"))
+        hooks = tuple(_hook(entry) for entry in fields.objects("hooks", most=MAX_HOOKS))
         if not hooks or len({spec.name for spec in hooks}) != len(hooks):
             raise fields.error("hooks", "at least one hook, each once", f"{len(hooks)}")
         dtype = fields.text("dtype")
         if dtype not in DTYPES:
             raise fields.error("dtype", " or ".join(DTYPES), repr(dtype))
         images = fields.object("images")
-        images.number("n_images", least=1)
+        per_shard = fields.number("images_per_shard", least=1, most=MAX_IMAGES_PER_SHARD)
+        images.number("n_images", least=1, most=MAX_SHARDS * per_shard)
         images.hash("ids_sha256", 64)
+        if len(json.dumps(images.document)) > MAX_SOURCE_BYTES:
+            raise fields.error("images", f"at most {MAX_SOURCE_BYTES:,} bytes", "more")
         return cls(
             model=_model(fields.object("model")),
             preprocessing=fields.text("preprocessing"),
@@ -176,7 +211,7 @@ class StorePlan:
             images=images.document,
             seed=fields.number("seed"),
             batch_size=fields.number("batch_size", least=1),
-            images_per_shard=fields.number("images_per_shard", least=1, most=MAX_IMAGES_PER_SHARD),
+            images_per_shard=per_shard,
             images_per_chunk=fields.number("images_per_chunk", least=1, most=MAX_IMAGES_PER_SHARD),
         )
 
@@ -239,12 +274,15 @@ def _tokens(fields: Fields) -> TokenSpec:
         TokenSelection.parse(selection)
     except ValueError as error:
         raise fields.error("selection", "a kind of token", repr(selection)[:80]) from error
-    return TokenSpec(
+    found = TokenSpec(
         selection=selection,
-        n_cls=fields.number("n_cls"),
-        n_registers=fields.number("n_registers"),
+        n_cls=fields.number("n_cls", most=MAX_WIDTH),
+        n_registers=fields.number("n_registers", most=MAX_WIDTH),
         grid=_pair(fields, "grid"),
     )
+    if prod(found.grid) > MAX_WIDTH:
+        raise fields.error("grid", f"at most {MAX_WIDTH:,} patches", str(list(found.grid)))
+    return found
 
 
 def _pair(fields: Fields, name: str) -> tuple[int, int]:

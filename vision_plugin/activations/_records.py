@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class ShardRecord:
         return cls(
             index=task.index,
             n_images=n_images,
-            bytes=fields.number("bytes"),
+            bytes=_size(fields, plan, n_images),
             sha256=fields.hash("sha256", 64),
             ids=tuple(ids),
             labels=None if labels is None else tuple(labels),
@@ -151,9 +152,8 @@ class Manifest:
         plan = StorePlan.from_json(document, where)
         expect(fields, "plan_sha256", plan.sha256)
         entries = fields.objects("shards")
-        n_tasks = -(-plan.n_images // plan.images_per_shard)
-        if len(entries) != n_tasks:
-            raise fields.error("shards", f"{n_tasks} of them", str(len(entries)))
+        if len(entries) != plan.n_shards:
+            raise fields.error("shards", f"{plan.n_shards} of them", str(len(entries)))
         shards = tuple(
             _entry(entry, task, plan) for entry, task in zip(entries, plan.tasks(), strict=True)
         )
@@ -230,10 +230,16 @@ def _entry(fields: Fields, task: ShardTask, plan: StorePlan) -> ShardEntry:
         expect(rows, spec.name, n_images * spec.rows_per_image)
     return ShardEntry(
         n_images=n_images,
-        bytes=fields.number("bytes"),
+        bytes=_size(fields, plan, n_images),
         sha256=fields.hash("sha256", 64),
         marker_sha256=fields.hash("marker_sha256", 64),
     )
+
+
+def _size(fields: Fields, plan: StorePlan, n_images: int) -> int:
+    """Return the size of a shard, which has to have room for its tensors."""
+    shapes = tensor_shapes(plan, n_images).values()
+    return fields.number("bytes", least=sum(prod(shape) * size for _, shape, size in shapes))
 
 
 def _bad_image(fields: Fields, task: ShardTask) -> BadImage:

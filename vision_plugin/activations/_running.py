@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.activations._decoding import DecodedBatch, batch_tasks, decode
-from vision_plugin.activations._files import to_json, write_whole
+from vision_plugin.activations._files import to_json, whole_file
 from vision_plugin.activations._making import by_rows, selected_rows
 from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import TOKEN_ROWS, BadImage, ShardRecord, tensor_shapes
@@ -153,7 +153,7 @@ class _ShardBuffers:
         """Write the shard, then its marker."""
         n_images = len(self._indices)
         tensors = {name: tensor[:n_images] for name, tensor in self._room.items()}
-        written = write_shard(folder, self.plan, task, tensors, n_images)
+        written, checksums = write_shard(folder, self.plan, task, tensors, n_images)
         record = ShardRecord(
             index=task.index,
             n_images=n_images,
@@ -162,7 +162,8 @@ class _ShardBuffers:
             ids=tuple(ids[index] for index in self._indices),
             labels=None if self._labels is None else tuple(self._labels),
             bad_images=tuple(self._bad),
-            checksums=written.checksums,
+            checksums=checksums,
         )
-        write_whole(folder / task.marker, to_json(record.to_json(self.plan)))
+        with whole_file(folder / task.marker) as stream:
+            stream.write(to_json(record.to_json(self.plan)))
         return record

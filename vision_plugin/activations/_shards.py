@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from vision_plugin._disk import DTYPES, Written, tensor_bytes, tensors_header, write_tensors
 from vision_plugin.activations._errors import ManifestError, ShardError
-from vision_plugin.activations._files import open_regular, parse_json, write_whole
+from vision_plugin.activations._files import open_regular, parse_json, whole_file
 from vision_plugin.activations._plan import FORMAT, ShardTask, StorePlan
 from vision_plugin.activations._records import ShardEntry, ShardRecord, read_marker, tensor_shapes
-
-_TORCH = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-}
-
-
-@dataclass(frozen=True)
-class Written:
-    """Size and hashes of a written shard."""
-
-    bytes: int
-    sha256: str
-    checksums: dict[str, tuple[str, ...]]
 
 
 def header(plan: StorePlan, index: int, n_images: int) -> dict[str, Any]:
     """Return a shard's safetensors header: its tensors in file order, its plan and its number."""
-    entries: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "plan_sha256": plan.sha256, "shard": str(index)}
-    }
-    offset = 0
-    for name, (code, shape, size) in tensor_shapes(plan, n_images).items():
-        end = offset + prod(shape) * size
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    return entries
+    shapes = {n: (code, shape) for n, (code, shape, _) in tensor_shapes(plan, n_images).items()}
+    return tensors_header(shapes, _metadata(plan, index))
+
+
+def _metadata(plan: StorePlan, index: int) -> dict[str, str]:
+    return {"format": FORMAT, "plan_sha256": plan.sha256, "shard": str(index)}
 
 
 def write_shard(
     folder: Path, plan: StorePlan, task: ShardTask, tensors: Mapping[str, Tensor], n_images: int
-) -> Written:
-    """Write a shard, whole or not at all.
+) -> tuple[Written, dict[str, tuple[str, ...]]]:
+    """Write a shard, whole or not at all; return its size and hash, and its chunks' checksums.
 
     Args:
         folder: Folder of the store.
@@ -68,38 +48,21 @@ def write_shard(
     Raises:
         StoreFullError: there is no room for the shard.
     """
-    digest = hashlib.sha256()
-    written = 0
-
-    def write(stream: BinaryIO) -> None:
-        nonlocal written
-        text = json.dumps(header(plan, task.index, n_images), separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        parts: list[bytes | memoryview] = [struct.pack("<Q", len(text)), text]
-        for part in (*parts, *map(_bytes, tensors.values())):
-            stream.write(part)
-            digest.update(part)
-            written += len(part)
-
-    write_whole(folder / task.file, write)
+    with whole_file(folder / task.file) as stream:
+        written = write_tensors(stream, tensors, _metadata(plan, task.index))
     checksums = {
         name: tuple(
-            checksum(_bytes(tensor[first : first + plan.images_per_chunk]))
+            checksum(tensor_bytes(tensor[first : first + plan.images_per_chunk]))
             for first in range(0, n_images, plan.images_per_chunk)
         )
         for name, tensor in tensors.items()
     }
-    return Written(written, digest.hexdigest(), checksums)
+    return written, checksums
 
 
 def checksum(content: bytes | memoryview) -> str:
     """Return the XXH3-64 in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(content)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(values)
 
 
 class Shard:
@@ -122,6 +85,7 @@ class Shard:
         self.n_images, self.bytes, self.sha256 = known.n_images, known.bytes, known.sha256
         self._map: mmap.mmap | None = None
         self._checked: set[tuple[str, int]] = set()
+        self._version: tuple[int, ...] = ()
 
     @cached_property
     def record(self) -> ShardRecord:
@@ -144,20 +108,23 @@ class Shard:
         Raises:
             ShardError: the file is missing, a link, of another size, or another shard.
         """
-        descriptor = open_regular(self.folder, self.task.file)
+        descriptor = self._opened()
         try:
-            self._check_size(os.fstat(descriptor).st_size)
             self._check_header(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _check_size(self, found: int) -> None:
+    def _opened(self) -> int:
+        descriptor = open_regular(self.folder, self.task.file)
+        found = os.fstat(descriptor).st_size
         if found != self.bytes:
+            os.close(descriptor)
             raise ShardError(
                 self.task.file, f"expected {self.bytes:,} bytes, found {found:,}. {_REMEDY}"
             )
+        return descriptor
 
     def _check_header(self, descriptor: int) -> None:
         expected = header(self.plan, self.task.index, self.n_images)
@@ -227,32 +194,60 @@ class Shard:
         Raises:
             ShardError: the file or a chunk is damaged.
         """
-        if self._map is None:
-            descriptor = self.open()
-            try:
-                # A private mapping: a caller's writes to the tensor never reach the file.
-                self._map = mmap.mmap(descriptor, self.bytes, access=mmap.ACCESS_COPY)
-            finally:
-                os.close(descriptor)
+        mapped = self._mapped()
         code, shape, size = tensor_shapes(self.plan, self.n_images)[name]
         if not len(images):
-            return torch.empty((0, *shape[1:]), dtype=_TORCH[code])
+            return torch.empty((0, *shape[1:]), dtype=DTYPES[code])
         step = self.plan.images_per_chunk
         for chunk in range(images.start // step, (images.stop - 1) // step + 1):
-            self._check_mapped(name, chunk)
+            self._check_mapped(mapped, name, chunk)
         return torch.frombuffer(
-            self._map,
-            dtype=_TORCH[code],
+            mapped,
+            dtype=DTYPES[code],
             count=len(images) * prod(shape[1:]),
             offset=self.offsets[name] + images.start * prod(shape[1:]) * size,
         ).view(len(images), *shape[1:])
 
-    def _check_mapped(self, name: str, chunk: int) -> None:
-        if (name, chunk) in self._checked or self._map is None:
+    def _mapped(self) -> mmap.mmap:
+        """Return the mapped file; one that was changed since is mapped, and checked, anew."""
+        if self._map is not None and self._version == self._version_on_disk():
+            return self._map
+        descriptor = self.open()
+        try:
+            self._version = _version(os.fstat(descriptor))
+            self._checked.clear()
+            # A private mapping: a caller's writes to the tensor never reach the file.
+            self._map = mmap.mmap(descriptor, self.bytes, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(descriptor)
+        return self._map
+
+    def _version_on_disk(self) -> tuple[int, ...]:
+        try:
+            return _version((self.folder / self.task.file).lstat())
+        except OSError:
+            return ()
+
+    def check_there(self) -> None:
+        """Check that the file is there and of its size, without reading it.
+
+        Raises:
+            ShardError: it is missing, a link, or of another size.
+        """
+        path = self.folder / self.task.file
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != self.bytes:
+            os.close(self._opened())  # which says what is wrong
+
+    def _check_mapped(self, mapped: mmap.mmap, name: str, chunk: int) -> None:
+        if (name, chunk) in self._checked:
             return
         images, size = self.chunk_images(chunk), self.image_bytes(name)
         start = self.offsets[name] + images.start * size
-        with memoryview(self._map) as view, view[start : start + len(images) * size] as part:
+        with memoryview(mapped) as view, view[start : start + len(images) * size] as part:
             self._check_chunk(name, chunk, part)
         self._checked.add((name, chunk))
 
@@ -267,7 +262,15 @@ class Shard:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None, "_checked": set()}
+        return {**self.__dict__, "_map": None, "_checked": set(), "_version": ()}
 
 
-_REMEDY = "Delete this shard and its .json, and run the same extraction again to mend the store"
+def _version(found: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written to or replaced."""
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+
+_REMEDY = (
+    "vision-plugin verify lists all that is damaged; delete this shard and its .json, and run the "
+    "same extraction again to mend the store"
+)

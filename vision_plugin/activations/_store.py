@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin._paths import local_path
 from vision_plugin.activations._batches import ShuffledBatches
 from vision_plugin.activations._errors import StoreMismatchError
 from vision_plugin.activations._files import sha256
@@ -52,7 +53,7 @@ class ActivationStore(ReadableStore):
             ManifestError: the manifest is damaged, or of another major version.
             ShardError: a file is missing, or is a link and not a plain file.
         """
-        folder = Path(path).expanduser()
+        folder = local_path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder that exists")
         if not (folder / MANIFEST).exists() and not (folder / PLAN).exists():
@@ -337,11 +338,10 @@ def _open(folder: Path) -> tuple[StorePlan, list[Shard], bool]:
     plan = read_plan(folder)
     found = [
         Shard(folder, plan, task, record=read_marker(folder, plan, task))
-        for task in plan.tasks()
-        if (folder / task.marker).exists()
+        for task in plan.marked_tasks(folder)
     ]
     logger.warning(
         "%s is incomplete: %d of %d shards are there. Run the same extraction again to continue",
-        *(folder, len(found), -(-plan.n_images // plan.images_per_shard)),
+        *(folder, len(found), plan.n_shards),
     )
     return plan, found, False

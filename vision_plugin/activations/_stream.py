@@ -21,8 +21,8 @@ PIXEL_CACHE_BYTES = 2 * 1024**3
 
 
 @runtime_checkable
-class ImageCollection(Protocol):
-    """A sequence of images with an id for each."""
+class ImagesWithIds(Protocol):
+    """Images by number, with an id for each: an ``ImageSource``, or anything like it."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -44,7 +44,7 @@ class ActivationStream:
     def __init__(
         self,
         model: Any,
-        images: ImageCollection,
+        images: ImagesWithIds,
         *,
         hook_names: list[str],
         tokens: str,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._paths import local_path
 from vision_plugin.activations._errors import ManifestError, ShardError, StoreError
-from vision_plugin.activations._files import LOCK, TEMPORARY, read_capped
+from vision_plugin.activations._files import read_capped
 from vision_plugin.activations._plan import StorePlan
 from vision_plugin.activations._records import MANIFEST, PLAN, read_plan
 from vision_plugin.activations._shards import Shard
@@ -62,7 +63,7 @@ def verify(path: str | Path) -> VerificationReport:
     Raises:
         FileNotFoundError: there is no store in the folder.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     try:
         store = ActivationStore(folder)
     except StoreError as error:
@@ -92,9 +93,7 @@ def _unreadable(folder: Path, error: StoreError) -> VerificationReport:
         problems.append(Problem(PLAN, str(second)))
         return VerificationReport(str(folder), False, 0, 0, 0, tuple(problems))
     shards = []
-    for task in plan.tasks():
-        if not os.path.lexists(folder / task.marker):
-            continue
+    for task in plan.marked_tasks(folder):
         try:
             shards.append(Shard(folder, plan, task))
         except StoreError as damaged:
@@ -170,15 +169,10 @@ def _damaged_chunks(shard: Shard, descriptor: int) -> str:
 
 def _check_strays(folder: Path, store: ActivationStore) -> list[Problem]:
     """Return files that look like a part of the store but are not."""
-    known = {PLAN, MANIFEST, LOCK}
-    for task in store.plan.tasks():
-        known |= {task.file, task.marker}
     return [
         Problem(path.name, "expected no such file in a store of this plan, found one")
         for path in sorted(folder.iterdir())
-        if path.name not in known
-        and path.name.startswith("shard-")
-        and not path.name.startswith(TEMPORARY)
+        if path.name.startswith("shard-") and store.plan.task_of(path.name) is None
     ]
 
 
@@ -189,7 +183,7 @@ def info(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no store in the folder.
         StoreError: the store cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     store = ActivationStore(folder)
     plan = store.plan
     file = MANIFEST if store.complete else PLAN

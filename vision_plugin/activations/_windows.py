@@ -172,7 +172,7 @@ class WindowReader:
         """Return an empty [n_rows, d_in] of the stored type."""
         spec, plan = self.store.spec(name), self.store.plan
         row_bytes = spec.d_in * plan.torch_dtype.itemsize
-        most_images = max(shard.plan.images_per_chunk for shard in self._shards)
+        most_images = max(min(s.plan.images_per_chunk, s.n_images) for s in self._shards)
         most = self.chunks_per_window * most_images * self.rows_per_image * row_bytes
         room = self._memories[name].take(n_rows * row_bytes, most)
         return room.view(plan.torch_dtype).view(n_rows, spec.d_in)

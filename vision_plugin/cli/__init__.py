@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -27,7 +28,7 @@ COMMANDS = {
     "steer": Command("hold latents at values and see what the model then sees", "_steer"),
     "report": Command("write a browsable HTML page of an SAE's features", "_report"),
     "extract": Command("write a model's activations to a store of checked shards", "_extract"),
-    "verify": Command("check every byte of an activation store", "_verify"),
+    "verify": Command("check every byte of a store, an SAE or a report", "_verify"),
     "info": Command("say what a store or an SAE holds, or what is installed", "_info"),
     "convert": Command("write another project's SAE in SAELens's format", "_convert"),
 }
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0, or 1 after an error (one sentence on stderr), or 2 for a command line that cannot be
-        read. ``VISION_PLUGIN_DEBUG=1`` shows the whole traceback.
+        0; 2 where the command line, or what it names, is refused; 1 where a run failed, or a check
+        found damage. Each comes with one sentence on stderr. ``VISION_PLUGIN_DEBUG=1`` shows the
+        whole traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -59,19 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     command = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
     try:
-        command.run(arguments[1:])
+        return int(command.run(arguments[1:]) or 0)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("VISION_PLUGIN_DEBUG"):
             raise
         from vision_plugin.cli._flags import as_flags
 
-        sys.stderr.write(f"vision-plugin {name}: {as_flags(' '.join(str(error).split()))}\n")
-        return 1
+        status, sentence = _told(error)
+        sys.stderr.write(f"vision-plugin {name}: {as_flags(sentence)}\n")
+        return status
     return 0
 
 
@@ -86,9 +89,31 @@ def usage() -> str:
     )
 
 
+_LONGEST = 2000
+"""Characters of an error that are shown: one may repeat what stands in a hostile file."""
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Return the exit status after an error, and its text as one line that is fit to print."""
+    text = " ".join(str(error).split())[:_LONGEST]
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return 1, text
+    if isinstance(error, (ValueError, OSError, ImportError)) and text:
+        return 2, text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, f"there is not enough memory ({text or 'none is left'}): take fewer at once"
+    return 1, (
+        f"it failed with {type(error).__name__}: {text}. This is a fault of vision-plugin: please "
+        "report it, with what VISION_PLUGIN_DEBUG=1 shows"
+    )
+
+
 def _quieten() -> None:
     """Silence the progress bars and notices of the libraries that we use."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The hosts log to the root logger, which is silenced below; our own lines are to be seen.
+    logging.getLogger("vision_plugin").setLevel(logging.INFO)
     # PyTorch prints these at the first use of its CSR layout; a user can do nothing about them.
     warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
     for name in ("httpx", "datasets", "transformers", "sae_lens", "root", "absl", "matplotlib"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
@@ -36,4 +35,4 @@ def run(arguments: Sequence[str]) -> None:
         "it without this package.",
     )
     folder = convert(cfg.sae, cfg.output_path, cfg.sae_id, format=cfg.format)
-    Console().print(f"Saved to {folder} in SAELens's format.", highlight=False)
+    console().print(f"Saved to {folder} in SAELens's format.")

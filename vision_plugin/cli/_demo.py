@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from vision_plugin.cli._console import console
 from vision_plugin.cli._eval import notes, scores_table
 from vision_plugin.cli._flags import parse
 
@@ -25,23 +25,20 @@ def run(arguments: Sequence[str]) -> None:
         description="Draw images, train an SAE on the packaged CLIP, score it, steer it, and "
         "write a report: offline, in a minute or two.",
     )
-    console = Console()
-    result = run_demo(cfg, lambda line: console.print(f"[bold]{line}[/bold]"))
-    console.print(scores_table(result.evaluation))
-    console.print(truth_table(result))
-    console.print(ladder_table(result))
-    console.print(steering_table(result))
+    out = console()
+    result = run_demo(cfg, lambda line: out.print(line, style="bold"))
+    out.print(scores_table(result.evaluation))
+    out.print(truth_table(result))
+    out.print(ladder_table(result))
+    out.print(steering_table(result))
     for note in notes(result.evaluation):
-        console.print(note, highlight=False, soft_wrap=True)
+        out.print(note, soft_wrap=True)
     total = sum(result.seconds.values())
-    console.print(
+    out.print(
         f"Done in {total:.0f} s. Results: {cfg.output_path}/results.json",
-        highlight=False,
         soft_wrap=True,
     )
-    console.print(
-        f"Open {cfg.output_path}/report/index.html in a browser.", highlight=False, soft_wrap=True
-    )
+    out.print(f"Open {cfg.output_path}/report/index.html in a browser.", soft_wrap=True)
 
 
 def truth_table(result: Any) -> Table:
@@ -66,13 +63,16 @@ def ladder_table(result: Any) -> Table:
 
 
 def steering_table(result: Any) -> Table:
-    """Return the largest effects of steering as a table."""
-    strength = result.evaluation.config.strength
-    table = Table(title=f"Steering: latents held at {strength:g} on eight images")
-    for heading in ("latent", "seen more", "gain", "seen less", "loss"):
-        table.add_column(heading, justify="left" if "seen" in heading else "right")
-    for latent, effect in result.effects.items():
-        gains = effect.gains(len(effect.concepts))
-        (more, gain), (less, loss) = gains[0], gains[-1]
-        table.add_row(str(latent), more, f"{gain:+.3f}", less, f"{loss:+.3f}")
+    """Return what the model answers before and while latents are held, as a table."""
+    n_images = max((found.n_images for found in result.answers.values()), default=0)
+    table = Table(title=f"Steering: {n_images} images that lack what a latent is named after")
+    for heading in ("latent", "named", "asked for"):
+        table.add_column(heading)
+    for heading in ("answered so\nbefore", "while held", "other answers\nkept"):
+        table.add_column(heading, justify="right")
+    for latent, found in result.answers.items():
+        shares = (found.before, found.after, found.kept)
+        name = found.name.removeprefix("a picture of ")
+        asked = f"{found.factor}, {found.choices} choices"
+        table.add_row(str(latent), name, asked, *(f"{share:.0%}" for share in shares))
     return table

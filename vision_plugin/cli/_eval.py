@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import as_flags, parse
 
 
@@ -25,27 +25,44 @@ def run(arguments: Sequence[str]) -> None:
     )
     from vision_plugin.evaluation import evaluate_config
 
-    console = Console()
+    out = console()
     result = evaluate_config(cfg)
-    console.print(scores_table(result))
+    out.print(scores_table(result))
     for embedder in result.equal_firing:
-        console.print(equal_firing_table(result, embedder))
+        out.print(equal_firing_table(result, embedder))
     for note in [*equal_firing_notes(result), *notes(result)]:
-        console.print(note, highlight=False)
+        out.print(note)
 
+
+UNDEFINED = "-"
+WIDEST_WORD = 20
+"""Characters that a label has in any terminal; a longer word is continued on the next line."""
 
 HEADINGS = {
     "sae": "SAE",
     "pca": "PCA",
-    "random": "random directions",
-    "random_model": "random model's neurons",
+    "random": "random\ndirections",
+    "random_model": "random\nmodel's\nneurons",
 }
 
 LABELS = {
     "fvu/explained_variance": "explained variance",
+    "fvu/cosine": "cosine of the reconstruction",
+    "fvu/fvu": "unexplained variance, as VISAEBench defines it",
     "sparsity/l0": "L0 per token",
+    "sparsity/n_dead": "dead latents, by token",
+    "sparsity/n_rare": "rare latents, by token",
+    "sparsity/n_dense": "dense latents, by token",
     "monosemanticity/mean_score": "monosemanticity, mean",
     "monosemanticity/median_score": "monosemanticity, median",
+    "monosemanticity/share_z_above_3": "monosemanticity, share with z above 3",
+    "monosemanticity/n_dead": "dead latents, by image",
+    "monosemanticity/n_constant": "latents alike on all images",
+    "monosemanticity/n_rare": "rare latents, by image",
+    "uniqueness/mean_jaccard": "overlap of two latents, mean",
+    "uniqueness/share_above_0": "pairs of latents that overlap, share",
+    "uniqueness/share_above_0.5": "pairs that overlap by half, share",
+    "uniqueness/n_left_out": "latents without an overlap",
     "steerability/mean_score": "steerability, mean",
     "steerability/max_score": "steerability, largest",
     "steerability/n_steerable": "steerable latents",
@@ -55,27 +72,37 @@ LABELS = {
 
 
 def scores_table(result: Any) -> Table:
-    """Return a table of the SAE and its controls, with a row for each number of each metric."""
+    """Return a table of the SAE and its controls, with a row for each number of each metric.
+
+    A number that is undefined for every dictionary has no row; the JSON has it.
+    """
     from vision_plugin.metrics import headline_of
 
     table = Table(title=f"{len(result.encoded.ids)} images, {result.encoded.tokens} tokens")
-    table.add_column("")
+    rows: list[tuple[str, list[str]]] = []
     columns = result.dictionaries
-    for key in columns:
-        table.add_column(HEADINGS.get(key, key), justify="right")
     for metric, by_dictionary in result.results.items():
         numbers = {key: headline_of(found) for key, found in by_dictionary.items()}
         names = dict.fromkeys(name for found in numbers.values() for name in found)
         for name in names:
             cells = [_cell(numbers.get(key, {}).get(name)) for key in columns]
-            table.add_row(row_label(metric, name, result.embedders), *cells)
+            if set(cells) != {UNDEFINED}:
+                rows.append((row_label(metric, name, result.embedders), cells))
+    # A narrow terminal wraps labels between their words, and never cuts a word or a number.
+    longest = max((len(word) for label, _ in rows for word in label.split()), default=0)
+    table.add_column("", overflow="fold", min_width=min(longest, WIDEST_WORD))
+    for key in columns:
+        table.add_column(HEADINGS.get(key, key), justify="right", no_wrap=True)
+    for label, cells in rows:
+        table.add_row(label, *cells)
     return table
 
 
 def row_label(metric: str, name: str, embedders: dict[str, bool]) -> str:
     """Return the label of a row; it marks an embedder that is the model under study."""
     metric, _, embedder = metric.partition("@")
-    label = LABELS.get(f"{metric}/{name}", f"{metric.replace('_', ' ')}, {name.replace('_', ' ')}")
+    plain = dict.fromkeys(part.replace("_", " ") for part in (metric, name))
+    label = LABELS.get(f"{metric}/{name}", ", ".join(plain))
     if not embedder:
         return label
     return f"{label} ({'the model itself' if embedders[embedder] else embedder})"
@@ -162,7 +189,7 @@ def notes(result: Any) -> list[str]:
 
 def _cell(value: float | int | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
+        return UNDEFINED
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"

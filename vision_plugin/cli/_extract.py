@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
@@ -24,6 +23,6 @@ def run(arguments: Sequence[str]) -> None:
 
     extract(cfg)
     facts = info(cfg.output_path)
-    console = Console()
+    out = console()
     for name, value in facts.items():
-        console.print(f"{name}: {value}", highlight=False)
+        out.print(f"{name}: {value}")

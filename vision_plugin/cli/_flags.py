@@ -54,12 +54,14 @@ def as_flags(message: str, cls: type | None = None) -> str:
         return message
     fields = [field.name for field in dataclasses.fields(cls)]
     names = "|".join(sorted(fields, key=len, reverse=True))
-    return re.sub(rf"\b({names})=(?P<value>\S?)", _as_flag, message)
+    return re.sub(rf"\b({names})=(?P<switch>True|False)?(?P<value>\S?)", _as_flag, message)
 
 
 def _as_flag(match: re.Match[str]) -> str:
     flag = f"--{match.group(1).replace('_', '-')}"
     value = match.group("value")
+    if match.group("switch"):  # a flag that is there or not, as --no-check-model
+        return f"{flag if match.group('switch') == 'True' else flag.replace('--', '--no-')}{value}"
     return f"{flag} {value}" if value and value not in ",;.)" else f"{flag}{value}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
+from vision_plugin._paths import local_path
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ def run(arguments: Sequence[str]) -> None:
         "for training (vision-plugin info presets); or, without a path, which models, metrics and "
         "kernels this installation has.",
     )
-    console = Console()
+    out = console()
     if cfg.path == "presets" and not Path("presets").exists():
         for part in preset_table():
-            console.print(part, highlight=False)
+            out.print(part)
         return
     facts = installation() if cfg.path is None else inside(cfg.path)
     for name, value in facts:
-        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+        out.print(f"{name}: {value}", soft_wrap=True)
 
 
 def installation() -> Iterator[tuple[str, Any]]:
@@ -108,14 +110,16 @@ def preset_table() -> Iterator[Any]:
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the facts of an SAE's folder, or of a store."""
-    from vision_plugin.activations import info
+    """Yield the facts of an SAE, or of a store.
 
-    config = Path(path) / "cfg.json"
-    if not config.is_file():
-        yield from info(path).items()
-        return
-    content = json.loads(config.read_text(encoding="utf-8"))
-    metadata = content.pop("metadata", {})
-    yield from content.items()
-    yield from metadata.items()
+    Raises:
+        FileNotFoundError: there is neither of the two.
+        ValueError: what is there is damaged.
+    """
+    from vision_plugin import activations, formats
+    from vision_plugin.sae import is_store
+
+    folder = local_path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{path} does not exist: name the folder of an SAE or of a store")
+    yield from (activations if is_store(folder) else formats).info(folder).items()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
@@ -22,9 +21,9 @@ def run(arguments: Sequence[str]) -> None:
     )
     from vision_plugin.evaluation import FILES, sparsity_study, table_of
 
-    console = Console()
+    out = console()
     result = sparsity_study(cfg)
-    console.print(table_of(result))
+    out.print(table_of(result))
     if result.bad_images:
-        console.print(f"{len(result.bad_images)} images could not be read; see the JSON.")
-    console.print(f"In {cfg.output_path}: {', '.join(FILES)}", highlight=False, soft_wrap=True)
+        out.print(f"{len(result.bad_images)} images could not be read; see the JSON.")
+    out.print(f"In {cfg.output_path}: {', '.join(FILES)}", soft_wrap=True)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template, sentences
+from vision_plugin._ours import check_replaceable_file
+from vision_plugin._paths import local_path
+from vision_plugin._progress import Progress
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+
+KIND = "vision_plugin.steering/"
+BATCH = 32
+"""Images that are steered at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,8 @@ class SteerConfig(Inputs):
     strength: float = 150.0
     """Activation to hold the latents at; 0 suppresses them."""
     concepts: str
-    """Concepts to look for: ``labels`` or ``column:NAME`` of the images, or a text file, one a
-    line."""
+    """Concepts to look for: ``labels`` or ``column:NAME`` of the images; a text file, one a line;
+    or ``demo`` for every factor of drawn images, whose labels are their shapes alone."""
     concept_template: str = "{}"
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8
@@ -37,10 +43,12 @@ class SteerConfig(Inputs):
     """JSON file for the probabilities; None writes none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.latents:
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -54,13 +62,18 @@ def run(arguments: Sequence[str]) -> None:
         description="Hold latents of an SAE at a value and compare what the model sees in "
         "images before and during steering.",
     )
+    place = None if cfg.output_path is None else local_path(cfg.output_path)
+    if place is not None:
+        check_replaceable_file(place, KIND)
     ids, effect = compute(cfg)
-    console = Console()
-    console.print(effect_table(cfg, ids, effect))
+    out = console()
+    out.print(effect_table(cfg, ids, effect))
     gains = ", ".join(f"{name} {gain:+.3f}" for name, gain in effect.gains())
-    console.print(f"Largest mean gains in probability: {gains}", highlight=False)
-    if cfg.output_path is not None:
+    out.print(f"Largest mean gains in probability: {gains}")
+    if place is not None:
+        check_replaceable_file(place, KIND)
         content = {
+            "schema": f"{KIND}1",
             "latents": list(cfg.latents),
             "strength": cfg.strength,
             "ids": ids,
@@ -68,30 +81,43 @@ def run(arguments: Sequence[str]) -> None:
             "before": effect.before.tolist(),
             "after": effect.after.tolist(),
         }
-        write_json(content, Path(cfg.output_path))
+        write_json(content, place)
 
 
 def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     """Return the ids of the images, and the effect on them."""
+    import torch
+
     from vision_plugin.evaluation import read_concepts
-    from vision_plugin.steering import steering_effect
+    from vision_plugin.images import read_spread
+    from vision_plugin.steering import SteeringEffect, steering_effect
 
     sae = cfg.open_sae(cfg.sae)
     model = cfg.open_model(sae, where=cfg.sae)
     images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
-    step = max(1, len(images) // cfg.n_images)
-    chosen = list(range(0, len(images), step))[: cfg.n_images]
-    effect = steering_effect(
-        model,
-        sae,
-        model.preprocess([images[i] for i in chosen]),
-        model.encode_text([cfg.concept_template.format(concept) for concept in concepts]),
-        dict.fromkeys(cfg.latents, cfg.strength),
-        concepts=concepts,
-        tokens=cfg.tokens,
-    )
-    return [images.ids[i] for i in chosen], effect
+    template = cfg.concept_template
+    texts = model.encode_text(sentences(template, concepts, argument="concept_template"))
+    chosen = read_spread(images, cfg.n_images)
+    places, read = list(chosen), list(chosen.values())
+    effects = []
+    with Progress(len(read), "steering") as shown:
+        for start in range(0, len(read), BATCH):
+            some = read[start : start + BATCH]
+            effect = steering_effect(
+                model,
+                sae,
+                model.preprocess(some),
+                texts,
+                dict.fromkeys(cfg.latents, cfg.strength),
+                concepts=concepts,
+                tokens=cfg.tokens,
+            )
+            effects.append(effect)
+            shown.advance(len(some))
+    before = torch.cat([effect.before for effect in effects])
+    after = torch.cat([effect.after for effect in effects])
+    return [images.ids[i] for i in places], SteeringEffect(concepts, before, after)
 
 
 def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:

@@ -8,8 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
 
-from rich.console import Console
-
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import flat_class, parse, pick
 
 DEFAULT_ARCHITECTURE = "batchtopk"
@@ -22,13 +21,12 @@ def run(arguments: Sequence[str]) -> None:
 
     cfg = read_config(arguments)
     runner = VisionSAETrainingRunner(cfg)
-    console = Console()
+    out = console()
     decided = runner.decided()
     if decided:
-        console.print(
+        out.print(
             f"Decided from the data and the run: {decided}.\nEach of them is a flag; --defaults "
             "saelens takes SAELens's own.",
-            highlight=False,
         )
     sae = runner.run()
     metadata = sae.cfg.metadata
@@ -40,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
         runner.quality.advice(runner.cfg),
         f"Saved to {cfg.output_path} in SAELens's format.",
     ]
-    console.print("\n".join(line for line in lines if line), highlight=False)
+    out.print("\n".join(line for line in lines if line))
 
 
 def read_config(arguments: Sequence[str]) -> Any:
@@ -156,10 +154,22 @@ def as_flags(arguments: Sequence[str], cls: type) -> list[str]:
         if hint is bool and value.lower() in ("true", "false"):
             read.append(f"--{name}" if value.lower() == "true" else f"--no-{name}")
         elif get_origin(hint) in (list, tuple) and value.startswith(("[", "(")):
-            read += [flag, *(str(item) for item in ast.literal_eval(value))]
+            read += [flag, *_items(flag, value)]
         else:
             read.append(argument)
     return read
+
+
+def _items(flag: str, value: str) -> list[str]:
+    """Return the items of a list as Python writes it.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    try:
+        return [str(item) for item in ast.literal_eval(value)]
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"{flag}={value[:60]} is no list: write [8, 16], or {flag} 8 16") from None
 
 
 def _name(sae: Any) -> str:

@@ -1,39 +1,49 @@
-"""``vision-plugin verify``: check every byte of an activation store."""
+"""``vision-plugin verify``: check every byte of an activation store, an SAE or a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
-from rich.console import Console
 
+from vision_plugin._paths import local_path
+from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Store to check."""
+    """What to check."""
 
     path: tyro.conf.Positional[str]
-    """Folder of an activation store."""
+    """Folder of an activation store, of an SAE, or of a report."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Check a store.
-
-    Raises:
-        ValueError: the store is damaged; the message names every damaged shard.
-    """
+def run(arguments: Sequence[str]) -> int:
+    """Check a store; return 1, after a line on stderr for each fault, where it is damaged."""
     cfg = parse(
         VerifyConfig,
         arguments,
         command="verify",
-        description="Check an activation store: its manifest, and every byte of every shard.",
+        description="Check an activation store, an SAE or a report: every byte of every file, "
+        "against the checksums from when it was written.",
     )
-    from vision_plugin.activations import verify
-
+    verify = checker(cfg.path)
     report = verify(cfg.path)
     if not report.ok:
-        raise ValueError(f"{cfg.path} is damaged. {report}")
-    Console().print(str(report), highlight=False)
+        console(stderr=True).print(f"{cfg.path} is damaged. {report}", soft_wrap=True)
+        return 1
+    console().print(str(report))
+    return 0
+
+
+def checker(path: str) -> Callable[[str], Any]:
+    """Return the function that checks what is in a folder; a store's where nothing tells."""
+    from vision_plugin import activations, formats, report
+
+    folder = local_path(path)
+    if (folder / "report.json").exists():
+        return report.verify
+    return formats.verify if (folder / "cfg.json").exists() else activations.verify

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from vision_plugin._paths import local_path
 from vision_plugin.demo._captions import caption
 from vision_plugin.demo._factors import Combinations, Scene, SceneRule, sample_scene, taxonomy
 from vision_plugin.demo._render import IMAGE_SIZE, object_mask, render
@@ -88,7 +89,7 @@ class DemoWorld:
         Raises:
             FileExistsError: the folder is not empty.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise FileExistsError(

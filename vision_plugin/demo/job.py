@@ -6,7 +6,6 @@ factors are known, the job also places the metrics' scores between truth and noi
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,21 +18,27 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from torch import Tensor
 
 from vision_plugin._disk import write_json
+from vision_plugin._ours import (
+    REPORT,
+    SAE_FOLDER,
+    check_replaceable,
+    check_replaceable_file,
+)
+from vision_plugin._paths import local_path
 from vision_plugin.activations import ExtractionConfig, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
+from vision_plugin.demo.answers import Answers, Naming, ask, choose_latents, name_latents
 from vision_plugin.evaluation import EvaluationConfig, evaluate_config
 from vision_plugin.images import open_images
 from vision_plugin.metrics import MonosemanticityResult, monosemanticity
 from vision_plugin.models import load_model
-from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, is_store
-from vision_plugin.steering import SteeringEffect, steering_effect
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
 
-SCHEMA = "vision_plugin.demo/1"
+KIND = "vision_plugin.demo/"
+SCHEMA = f"{KIND}1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
-LEAST_IMAGES = 20
-"""Fewest images that a latent fires on to be steered."""
 Announce = Callable[[str], None]
 
 
@@ -81,8 +86,8 @@ class DemoResult:
     ladder: dict[str, float]
     """Mean score with image embeddings: factors, SAE, neurons, rotation, mean similarity."""
     evaluation: Any
-    effects: dict[int, SteeringEffect]
-    """Effects by steered latent."""
+    answers: dict[int, Answers]
+    """What the model answers while a latent is held, by latent."""
     report: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -90,47 +95,53 @@ class DemoResult:
 def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     """Run the whole job.
 
-    It writes results.json, activations/, sae/ and report/ below ``output_path``.
+    It writes results.json, activations/, sae/ and report/ below ``output_path``, and replaces
+    what an earlier run wrote there.
 
     Args:
         cfg: Size and place of the run.
         announce: Function called with one line per stage.
+
+    Raises:
+        FileExistsError: one of these is there and no run wrote it.
+        StoreError: activations/ holds something that no extraction wrote.
     """
     seconds: dict[str, float] = {}
-    out = Path(cfg.output_path)
+    out = local_path(cfg.output_path)
+    for part, kind in ((out / "sae", SAE_FOLDER), (out / "report", REPORT)):
+        check_replaceable(part, kind)
+    check_replaceable_file(out / "results.json", KIND)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
     with _stage(f"Extracting activations of {cfg.training_images} images", seconds, announce):
-        if is_store(out / "activations"):
-            shutil.rmtree(out / "activations")  # of an earlier run, perhaps with other settings
         extract(_extraction(cfg, out), model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
         sae = VisionSAETrainingRunner(_training(cfg, out), model=model).run()
     with _stage(f"Scoring it on {cfg.images} new images, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
         images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
-        concepts = [concept.text for concept in concept_vocabulary()]
+        vocabulary = concept_vocabulary()
+        concepts = [concept.text for concept in vocabulary]
         evaluation = evaluate_config(
             _evaluation(cfg, out),
             sae=sae,
             model=model,
             images=images,
             concepts=concepts,
-            progress=False,
         )
         embeddings = evaluation.encoded.first_embeddings
         own_code = {
             factor: own_code_test(world.scenes, factor, cfg.seed) for factor in FACTORS_OF_TRUTH
         }
         ladder = score_ladder(world.scenes, embeddings, evaluation.monosemanticity, cfg.seed)
-    with _stage("Steering a few features", seconds, announce):
-        effects = _steer(cfg, model, sae, evaluation, images, concepts)
+    with _stage("Steering features by their names", seconds, announce):
+        texts = model.encode_text(concepts)
+        naming = name_latents(evaluation.encoded.latents, embeddings, texts, vocabulary)
+        answers = _steer(cfg, model, sae, evaluation, naming, images, world.scenes, texts)
     with _stage("Writing the HTML report", seconds, announce):
-        names = name_latents(evaluation.encoded.latents, embeddings, model.encode_text(concepts))
-        report = _report(
-            model, sae, images, evaluation, [concepts[name] for name in names], out / "report"
-        )
-    result = DemoResult(own_code, ladder, evaluation, effects, report, seconds)
+        names = [concepts[name] for name in naming.names]
+        report = _report(model, sae, images, evaluation, names, out / "report")
+    result = DemoResult(own_code, ladder, evaluation, answers, report, seconds)
     write_json(to_dict(cfg, result), out / "results.json")
     return result
 
@@ -201,6 +212,7 @@ def _extraction(cfg: DemoConfig, out: Path) -> ExtractionConfig:
         hook_names=(cfg.hook_name,),
         tokens=cfg.tokens,
         output_path=str(out / "activations"),
+        overwrite=True,  # an earlier run may have had other settings
         batch_size=64,
     )
 
@@ -237,45 +249,31 @@ def _evaluation(cfg: DemoConfig, out: Path) -> EvaluationConfig:
 
 
 def _steer(
-    cfg: DemoConfig, model: Any, sae: Any, evaluation: Any, images: Any, concepts: list[str]
-) -> dict[int, SteeringEffect]:
-    """Return the effects on eight images of the most monosemantic latents, one per top concept."""
-    scores = evaluation.monosemanticity["sae"]
-    steerability = evaluation.steerability["sae"]
-    common = scores.n_active >= LEAST_IMAGES
-    ranked = scores.score.where(common.to(scores.score.device), -1).nan_to_num(-1)
-    chosen: dict[int, int] = {}
-    for latent in ranked.argsort(descending=True).tolist():
-        chosen.setdefault(int(steerability.top_concept[latent]), latent)
-        if len(chosen) == cfg.steered_latents:
-            break
-    pixels = model.preprocess([images[i] for i in range(8)])
-    texts = model.encode_text(concepts)
+    cfg: DemoConfig,
+    model: Any,
+    sae: Any,
+    evaluation: Any,
+    naming: Naming,
+    images: Any,
+    scenes: tuple[Scene, ...],
+    texts: Tensor,
+) -> dict[int, Answers]:
+    """Return the answers while the latents are held that their names single out best."""
+    latents = evaluation.encoded.latents.to_dense()
+    chosen = choose_latents(naming, (latents > 0).sum(0), cfg.steered_latents)
     return {
-        latent: steering_effect(
-            model, sae, pixels, texts, {latent: evaluation.config.strength}, concepts=concepts
+        latent: ask(
+            model,
+            sae,
+            latent,
+            naming=naming,
+            largest=float(latents[:, latent].max()),
+            images=images,
+            scenes=scenes,
+            texts=texts,
         )
-        for latent in chosen.values()
+        for latent in chosen
     }
-
-
-def name_latents(latents: Tensor, embeddings: Tensor, texts: Tensor) -> list[int]:
-    """Return for each latent the concept that sets its images apart from all images best.
-
-    Args:
-        latents: Image-level latents, sparse [n, d_sae].
-        embeddings: Embeddings of the images, [n, d].
-        texts: Embeddings of the concepts, [concepts, d].
-
-    Returns:
-        The concept most similar to the weighted mean of the embeddings of the latent's images,
-        minus the mean of all embeddings.
-    """
-    weights = latents.to_dense().double()
-    weights = weights / weights.sum(0).clamp(min=1e-12)
-    apart = weights.T @ embeddings.double() - embeddings.double().mean(0)
-    best: list[int] = (apart @ texts.double().T).argmax(1).tolist()
-    return best
 
 
 def _report(
@@ -305,10 +303,7 @@ def to_dict(cfg: DemoConfig, result: DemoResult) -> dict[str, Any]:
         "config": asdict(cfg),
         "own_code": {factor: asdict(test) for factor, test in result.own_code.items()},
         "ladder": result.ladder,
-        "steered": {
-            str(latent): [{"concept": c, "gain": g} for c, g in effect.gains()]
-            for latent, effect in result.effects.items()
-        },
+        "steered": {str(latent): asdict(found) for latent, found in result.answers.items()},
         "evaluation": result.evaluation.to_dict(),
         "seconds": result.seconds,
     }

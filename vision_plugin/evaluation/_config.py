@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template
+from vision_plugin._untrusted import parse_json
 
 Control = Literal["neurons", "pca", "random", "random_model"]
 
@@ -37,8 +37,8 @@ class EvaluationConfig(Inputs):
     labels: str | None = None
     """Classes of the images, as ``column:NAME``; by default the labels of the images."""
     concepts: str | None = None
-    """For steerability: ``labels`` or ``column:NAME`` of the images, or a text file, one concept a
-    line."""
+    """For steerability: ``labels`` or ``column:NAME`` of the images; a text file, one concept a
+    line; or ``demo`` for every factor of drawn images, whose labels are their shapes alone."""
     concept_template: str = "{}"
     """Sentence around a concept or a class, for example ``a picture of {}``."""
     taxonomy: str | None = None
@@ -52,6 +52,8 @@ class EvaluationConfig(Inputs):
     image, whose pixel values are line numbers, 0 for no concept; or ``demo``."""
     domain_images: tuple[str, ...] = ()
     """For cross_domain: labelled images unlike the training images of the SAE."""
+    domain_split: str | None = None
+    """For cross_domain: split of ``domain_images``, where they have several."""
     other_saes: tuple[str, ...] = ()
     """For stability: SAEs of the same activations from other seeds."""
     output_path: str | None = None
@@ -81,6 +83,7 @@ class EvaluationConfig(Inputs):
     """Seed of the random controls."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = {"pooling": ("max", "mean"), "monosemanticity_definition": ("all", "top16")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -96,6 +99,7 @@ class EvaluationConfig(Inputs):
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
         self.options()
 
     def options(self) -> dict[str, dict[str, Any]]:
@@ -104,15 +108,12 @@ class EvaluationConfig(Inputs):
         Raises:
             ValueError: ``metric_options`` is not a JSON object of JSON objects.
         """
-        try:
-            given = json.loads(self.metric_options or "{}")
-        except ValueError as error:
-            raise ValueError(
-                f"metric_options={self.metric_options!r} is not JSON: {error}"
-            ) from None
+        text = self.metric_options or "{}"
+        shown = f"metric_options={text if len(text) <= 60 else f'{text[:57]}...'!r}"
+        given = parse_json(text.encode(), shown)
         if not isinstance(given, dict) or not all(isinstance(v, Mapping) for v in given.values()):
             raise ValueError(
-                f"metric_options={self.metric_options!r} must be a JSON object from metric to its "
+                f"{shown} must be a JSON object from metric to its "
                 'arguments, such as {"localization": {"min_images": 10}}'
             )
         usual = {"definition": self.monosemanticity_definition, **given.get("monosemanticity", {})}
@@ -138,6 +139,7 @@ class SparsityStudyConfig(Inputs):
     """Number of images per forward pass."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.saes:
             raise ValueError("saes= is empty: name at least one SAE, as in saes=runs/layer3")
         if len(set(self.saes)) < len(self.saes):

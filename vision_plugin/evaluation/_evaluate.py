@@ -9,6 +9,8 @@ from typing import Any
 
 from vision_plugin._disk import write_json
 from vision_plugin._inputs import named
+from vision_plugin._ours import check_replaceable_file
+from vision_plugin._paths import local_path
 from vision_plugin.evaluation._choice import USUAL_METRICS, choose_metrics
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._controls import make_subjects
@@ -27,7 +29,8 @@ from vision_plugin.metrics import (
 from vision_plugin.models import VisionBridge
 from vision_plugin.models.site import Site
 
-SCHEMA = "vision_plugin.evaluation/1"
+KIND = "vision_plugin.evaluation/"
+SCHEMA = f"{KIND}1"
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,7 @@ class Evaluation:
     @property
     def path(self) -> Path | None:
         """The JSON of the results: ``output_path``, or beside an SAE that has a folder."""
-        if self.config.output_path is not None:
-            return Path(self.config.output_path).expanduser()
-        folder = Path(self.config.sae).expanduser()
-        return folder / "evaluation.json" if folder.is_dir() else None
+        return _place(self.config)
 
     @property
     def monosemanticity(self) -> dict[str, MonosemanticityResult]:
@@ -184,7 +184,11 @@ def evaluate_config(
 
     Raises:
         ValueError: as :func:`evaluate` raises it.
+        FileExistsError: where the results go is something that no evaluation wrote.
     """
+    place = _place(cfg)
+    if place is not None:
+        check_replaceable_file(place, KIND)
     sae = cfg.open_sae(cfg.sae if sae is None else sae)
     model = cfg.open_model(sae, model, where=cfg.sae)
     site = Site.of(model, sae, tokens=cfg.tokens)
@@ -199,6 +203,7 @@ def evaluate_config(
         group_widths=cfg.group_widths,
         masks=cfg.masks,
         domain_images=cfg.domain_images,
+        domain_split=cfg.domain_split,
     )
     metadata = sae.cfg.metadata
     itself = {cfg.model_name, metadata.get("model_name")}
@@ -218,7 +223,7 @@ def evaluate_config(
     encoded = run.score_images(progress=progress)
     run.compare_weights()
     if "steerability" in chosen:
-        run.steer(encoded.indices)
+        run.steer(encoded.indices, progress=progress)
     results = {name: found for name, found in run.results.items() if found}
     if not results and chosen:
         raise ValueError(f"no metric could be computed: {next(iter(run.failures.values()))}")
@@ -232,9 +237,17 @@ def evaluate_config(
         left_out=left_out | run.failures,
         seen_in_training=metadata.get("dataset_path") == cfg.images,
     )
-    if result.path is not None:
-        write_json(result.to_dict(), result.path)
+    if place is not None:
+        check_replaceable_file(place, KIND)
+        write_json(result.to_dict(), place)
     return result
+
+
+def _place(cfg: EvaluationConfig) -> Path | None:
+    if cfg.output_path is not None:
+        return local_path(cfg.output_path)
+    folder = local_path(cfg.sae)
+    return folder / "evaluation.json" if folder.is_dir() else None
 
 
 def _settled(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_plugin._inputs import sentences
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._facts import Facts
@@ -80,7 +81,7 @@ class Run:
             for images in read_batches(facts.images, at_once, bad):
                 batch = self._batch(images, embedded=True)
                 facts.note_read(batch.indices)
-                of_sae = loop.feed(batch)[0]
+                of_sae = loop.feed(batch)
                 pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
                 neurons = pool(of_sae.reading.source, cfg.pooling)
                 keep.add(batch.indices, pooled, neurons, batch.embeddings)
@@ -107,7 +108,7 @@ class Run:
             for name, metric in pairs.metrics.items():
                 self._keep_result(name, subject.key, metric)
 
-    def steer(self, indices: list[int]) -> None:
+    def steer(self, indices: list[int], *, progress: bool) -> None:
         """Score the steerability of every subject on images spread over those that were read.
 
         Every latent of the SAE is steered. Of a control that has more latents than there are
@@ -119,22 +120,32 @@ class Run:
         chosen = indices[::step][: cfg.steering_images]
         pixels = model.preprocess([facts.images[index] for index in chosen])
         for subject in self.subjects:
+            latents = _steered_latents(subject)
             options: dict[str, Any] = {
                 "strength": cfg.strength,
                 "adaptive": cfg.adaptive,
                 "keep_delta": False,
                 "tokens": subject.site.tokens,
                 "concepts": facts.concepts,
-                "latents": _steered_latents(subject),
+                "latents": latents,
                 **cfg.options().get("steerability", {}),
             }
-            with self._caught("steerability", subject.key):
+            total = len(chosen) * len(latents or range(int(subject.dictionary.cfg.d_sae)))
+            shown = Progress(total, f"steering {subject.key}", shown=progress, of="passes")
+            with self._caught("steerability", subject.key), shown:
                 self.results.setdefault("steerability", {})[subject.key] = steerability(
-                    subject.site.model, subject.dictionary, pixels, texts, **options
+                    subject.site.model,
+                    subject.dictionary,
+                    pixels,
+                    texts,
+                    watch=shown.advance,
+                    **options,
                 )
         if cfg.strengths and "steerability" in self.results:
             sae = self.subjects[0]
-            with self._caught("steerability_curve", "sae"):
+            total = len(chosen) * len(cfg.strengths) * int(sae.dictionary.cfg.d_sae)
+            shown = Progress(total, "steering at strengths", shown=progress, of="passes")
+            with self._caught("steerability_curve", "sae"), shown:
                 curve = steerability_curve(
                     model,
                     sae.dictionary,
@@ -142,6 +153,7 @@ class Run:
                     texts,
                     strengths=cfg.strengths,
                     tokens=sae.site.tokens,
+                    watch=shown.advance,
                 )
                 self.results["steerability_curve"] = {"sae": curve}
 
@@ -216,8 +228,8 @@ class Run:
                 )
 
     def _texts(self, texts: list[str]) -> Tensor:
-        template = self.cfg.concept_template
-        embedded: Tensor = self.site.model.encode_text([template.format(text) for text in texts])
+        named = sentences(self.cfg.concept_template, texts, argument="concept_template")
+        embedded: Tensor = self.site.model.encode_text(named)
         return embedded
 
 

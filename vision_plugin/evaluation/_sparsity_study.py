@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from vision_plugin._disk import whole_folder, write_json
+from vision_plugin._ours import STUDY, check_replaceable
+from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import SparsityStudyConfig
 from vision_plugin.evaluation._facts import Facts
@@ -64,15 +66,15 @@ def sparsity_study(
         FileExistsError: the output folder holds anything but an earlier study.
     """
     if cfg.output_path is not None:
-        check_replaceable(Path(cfg.output_path).expanduser())
-    if saes is None:
-        saes = {path: cfg.open_sae(path) for path in cfg.saes}
+        check_replaceable(local_path(cfg.output_path), STUDY)
+    named: Mapping[str, Any] = {path: path for path in cfg.saes} if saes is None else saes
+    saes = {name: cfg.open_sae(sae) for name, sae in named.items()}
     if model is None:
         name = cfg.model_name or _common_model(saes)
         model = load_model(name, device=cfg.device)
     result = _study(cfg, saes, model, Facts(cfg.open_images(images)), progress=progress)
     if cfg.output_path is not None:
-        write_study(result, Path(cfg.output_path))
+        write_study(result, local_path(cfg.output_path))
     return result
 
 
@@ -181,31 +183,13 @@ def _common_model(saes: Mapping[str, Dictionary]) -> str:
     return str(names[first])
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise FileExistsError if a folder holds anything but an earlier study."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(
-            f"{folder} is a file; a study needs a folder: name another output_path="
-        )
-    foreign = sorted({path.name for path in folder.iterdir()} - set(FILES))
-    if foreign:
-        raise FileExistsError(
-            f"{folder} holds {foreign[0]!r}, which no sparsity study wrote, so it is left alone: "
-            "name another output_path="
-        )
-
-
 def write_study(result: SparsityStudy, folder: Path) -> None:
     """Write the JSON, the plot and the table into a folder, all of them or none.
 
     Raises:
         FileExistsError: the folder holds anything but an earlier study.
     """
-    folder = folder.expanduser().resolve()
-    check_replaceable(folder)
-    with whole_folder(folder) as made:
+    with whole_folder(folder, replaces=STUDY) as made:
         write_json(result.to_dict(), made / JSON)
         (made / TABLE).write_text(text_of(result), encoding="utf-8")
         figure_of(result).savefig(made / PLOT, dpi=150)

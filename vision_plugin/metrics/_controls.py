@@ -31,8 +31,8 @@ __all__ = [
 
 
 @dataclass
-class DictionaryConfig:
-    """The part of a SAELens configuration that steering, splicing and metrics read."""
+class ControlConfig:
+    """Configuration of a control: a ``DictionaryConfig`` whose metadata names its hook."""
 
     d_in: int
     d_sae: int
@@ -89,7 +89,7 @@ class ControlDictionary(nn.Module):
         if k is not None and not 1 <= k <= d_sae:
             raise ValueError(f"k={k} must lie between 1 and the number of directions, {d_sae}")
         self.name, self.k = name, k
-        self.cfg = DictionaryConfig(d_in, d_sae, hook_name, tokens)
+        self.cfg = ControlConfig(d_in, d_sae, hook_name, tokens)
         self.hook_dict: dict[str, Any] = {}
         self.register_buffer("W_dec", directions, persistent=False)
         offset = torch.zeros(d_in) if offset is None else offset

@@ -55,6 +55,8 @@ class SteerabilityOptions:
     """Sequences per forward pass."""
     closed_form: bool = True
     """Whether to use the closed form behind the last block where it applies."""
+    watch: Callable[[int], object] | None = None
+    """Called with the number of passes, one for each latent and image, as they are done."""
 
     def __post_init__(self) -> None:
         if self.definition not in get_args(Definition):
@@ -95,6 +97,7 @@ class SteerabilityOptions:
             scale=self.scale,
             batch_size=self.batch_size,
             closed_form=self.closed_form,
+            watch=self.watch,
         )
         return steering, scoring
 
@@ -104,15 +107,25 @@ def takes_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     Editors, ``help`` and the registry of metrics then see the options by their names.
     """
-    signature = inspect.signature(function)
-    own = list(signature.parameters.values())
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    fields = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(SteerabilityOptions)
-    ]
-    function.__signature__ = signature.replace(parameters=[*own[:-1], *fields])  # type: ignore[attr-defined]
-    return function
+    return takes_options_except()(function)
+
+
+def takes_options_except(*left_out: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Show all fields but some, see :func:`takes_options`."""
+
+    def show(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+        own = list(signature.parameters.values())
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        fields = [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(SteerabilityOptions)
+            if field.name not in left_out
+        ]
+        function.__signature__ = signature.replace(parameters=[*own[:-1], *fields])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from vision_plugin._paths import local_path
 
 
 class UnsupportedModelError(ValueError):
@@ -12,7 +12,7 @@ class UnsupportedModelError(ValueError):
 def not_found(name: str, error: Exception) -> str:
     """Return the message for a checkpoint that is not found."""
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    if is_path and not Path(name).expanduser().exists():
+    if is_path and not local_path(name).exists():
         return f"could not load a model from {name!r}: there is no such file or folder"
     text = str(error).strip()
     reason = text.splitlines()[0][:200] if text else repr(error)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from vision_plugin._device import usable_device
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._open_clip import load_open_clip
 from vision_plugin.models._timm import load_timm
@@ -39,8 +40,10 @@ def load_model(
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ValueError: nothing is found under that name, or its kind of model is not supported.
+        ValueError: nothing is found under that name, its kind of model is not supported, or this
+            machine lacks the device.
     """
+    usable_device(device)
     source, _, rest = name.partition(":")
     if rest and source in LOADERS:
         model = LOADERS[source](rest, pretrained, revision)

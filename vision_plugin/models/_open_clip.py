@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from vision_plugin._paths import local_path
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import not_found
 from vision_plugin.models._wrapping import wrap
@@ -27,6 +26,8 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
     if revision is not None:
         raise ValueError(f"open_clip cannot load revision={revision!r}: leave revision= out")
     source = _source(name)
+    if pretrained and local_path(pretrained).is_file():
+        pretrained = str(local_path(pretrained))
     if ":" not in source and not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(source)
         raise ValueError(
@@ -40,9 +41,9 @@ def load_open_clip(name: str, pretrained: str | None, revision: str | None) -> V
         tokenizer = open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(not_found(f"open_clip:{name}", error)) from error
-    return wrap(model, name=f"open_clip:{name}", processor=transform, tokenizer=tokenizer)
+    return wrap(model, name=f"open_clip:{name}", image_processor=transform, tokenizer=tokenizer)
 
 
 def _source(name: str) -> str:
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    folder = local_path(name.removeprefix("local-dir:"))
     return f"local-dir:{folder}" if folder.is_dir() else name

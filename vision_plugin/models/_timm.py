@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from vision_plugin._paths import local_path
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import not_found
 from vision_plugin.models._wrapping import wrap
@@ -25,7 +25,7 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
     """
     import timm
 
-    if pretrained is not None and not Path(pretrained).is_file():
+    if pretrained is not None and not local_path(pretrained).is_file():
         raise ValueError(
             f"pretrained={pretrained!r} is not a file; a timm name carries the tag of its weights, "
             "as in 'timm:vit_base_patch14_dinov2.lvd142m'"
@@ -34,18 +34,18 @@ def load_timm(name: str, pretrained: str | None, revision: str | None) -> Vision
         model = timm.create_model(
             _source(name, revision),
             pretrained=pretrained is None,
-            checkpoint_path=pretrained or "",
+            checkpoint_path=str(local_path(pretrained)) if pretrained else "",
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(not_found(f"timm:{name}", error)) from error
     data: Any = timm.data
     settings = data.resolve_model_data_config(model)
     transform = data.create_transform(**settings, is_training=False)
-    return wrap(model, name=f"timm:{name}", processor=transform, revision=revision)
+    return wrap(model, name=f"timm:{name}", image_processor=transform, revision=revision)
 
 
 def _source(name: str, revision: str | None) -> str:
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    folder = local_path(name.removeprefix("local-dir:"))
     if folder.is_dir():
         return f"local-dir:{folder}"
     if revision is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from vision_plugin._paths import local_path
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._errors import UnsupportedModelError, not_found
 from vision_plugin.models._wrapping import adapters, inner_tower, wrap
@@ -43,7 +43,7 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
     return wrap(
         _module(config, path, revision),
         name=name,
-        processor=_images(path, revision),
+        image_processor=_images(path, revision),
         tokenizer=_tokenizer(config, path, revision),
         revision=revision,
     )
@@ -52,7 +52,7 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
 def _local_folder(name: str) -> str:
     if name == "demo":
         return str(import_module("vision_plugin.demo").checkpoint_path())
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{name} is a folder without a config.json, so it holds no Hugging Face checkpoint"

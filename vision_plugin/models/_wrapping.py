@@ -35,7 +35,7 @@ def wrap(
     module: nn.Module,
     *,
     name: str | None = None,
-    processor: Any = None,
+    image_processor: Any = None,
     tokenizer: Any = None,
     revision: str | None = None,
 ) -> VisionBridge:
@@ -48,7 +48,8 @@ def wrap(
     Args:
         module: A vision tower or an image-text model of a supported family.
         name: Name of the model in errors, SAEs and reports; the class name by default.
-        processor: Turns images into pixels: a transformers processor or torchvision transform.
+        image_processor: Turns images into pixels: a transformers image processor or a torchvision
+            transform.
         tokenizer: A transformers tokenizer, or a function from texts to the text tower's arguments.
         revision: The checkpoint's revision, kept for records.
 
@@ -59,20 +60,33 @@ def wrap(
     architecture, adapter_class = find_adapter(module)
     if tower := inner_tower(adapter_class):
         inner = _part(module, tower, name)
-        return wrap(inner, name=name, processor=processor, tokenizer=tokenizer, revision=revision)
+        return wrap(
+            inner,
+            name=name,
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            revision=revision,
+        )
+    bridge = _bridge(module, name, architecture, adapter_class)
+    adapter, images = bridge.adapter, _image_processor(image_processor)
+    bridge.image_processor, bridge.revision = images, revision
+    bridge.tokenizer = _text_processor(tokenizer, module, adapter)
+    if adapter.tower_dimensions.any_size and images is not None:
+        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
+    return bridge
+
+
+def _bridge(module: nn.Module, name: str, architecture: str, adapter_class: Any) -> VisionBridge:
+    """Return a bridge without any preprocessing.
+
+    Raises:
+        UnsupportedModelError: a part did not match the adapter.
+    """
     adapter = _make_adapter(adapter_class, architecture, module, name)
-    images = _image_processor(processor)
     try:
         structure = share_weights(module)
         adapter.prepare_model(structure)
-        bridge = VisionBridge(
-            structure,
-            adapter,
-            native=module,
-            image_processor=images,
-            tokenizer=_text_processor(tokenizer, module, adapter),
-            revision=revision,
-        )
+        return VisionBridge(structure, adapter, native=module)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
     except AttributeError as error:
@@ -80,8 +94,20 @@ def wrap(
             f"{name}: the adapter for {architecture} expects a part that this module does not "
             f"have ({error}). {_HOW_TO_ADD}"
         ) from error
-    if adapter.tower_dimensions.any_size and images is not None:
-        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
+
+
+def bridge_again(module: nn.Module, kept: dict[str, Any]) -> VisionBridge:
+    """Return a bridge over a copied or unpickled native module, see ``Weights._belongings``."""
+    bridge = _bridge(module, kept["name"], kept["architecture"], kept["adapter_class"])
+    bridge.adapter.tower_dimensions = kept["dimensions"]
+    bridge.image_processor, bridge.tokenizer = kept["image_processor"], kept["tokenizer"]
+    bridge.revision = kept["revision"]
+    for flag in kept["flags"]:
+        getattr(bridge, f"set_{flag}")(True)
+    for sae, tokens, use_error_term in kept["splices"]:
+        bridge.add_sae(sae, use_error_term, tokens=tokens, check_model=False)
+    for hook_name, direction, function, is_permanent in kept["hooks"]:
+        bridge.hook_dict[hook_name].add_hook(function, dir=direction, is_permanent=is_permanent)
     return bridge
 
 

@@ -29,6 +29,7 @@ from vision_plugin.report._passes import (
 )
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 from vision_plugin.report._steering import Steerer, effects
+from vision_plugin.report._verify import write_checksums
 from vision_plugin.steering import SteeringEffect
 
 logger = logging.getLogger(__name__)
@@ -95,13 +96,14 @@ def build(job: Job, folder: Path) -> None:
     effect_of = effects(job.steering, job.steerer, job.features)
     n_pages = len(job.features)
     pages = watch(
-        feature_pages(content, effect_of), "Writing pages", progress=job.progress, total=n_pages
+        feature_pages(content, effect_of), "writing pages", progress=job.progress, total=n_pages
     )
     write_assets(folder)
     write_features(folder, pages)
     write_index(folder, content)
     write_marker(folder, _about(content))
     (folder / _SCRATCH).unlink(missing_ok=True)
+    write_checksums(folder)
 
 
 def make_steerer(

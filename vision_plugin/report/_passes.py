@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vision_plugin._progress import Progress
@@ -126,7 +125,7 @@ def map_heat(
         None where the activation has no patches.
     """
     n_patches = encoder.layout.n_patches
-    values = np.memmap(scratch, dtype=np.float16, mode="w+", shape=(*shown.shape, n_patches))
+    values = _mapped(scratch, (*shown.shape, n_patches))
     elsewhere = np.zeros(shown.shape, dtype=bool)
     places = _places_by_image(shown)
     latent_of = torch.as_tensor(np.asarray(features, dtype=np.int64))
@@ -156,12 +155,21 @@ def map_heat(
     return HeatMaps(values, elsewhere, encoder.layout.grid)
 
 
-def watch(
-    items: Iterable[_Item], what: str, *, progress: bool, total: int | None = None
-) -> Iterator[_Item]:
-    """Yield the items, with a progress bar on the error stream."""
-    console = Console(file=sys.stderr)
-    yield from track(items, what, total, disable=not progress, transient=True, console=console)
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
+    """Return a new file as zeros, with room for all of it: a full disk kills later writes."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(1, math.prod(shape) * 2))
+        return np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
+    return np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
+
+
+def watch(items: Iterable[_Item], what: str, *, progress: bool, total: int) -> Iterator[_Item]:
+    """Yield the items and show how far it is."""
+    with Progress(total, what, shown=progress, of="pages") as shown:
+        for item in items:
+            yield item
+            shown.advance(1)
 
 
 def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vision_plugin._ours import REPORT, check_replaceable
+from vision_plugin._paths import local_path
+from vision_plugin.models.site import require_finite
 from vision_plugin.report._build import Job, Sizes, build, make_steerer
 from vision_plugin.report._encoding import TokenEncoder
-from vision_plugin.report._folder import check_replaceable, new_folder
+from vision_plugin.report._folder import new_folder
 from vision_plugin.report._images import ImageReader
 from vision_plugin.report._inputs import (
     check_latent,
@@ -44,7 +46,7 @@ def report(
     n_steered_images: int = 8,
     image_size: int = 224,
     max_bad_images: int = 100,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write a folder of static pages in which an SAE's features can be browsed.
 
@@ -81,7 +83,7 @@ def report(
         image_size: Longest side of the images in the report, in pixels.
         max_bad_images: Number of unreadable images that are left out, with a warning and a note in
             the report, before an error.
-        progress: Whether to show progress bars; by default on a terminal.
+        progress: Whether to show progress on a terminal, or log a line every half minute.
 
     Returns:
         Path of ``index.html``.
@@ -91,8 +93,8 @@ def report(
         UnknownHookError: the model lacks the SAE's hook.
         ValueError: the arguments do not fit together, or too many images are broken.
     """
-    place = Path(output_path).expanduser().resolve()
-    check_replaceable(place)
+    place = local_path(output_path).resolve()
+    check_replaceable(place, REPORT)
     sizes = Sizes(n_top, n_sample, n_neighbours, n_steered_images, image_size)
     if model is None and latents is None:
         raise ValueError("there are neither model= nor latents=: pass one of them")
@@ -104,6 +106,8 @@ def report(
         check_latents(latents, len(reader), d_sae)
     for latent in steering or {}:
         check_latent(latent, d_sae, "steering")
+    if model is None:
+        require_finite(sae)
     encoder = None if model is None else TokenEncoder(model, sae, tokens=tokens)
     job = Job(
         sae=sae,
@@ -117,7 +121,7 @@ def report(
         steerer=make_steerer(concepts, encoder, reader, strength, sizes.n_steered_images),
         title=title,
         sizes=sizes,
-        progress=sys.stderr.isatty() if progress is None else progress,
+        progress=progress,
     )
     with new_folder(place) as folder:
         build(job, folder)

@@ -1,31 +1,30 @@
-"""Architectures by the names that people use, and SAELens's training configurations of them."""
+"""Names of architectures, and the SAELens training configuration that each name stands for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_PREFIX = "vision_plugin_"
-"""Begins the names under which this package's own classes stand in SAELens's registry."""
+from vision_plugin.sae._prefix import PREFIX
 
 
 def architectures() -> list[str]:
-    """Every architecture that can be trained: SAELens's, and those that plugins register.
+    """Return every architecture that can be trained: SAELens's, and those that plugins register.
 
-    This package's sparse classes stand behind SAELens's names; its transcoders have the names that
-    they are saved under.
+    This package's sparse classes go by SAELens's names, and its transcoders by the names that
+    SAELens saves them under.
     """
     names = _registry()
-    return sorted({name.removeprefix(_PREFIX) for name in names})
+    return sorted({name.removeprefix(PREFIX) for name in names})
 
 
 def training_config_class(architecture: str) -> Any:
-    """The training configuration of an architecture.
+    """Return the class of an architecture's training configuration.
 
     Raises:
-        ValueError: it is unknown.
+        ValueError: the architecture is unknown.
     """
     registry = _registry()
-    for name in (architecture, f"{_PREFIX}{architecture}"):
+    for name in (architecture, f"{PREFIX}{architecture}"):
         if name in registry:
             return registry[name][1]
     raise ValueError(

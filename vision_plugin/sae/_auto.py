@@ -1,13 +1,13 @@
-"""Values that stand for a decision that the data and the run make."""
+"""Values of fields that nobody set; the run replaces them once it knows the data."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 D_IN_OF_MODEL = 0
-"""``sae.d_in``, or a transcoder's ``d_out``, of this value is replaced by the width at the hook."""
+"""Value of ``sae.d_in``, or of a transcoder's ``d_out``, that stands for the width at the hook."""
 D_SAE_AUTO = 0
-"""``sae.d_sae`` of this value is replaced by 8 times the width at the hook."""
+"""Value of ``sae.d_sae`` that stands for 8 times the width at the hook."""
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
-"""A field of this value follows from the data and the run; see ``_defaults.py``."""
+"""Value of a field that the rules of ``_defaults.py`` fill in."""

@@ -1,56 +1,48 @@
-"""Checkpoints of a training run: written whole or not at all, and the last good one found again.
+"""Checkpoints of a training run: each is written whole, and a run finds the last good one.
 
 A checkpoint is a folder ``step-000001200`` with two files. ``tensors.safetensors`` holds every
-tensor of the run's state. ``state.json`` holds the rest, with ``{"tensor": NAME}`` where a tensor
-stood, the size and SHA-256 of the tensors' file, and its own SHA-256. Nothing in it is code.
+tensor of the run's state. ``state.json`` holds the rest, with ``{"tensor": NAME}`` in place of a
+tensor, the size and SHA-256 of the tensors' file, and its own SHA-256. Neither file holds code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vision_plugin._disk import NO_ROOM, put_in_place
+from vision_plugin._disk import NO_ROOM, locked, remove_unfinished, whole_folder, write_tensors
+from vision_plugin._ours import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "vision_plugin.checkpoint/1"
 TENSORS, STATE, LOCK = "tensors.safetensors", "state.json", ".lock"
+VALIDATION_FILE = "validation.jsonl"
 KEPT = 2
-"""Checkpoints that are kept: the newest, and the one before it, should the newest be damaged."""
+"""Checkpoints to keep: the newest, and the one before it in case the newest is damaged."""
 MAX_STATE_BYTES = 256 * 1024 * 1024
-_STEP, _PARTIAL = "step-", ".partial-"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_STEP = "step-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, or belongs to another run."""
+    """A checkpoint is damaged, or another run wrote it."""
 
 
 class CheckpointFullError(OSError):
-    """The disk has no room for a checkpoint; those before it are kept."""
+    """The disk has no room for a checkpoint; the earlier ones stay."""
 
 
 class CheckpointLockedError(ValueError):
@@ -58,65 +50,69 @@ class CheckpointLockedError(ValueError):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, and the only place where it writes before it is done."""
+    """The checkpoints of one run. Until it is done, a run writes nowhere else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for the length of a ``with`` block.
+        """Hold the folder's lock during a ``with`` block; make the folder if it does not exist.
 
-        The system lets go of it when the process ends, however it ends. What a killed process
-        was writing is removed. A folder without checkpoints is taken away at the end.
+        The system releases the lock when the process ends for any reason. Entering the block
+        removes what a killed process left unfinished. Leaving it removes a folder without
+        checkpoints.
 
         Raises:
-            CheckpointLockedError: another process holds it.
+            CheckpointLockedError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointLockedError(
-                    f"another run is writing its checkpoints to {self.path}. Wait for it, or "
-                    "name another --output-path"
-                ) from error
-            for leftover in self.path.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        busy = CheckpointLockedError(
+            f"another run is writing its checkpoints to {self.path}. Wait for it, or "
+            "name another output_path="
+        )
+        with locked(self.path / LOCK, busy):
+            remove_unfinished(self.path)
             try:
                 yield
             finally:
                 if not self.steps():
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    for name in (LOCK, VALIDATION_FILE):
+                        (self.path / name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # somebody has put something there
+                        self.path.rmdir()
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
-        found = [path.name.removeprefix(_STEP) for path in self.path.glob(f"{_STEP}*")]
-        return sorted(int(step) for step in found if step.isdigit())
+        """Return the steps that have a checkpoint, ascending.
+
+        A folder of such a name with anything else in it is somebody's own.
+        """
+        found = (path for path in self.path.glob(f"{_STEP}*") if path.is_dir())
+        ours = [
+            path.name.removeprefix(_STEP) for path in found if CHECKPOINT.stranger(path) is None
+        ]
+        return sorted(int(step) for step in ours if re.fullmatch(r"[0-9]{9,}", step))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint so that it is seen complete or not at all, and outlasts a power cut.
+        """Write a checkpoint that is seen complete or not at all, and that outlasts a power cut.
 
         Args:
-            step: Its number; the checkpoint of that step is replaced.
-            state: Dictionaries and lists of tensors and JSON values, nested as needed.
+            step: Number of the training step; a checkpoint of the same step is replaced.
+            state: Dictionaries and lists of tensors and JSON values, nested to any depth.
 
         Raises:
-            CheckpointFullError: there is no room. The checkpoints before it are kept.
+            CheckpointFullError: the disk has no room. The earlier checkpoints stay.
         """
-        partial = self.partial(f"{_STEP}{step}")
+        tensors: dict[str, Tensor] = {}
+        document = _without_tensors(state, "", tensors)
         try:
-            partial.mkdir()
-            tensors: dict[str, Tensor] = {}
-            document = _without_tensors(state, "", tensors)
-            digest = write_tensors(partial / TENSORS, tensors)
-            content = {"schema": SCHEMA, "step": step, "tensors": digest, "state": document}
-            sealed = {"sha256": _seal(content), **content}
-            _write(partial / STATE, (json.dumps(sealed) + "\n").encode())
-            put_in_place(partial, self._folder(step))
+            with whole_folder(self._folder(step), replaces=CHECKPOINT) as folder:
+                with (folder / TENSORS).open("wb") as stream:
+                    written = asdict(write_tensors(stream, tensors))
+                content = {"schema": SCHEMA, "step": step, "tensors": written, "state": document}
+                sealed = {"sha256": _seal(content), **content}
+                (folder / STATE).write_text(json.dumps(sealed) + "\n", encoding="utf-8")
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             if error.errno in NO_ROOM:
                 raise self._no_room(step, error) from error
             raise
@@ -124,22 +120,22 @@ class CheckpointFolder:
             shutil.rmtree(self._folder(old), ignore_errors=True)
 
     def last(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest checkpoint that is whole; None where there is none.
+        """Return step and state of the newest good checkpoint, or None if there is none.
 
-        A damaged one is reported in the log and passed over.
+        A damaged checkpoint is skipped with a warning.
         """
         for step in reversed(self.steps()):
             try:
                 return step, self.load(step)
             except (CheckpointError, OSError) as error:
-                logger.warning("checkpoint %s is passed over: %s", self._folder(step), error)
+                logger.warning("skipping checkpoint %s: %s", self._folder(step), error)
         return None
 
     def load(self, step: int) -> dict[str, Any]:
-        """State that :meth:`save` was given.
+        """Return the state that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: a file is not the one that was written.
+            CheckpointError: a file differs from the one that :meth:`save` wrote.
         """
         folder = self._folder(step)
         if (folder / STATE).stat().st_size > MAX_STATE_BYTES:
@@ -151,7 +147,9 @@ class CheckpointFolder:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{STATE} is damaged ({error!r})") from error
         if schema != SCHEMA:
-            raise CheckpointError(f"{STATE} has schema {schema!r}, this version reads {SCHEMA!r}")
+            raise CheckpointError(
+                f"{STATE} has schema {schema!r}, but this version reads {SCHEMA!r}"
+            )
         if seal != _seal(content):
             raise CheckpointError(f"{STATE} is damaged (its SHA-256 is not {seal})")
         found = _digest(folder / TENSORS)
@@ -164,12 +162,8 @@ class CheckpointFolder:
             raise CheckpointError(f"{TENSORS} is damaged ({error})") from error
         return state
 
-    def partial(self, name: str) -> Path:
-        """A place for something that is being written; cleared when a run starts."""
-        return self.path / f"{_PARTIAL}{os.getpid()}-{name}"
-
     def clear(self) -> None:
-        """Remove every checkpoint; the run is done, or begins anew."""
+        """Remove every checkpoint, after the run has finished or before it begins anew."""
         for step in self.steps():
             shutil.rmtree(self._folder(step), ignore_errors=True)
 
@@ -178,7 +172,7 @@ class CheckpointFolder:
 
     def _no_room(self, step: int, error: OSError) -> CheckpointFullError:
         steps = self.steps()
-        kept = f"The one of step {steps[-1]} is kept: free" if steps else "Free"
+        kept = f"The checkpoint of step {steps[-1]} is safe: free" if steps else "Free"
         return CheckpointFullError(
             error.errno,
             f"no room to write the checkpoint of step {step} "
@@ -187,43 +181,8 @@ class CheckpointFolder:
         )
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, tensor by tensor, and return its bytes and SHA-256.
-
-    The library's own writer hides the system's error number, by which a full disk is told.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        n_bytes = _put(stream, digest, len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                n_bytes += _put(stream, digest, flat.view(torch.uint8).numpy())
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"bytes": n_bytes, "sha256": digest.hexdigest()}
-
-
-def _put(stream: BinaryIO, digest: Any, content: Any) -> int:
-    stream.write(content)
-    digest.update(content)
-    return len(content)
-
-
 def _seal(content: dict[str, Any]) -> str:
-    """SHA-256 of JSON content, whatever the order of its keys and its spaces."""
+    """Return the SHA-256 of JSON content; the order of its keys and its spaces do not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -233,15 +192,8 @@ def _digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with each tensor put into ``tensors`` and its name in its place."""
+    """Return the value with names in place of its tensors, and add these to ``tensors``."""
     if isinstance(value, Tensor):
         tensors[place] = value
         return {"tensor": place}

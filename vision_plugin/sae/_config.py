@@ -1,4 +1,4 @@
-"""The one definition of a training run: Python object, command line and saved file."""
+"""Configuration of a training run; the command line and the saved file follow from it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, Literal
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
+from vision_plugin._device import check_device
+from vision_plugin._inputs import check_template
+from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
 from vision_plugin.sae._defaults import resolve
@@ -23,17 +26,21 @@ NOT_OF_THE_RESULT = (
     *("validation_images", "validation_split", "n_validation_images", "n_validations"),
     *("validation_metrics", "validation_embedder", "validation_template"),
 )
-"""Fields that leave the trained weights as they are."""
-
+"""Fields that do not change the trained weights."""
 
 _SAELENS_BATCH, _BATCH_RANGE, _LEAST_STEPS = 4096, (256, 4096), 1000
 
 
 def batch_size_for(training_tokens: int, defaults: str) -> int:
-    """Vectors per step where none are set: a power of two that makes at least 1,000 steps.
+    """Return the vectors per step for a run that does not set them.
 
-    More steps at equal vectors reconstruct better, until a step is too small to be worth its
-    fixed cost.
+    By ``auto`` it is a power of two from 256 to 4,096 that gives the run at least 1,000 steps. For
+    the same number of vectors, more steps reconstruct better, until the fixed cost of a step
+    outweighs the gain.
+
+    Args:
+        training_tokens: Vectors that the run trains on.
+        defaults: ``"auto"`` or ``"saelens"``.
     """
     if defaults == "saelens":
         return _SAELENS_BATCH
@@ -51,138 +58,155 @@ def _no_wandb() -> LoggingConfig:
 class VisionSAERunnerConfig:
     """How to train an SAE on a vision transformer.
 
-    Fields have SAELens's names (``LanguageModelSAERunnerConfig``) wherever the meaning is the
-    same; a "token" is one vector of the residual stream.
+    A field that means the same as in SAELens's ``LanguageModelSAERunnerConfig`` has the same name.
+    A "token" is the activation vector of one token of one image.
     """
 
     sae: TrainingSAEConfig
-    """The SAE: one of SAELens's training configurations."""
+    """Architecture and sizes of the SAE, as one of SAELens's training configurations."""
     defaults: Literal["auto", "saelens"] = "auto"
-    """What decides the fields that are not set. ``auto``: rules that follow from the data and the
-    run, found by experiment; they fill in every field of value ``auto`` here, and the fields of
-    ``sae`` that have SAELens's own default. ``saelens``: SAELens's own defaults for all of them."""
+    """How to fill in the fields that are not set. ``auto`` uses rules, chosen by experiment, that
+    depend on the data and the length of the run; they set every field whose value is ``auto``, and
+    every field of ``sae`` that has SAELens's default. ``saelens`` uses SAELens's defaults."""
     explicit: tuple[str, ...] = ()
-    """Names of fields of ``sae`` that stay as they are although they have SAELens's default."""
+    """Names of fields of ``sae`` that keep SAELens's default."""
     model_name: str
-    """Hugging Face id, local folder, ``open_clip:...``, ``timm:...`` or ``demo``."""
+    """Model: Hugging Face id or folder, ``open_clip:...``, ``timm:...`` or ``demo``."""
     images: str
-    """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``; or the
-    folder of an activation store that ``vision-plugin extract`` wrote for this model, hook and
-    kind of token."""
+    """Images: folder, ``imagefolder:...``, Parquet, dataset name, tars or ``demo:N``; or the folder
+    of a store that ``vision-plugin extract`` wrote for this model, hook and kind of token."""
     hook_name: str
-    """Where the SAE reads, for example ``blocks.10.hook_resid_post``."""
+    """Hook whose activations the SAE reads, for example ``blocks.10.hook_resid_post``."""
     hook_name_out: str | None = None
-    """Where a transcoder writes, for example ``blocks.10.hook_mlp_out``."""
+    """Hook whose activations a transcoder predicts, for example ``blocks.10.hook_mlp_out``; other
+    SAEs have none."""
     tokens: str = "all"
-    """``cls``, ``patch``, ``all`` or ``random:n`` (n random tokens of each image)."""
+    """Tokens to train on: ``cls``, ``patch``, ``register``, ``all`` or ``random:n`` (n random
+    tokens of each image)."""
     training_tokens: int = 2_000_000
-    """Vectors to train on."""
+    """Number of activation vectors to train on."""
     output_path: str | None = "output"
-    """Folder for the trained SAE; it must not exist, or be empty, unless ``overwrite`` is set."""
+    """Folder of the trained SAE. It may not exist or be empty, unless ``overwrite`` is set. In
+    Python, None saves nothing."""
     overwrite: bool = False
-    """Replace what is in ``output_path``, and begin anew where a killed run left checkpoints."""
+    """Replace what is in ``output_path``, and ignore checkpoints that a killed run left."""
     dense: bool = False
-    """Compute TopK, BatchTopK and Matryoshka with SAELens's dense arithmetic in place of the sparse
-    kernel, which does the same several times faster."""
+    """Train TopK, BatchTopK and Matryoshka SAEs with SAELens's dense arithmetic. The default is the
+    sparse kernel, which computes the same several times faster."""
     n_checkpoints: int = 10
-    """Checkpoints on the way, in ``<output_path>.checkpoints``, from which the same command goes on
-    after it was killed; the last two are kept, and all removed when the SAE is saved."""
+    """Number of checkpoints, spread evenly over the run, in ``<output_path>.checkpoints``. After a
+    kill, the same command continues from the last one. The run keeps the newest two, and removes
+    them once it has saved the SAE."""
 
     image_column: str | None = None
-    """Column of images, where a data set has several."""
+    """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a data set."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
 
     train_batch_size_tokens: int | Auto = AUTO
-    """Vectors per training step; ``auto`` makes at least 1,000 steps of the run, with 256 to 4,096
-    vectors in each."""
+    """Vectors per training step; ``auto`` is a power of two from 256 to 4,096 that gives the run at
+    least 1,000 steps."""
     store_batch_size_images: int = 32
     """Images per forward pass."""
     n_batches_in_buffer: int = 20
-    """Training batches that the shuffle buffer holds."""
+    """Size of the shuffle buffer, in training batches."""
     n_batches_for_norm_estimate: int = 100
-    """Training batches from which an activation scale is estimated, where the SAE wants one."""
+    """Number of training batches that the scale of the activations is estimated from, for SAEs that
+    scale them."""
 
     lr: float | Auto = AUTO
-    """Learning rate; ``auto`` falls with the square root of the SAE's width."""
+    """Learning rate; ``auto`` is ``6e-4 * sqrt(16384 / d_sae)``, and at most 4e-3."""
     encoder_lr_ratio: float | Auto = AUTO
-    """Learning rate of the encoder, as a multiple of ``lr``."""
+    """Learning rate of the encoder, as a multiple of ``lr``; ``auto`` is 0.3, because a slower
+    encoder leaves more latents alive."""
     lr_end: float | None = None
-    """Final learning rate of a cosine schedule; a tenth of ``lr`` by default."""
+    """Final learning rate of a cosine schedule; by default a tenth of ``lr``."""
     lr_scheduler_name: str = "constant"
-    """``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``."""
+    """Schedule of the learning rate: ``constant``, ``cosineannealing`` or
+    ``cosineannealingwarmrestarts``."""
     lr_warm_up_steps: int | Auto = AUTO
-    """Steps of linear warm-up; ``auto`` is a tenth of the run."""
+    """Steps of linear warm-up at the start; ``auto`` is a tenth of the run."""
     lr_decay_steps: int | Auto = AUTO
     """Steps of linear decay at the end; ``auto`` is a fifth of the run."""
     n_restart_cycles: int = 1
-    """Cycles of a cosine schedule with warm restarts."""
+    """Number of cycles of a cosine schedule with warm restarts."""
     adam_beta1: float = 0.9
-    """Adam's decay of the mean."""
+    """Decay rate of Adam's mean of the gradient."""
     adam_beta2: float = 0.999
-    """Adam's decay of the variance."""
+    """Decay rate of Adam's mean of the squared gradient."""
 
     device: str = "cpu"
-    """Where the SAE and the model live."""
+    """Device of the model and the SAE, for example ``cuda``."""
     dtype: str = "float32"
-    """Type of the model's weights and of the activations."""
+    """Type of the model's weights and of the activations: ``float32``, ``bfloat16`` or
+    ``float16``."""
     autocast: bool = False
-    """Train in bfloat16 where PyTorch deems it safe."""
+    """Train with PyTorch's autocast, which computes in bfloat16 where that is safe."""
     seed: int = 42
-    """Seed of everything random."""
+    """Seed of the first weights, the order of the images and the random tokens."""
 
     b_dec_init_method: str = AUTO
-    """Decoder bias to begin with: ``zeros``, or the ``mean`` or ``geometric_median`` of the first
-    buffer of activations; ``auto`` is the mean."""
+    """Initial decoder bias: ``zeros``, or the ``mean`` or ``geometric_median`` of the activations
+    in the first buffer; ``auto`` is the mean."""
     decoder_init_method: str = AUTO
-    """Decoder directions to begin with: ``random``, or centred activations of the first buffer
-    (``data``); ``auto`` is random."""
+    """Initial decoder directions: ``random``, or ``data`` for centred activations of the first
+    buffer; ``auto`` is ``data`` for matching pursuit and ``random`` for the others."""
     target_l0: float | Auto | None = AUTO
-    """Latents to be active per vector, for the kinds of SAE that have no k: while it trains, the
-    weight of the sparsity penalty is raised or lowered until as many are. None leaves the weight
-    alone; so does ``auto`` where the weight is set, and otherwise it is the k of other kinds."""
+    """Mean number of active latents per vector that an SAE without a k should reach. Training
+    raises or lowers the weight of the sparsity penalty to get there. ``auto`` is the square root of
+    the width of the activations, or None if you set the penalty's weight. In Python, None leaves
+    the weight alone."""
     revive_dead: bool | Auto = AUTO
-    """Train the dead latents of a standard or gated SAE or of a transcoder on what the others leave
-    over, as SAELens does for TopK SAEs; ``auto`` does."""
+    """Train the dead latents of a standard or gated SAE or a transcoder to reconstruct the error of
+    the others, as SAELens does for TopK SAEs; ``auto`` does."""
     fit_threshold: bool | Auto = AUTO
-    """Set the threshold of a BatchTopK or Matryoshka SAE at the end of the run so that k latents
-    are active on average on vectors of the stream, in place of a moving average; ``auto`` does."""
+    """At the end of the run, set the threshold of a BatchTopK or Matryoshka SAE so that k latents
+    are active on average; ``auto`` does. If False, the SAE keeps the moving average of training."""
     mono_coefficient: float = 0.0
-    """Weight of a term that rewards monosemantic latents: 1 less the mean over latents of the
-    similarity of the batch's vectors, weighted by how strongly the latent fires on both (MonoLoss,
-    2602.12403, whose authors use 3e-4 of a mean squared error)."""
+    """Weight of a loss that rewards latents which fire on similar vectors of a batch (MonoLoss,
+    arXiv 2602.12403), relative to the mean squared error. Its authors use 3e-4; 0 turns it off."""
+
+    archetypal_points: int = 0
+    """Keep the decoder's directions near the convex hull of so many data points (RA-SAE, arXiv
+    2502.12892): the centres of k-means clusters of the first buffer. More points fit better; 0
+    leaves the decoder free."""
+    archetypal_relaxation: float = 0.1
+    """How far a direction may be from that hull, as a share of the points' mean norm."""
 
     dead_feature_window: int | Auto = AUTO
-    """Steps without firing after which a latent counts as dead, and is trained on what the others
-    leave over; ``auto`` is a twentieth of the run."""
+    """Steps without firing after which a latent counts as dead, and trains to reconstruct the error
+    of the others; ``auto`` is a twentieth of the run."""
     feature_sampling_window: int = 2000
-    """Steps over which firing frequencies are counted."""
+    """Steps over which training counts how often each latent fires."""
 
     n_quality_tokens: int = 20_000
-    """Vectors of the stream, behind those that were trained on, on which the finished SAE is
-    measured: dead and dense latents, L0, explained variance. Not more than were trained on."""
+    """Number of vectors, next in the stream after the training vectors, to measure the finished SAE
+    on: dead and dense latents, L0, explained variance; at most ``training_tokens``."""
 
     validation_images: str | None = None
-    """Held-out images to look at while training, as for ``images``; none by default. What is found
-    goes into ``validation.jsonl`` beside the SAE, and to wandb where that is on."""
+    """Held-out images that score the SAE while it trains, given like ``images``; none by default.
+    The scores go to ``validation.jsonl`` in the SAE's folder, and to wandb if that is on."""
     validation_split: str | None = None
-    """Split of the held-out data set."""
+    """Split of the dataset of held-out images; by default its only one, or ``train``."""
     n_validation_images: int = 256
-    """The first so many of them."""
+    """Number of held-out images to use, from the front."""
     n_validations: int = 10
-    """Looks at them, evenly over the run, the last at its end."""
+    """How often to score on the held-out images, spread evenly over the run; the last time is at
+    its end."""
     validation_metrics: tuple[str, ...] = ()
-    """Further metrics by their names in ``vp.metrics.available()``."""
+    """Names of further metrics to compute, from ``vp.metrics.available()``."""
     validation_embedder: str | None = None
-    """Model whose embeddings say which images are alike; by default the model itself."""
+    """Model whose image embeddings measure how similar two images are; by default the model that
+    the SAE trains on."""
     validation_template: str = "a photo of a {}"
-    """Sentence around a label, for the loss recovered in zero-shot classification."""
+    """Sentence that a class name is put into for zero-shot classification; ``{}`` is the name."""
 
     logger: LoggingConfig = field(default_factory=_no_wandb)
-    """Weights & Biases; off by default."""
+    """Settings of Weights & Biases; off by default."""
 
     def __post_init__(self) -> None:
         TokenSelection.parse(self.tokens)
+        check_device(self.device)
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
             *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
@@ -190,11 +214,15 @@ class VisionSAERunnerConfig:
         ):
             value = getattr(self, name)
             if value not in (AUTO, None) and not value > 0:
-                raise ValueError(f"{name}={value}: it has to be above 0")
-        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"):
+                raise ValueError(f"{name}={value}: use a number above 0")
+        for name in (
+            *("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"),
+            *("archetypal_points", "archetypal_relaxation"),
+        ):
             value = getattr(self, name)
             if value != AUTO and value < 0:
-                raise ValueError(f"{name}={value}: it cannot be below 0")
+                raise ValueError(f"{name}={value}: use 0 or a larger number")
+        check_template(self.validation_template, argument="validation_template")
         choices = {
             "defaults": DEFAULTS,
             "b_dec_init_method": B_DEC_INIT_METHODS,
@@ -206,7 +234,7 @@ class VisionSAERunnerConfig:
         unknown = sorted(set(self.explicit) - {f.name for f in dataclasses.fields(self.sae)})
         if unknown:
             raise ValueError(
-                f"explicit names {unknown[0]!r}, which a {self.sae.architecture()} SAE has not"
+                f"explicit names {unknown[0]!r}, but {self.sae.architecture()} has no such field"
             )
         if self.training_tokens < self.batch_size:
             raise ValueError(
@@ -216,13 +244,14 @@ class VisionSAERunnerConfig:
 
     @classmethod
     def preset(cls, name: str, *, architecture: str, **changes: Any) -> VisionSAERunnerConfig:
-        """A sound beginning for a backbone that people use, with every setting decided.
+        """Return a configuration for a well-known backbone, with a value for every setting.
 
         Args:
-            name: Of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info presets``
-                lists them, and where their numbers come from.
-            architecture: Of the SAE, for example ``matryoshka_batchtopk``.
-            **changes: Fields to set otherwise: ``images`` above all.
+            name: Name of the backbone, for example ``clip-vit-b-32``; ``vision-plugin info
+                presets`` lists the names and the sources of the numbers.
+            architecture: Architecture of the SAE, for example ``matryoshka_batchtopk``.
+            **changes: Fields to set to other values. Presets name no images, so set ``images``,
+                or give the runner opened images.
 
         Raises:
             ValueError: there is no such preset, or no such field.
@@ -245,49 +274,46 @@ class VisionSAERunnerConfig:
 
     @property
     def batch_size(self) -> int:
-        """``train_batch_size_tokens``, or what it becomes where it is ``auto``."""
+        """Vectors per training step: ``train_batch_size_tokens``, or what ``auto`` makes of it."""
         if self.train_batch_size_tokens != AUTO:
             return self.train_batch_size_tokens
         return batch_size_for(self.training_tokens, self.defaults)
 
     @property
     def total_training_steps(self) -> int:
-        """Optimiser steps of the run."""
+        """Number of optimiser steps of the run."""
         return -(-self.training_tokens // self.batch_size)
 
     @property
     def hook_names(self) -> list[str]:
-        """Hooks whose activations a training step takes: one, or a transcoder's two."""
+        """Hooks whose activations a training step takes: one, or two for a transcoder."""
         out = self.hook_name_out
         return [self.hook_name] if out is None else [self.hook_name, out]
 
     @property
     def checkpoint_path(self) -> Path | None:
-        """Folder of the checkpoints; None where nothing is saved."""
-        if self.output_path is None:
-            return None
-        out = Path(self.output_path)
-        return out.with_name(f"{out.name}.checkpoints")
+        """Folder of the checkpoints; None if the run saves nothing."""
+        return None if self.output_path is None else checkpoints_of(local_path(self.output_path))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the trained weights follow from, as JSON has them."""
+        """Return the fields that decide the trained weights, as JSON values."""
         fields: dict[str, Any] = json.loads(json.dumps(self.to_dict(), default=str))
         return {name: fields[name] for name in sorted(fields) if name not in NOT_OF_THE_RESULT}
 
     def to_sae_trainer_config(self) -> SAETrainerConfig:
-        """What SAELens's trainer takes of this.
+        """Return the configuration of SAELens's trainer.
 
         Raises:
-            ValueError: a field is still ``auto``: the runner decides it once it knows the data.
+            ValueError: a field is still ``auto``; the runner fills it in once it knows the data.
         """
         shared = {f.name for f in dataclasses.fields(SAETrainerConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared}
-        del mine["n_checkpoints"]  # SAELens's are pickles, and cannot be gone on with bit for bit
+        del mine["n_checkpoints"]  # SAELens's are pickles, and do not resume bit for bit
         undecided = [name for name, value in mine.items() if value == AUTO]
         if undecided:
             raise ValueError(
-                f"{', '.join(undecided)} are still 'auto': VisionSAETrainingRunner(cfg).cfg has "
-                "the values that they take"
+                f"the run has not filled in {', '.join(undecided)} yet: use "
+                "VisionSAETrainingRunner(cfg).cfg, which has values for all fields"
             )
         if self.lr_end is None:
             mine["lr_end"] = mine["lr"] / 10
@@ -305,12 +331,12 @@ class VisionSAERunnerConfig:
         return fields
 
     def save(self, path: Path) -> None:
-        """Write the run's definition as JSON."""
+        """Write the configuration as JSON."""
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> VisionSAERunnerConfig:
-        """Read what :meth:`to_dict` gave.
+        """Return the configuration that :meth:`to_dict` turned into a dictionary.
 
         Raises:
             ValueError: a field is unknown.
@@ -327,15 +353,21 @@ class VisionSAERunnerConfig:
         return cls(**fields)
 
 
+def checkpoints_of(output_path: Path) -> Path:
+    """Return the folder of the checkpoints of a run that saves to ``output_path``."""
+    return output_path.with_name(f"{output_path.name}.checkpoints")
+
+
 def number(cfg: VisionSAERunnerConfig, name: str) -> float:
-    """A field that can be ``auto``, decided.
+    """Return the number in a field that can be ``auto``.
 
     Raises:
-        ValueError: it is still ``auto``.
+        ValueError: the field is still ``auto``.
     """
     value = getattr(cfg, name)
     if value == AUTO:
         raise ValueError(
-            f"{name} is still 'auto': VisionSAETrainingRunner(cfg).cfg has the value that it takes"
+            f"the run has not filled in {name} yet: use VisionSAETrainingRunner(cfg).cfg, which "
+            "has values for all fields"
         )
     return float(value)

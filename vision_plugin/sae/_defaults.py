@@ -1,11 +1,11 @@
-"""Settings that nobody made, decided from the data and the run before the first step.
+"""Rules that fill in the settings that nobody made, before the first step.
 
-Each rule was chosen among others by training on real activations; the trial runs are in
-``benchmarks/results/defaults.md``, and ``benchmarks/quality.py`` compares with the peers. The
-rules make three things sure. An SAE's weights begin at the scale of the activations, which are
-scaled to a mean norm of ``sqrt(d_in)``. Warm-up, decay and the time after which a latent counts as
-dead are shares of the run, so that a short run has them too. And the number of active latents is
-one that is asked for.
+Training on real activations chose each rule among others: ``benchmarks/results/defaults.md`` has
+the trial runs, and ``benchmarks/quality.py`` compares the results with other packages. The rules
+ensure three things. An SAE's weights begin at the scale of the activations, which training scales
+to a mean norm of ``sqrt(d_in)``. Warm-up, decay and the time after which a latent counts as dead
+are shares of the run, so that a short run has them too. And the run sets the number of active
+latents, instead of a penalty that leads to an unknown number.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ SAELENS: dict[str, Any] = {
     "fit_threshold": False,
     "revive_dead": False,
 }
-"""What SAELens itself trains with."""
+"""SAELens's own defaults."""
 
 WARM_UP, DECAY, DEAD = 0.1, 0.2, 0.05
-"""Shares of a run: linear warm-up, linear decay, and the time without firing of a dead latent."""
+"""Linear warm-up, linear decay, and how long a dead latent has not fired, as shares of the run."""
 EXPANSION = 8
-"""Latents per dimension, where no width is set."""
+"""Latents per dimension of the activations, for an SAE whose width is not set."""
 MATRYOSHKA = (1 / 16, 1 / 4, 11 / 16, 1)
-"""Nested widths, as shares of the whole: 1/16, and 3/16, 7/16 and 5/16 more."""
+"""Nested widths, as shares of the whole width."""
 DECODER_NORM = 1.0
 ENCODER_LR_RATIO = 0.3
 """A slower encoder leaves more latents alive, at a cost in explained variance below 0.002."""
 AT_TARGET = -1.0
-"""Initial threshold of a JumpReLU SAE that stands for the one at which ``target_l0`` latents fire
-on the first buffer."""
+"""Value of ``jumprelu_init_threshold`` that stands for a threshold from the data: the one at which
+``target_l0`` latents fire on the first buffer."""
 _PENALTIES = {
     "standard": "l1_coefficient",
     "gated": "l1_coefficient",
@@ -53,46 +53,46 @@ _PENALTIES = {
     "transcoder": "l1_coefficient",
     "skip_transcoder": "l1_coefficient",
 }
-"""Weight of the sparsity penalty, of the kinds of SAE that have no k."""
+"""Field with the weight of the sparsity penalty, by architecture, for SAEs without a k."""
 _REVIVED = ("standard", "gated", "transcoder", "skip_transcoder")
 _SCALE = "expected_average_only_in"
 _LEARNING_RATES = (6e-4, 2**14)
-"""Learning rate, and the width that it is for; 1/sqrt(width) otherwise (Gao et al. 2024)."""
+"""A learning rate and the width it is for; it falls with 1/sqrt(width) (Gao et al. 2024)."""
 _LARGEST_RATE, _TOO_FAST = 4e-3, 50
 
 
 def kind_of(sae: Any) -> str:
-    """Architecture of an SAE's configuration, without this package's prefix."""
+    """Return the architecture of an SAE's configuration, without this package's prefix."""
     return str(sae.architecture()).removeprefix("vision_plugin_")
 
 
 def k_for(d_in: int) -> int:
-    """Active latents for vectors of a width: its square root."""
+    """Return the number of active latents for vectors of a width: its square root."""
     return max(1, round(math.sqrt(d_in)))
 
 
 def learning_rate_for(d_sae: int) -> float:
-    """Learning rate for a width of the SAE."""
+    """Return the learning rate for an SAE's width."""
     rate, width = _LEARNING_RATES
     return float(f"{min(_LARGEST_RATE, rate / (d_sae / width) ** 0.5):.2g}")
 
 
 def matryoshka_widths(d_sae: int) -> list[int]:
-    """Nested widths for an SAE, without repetitions where it is narrow."""
+    """Return the nested widths of an SAE, ascending and without repetitions."""
     return sorted({max(1, round(d_sae * share)) for share in MATRYOSHKA})
 
 
 def resolve(cfg: _Config) -> _Config:
-    """The configuration with a value in place of everything that was not set.
+    """Return the configuration with a value for every field that was not set.
 
-    What it gives resolves to itself. Its SAE's ``metadata.auto`` holds the values that were
-    decided here, by name.
+    Resolving the result again changes nothing. ``metadata.auto`` of its SAE holds the values that
+    this function chose, by the field's name.
 
     Args:
-        cfg: A VisionSAERunnerConfig, whose SAE's widths are known.
+        cfg: A VisionSAERunnerConfig whose SAE has its ``d_in``.
 
     Raises:
-        ValueError: a value does not fit the run; the message has one that would.
+        ValueError: a value does not fit the run; the message names one that does.
     """
     return cast(_Config, _resolved(cfg))
 
@@ -120,7 +120,7 @@ def _resolved(cfg: Any) -> Any:
 
 
 def described(decided: Mapping[str, Any]) -> str:
-    """Settings as one line: ``lr 0.0016, k 20, ...``."""
+    """Return settings as one line: ``lr 0.0016, k 20, ...``."""
     return ", ".join(f"{name} {_short(value)}" for name, value in decided.items())
 
 
@@ -129,10 +129,14 @@ def _short(value: Any) -> str:
 
 
 def check_fits(cfg: Any, *, fitting_rate: float) -> None:
-    """Raise where a setting and the length of the run, or the SAE, do not go together.
+    """Raise if a setting does not fit the length of the run or the width of the SAE.
+
+    Args:
+        cfg: A VisionSAERunnerConfig with a value in every field.
+        fitting_rate: Learning rate that the rules give the SAE.
 
     Raises:
-        ValueError: naming the setting, what it does not fit, and a value that would.
+        ValueError: a setting does not fit; the message names it and a value that does.
     """
     steps = cfg.total_training_steps
     warm_up, decay = int(cfg.lr_warm_up_steps), int(cfg.lr_decay_steps)
@@ -146,9 +150,14 @@ def check_fits(cfg: Any, *, fitting_rate: float) -> None:
         rising = getattr(cfg.sae, name, 0)
         if rising > steps:
             raise ValueError(
-                f"{name}={rising} does not fit into a run of {steps} steps, in which the penalty "
-                f"would never have its weight: use {round(steps * WARM_UP)}"
+                f"{name}={rising} does not fit into a run of {steps} steps, because the penalty "
+                f"would never reach its weight: use {round(steps * WARM_UP)}"
             )
+    if cfg.archetypal_points and kind_of(cfg.sae) == "matching_pursuit":
+        raise ValueError(
+            f"archetypal_points={cfg.archetypal_points}: a matching_pursuit SAE encodes with its "
+            "decoder, which has to have unit rows. Use another architecture, or 0"
+        )
     if cfg.defaults == "saelens":
         return
     window = int(cfg.dead_feature_window)
@@ -169,7 +178,7 @@ def _window(steps: int) -> int:
 
 
 def _of_run(cfg: Any, width: int, steps: int) -> dict[str, Any]:
-    """A value for each field of the run that can be ``auto``."""
+    """Return a value for each field of the run that can be ``auto``."""
     kind = kind_of(cfg.sae)
     is_tied = kind == "matching_pursuit"
     warm_up, decay = round(steps * WARM_UP), round(steps * DECAY)
@@ -192,7 +201,10 @@ def _of_run(cfg: Any, width: int, steps: int) -> dict[str, Any]:
 
 
 def _target(cfg: Any, kind: str) -> float | None:
-    """Active latents to steer for: none where the penalty's weight is set, or there is no such."""
+    """Return the number of active latents to aim at, or None.
+
+    It is None if the SAE has no penalty, or if the user or the penalty itself sets the strength.
+    """
     name = _PENALTIES.get(kind)
     if name is None or not _unset(cfg, name) or _aims_itself(cfg.sae):
         return None
@@ -200,12 +212,12 @@ def _target(cfg: Any, kind: str) -> float | None:
 
 
 def _aims_itself(sae: Any) -> bool:
-    """Whether the penalty has a target of its own: JumpReLU's quadratic one."""
+    """Return whether the penalty aims at a number of latents itself, as a quadratic one does."""
     return bool(getattr(sae, "jumprelu_sparsity_loss_mode", "") == "quadratic")
 
 
 def _inside_sae(cfg: Any, width: int, steps: int) -> dict[str, Any]:
-    """Values for the fields of the SAE that nobody set."""
+    """Return values for the fields of the SAE that nobody set."""
     kind, sae = kind_of(cfg.sae), cfg.sae
     assert sae.d_in != D_IN_OF_MODEL
     is_transcoder = hasattr(sae, "d_out")
@@ -237,7 +249,7 @@ def _inside_sae(cfg: Any, width: int, steps: int) -> dict[str, Any]:
 
 
 def _unset(cfg: Any, name: str) -> bool:
-    """Whether a field of the SAE has SAELens's default, and is not to be kept at it."""
+    """Return whether a field of the SAE has SAELens's default without being in ``explicit``."""
     if name in cfg.explicit:
         return False
     (field,) = (f for f in dataclasses.fields(cfg.sae) if f.name == name)

@@ -1,4 +1,4 @@
-"""What a run takes from the data before its first step: scales, and weights to begin with."""
+"""Scales and initial weights that a run takes from the data before its first step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from jaxtyping import Float
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from vision_plugin.sae._archetypal import archetypes
 from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._sources import Batches
+from vision_plugin.sae._trainer import SteppedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +26,15 @@ _ROWS_OF_CUT = 4096
 def estimate_scalers(
     trainers: Mapping[str, SAETrainer], batches: Batches, *, n_batches: int
 ) -> None:
-    """Estimate the activation scales that the SAEs ask for, with SAELens's estimators.
+    """Estimate the scale of the activations for SAEs that scale them, with SAELens's estimators.
 
-    The batches that it takes come again in training: SAEs that want a scale and SAEs that want
-    none are trained on the same ones.
+    Training sees the same batches again, so that SAEs with and without a scale train on the same
+    batches.
 
     Args:
-        trainers: By the SAE's name.
-        batches: By the SAE's name, or one tensor for a single SAE.
-        n_batches: How many to look at.
+        trainers: Trainers by the SAE's name.
+        batches: Batches by the SAE's name, or one tensor for a single SAE.
+        n_batches: Number of batches to estimate from.
     """
     wanted = {
         name: kind
@@ -47,7 +49,7 @@ def estimate_scalers(
         batch = next(batches)
         for name, kind in wanted.items():
             rows = batch[name] if isinstance(batch, dict) else batch
-            # Of rows of one value, SAELens takes the norm of each to be that value.
+            # For rows that hold one value each, SAELens takes that value as their norm.
             kept[name].append(rows.norm(dim=-1, keepdim=True) if kind == _SCALE else rows)
     batches.load_state_dict(place)
     for name, kind in wanted.items():
@@ -59,16 +61,17 @@ def estimate_scalers(
 
 
 @torch.no_grad()
-def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) -> None:
-    """Give an SAE its first decoder bias and directions as the configuration says.
+def initialise(trainer: SteppedTrainer, rows: Tensor, cfg: VisionSAERunnerConfig) -> None:
+    """Set an SAE's decoder bias, decoder directions and thresholds before its first step.
 
     Args:
-        trainer: Its scaler has been estimated: weights live in scaled activations.
-        rows: Activations, [n, d_in]; of a transcoder [n, d_in + d_out].
-        cfg: The run.
+        trainer: Trainer of the SAE. Its scale must be estimated, because the weights belong to
+            scaled activations.
+        rows: Activations as the model gives them, [n, d_in]; for a transcoder [n, d_in + d_out].
+        cfg: Configuration of the run.
 
     Raises:
-        ValueError: the activations are of another width than the SAE.
+        ValueError: the activations and the SAE differ in width.
     """
     sae = trainer.sae
     at_target = getattr(sae.cfg, "jumprelu_init_threshold", 0.0) < 0
@@ -78,7 +81,8 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
             f"the SAE takes {width} dimensions, but {' and '.join(cfg.hook_names)} of "
             f"{cfg.model_name} give {rows.shape[1]}"
         )
-    if cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random" and not at_target:
+    is_plain = cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random"
+    if is_plain and not at_target and trainer.archetypal is None:
         return
     rows = trainer.activation_scaler(rows.to(sae.device))[:, -sae.W_dec.shape[1] :]
     centre = geometric_median(rows) if cfg.b_dec_init_method == "geometric_median" else rows.mean(0)
@@ -86,26 +90,31 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
         sae.b_dec.copy_(centre)
     if cfg.decoder_init_method == "data":
         _decoder_from(rows - centre, sae, cfg)
+    if trainer.archetypal is not None:
+        points = archetypes(rows - sae.b_dec, cfg.archetypal_points, seed=cfg.seed)
+        trainer.archetypal.place(points, norm=sae.cfg.decoder_init_norm or _DECODER_NORM)
+        if not hasattr(sae.cfg, "d_out"):
+            sae.W_enc.copy_(sae.W_dec.T)
     if at_target:
         sae.threshold.fill_(_cut(rows[:_ROWS_OF_CUT], sae, number(cfg, "target_l0")))
 
 
 def _cut(rows: Tensor, sae: Any, n_active: float) -> float:
-    """The threshold above which so many latents fire on a row, on average."""
+    """Return the threshold at which ``n_active`` latents fire on a row on average."""
     before = sae.process_sae_in(rows) @ sae.W_enc + sae.b_enc
     wanted = min(max(1, round(n_active * len(rows))), before.numel())
     return max(0.0, float(before.flatten().topk(wanted).values[-1]))
 
 
 def _decoder_from(rows: Tensor, sae: Any, cfg: VisionSAERunnerConfig) -> None:
-    """Random rows as directions, and their transpose as encoder, a transcoder's excepted."""
+    """Take random rows as decoder directions; an SAE's encoder becomes their transpose."""
     rows = rows[rows.norm(dim=-1) > 0]
     generator = torch.Generator().manual_seed(cfg.seed)
     chosen = torch.randperm(len(rows), generator=generator)[: sae.cfg.d_sae]
     if len(chosen) < sae.cfg.d_sae:
         logger.warning(
             "the buffer holds %d activations for %d latents: the other decoder directions stay "
-            "random. A larger n_batches_in_buffer gives more",
+            "random. Raise n_batches_in_buffer to have more activations",
             *(len(chosen), sae.cfg.d_sae),
         )
     norm = sae.cfg.decoder_init_norm or _DECODER_NORM
@@ -118,15 +127,15 @@ def _decoder_from(rows: Tensor, sae: Any, cfg: VisionSAERunnerConfig) -> None:
 def geometric_median(
     rows: Float[Tensor, "n d_in"], *, tolerance: float = 1e-6, max_iterations: int = 200
 ) -> Float[Tensor, " d_in"]:
-    """The point with the least sum of distances to the rows, by Weiszfeld's iteration.
+    """Return the point with the least sum of distances to the rows, by Weiszfeld's iteration.
 
-    A few activations of enormous norm, which vision transformers have, move it far less than the
-    mean. Computed in float64.
+    Vision transformers have a few activations of enormous norm, which move this point far less
+    than they move the mean. The computation is in float64.
 
     Args:
-        rows: At least one.
-        tolerance: Ends the iteration once a step is shorter, relative to the mean distance.
-        max_iterations: Ends it in any case.
+        rows: Activations; at least one.
+        tolerance: Length of a step, relative to the mean distance, at which the iteration stops.
+        max_iterations: Largest number of steps.
 
     Source: E. Weiszfeld, "Sur le point pour lequel la somme des distances de n points donnés est
     minimum" (1937).
@@ -145,6 +154,6 @@ def geometric_median(
 
 
 def by_name(batch: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """A batch, or batches by name, with the name of each SAE that takes it."""
+    """Yield the name of each SAE with its batch; a batch that is one tensor serves all of them."""
     for name in names:
         yield name, batch[name] if isinstance(batch, dict) else batch

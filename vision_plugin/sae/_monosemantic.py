@@ -1,8 +1,8 @@
-"""A term of the loss that rewards latents which fire on vectors that are alike (MonoLoss).
+"""A loss that rewards latents which fire on similar vectors (MonoLoss).
 
 Source: "MonoLoss: A Training Objective for Interpretable Monosemantic Representations"
-(2602.12403). It is the monosemanticity score of Pach et al. (2025) on a batch, with the batch's own
-vectors as embeddings, by the identity that needs no pairs.
+(arXiv 2602.12403). It is the monosemanticity score of Pach et al. (2025) on a batch, with the
+vectors of the batch as embeddings, computed from sums instead of pairs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _SMALL = 1e-8
 def monosemanticity_loss(
     x: Float[Tensor, "batch d_in"], latents: Float[Tensor, "batch d_sae"]
 ) -> Float[Tensor, ""]:
-    """1 less the mean score of the latents that fire on two vectors of the batch at least.
+    """Return 1 minus the mean score of the latents that fire on at least two vectors.
 
-    With ``a`` the latents, each from 0 to 1 over the batch, and ``e`` the vectors of unit norm, a
-    latent scores ``(|sum_i a_i e_i|^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2)``: the mean
-    similarity of two vectors, weighted by how strongly it fires on both.
+    Let ``a`` be a latent scaled to the range from 0 to 1 over the batch, and ``e`` the vectors
+    scaled to unit norm. The latent's score is
+    ``(|sum_i a_i e_i|^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2)``: the mean similarity of
+    two vectors, weighted by how strongly the latent fires on both.
 
     Args:
-        x: Vectors that the SAE reads; constants here.
-        latents: Not negative.
+        x: Vectors that the SAE reads; they get no gradient.
+        latents: Latents of these vectors, not negative.
     """
     directions = torch.nn.functional.normalize(x.detach(), dim=1)
     low, high = latents.detach().amin(0), latents.detach().amax(0)
@@ -45,14 +46,14 @@ def monosemanticity_loss(
 
 
 def reward_monosemanticity(sae: Any, coefficient: float) -> None:
-    """Add the term to an SAE's loss from now on.
+    """Add the monosemanticity loss to every training step of an SAE from now on.
 
-    The coefficient is that of a mean squared error, as the authors have it; SAELens sums the error
-    over ``d_in``, and so the term is multiplied by it.
+    The authors weigh it against a mean squared error. SAELens sums the squared error over
+    ``d_in``, so this function multiplies the loss by ``d_in``.
 
     Args:
-        sae: In training.
-        coefficient: Weight of the term.
+        sae: SAE in training.
+        coefficient: Weight of the loss relative to the mean squared error.
     """
     weight = coefficient * sae.cfg.d_in
     if hasattr(sae, "loss_terms"):

@@ -1,4 +1,4 @@
-"""What a training run opens and checks before its first step."""
+"""Open and check what a training run needs before its first step."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ from vision_plugin.sae._validation import Validator
 def open_inputs(
     cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
 ) -> tuple[VisionBridge | None, Any]:
-    """The model and the images of a run; a store of activations goes without a model.
+    """Return the model and the images of a run; a run over a store may have no model.
 
     Args:
-        cfg: The run.
-        model: In hand, or None to load the configuration's.
-        images: An image source or a store in hand, or None to open the configuration's.
+        cfg: Configuration of the run.
+        model: A loaded model; None loads ``cfg.model_name``.
+        images: An opened image source or store; None opens ``cfg.images``.
 
     Raises:
-        ValueError: there are none, or the model is unknown.
+        ValueError: there are no images, or the model is unknown.
     """
     source = cfg.images if images is None else images
     if source == "":
         raise ValueError(
-            "the configuration does not say what to train on: set images (--images) to images, "
-            "or to a store of activations"
+            "the configuration does not say what to train on: set images= to images or to a store "
+            "of activations"
         )
     if is_store(source):
+        _refuse_parts(cfg, "a store of activations")
         return model, open_store(source)
+    if images is not None:
+        _refuse_parts(cfg, "a source that is open already")
     torch.manual_seed(cfg.seed)
     model = model or load_model(cfg.model_name, device=cfg.device, dtype=getattr(torch, cfg.dtype))
     if images is None:
@@ -47,14 +50,26 @@ def open_inputs(
     return model, images
 
 
+def _refuse_parts(cfg: VisionSAERunnerConfig, what: str) -> None:
+    """Raise if the configuration names a split or a column of what has none."""
+    for name in ("split", "image_column"):
+        if getattr(cfg, name) is not None:
+            raise ValueError(f"images is {what}, which has no such part: leave out {name}=")
+
+
 def fitted(
     cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
 ) -> VisionSAERunnerConfig:
-    """The configuration, checked against the model or the store, with all that it left open.
+    """Return the configuration with a value for every field, after checks against the inputs.
+
+    Args:
+        cfg: Configuration of the run.
+        model: Model to train on; None if a store is given without one.
+        images: Image source or store.
 
     Raises:
-        ValueError: a hook, width, model or kind of token does not fit, or a setting does not fit
-            the length of the run.
+        ValueError: the hook, width, model or kind of token does not fit the inputs, or a setting
+            does not fit the length of the run.
     """
     if isinstance(images, ActivationStore):
         check_store(images, cfg, model)
@@ -63,7 +78,7 @@ def fitted(
 
 
 def _with_batch(cfg: VisionSAERunnerConfig, store: ActivationStore) -> VisionSAERunnerConfig:
-    """The configuration with a batch that the store can fill, where none is set."""
+    """Return the configuration with a batch that the store can fill, unless one is set."""
     n_rows = min(store.n_rows(name) for name in cfg.hook_names if name in store.hook_names)
     if cfg.train_batch_size_tokens != AUTO or cfg.batch_size <= n_rows:
         return cfg
@@ -71,7 +86,7 @@ def _with_batch(cfg: VisionSAERunnerConfig, store: ActivationStore) -> VisionSAE
 
 
 def make_sae(cfg: VisionSAERunnerConfig) -> TrainingSAE[Any]:
-    """The SAE with its first weights, which follow from the seed alone."""
+    """Return a new SAE; the seed alone decides its weights."""
     torch.manual_seed(cfg.seed)
     sae_config = cfg.sae if cfg.dense else sparse_config(cfg.sae)
     return TrainingSAE.from_dict(sae_config.to_dict())
@@ -80,7 +95,10 @@ def make_sae(cfg: VisionSAERunnerConfig) -> TrainingSAE[Any]:
 def make_validator(
     cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any
 ) -> tuple[Validator | None, VisionBridge | None]:
-    """What looks at held-out images, if any are given, and the model, which it may have to load."""
+    """Return the scorer of held-out images, or None without such images, and the run's model.
+
+    The model is loaded if the scorer needs one and ``model`` is None.
+    """
     if images is None and cfg.validation_images is None:
         return None, model
     if images is None:
@@ -104,13 +122,13 @@ def make_validator(
 
 
 def record_origin(sae: TrainingSAE[Any], made_of: dict[str, Any]) -> None:
-    """Write into the SAE's metadata what it is trained on."""
+    """Write what an SAE is trained on into its metadata."""
     for name, value in made_of.items():
         sae.cfg.metadata[name] = value
 
 
 def run_identity(cfgs: dict[str, VisionSAERunnerConfig], made_of: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has to have been made with: configurations, and the model's weights."""
+    """Return what a checkpoint must agree with to continue this run, as JSON values."""
     return {
         "configs": {name or "sae": cfg.identity() for name, cfg in cfgs.items()},
         "model_signature": made_of["model_signature"],

@@ -1,4 +1,4 @@
-"""Named beginnings: how to train an SAE of an architecture on a backbone. See presets.yaml."""
+"""Presets: settings for an architecture on a backbone, from ``presets.yaml``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _TRANSCODERS = ("transcoder", "skip_transcoder")
 
 @dataclass(frozen=True)
 class Preset:
-    """What trains an SAE of an architecture on a backbone."""
+    """Settings that train an SAE of an architecture on a backbone."""
 
     name: str
-    """Of the backbone, ``clip-vit-b-32``."""
+    """Name of the backbone, for example ``clip-vit-b-32``."""
     architecture: str
-    """As the command's ``--architecture``."""
+    """Architecture of the SAE, for example ``topk``."""
     run: dict[str, Any]
-    """Fields of ``VisionSAERunnerConfig`` but for ``sae``."""
+    """Fields of ``VisionSAERunnerConfig`` except ``sae``."""
     sae: dict[str, Any]
-    """Fields of the SAE's own configuration."""
+    """Fields of the SAE's configuration."""
     source: str
     """Where the numbers come from, or ``by rule``."""
     kind: str
@@ -35,24 +35,24 @@ class Preset:
 
 
 def backbones() -> list[str]:
-    """Names of the backbones that there are presets for."""
+    """Return the names of the backbones that have presets."""
     return list(_table()["backbones"])
 
 
 def architectures() -> list[str]:
-    """Architectures that there are presets for."""
+    """Return the architectures that have presets."""
     return list(_table()["architectures"])
 
 
 def preset(name: str, *, architecture: str) -> Preset:
-    """One preset.
+    """Return a preset.
 
     Args:
-        name: Of the backbone; ``-`` and ``_`` alike.
-        architecture: As the command's ``--architecture``.
+        name: Name of the backbone; ``-`` and ``_`` mean the same.
+        architecture: Architecture of the SAE; ``-`` and ``_`` mean the same.
 
     Raises:
-        ValueError: there is none of the name, or none of the architecture; near names are listed.
+        ValueError: the backbone or the architecture has no preset; the message lists near names.
     """
     table = _table()
     name = _known(name.replace("_", "-"), backbones(), "preset")
@@ -67,7 +67,7 @@ def preset(name: str, *, architecture: str) -> Preset:
 
 
 def presets() -> list[Preset]:
-    """Every preset."""
+    """Return every preset."""
     return [preset(n, architecture=a) for n in backbones() for a in architectures()]
 
 

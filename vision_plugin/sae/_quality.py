@@ -1,4 +1,4 @@
-"""What a finished SAE is like, measured on vectors of the stream and not told by a counter."""
+"""Measure a finished SAE on vectors of the training stream."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from vision_plugin.models import encode_tokens
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 DENSE_ABOVE = 0.1
-"""A latent that fires on a larger share of the vectors is dense."""
+"""Share of the vectors above which a latent that fires on them is dense."""
 MANY_DEAD = 0.1
-"""From this share of dead latents on, a run says what to change."""
+"""Share of dead latents from which on :meth:`Quality.advice` says what to change."""
 _CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Latents and reconstruction of an SAE on some vectors."""
+    """Numbers of latents and reconstruction quality of an SAE on some vectors."""
 
     n_vectors: int
-    """Vectors looked at."""
+    """Number of vectors measured."""
     n_latents: int
-    """Latents of the SAE."""
+    """Number of latents of the SAE."""
     n_alive: int
-    """Latents that fire on at least one of the vectors."""
+    """Number of latents that fire on at least one vector."""
     n_dead: int
-    """Latents that fire on none of them."""
+    """Number of latents that fire on no vector."""
     n_dense: int
-    """Latents that fire on more than a tenth of them."""
+    """Number of latents that fire on more than a tenth of the vectors."""
     l0: float
     """Mean number of latents that fire on a vector."""
     explained_variance: float
     """``1 - sum |x - xhat|^2 / sum |x - mean(x)|^2``."""
 
     def scores(self, prefix: str = "quality/") -> dict[str, float]:
-        """The figures by name, as wandb takes them."""
+        """Return the figures by name, for wandb."""
         return {f"{prefix}{name}": float(value) for name, value in dataclasses.asdict(self).items()}
 
     def sentence(self) -> str:
-        """The figures in one line."""
+        """Return the figures as one line."""
         return (
             f"{self.n_alive:,} of {self.n_latents:,} latents alive ({self.n_dead:,} dead, "
             f"{self.n_dense:,} dense), {self.l0:.1f} active per vector, explained variance "
@@ -54,12 +54,12 @@ class Quality:
         )
 
     def advice(self, cfg: VisionSAERunnerConfig) -> str:
-        """What to change where a tenth of the latents or more are dead; otherwise nothing."""
+        """Return what to change if a tenth of the latents or more are dead, otherwise ``""``."""
         share = self.n_dead / self.n_latents
         if share < MANY_DEAD:
             return ""
         if cfg.defaults == "saelens":
-            change = "--defaults auto begins at the scale of the data, which keeps most alive"
+            change = "set defaults to auto, whose initial weights keep most latents alive"
         elif "lr" not in _decided(cfg) or "dead_feature_window" not in _decided(cfg):
             change = "leave lr and dead_feature_window unset, or lower lr"
         else:
@@ -80,8 +80,8 @@ def measure(sae: Any, batches: Iterable[Float[Tensor, "batch width"]]) -> Qualit
     """Measure an inference SAE.
 
     Args:
-        sae: Takes activations as the model gives them.
-        batches: Those activations; of a transcoder its input and target side by side.
+        sae: SAE that takes activations as the model gives them.
+        batches: Such activations; for a transcoder its input and target side by side.
     """
     d_in = int(sae.cfg.d_in)
     d_out = int(getattr(sae.cfg, "d_out", d_in))
@@ -105,7 +105,7 @@ def measure(sae: Any, batches: Iterable[Float[Tensor, "batch width"]]) -> Qualit
 
 
 def record(sae: Any, quality: Quality) -> None:
-    """Write the figures into a training SAE's metadata, over what SAELens's counter left there."""
+    """Write the figures into a training SAE's metadata, in place of SAELens's counts."""
     metadata = sae.cfg.metadata
     metadata["quality"] = dataclasses.asdict(quality)
     metadata["l0"] = quality.l0
@@ -116,13 +116,13 @@ def record(sae: Any, quality: Quality) -> None:
 def fit_threshold(sae: Any, rows: Float[Tensor, "n d_in"]) -> None:
     """Set the threshold of a BatchTopK SAE so that k latents fire on average.
 
-    In training the k * batch largest latents of a batch fire. The finished SAE has one threshold
-    instead, of which SAELens keeps a moving average: late where the threshold moves, and early in
-    a run near the zero that it begins at.
+    In training, the k * batch largest latents of a batch fire. The finished SAE has one threshold
+    instead. SAELens takes it from a moving average that begins at zero, so it lags behind a
+    threshold that moves, and is too low after a short run.
 
     Args:
-        sae: The training SAE when all is done; it takes activations as the model gives them.
-        rows: Such activations.
+        sae: Training SAE after its last step; it takes activations as the model gives them.
+        rows: Activations to fit the threshold on.
     """
     wanted = round(sae.cfg.k * len(rows))
     norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
@@ -140,7 +140,7 @@ def fit_threshold(sae: Any, rows: Float[Tensor, "n d_in"]) -> None:
 
 
 def take(batches: Iterable[Any], n: int) -> Iterator[Any]:
-    """Batches that hold at least so many vectors together."""
+    """Yield batches until they hold at least ``n`` vectors together."""
     taken = 0
     for batch in batches:
         yield batch

@@ -1,4 +1,4 @@
-"""Training through SAELens's own trainer, and saving in SAELens's own format."""
+"""Train SAEs with SAELens's trainer, and save them in SAELens's format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 
+from vision_plugin._paths import local_path
 from vision_plugin.models import VisionBridge
-from vision_plugin.sae._checkpoint import CheckpointFolder
-from vision_plugin.sae._config import VisionSAERunnerConfig
+from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointFolder
+from vision_plugin.sae._config import VisionSAERunnerConfig, checkpoints_of
 from vision_plugin.sae._defaults import described
 from vision_plugin.sae._preparing import (
     fitted,
@@ -23,13 +24,13 @@ from vision_plugin.sae._preparing import (
 )
 from vision_plugin.sae._quality import Quality
 from vision_plugin.sae._saving import check_output_path, inference_sae, save
-from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
+from vision_plugin.sae._session import TrainingSession
 from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
 from vision_plugin.sae._top_features import log_top_features
 from vision_plugin.sae._validation import Validator
 
 ALONE = ""
-"""Name of an SAE that is trained alone: its folder is the output folder itself."""
+"""Name of an SAE that trains alone; its folder is the output folder itself."""
 
 MAY_DIFFER = frozenset(
     {
@@ -40,29 +41,30 @@ MAY_DIFFER = frozenset(
         *("explicit", "encoder_lr_ratio", "target_l0", "fit_threshold", "mono_coefficient"),
     }
 )
-"""Fields in which runs that share a pass may differ: the SAE, its hook, and how it learns."""
+"""Fields in which runs that share a pass over the images may differ."""
 
 
 class VisionMultiSAETrainingRunner:
-    """Trains SAEs of several layers, widths and architectures from one pass of the images.
+    """Trains SAEs of several layers, widths and architectures in one pass over the images.
 
-    Each SAE ends as it would if its configuration were run alone, bit for bit on the same device.
-    Everything that can be wrong with a configuration is found when the runner is made, before
-    anything is computed or written. A run that was killed goes on where its last checkpoint was
-    made when the same configurations are run again, and ends with the same weights.
+    Each SAE ends with the weights that it gets when it trains alone, bit for bit on the same
+    device. Making the runner checks the configurations, before it computes or writes anything. To
+    continue a killed run from its last checkpoint, run the same configurations again; the weights
+    end the same.
 
     Args:
-        cfgs: Runs by the name of the SAE, which is also the name of its folder. They may differ in
-            the fields of ``MAY_DIFFER``; their own ``output_path`` is not used.
-        output_path: Folder of the folders; None saves nothing. Checkpoints go beside it.
-        model: A model in hand, in place of ``model_name``.
-        images: Images or an ActivationStore in hand, in place of ``images``.
-        saes: SAEs in hand by name, to train further.
-        validation_images: Held-out images in hand, in place of ``validation_images``.
+        cfgs: Configurations by the SAE's name, which is also the name of its folder. They may
+            differ in the fields of ``MAY_DIFFER``; the runner ignores their ``output_path``.
+        output_path: Folder for the SAEs' folders; None saves nothing. Checkpoints go into
+            ``<output_path>.checkpoints``.
+        model: A loaded model, to use instead of ``cfg.model_name``.
+        images: An opened image source or store, to use instead of ``cfg.images``.
+        saes: SAEs to train further, by name; the others start anew.
+        validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
 
     Raises:
-        ValueError: the runs cannot share a pass, or the model, images, store, hooks or widths are
-            unknown or do not fit.
+        ValueError: the runs cannot share a pass, or a model, image source, store, hook or width is
+            unknown or does not fit.
 
     Example:
         >>> runner = VisionMultiSAETrainingRunner(  # doctest: +SKIP
@@ -88,8 +90,10 @@ class VisionMultiSAETrainingRunner:
         validation_images: Any = None,
     ) -> None:
         first = check_together(cfgs)
-        check_output_path(output_path, overwrite=first.overwrite)
-        self.output_path = None if output_path is None else Path(output_path)
+        self.output_path = None if output_path is None else local_path(output_path)
+        self._overwrite = first.overwrite or self._was_saving(cfgs)
+        for name in cfgs:
+            check_output_path(self._folder(name), overwrite=self._overwrite)
         model, self.images = open_inputs(first, model, images)
         self.cfgs = {
             name: fitted(
@@ -114,10 +118,10 @@ class VisionMultiSAETrainingRunner:
             shared = open_batches(runs[0], self.images, self.model, hook_names=all_hooks(runs))
             self.batches = SplitBatches(shared, {n: c.hook_names for n, c in self.cfgs.items()})
         self.quality: dict[str, Quality] = {}
-        """What the finished SAEs are like on vectors of the stream; empty before the run."""
+        """Figures of the finished SAEs by name; empty before the run."""
 
     def run(self) -> dict[str, SAE[Any]]:
-        """Train, save, and return the trained SAEs as their stock inference classes."""
+        """Train and save the SAEs; return them by name as SAELens's inference classes."""
         made_of: dict[str, Any] = {}
         for name, cfg in self.cfgs.items():
             made_of = origin(cfg, self.model, self.images)
@@ -140,18 +144,24 @@ class VisionMultiSAETrainingRunner:
             session.done()
         return {name: inference_sae(sae) for name, sae in self.saes.items()}
 
+    def _was_saving(self, cfgs: Mapping[str, VisionSAERunnerConfig]) -> bool:
+        """Whether a run of several SAEs may have been killed when it had saved some of them."""
+        checkpoints = self._checkpoints()
+        return checkpoints is not None and list(cfgs) != [ALONE] and bool(checkpoints.steps())
+
     def _folder(self, name: str) -> str | None:
         return None if self.output_path is None else str(self.output_path / name)
 
     def _checkpoints(self) -> CheckpointFolder | None:
         out = self.output_path
-        return None if out is None else CheckpointFolder(out.with_name(f"{out.name}.checkpoints"))
+        return None if out is None else CheckpointFolder(checkpoints_of(out))
 
     def _save(self, session: TrainingSession) -> None:
         for name, cfg in self.cfgs.items():
             more = {VALIDATION_FILE: session.log.text()} if session.log.records else {}
             log_sparsity = session.trainers[name].log_feature_sparsity
-            save(self.saes[name], cfg, Path(str(cfg.output_path)), log_sparsity, more=more)
+            out = Path(str(cfg.output_path))
+            save(self.saes[name], cfg, out, log_sparsity, overwrite=self._overwrite, more=more)
 
 
 class VisionSAETrainingRunner:
@@ -161,14 +171,14 @@ class VisionSAETrainingRunner:
     ``cfg.output_path`` itself.
 
     Args:
-        cfg: The run.
-        model: A model in hand, in place of ``cfg.model_name``.
-        images: Images or an ActivationStore in hand, in place of ``cfg.images``.
-        sae: An SAE in hand, to train further.
-        validation_images: Held-out images in hand, in place of ``cfg.validation_images``.
+        cfg: Configuration of the run.
+        model: A loaded model, to use instead of ``cfg.model_name``.
+        images: An opened image source or store, to use instead of ``cfg.images``.
+        sae: An SAE to train further; by default a new one.
+        validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
 
     Raises:
-        ValueError: the model, images, store, hook or widths are unknown or do not fit.
+        ValueError: the model, image source, store, hook or width is unknown or does not fit.
     """
 
     def __init__(
@@ -191,65 +201,77 @@ class VisionSAETrainingRunner:
 
     @property
     def cfg(self) -> VisionSAERunnerConfig:
-        """The run, with everything decided that the configuration left open."""
+        """Configuration of the run, with a value for every field."""
         return self._runner.cfgs[ALONE]
 
     @property
     def sae(self) -> TrainingSAE[Any]:
-        """The SAE in training."""
+        """SAE in training."""
         return self._runner.saes[ALONE]
 
     @property
     def model(self) -> VisionBridge | None:
-        """The model; None where a store makes do without one."""
+        """Model of the run; None if a store is enough."""
         return self._runner.model
 
     @property
     def images(self) -> Any:
-        """The images, or the store."""
+        """Image source or store of the run."""
         return self._runner.images
 
     @property
     def batches(self) -> Any:
-        """The stream of training batches."""
+        """Stream of training batches."""
         return self._runner.batches
 
     @property
     def validator(self) -> Validator | None:
-        """What looks at held-out images; None where there are none."""
+        """Scorer of held-out images; None without such images."""
         return self._runner.validators.get(ALONE)
 
     @property
     def quality(self) -> Quality | None:
-        """What the finished SAE is like on vectors of the stream; None before the run."""
+        """Figures of the finished SAE; None before the run."""
         return self._runner.quality.get(ALONE)
 
     def decided(self) -> str:
-        """Return what the configuration left open and was decided: ``lr 0.002, k 20, ...``."""
+        """Return the settings that the run filled in, as one line: ``lr 0.002, k 20, ...``."""
         return described(self.cfg.sae.metadata.to_dict().get("auto") or {})
 
     def run(self) -> SAE[Any]:
-        """Train, save, and return the trained SAE as its stock inference class."""
+        """Train and save the SAE; return it as SAELens's inference class."""
         return self._runner.run()[ALONE]
 
 
 def train(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
-    """Train an SAE: ``VisionSAETrainingRunner(cfg, **in_hand).run()``."""
+    """Train an SAE and return it: ``VisionSAETrainingRunner(cfg, **in_hand).run()``.
+
+    Args:
+        cfg: Configuration of the run.
+        **in_hand: Other arguments of VisionSAETrainingRunner, for example ``model=``.
+    """
     return VisionSAETrainingRunner(cfg, **in_hand).run()
 
 
 def train_many(
     cfgs: Mapping[str, VisionSAERunnerConfig], *, output_path: str | None, **in_hand: Any
 ) -> dict[str, SAE[Any]]:
-    """Train SAEs in one pass: ``VisionMultiSAETrainingRunner(cfgs, ...).run()``."""
+    """Train SAEs in one pass and return them: ``VisionMultiSAETrainingRunner(cfgs, ...).run()``.
+
+    Args:
+        cfgs: Configurations by the SAE's name.
+        output_path: Folder for the SAEs' folders; None saves nothing.
+        **in_hand: Other arguments of VisionMultiSAETrainingRunner, for example ``model=``.
+    """
     return VisionMultiSAETrainingRunner(cfgs, output_path=output_path, **in_hand).run()
 
 
 def check_together(cfgs: Mapping[str, VisionSAERunnerConfig]) -> VisionSAERunnerConfig:
-    """The first of several runs, once it is known that they can share a pass.
+    """Return the first of several runs after checking that they can share a pass.
 
     Raises:
-        ValueError: there is none, a name is no folder's, or they differ in what they share.
+        ValueError: there is no run, a name cannot name a folder, or the runs differ in a field
+            that they share.
     """
     if not cfgs:
         raise ValueError("there are no SAEs to train: name at least one")
@@ -257,7 +279,9 @@ def check_together(cfgs: Mapping[str, VisionSAERunnerConfig]) -> VisionSAERunner
         return cfgs[ALONE]
     for name in cfgs:
         if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"{name!r} cannot be the name of an SAE: it becomes a folder's")
+            raise ValueError(
+                f"{name!r} cannot be the name of an SAE, because it becomes the name of a folder"
+            )
     (first_name, first), *others = cfgs.items()
     for name, cfg in others:
         for field in dataclasses.fields(cfg):

@@ -1,4 +1,4 @@
-"""Trained SAEs as SAELens's own: in memory, and in a folder that appears whole."""
+"""Turn a training SAE into SAELens's inference class, in memory and in a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,34 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vision_plugin._disk import put_in_place, sync_files
+from vision_plugin._disk import whole_folder, write_tensors
+from vision_plugin._ours import SAE_FOLDER, check_replaceable
+from vision_plugin._paths import local_path
+from vision_plugin.formats import seal
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
 def check_output_path(output_path: str | None, *, overwrite: bool) -> None:
-    """Raise where an output folder is taken already.
+    """Raise if the output folder is not free.
+
+    Args:
+        output_path: Folder of the result; None saves nothing.
+        overwrite: Whether the run may replace an SAE of this package that is there.
 
     Raises:
         FileExistsError: the folder has something in it, or is a file.
     """
-    if output_path is None or overwrite:
+    if output_path is None:
         return
-    path = Path(output_path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    path = local_path(output_path)
+    if not overwrite and SAE_FOLDER.is_one(path):
         raise FileExistsError(
-            f"{output_path} exists already. Choose another --output-path, or say --overwrite to "
-            "replace it."
+            f"{output_path} exists already: name another output_path=, or set overwrite= to "
+            "replace it"
         )
+    check_replaceable(path, SAE_FOLDER if overwrite else None)
 
 
 def save(
@@ -44,53 +50,52 @@ def save(
     out: Path,
     log_sparsity: Tensor,
     *,
+    overwrite: bool = False,
     more: dict[str, str] | None = None,
 ) -> None:
-    """Write the SAE in SAELens's format, whole or not at all.
+    """Write a trained SAE in SAELens's format, whole or not at all.
 
     Args:
-        sae: What was trained.
-        cfg: How.
-        out: The folder; what has its name is replaced once the new one is complete.
-        log_sparsity: Logarithm of how often each latent fires, [d_sae].
+        sae: SAE after its last step.
+        cfg: Configuration of the run.
+        out: Folder to write.
+        log_sparsity: Base-10 logarithm of the share of vectors each latent fires on, [d_sae].
+        overwrite: Whether an SAE of this package is replaced once the new one is complete.
         more: Further text files by name.
 
     Raises:
-        OSError: there is no room.
+        FileExistsError: something else is there.
+        OSError: the disk has no room.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        sae.save_inference_model(str(unfinished))
-        save_file({"sparsity": log_sparsity}, unfinished / SPARSITY_FILENAME)
-        cfg.save(unfinished / RUNNER_CFG_FILENAME)
+    with whole_folder(out, replaces=SAE_FOLDER if overwrite else None) as folder:
+        _save_weights(sae, folder, out)
+        with (folder / SPARSITY_FILENAME).open("wb") as stream:
+            write_tensors(stream, {"sparsity": log_sparsity})
+        cfg.save(folder / RUNNER_CFG_FILENAME)
         for name, text in (more or {}).items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        sync_files(unfinished)
-        unfinished.chmod(0o755)
-        put_in_place(unfinished, out)
+            (folder / name).write_text(text, encoding="utf-8")
+        seal(folder)
+
+
+def _save_weights(sae: TrainingSAE[Any], folder: Path, out: Path) -> None:
+    """Let SAELens write an SAE; its error hides the system's number, which tells a full disk."""
+    try:
+        sae.save_inference_model(str(folder))
     except SafetensorError as error:
-        if shutil.disk_usage(out.parent).free > _bytes_of(sae):
+        if shutil.disk_usage(folder).free > sum(t.nbytes for t in sae.state_dict().values()):
             raise
-        raise OSError(
-            errno.ENOSPC, f"no room to write the SAE ({os.strerror(errno.ENOSPC)})", str(out)
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _bytes_of(sae: TrainingSAE[Any]) -> int:
-    return sum(tensor.nbytes for tensor in sae.state_dict().values())
+        reason = f"no room to write the SAE ({os.strerror(errno.ENOSPC)})"
+        raise OSError(errno.ENOSPC, reason, str(out)) from error
 
 
 @torch.no_grad()
 def inference_sae(sae: TrainingSAE[Any], scaler: ActivationScaler | None = None) -> SAE[Any]:
-    """The SAE that would be saved now, as a copy in memory; the training SAE stays as it is.
+    """Return a copy of a training SAE as SAELens's inference class, as it would be saved now.
 
     Args:
-        sae: In training.
-        scaler: What training scales activations with; it is folded into the copy's weights, which
-            then takes activations as the model gives them.
+        sae: SAE in training; it stays as it is.
+        scaler: Scaler that training applies to activations. It is folded into the weights of the
+            copy, which then takes activations as the model gives them.
     """
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)

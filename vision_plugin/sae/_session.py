@@ -1,4 +1,4 @@
-"""A training run that can be killed: trainers, batches, checkpoints and validation together."""
+"""A training run: it combines trainers, batches, checkpoints and validation, and can resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from sae_lens import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from vision_plugin.sae._checkpoint import CheckpointError, CheckpointFolder
+from vision_plugin.sae._archetypal import ArchetypalDecoder
+from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointError, CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._initialise import by_name, estimate_scalers, initialise
 from vision_plugin.sae._monosemantic import reward_monosemanticity
@@ -33,11 +34,9 @@ from vision_plugin.sae._wandb import WandbRun
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_FILE = "validation.jsonl"
-
 
 class TrainingSession:
-    """One run of one SAE or several, from its beginning or from its last checkpoint."""
+    """A run of one SAE or several, from its beginning or from its last checkpoint."""
 
     def __init__(
         self,
@@ -52,13 +51,13 @@ class TrainingSession:
         """Make the trainers.
 
         Args:
-            cfgs: By the SAE's name; one of the name ``""`` alone is trained by SAELens's
-                `SAETrainer`, others together by its `MultiSAETrainer`.
-            saes: Likewise.
-            batches: One tensor, or tensors by the SAE's name.
-            checkpoints: Where checkpoints go.
-            validators: Looks at held-out images, by the SAE's name; none or all of them.
-            identity: What a checkpoint has to have been made with, as JSON has it.
+            cfgs: Configurations by the SAE's name. SAELens's `SAETrainer` trains a single one
+                named ``""``; its `MultiSAETrainer` trains others together.
+            saes: SAEs by name.
+            batches: Training batches: one tensor, or tensors by the SAE's name.
+            checkpoints: Folder of the checkpoints; None writes none.
+            validators: Scorers of held-out images by the SAE's name; for all SAEs or for none.
+            identity: JSON values that a checkpoint must agree with to continue this run.
         """
         self.cfgs, self.saes, self.batches = dict(cfgs), dict(saes), batches
         self.checkpoints, self.validators, self.identity = checkpoints, validators, identity
@@ -75,11 +74,11 @@ class TrainingSession:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the checkpoints, and go to the last good one, for the length of a ``with`` block.
+        """Lock the checkpoints and read the last good one; hold the lock during a ``with`` block.
 
         Raises:
-            CheckpointLockedError: another process is at the same run.
-            CheckpointError: the checkpoints there are of another run.
+            CheckpointLockedError: another process trains into the same folder.
+            CheckpointError: another run wrote the checkpoints.
         """
         with contextlib.ExitStack() as stack:
             if self.checkpoints is not None:
@@ -97,9 +96,9 @@ class TrainingSession:
         """Train to the end.
 
         Raises:
-            DivergedError: a weight is not finite any more.
-            CheckpointFullError: there is no room for a checkpoint.
-            ValueError: the data is not fit to train on.
+            DivergedError: a weight is no longer finite.
+            CheckpointFullError: the disk has no room for a checkpoint.
+            ValueError: the data is too small, or has values that are not finite.
         """
         if self._resumed is None:
             self._begin()
@@ -116,7 +115,7 @@ class TrainingSession:
         self._look_back()
 
     def done(self) -> None:
-        """Remove the checkpoints: the SAE is saved."""
+        """Remove the checkpoints, once the SAE is saved."""
         if self.checkpoints is not None:
             self.checkpoints.clear()
 
@@ -132,12 +131,12 @@ class TrainingSession:
         if wrong:
             raise CheckpointError(
                 f"{self.checkpoints.path} has checkpoints of another run: {'; '.join(wrong)}. "
-                "Choose another --output-path, or say --overwrite to begin anew"
+                "Name another output_path=, or set overwrite= to begin anew"
             )
-        logger.info("going on from the checkpoint of step %d", self._resumed_step)
+        logger.info("continuing from the checkpoint of step %d", self._resumed_step)
 
     def _begin(self) -> None:
-        sample = self.batches.sample()  # finds what is wrong with the data
+        sample = self.batches.sample()  # raises if the data is wrong
         estimate_scalers(
             self.trainers, self.batches, n_batches=self.cfg.n_batches_for_norm_estimate
         )
@@ -153,9 +152,9 @@ class TrainingSession:
         load_random_state(state["random"])
 
     def _look_back(self) -> None:
-        """Measure the finished SAEs on the vectors that come next in the stream, and record it.
+        """Measure the finished SAEs on the next vectors of the stream, and record the figures.
 
-        Half as many vectors before those set the thresholds of the SAEs that want one fitted.
+        Before that, half as many vectors serve to fit the thresholds of the SAEs that ask for it.
         """
         n = min(self.cfg.n_quality_tokens, self.cfg.training_tokens)
         fitting = [name for name, cfg in self.cfgs.items() if cfg.fit_threshold is True]
@@ -174,7 +173,7 @@ class TrainingSession:
             self.wandb.log(found.scores(prefix), step=self.first.n_training_steps)
 
     def _together(self) -> MultiSAETrainer:
-        """SAELens's coordinator with our trainers in it, each with its own learning rate."""
+        """Return SAELens's coordinator with our trainers, each with its own learning rate."""
         multi = _MultiTrainer(
             cfg=self.first.cfg,
             saes=self.saes,
@@ -208,7 +207,7 @@ class TrainingSession:
         }
 
     def _validate(self) -> None:
-        """Look at held-out images, and leave no trace in the run's random state."""
+        """Score on held-out images without changing the run's random state."""
         if not self.validators:
             return
         found: dict[str, Any] = {}
@@ -226,7 +225,7 @@ class TrainingSession:
 
 
 class _MultiTrainer(MultiSAETrainer):  # type: ignore[misc]  # SAELens ships no types
-    """SAELens's coordinator, whose progress line says what the SAEs are like."""
+    """SAELens's coordinator with a progress line about the SAE that explains least."""
 
     def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 0) -> None:
         interval = update_interval or max(1, self.cfg.total_training_steps // 100)
@@ -250,17 +249,20 @@ def _trainer(cfg: VisionSAERunnerConfig, sae: TrainingSAE[Any], batches: Batches
         data_provider=batches,
         encoder_lr_ratio=number(cfg, "encoder_lr_ratio"),
         target_l0=None if cfg.target_l0 is None else number(cfg, "target_l0"),
+        archetypal=ArchetypalDecoder(sae, bound=cfg.archetypal_relaxation)
+        if cfg.archetypal_points
+        else None,
     )
 
 
 def _evenly(parts: int, cfg: VisionSAERunnerConfig) -> set[int]:
-    """The steps that divide a run into so many parts, without its first and last."""
+    """Return the steps that divide a run into equal parts, without the first and the last."""
     total = cfg.total_training_steps
     return {round(total * i / parts) for i in range(1, parts)} - {0, total}
 
 
 def _differences(saved: Any, here: Any, place: str = "") -> list[str]:
-    """Where two JSON documents differ."""
+    """Return the differences of two JSON documents as texts."""
     if isinstance(saved, dict) and isinstance(here, dict):
         found = []
         for key in sorted({*saved, *here}):

@@ -1,4 +1,4 @@
-"""Where training batches come from: images through the model on the fly, or a store."""
+"""Training batches, from images that go through the model on the fly or from a store."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vision_plugin._paths import local_path
 from vision_plugin.activations import ActivationStore, ActivationStream, ShuffledBatches
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models.site import hook_width, signature
@@ -26,24 +27,24 @@ _METADATA_OF_STORE = (
 
 @runtime_checkable
 class Batches(Protocol):
-    """Endless batches of exactly one size, with a place that can be saved."""
+    """An endless stream of batches of equal size; its position can be saved."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def __next__(self) -> Any: ...
 
     def sample(self) -> Any:
-        """Some batches as one, without taking them."""
+        """Return the next few batches as one; they come again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch."""
+        """Return the position of the next batch."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place."""
+        """Go to a position that :meth:`state_dict` returned."""
 
 
 class StoreBatches:
-    """Batches of a store as a stream serves them: one tensor, or by hook name."""
+    """Batches of a store: each is one tensor, or tensors by hook name."""
 
     def __init__(self, batches: ShuffledBatches, *, n_sampled: int, by_hook: bool) -> None:
         self.batches, self.n_sampled, self.by_hook = batches, n_sampled, by_hook
@@ -52,10 +53,10 @@ class StoreBatches:
         return self
 
     def __next__(self) -> Any:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            ValueError: it has values that are not finite.
+            ValueError: the batch has values that are not finite.
         """
         batch = self.batches.next_batch()
         for name, rows in batch.activations.items():
@@ -76,7 +77,7 @@ class StoreBatches:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def sample(self) -> Any:
-        """The next batches as one; they come again."""
+        """Return the next few batches as one; they come again."""
         place = self.batches.state_dict()
         taken = [next(self) for _ in range(self.n_sampled)]
         self.batches.load_state_dict(place)
@@ -85,21 +86,21 @@ class StoreBatches:
         return {name: torch.cat([batch[name] for batch in taken]) for name in taken[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch, as JSON values."""
+        """Return the position of the next batch, as JSON values."""
         return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place that :meth:`state_dict` gave."""
+        """Go to a position that :meth:`state_dict` returned."""
         self.batches.load_state_dict(state)
 
 
 def is_store(images: Any) -> bool:
-    """Whether ``images`` are activations that were extracted before: a store, or its folder."""
+    """Return whether ``images`` is a store of activations or its folder."""
     if isinstance(images, ActivationStore):
         return True
     if not isinstance(images, str | Path):
         return False
-    folder = Path(images).expanduser()
+    folder = local_path(images)
     return any((folder / name).is_file() for name in _STORE_FILES)
 
 
@@ -110,17 +111,17 @@ def open_batches(
     *,
     hook_names: list[str] | None = None,
 ) -> ActivationStream | StoreBatches:
-    """The batches that a configuration trains on.
+    """Return the batches that a configuration trains on.
 
     Args:
-        cfg: The run.
-        images: A store, or an image source.
-        model: The model; a store does without.
-        hook_names: Serve batches by the names of these hooks; by default one tensor of the
-            configuration's own.
+        cfg: Configuration of the run.
+        images: Store or image source.
+        model: Model to run images through; a store needs none.
+        hook_names: Hooks to return tensors by name for; by default a batch is one tensor, of
+            ``cfg.hook_names`` side by side.
 
     Raises:
-        ValueError: there is not enough for one batch, or a hook is not to be had.
+        ValueError: there are too few vectors for one batch, or a hook is missing.
     """
     names, by_hook = hook_names or cfg.hook_names, hook_names is not None
     if not isinstance(images, ActivationStore):
@@ -140,8 +141,7 @@ def open_batches(
     if n_rows < cfg.batch_size:
         raise ValueError(
             f"{images.paths[0]} holds {n_rows} vectors, which is less than one batch of "
-            f"{cfg.batch_size}: extract more, or make the batch smaller "
-            "(train_batch_size_tokens)"
+            f"{cfg.batch_size}: extract more, or lower train_batch_size_tokens="
         )
     batches = images.batches(
         names,
@@ -154,10 +154,10 @@ def open_batches(
 
 
 def open_store(images: Any) -> ActivationStore:
-    """A store, complete.
+    """Return a complete store.
 
     Raises:
-        ValueError: its extraction has not come to its end.
+        ValueError: its extraction has not finished.
     """
     store = images if isinstance(images, ActivationStore) else ActivationStore(images)
     if not store.complete:
@@ -171,13 +171,13 @@ def open_store(images: Any) -> ActivationStore:
 def check_store(
     store: ActivationStore, cfg: VisionSAERunnerConfig, model: VisionBridge | None
 ) -> None:
-    """Raise where a store holds other activations than a configuration asks for.
+    """Raise if a store holds other activations than a configuration asks for.
 
-    Where the names of the models differ the configuration's is loaded, for the weights to decide.
+    If the models' names differ, the function loads ``cfg.model_name`` and compares the weights.
 
     Raises:
-        StoreMismatchError: naming both sides of every difference.
-        ValueError: a hook is not in the store.
+        StoreMismatchError: something differs; the message names both sides of every difference.
+        ValueError: the store lacks a hook.
     """
     named = store.metadata(cfg.hook_name)["model_name"]
     if model is None and named != cfg.model_name:
@@ -200,11 +200,16 @@ def check_store(
 def with_widths(
     cfg: VisionSAERunnerConfig, model: VisionBridge | None, store: ActivationStore | None
 ) -> VisionSAERunnerConfig:
-    """The configuration with the SAE's widths checked against the hooks', or filled in from them.
+    """Return the configuration with the SAE's widths, checked against the widths at the hooks.
+
+    Args:
+        cfg: Configuration of the run.
+        model: Model to ask for the widths; None if a store is given.
+        store: Store to ask for the widths; None asks the model.
 
     Raises:
         UnknownHookError: the model has no such hook.
-        ValueError: a width differs, or cannot be told, or a transcoder lacks its second hook.
+        ValueError: a width differs or is unknown, or a transcoder lacks its second hook.
     """
     if store is None:
         assert model is not None
@@ -214,7 +219,7 @@ def with_widths(
     if is_transcoder != (cfg.hook_name_out is not None):
         has = "needs" if is_transcoder else "has no use for"
         raise ValueError(
-            f"{cfg.sae.architecture()} {has} hook_name_out: it is where a transcoder writes"
+            f"{cfg.sae.architecture()} {has} hook_name_out=, the hook that a transcoder predicts"
         )
     fields = ("d_in", "d_out") if is_transcoder else ("d_in",)
     for field, hook_name in zip(fields, cfg.hook_names, strict=True):
@@ -222,7 +227,7 @@ def with_widths(
         width = store.d_in(hook_name) if store is not None else hook_width(model, hook_name)
         if said == D_IN_OF_MODEL:
             if width is None:
-                raise ValueError(f"say the width at {hook_name}: {field} is not told by it")
+                raise ValueError(f"the width at {hook_name} is unknown: set {field}=")
             changed[field] = width
         elif width is not None and said != width:
             raise ValueError(
@@ -235,7 +240,7 @@ def with_widths(
 
 
 def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) -> dict[str, Any]:
-    """What an SAE's metadata says of what it is trained on."""
+    """Return what an SAE's metadata says about its training data."""
     hooks = {"hook_name": cfg.hook_name}
     if cfg.hook_name_out:
         hooks["hook_name_out"] = cfg.hook_name_out
@@ -243,7 +248,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         found = images.metadata(cfg.hook_name)
         return {**{name: found[name] for name in _METADATA_OF_STORE}, **hooks}
     assert model is not None
-    processor = model.image_processor
+    image_processor = model.image_processor
     return {
         "model_name": cfg.model_name,
         "model_revision": model.revision,
@@ -251,21 +256,22 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
         "tokens": cfg.tokens,
         "dataset_path": cfg.images,
         "n_images": len(images),
-        "preprocessing": None if processor is None else processor.fingerprint(),
+        "preprocessing": None if image_processor is None else image_processor.fingerprint(),
         "context_size": model.token_layout().n_tokens,
         **hooks,
     }
 
 
 class SplitBatches:
-    """Batches by hook as batches by SAE: a transcoder's input and output side by side."""
+    """Batches by the SAE's name, made from batches by hook name."""
 
     def __init__(self, batches: Batches, hooks: dict[str, list[str]]) -> None:
-        """Name the hooks of each SAE.
+        """Set the hooks of each SAE.
 
         Args:
-            batches: Served by hook.
-            hooks: Hook names by the SAE's name.
+            batches: Batches by hook name.
+            hooks: Hook names by the SAE's name; a transcoder has two, whose activations stand side
+                by side in its batch.
         """
         self.batches, self.hooks = batches, hooks
 
@@ -276,15 +282,15 @@ class SplitBatches:
         return self._split(next(self.batches))
 
     def sample(self) -> dict[str, Tensor]:
-        """Some batches as one, without taking them."""
+        """Return the next few batches as one; they come again."""
         return self._split(self.batches.sample())
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch."""
+        """Return the position of the next batch."""
         return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place."""
+        """Go to a position that :meth:`state_dict` returned."""
         self.batches.load_state_dict(state)
 
     def _split(self, by_hook: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,5 +303,5 @@ class SplitBatches:
 
 
 def all_hooks(cfgs: list[VisionSAERunnerConfig]) -> list[str]:
-    """Every hook of several runs, once, in order."""
+    """Return the hooks of several runs, each once, in the order of the runs."""
     return list(dict.fromkeys(itertools.chain.from_iterable(cfg.hook_names for cfg in cfgs)))

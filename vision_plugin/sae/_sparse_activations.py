@@ -1,9 +1,9 @@
-"""A ``[batch, d_sae]`` tensor that stores its nonzero entries alone.
+"""A ``[batch, d_sae]`` tensor that stores only its nonzero entries.
 
-SAELens's trainer reads the training step's ``feature_acts`` for statistics: which latents fired
-and how often. A dense tensor of zeros for that, or torch's COO tensor, costs more than the whole
-sparse decoder. This subclass answers those reads from the stored entries, and becomes the ordinary
-dense tensor under any other operation, so code that expects one is never wrong, at worst slow.
+SAELens's trainer reads ``feature_acts`` of a training step to count which latents fired and how
+often. Making a dense tensor for that, or torch's COO tensor, costs more than the whole sparse
+decoder. This subclass answers those reads from the stored entries. Any other operation turns it
+into the ordinary dense tensor, so that code that expects one gets the right result, only slower.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _aten = torch.ops.aten
 
 
 class SparseActivations(Tensor):
-    """Latents that look dense and are stored in compressed rows; outside the autograd graph."""
+    """Latents that look dense but are stored in compressed rows, outside the autograd graph."""
 
     latents: SparseLatents
 
     @staticmethod
     def __new__(cls, latents: SparseLatents) -> SparseActivations:
-        """Wrap ``latents``; their values are detached."""
+        """Wrap ``latents`` and detach their values."""
         self: SparseActivations = Tensor._make_wrapper_subclass(
             cls,
             (latents.batch, latents.d_sae),
@@ -38,7 +38,7 @@ class SparseActivations(Tensor):
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Shape and number of stored entries, without becoming dense."""
+        """Return shape and number of stored entries, without making a dense tensor."""
         return f"SparseActivations(shape={list(self.shape)}, nnz={self.latents.values.numel()})"
 
     @classmethod
@@ -49,7 +49,7 @@ class SparseActivations(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Answer the trainer's reads from the stored entries; otherwise become dense."""
+        """Answer the trainer's reads from the stored entries; use a dense tensor for others."""
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], SparseActivations):
@@ -69,7 +69,7 @@ def _detach(activations: SparseActivations) -> SparseActivations:
 
 
 def _to_copy(activations: SparseActivations, **kwargs: Any) -> Any:
-    """A cast: ``.bool()``, ``.float()``. Zero stays zero, so only the entries are cast."""
+    """Cast the stored entries, for ``.bool()`` and ``.float()``; zero stays zero in any type."""
     if set(kwargs) - {"dtype"}:
         return NotImplemented
     latents = activations.latents
@@ -83,7 +83,7 @@ def _sum(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """A sum over the rows or over the latents; integers and booleans add up as int64."""
+    """Sum over the rows or over the latents; integers and booleans are summed as int64."""
     latents = activations.latents
     if keepdim or dim is None or len(dim) != 1 or dtype is not None:
         return NotImplemented
@@ -100,7 +100,7 @@ def _sum(
 
 
 def _sorted_sum(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """A deterministic ``index_add``: torch's own adds with atomics on GPUs."""
+    """Add values by index deterministically; torch's ``index_add_`` uses atomics on GPUs."""
     ordered, order = index.sort(stable=True)
     edges = torch.arange(size + 1, device=index.device)
     offsets = torch.searchsorted(ordered, edges)

@@ -1,4 +1,4 @@
-"""The AuxK loss over the dead latents alone, as SAELens defines it."""
+"""The AuxK loss as SAELens defines it, computed on the dead latents only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vision_plugin import kernels
 
-# Below this many candidates per kept latent the plain products are quicker than gathering.
+# With fewer dead latents per kept latent than this, dense products are faster than gathering.
 _DENSE_RATIO = 16
 
 
@@ -22,23 +22,24 @@ def auxiliary_loss(
     b_in: Float[Tensor, " d_in"] | None,
     scale: Float[Tensor, " dead"] | None,
 ) -> Float[Tensor, ""]:
-    """How badly the best dead latents reconstruct the residual (Gao et al. 2024, appendix A.2).
+    """Return the error of the dead latents on the residual (Gao et al. 2024, appendix A.2).
 
-    Each row keeps its ``d_in // 2`` largest ``pre * scale`` among the dead latents (all of them
-    if there are fewer), without a ReLU. The gradient reaches the encoder, the decoder and b_in.
+    For each row, the ``d_in // 2`` dead latents with the largest ``pre * scale`` (all of them if
+    there are fewer) reconstruct the residual, without a ReLU. The gradient reaches the encoder, the
+    decoder and ``b_in``.
 
     Args:
-        x: the SAE's input before b_in is subtracted.
-        residual: what the living latents leave over; a constant.
-        W_enc: the dead latents' columns.
-        b_enc: their biases.
-        W_dec: their rows.
-        b_in: subtracted from x, if anything is.
-        scale: their decoder norms, where the SAE rescales by them.
+        x: Input of the SAE, before ``b_in`` is subtracted.
+        residual: Error of the other latents; it gets no gradient.
+        W_enc: Encoder columns of the dead latents.
+        b_enc: Encoder biases of the dead latents.
+        W_dec: Decoder rows of the dead latents.
+        b_in: Bias to subtract from ``x``; None subtracts nothing.
+        scale: Decoder norms of the dead latents if the SAE rescales by them, otherwise None.
 
     Returns:
-        The squared error summed over d_in, its mean over the batch, times
-        ``min(dead / (d_in // 2), 1)``; not yet multiplied by the coefficient.
+        The squared error, summed over d_in and averaged over the batch, times
+        ``min(dead / (d_in // 2), 1)``; the caller multiplies it by the coefficient.
     """
     n_dead = W_enc.shape[1]
     wanted = x.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""Enter the plugin's training classes in SAELens's registry."""
+"""Register this package's training classes with SAELens."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ CLASSES = (
 
 
 def sparse_config(config: TrainingSAEConfig) -> TrainingSAEConfig:
-    """The sparse counterpart of a stock training configuration, with the same settings.
+    """Return the configuration of the sparse class that replaces a class of SAELens.
 
     Args:
-        config: any SAELens training configuration.
+        config: A training configuration of SAELens.
 
     Returns:
-        A new configuration for the sparse class, if ``config`` is exactly SAELens's TopK,
-        BatchTopK or Matryoshka BatchTopK; otherwise ``config`` itself.
+        A new configuration with the same settings if ``config`` is SAELens's TopK, BatchTopK or
+        Matryoshka BatchTopK and no subclass; otherwise ``config`` itself.
     """
     for _, sparse in CLASSES:
-        if type(config) is sparse.__mro__[1]:
+        if type(config) is sparse.__bases__[-1]:
             settings = {field.name: _as_declared(field, config) for field in fields(config)}
-            # A configuration writes its own architecture's name into its metadata.
+            # A configuration writes the name of its architecture into its metadata.
             return sparse(**settings | {"metadata": copy.deepcopy(config.metadata)})
     return config
 
 
 def _as_declared(field: Field[Any], config: TrainingSAEConfig) -> Any:
-    """A setting; a whole number where the field holds a float becomes one (BatchTopK's ``k``)."""
+    """Return a setting; a whole number in a float field becomes a float (BatchTopK's ``k``)."""
     value = getattr(config, field.name)
     return float(value) if field.type in (float, "float") and isinstance(value, int) else value
 
@@ -56,9 +56,8 @@ def register() -> None:
     Raises:
         ValueError: another package has taken one of the names.
     """
-    for sae_class, config_class in CLASSES:
+    for sae_class, config_class in (*CLASSES, *_transcoder.CLASSES):
         name = config_class.architecture()
         entry = (sae_class, config_class)
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != entry:
             register_sae_training_class(name, *entry)
-    _transcoder.register()

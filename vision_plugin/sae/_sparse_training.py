@@ -1,8 +1,8 @@
-"""Drop-in training classes: SAELens's TopK, BatchTopK and Matryoshka on the sparse kernel.
+"""SAELens's TopK, BatchTopK and Matryoshka training classes on the sparse kernel.
 
-Parameters, configuration, losses, statistics and saved files are SAELens's own; only the
-arithmetic of a training step is replaced. Everything that is not a training step, and a step with
-a live hook on the latents, runs SAELens's dense code, which these classes inherit.
+These classes inherit parameters, configuration, losses, statistics and saved files from SAELens,
+and replace only the arithmetic of a training step. A step with a live hook on the latents, and
+everything that is not a training step, runs SAELens's dense code.
 """
 
 from __future__ import annotations
@@ -26,64 +26,83 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.kernels import SparseLatents
 
+from ._prefix import PREFIX
 from ._sparse_activations import SparseActivations
 from ._sparse_auxiliary import auxiliary_loss
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
 
+class _NamedAsStock:
+    """Metadata that name SAELens's architecture: what was trained is one of its SAEs."""
+
+    def add_training_info_to_metadata(self) -> None:
+        super().add_training_info_to_metadata()  # type: ignore[misc]
+        self.metadata.training_architecture = self._stock_name()  # type: ignore[attr-defined]
+
+    def _metadata_with_training_info(self) -> dict[str, Any]:
+        found: dict[str, Any] = super()._metadata_with_training_info()  # type: ignore[misc]
+        return {**found, "training_architecture": self._stock_name()}
+
+    def _stock_name(self) -> str:
+        name: str = self.architecture()  # type: ignore[attr-defined]
+        return name.removeprefix(PREFIX)
+
+
 @dataclass
-class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
-    """SAELens's `TopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+class SparseTopKTrainingSAEConfig(_NamedAsStock, TopKTrainingSAEConfig):  # type: ignore[misc]
+    """SAELens's `TopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
     def architecture(cls) -> str:
-        """The name in SAELens's registry of training classes."""
+        """Return the name in SAELens's registry of training classes."""
         return "vision_plugin_topk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved as SAELens's ``topk``."""
+        """Return the configuration of SAELens's ``topk``, which the SAE is saved as."""
         config_class: type[SAEConfig] = TopKSAEConfig
         return config_class
 
 
 @dataclass
-class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):  # type: ignore[misc]
-    """SAELens's `BatchTopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+class SparseBatchTopKTrainingSAEConfig(_NamedAsStock, BatchTopKTrainingSAEConfig):  # type: ignore[misc]
+    """SAELens's `BatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
     def architecture(cls) -> str:
-        """The name in SAELens's registry of training classes."""
+        """Return the name in SAELens's registry of training classes."""
         return "vision_plugin_batchtopk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved as SAELens's ``jumprelu``."""
+        """Return the configuration of SAELens's ``jumprelu``, which the SAE is saved as."""
         config_class: type[SAEConfig] = JumpReLUSAEConfig
         return config_class
 
 
 @dataclass
-class SparseMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
-    """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig`; the step runs on the sparse kernel."""
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(  # type: ignore[misc]
+    _NamedAsStock, MatryoshkaBatchTopKTrainingSAEConfig
+):
+    """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
     def architecture(cls) -> str:
-        """The name in SAELens's registry of training classes."""
+        """Return the name in SAELens's registry of training classes."""
         return "vision_plugin_matryoshka_batchtopk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved as SAELens's ``jumprelu``."""
+        """Return the configuration of SAELens's ``jumprelu``, which the SAE is saved as."""
         config_class: type[SAEConfig] = JumpReLUSAEConfig
         return config_class
 
 
 class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
-    """The sparse training step that the three classes share; mixed in before SAELens's class."""
+    """The sparse training step of the three classes; it comes before SAELens's class as a base."""
 
     W_enc: nn.Parameter
 
     def initialize_weights(self) -> None:
-        """SAELens's initial weights, with W_enc stored latent-major (same shape, other strides)."""
+        """Set SAELens's initial weights; store W_enc latent-major (same shape, other strides)."""
         super().initialize_weights()
         self.loss_terms: dict[str, Callable[[Tensor, SparseLatents], Tensor]] = {}
         in_host_layout: Tensor = self.W_enc.data
@@ -95,14 +114,14 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Back to latent-major storage; loading may take the tensor itself, strides included."""
+        """Store W_enc latent-major again; loading may keep the tensor with its strides."""
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _latent_major(state_dict["W_enc"])
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One training step's losses, as SAELens computes them, on the sparse kernel.
+        """Return the losses of a training step as SAELens defines them, from the sparse kernel.
 
-        In the output ``feature_acts`` and ``hidden_pre`` are `SparseActivations`: they act as
+        ``feature_acts`` and ``hidden_pre`` of the output are `SparseActivations`, which act as
         dense tensors outside the autograd graph. ``hidden_pre`` holds the selected latents only.
         """
         if any(_is_live(hook) for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)):
@@ -135,7 +154,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         return output
 
     def _sparse_input(self, sae_in: Tensor) -> Tensor:
-        """SAELens's `process_sae_in` up to the subtraction of b_dec, which the kernel does."""
+        """Do what SAELens's `process_sae_in` does, except subtract b_dec: the kernel does that."""
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         normalised: Tensor = self.run_time_activation_norm_fn_in(x)
         return normalised
@@ -151,7 +170,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae)
 
     def _reconstruct(self, latents: SparseLatents) -> Iterator[tuple[int, Tensor]]:
-        """Each nested width and its reconstruction, the whole dictionary last."""
+        """Yield each nested width and its reconstruction, ascending."""
         yield self.cfg.d_sae, self._output(kernels.csr_decode(latents, self.W_dec, self.b_dec))
 
     def _output(self, reconstruction: Tensor) -> Tensor:
@@ -172,7 +191,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         step_input: TrainStepInput,
         reconstructions: list[tuple[int, Tensor]],
     ) -> Tensor:
-        """SAELens's AuxK loss: dead latents reconstruct what the living ones leave over."""
+        """Return SAELens's AuxK loss: dead latents reconstruct the error of the others."""
         dead = step_input.dead_neuron_mask
         sae_out = reconstructions[-1][1]
         if dead is None or not bool(dead.any()):
@@ -196,7 +215,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         dead: Bool[Tensor, " width"],
         first: int,
     ) -> Float[Tensor, ""]:
-        """AuxK loss of the dead latents in ``[first, first + width)``."""
+        """Return the AuxK loss of the dead latents in ``[first, first + width)``."""
         chosen = dead.nonzero().squeeze(1) + first
         return auxiliary_loss(
             x,
@@ -209,7 +228,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         )
 
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
-        """What an architecture keeps from a step."""
+        """Update what an architecture tracks from step to step."""
 
 
 class SparseTopKTrainingSAE(_SparseStep, TopKTrainingSAE):  # type: ignore[misc]
@@ -226,7 +245,7 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
 
     @torch.no_grad()
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
-        # The rule reads nothing but the positive entries, and these are all of them.
+        # The threshold's rule reads only the positive entries, and ``values`` has all of them.
         self.update_topk_threshold(values)
         output.metrics["topk_threshold"] = self.topk_threshold
 

@@ -1,4 +1,4 @@
-"""Terms that are added to the loss of SAELens's own training classes."""
+"""Add terms to the loss of SAELens's training classes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from vision_plugin.sae._sparse_auxiliary import auxiliary_loss
 
 Term = Callable[[Any, Any], Tensor | None]
-"""Of a step's input and output: a loss to add, or None."""
+"""Function of a training step's input and output that returns a loss to add, or None."""
 
 
 def add_term(sae: Any, name: str, term: Term) -> None:
     """Add a term to every training step of an SAE from now on.
 
     Args:
-        sae: In training.
-        name: Of the term among the step's losses.
-        term: Given SAELens's ``TrainStepInput`` and ``TrainStepOutput``.
+        sae: SAE in training.
+        name: Name of the term among the losses of a step.
+        term: Function of SAELens's ``TrainStepInput`` and ``TrainStepOutput``.
     """
     plain = sae.training_forward_pass
 
@@ -35,13 +35,13 @@ def add_term(sae: Any, name: str, term: Term) -> None:
 
 
 def revive_dead(sae: Any) -> None:
-    """Let the dead latents of an SAE without a k reconstruct what the living ones leave over.
+    """Train the dead latents of an SAE without a k to reconstruct the error of the others.
 
-    SAELens does so for TopK SAEs alone (AuxK, Gao et al. 2024). A ReLU latent that fires on nothing
-    has no gradient either, and here it gets one in the same way.
+    SAELens does this for TopK SAEs only (AuxK, Gao et al. 2024). A ReLU latent that never fires has
+    no gradient either, and gets one here in the same way.
 
     Args:
-        sae: In training: a standard or gated SAE, or a transcoder.
+        sae: Standard or gated SAE or transcoder in training.
     """
     b_in = None if hasattr(sae.cfg, "d_out") else sae.b_dec
 

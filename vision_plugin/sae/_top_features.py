@@ -1,4 +1,4 @@
-"""The features that fire most, with the images they fire on, as a table in wandb."""
+"""Log the most monosemantic features, with their top images, as a table in wandb."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TABLE = "validation/top_features"
 
 
 def log_top_features(run: WandbRun, validator: Validator, *, prefix: str = "") -> None:
-    """Log the latents of the last look with the highest monosemanticity that fire on ten images.
+    """Log the latents with the highest monosemanticity at the last validation.
 
-    Latents that fire on fewer come behind them. Nothing happens where wandb is off.
+    Latents that fire on fewer than ten images come last. Without wandb the function does nothing.
 
     Args:
-        run: Where to.
-        validator: Has looked at least once.
-        prefix: Of the table's name.
+        run: Run to log to.
+        validator: Scorer of held-out images that has been called at least once.
+        prefix: Prefix of the table's name.
     """
     latents = validator.latents
     if not run.cfg.log_to_wandb or latents is None:

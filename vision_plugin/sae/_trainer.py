@@ -1,4 +1,4 @@
-"""SAELens's trainer with a pause before every step, and its whole state as tensors and JSON."""
+"""SAELens's trainer with a callback before every step, and its state as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.optim import Adam
 
+from vision_plugin.sae._archetypal import MIXING, MIXING_LR_RATIO, ArchetypalDecoder
+
 _ENCODER = ("W_enc", "b_enc", "r_mag", "b_mag", "b_gate")
 _STEERING, _DAMPING, _MOST_DAMPING = 0.05, 1.0, 0.2
-"""Change of the logarithm of a penalty's weight in a step: most of it for too many or too few
-latents, its part for their change, and most of that."""
+"""Change of the logarithm of a penalty's weight per step: the most for too many or too few active
+latents, the factor for the change of their number, and the most for that change."""
 _COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "l0_excess")
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An SAE in training, as one batch and the steps before it show it."""
+    """Figures of an SAE in training, from one batch and the steps before it."""
 
     explained_variance: float
-    """Of the batch."""
+    """Explained variance of the batch."""
     l0: float
     """Mean number of latents that fire on a vector of the batch."""
     n_fired: int
-    """Latents that fired at least once in the window."""
+    """Number of latents that fired at least once in the window."""
     n_latents: int
-    """Latents of the SAE."""
+    """Number of latents of the SAE."""
     window: int
-    """Steps back that ``n_fired`` looks."""
+    """Number of last steps that ``n_fired`` counts over."""
 
     def __str__(self) -> str:
         return (
@@ -48,11 +50,11 @@ class Progress:
 
 
 class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no types
-    """SAELens's `SAETrainer`, which calls back before each step.
+    """SAELens's `SAETrainer` with a callback before each step.
 
-    Between two steps everything that a run consists of is at rest: that is when its state can be
-    taken, or the SAE be looked at. Two things can be added to what SAELens does in a step: another
-    learning rate for the encoder, and a penalty whose weight follows from the latents that fire.
+    Between two steps nothing of a run changes, so the callback can save its state or score the SAE.
+    The trainer also has two settings that SAELens lacks: a learning rate for the encoder, and a
+    number of active latents that the weight of the sparsity penalty aims at.
     """
 
     def __init__(
@@ -61,42 +63,56 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
         before_step: Callable[[], None] | None = None,
         encoder_lr_ratio: float = 1.0,
         target_l0: float | None = None,
+        archetypal: ArchetypalDecoder | None = None,
         **kwargs: Any,
     ) -> None:
         """Make SAELens's trainer.
 
         Args:
-            *args: SAELens's.
-            before_step: Called before each step.
-            encoder_lr_ratio: Learning rate of the encoder, as a multiple of the others'.
-            target_l0: Latents to be active per vector; None leaves the penalty's weight alone.
-            **kwargs: SAELens's.
+            *args: Arguments of SAELens's trainer.
+            before_step: Function to call before each step.
+            encoder_lr_ratio: Learning rate of the encoder, as a multiple of ``lr``.
+            target_l0: Mean number of active latents per vector to aim at; None leaves the penalty's
+                weight alone.
+            archetypal: Keeps the decoder near the hull of data points; None leaves it free.
+            **kwargs: Arguments of SAELens's trainer.
         """
         super().__init__(*args, **kwargs)
         self.before_step, self.target_l0 = before_step, target_l0
         self.l0_excess: float | None = None
-        if encoder_lr_ratio != 1:
-            self._slow_encoder(encoder_lr_ratio)
+        self.archetypal = archetypal
+        if encoder_lr_ratio != 1 or archetypal is not None:
+            self._regroup(encoder_lr_ratio)
+        if archetypal is not None:
+            archetypal.attach(self.optimizer)
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that the optimiser moves, by name."""
+        found = dict(self.sae.named_parameters())
+        if self.archetypal is not None:
+            del found["W_dec"]
+            found |= self.archetypal.parameters()
+        return found
 
     def maybe_reset_sparsity(self) -> dict[str, Any]:
-        """Call back; then as SAELens, which asks this first in every step."""
+        """Call ``before_step``: SAELens calls this method first in every step."""
         if self.before_step is not None:
             self.before_step()
         log: dict[str, Any] = super().maybe_reset_sparsity()
         return log
 
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """SAELens's step; then the penalty's weight is moved towards the target."""
+        """Run SAELens's step, then change the penalty's weight towards ``target_l0``."""
         output: TrainStepOutput = super().step(batch)
         if self.target_l0 is not None:
             self._steer(self.target_l0, output)
         return output
 
     def _steer(self, target: float, output: TrainStepOutput) -> None:
-        """Raise the penalty's weight where too many latents fire, lower it where too few do.
+        """Raise the penalty's weight if too many latents fire, and lower it if too few do.
 
-        How fast their number changes counts too, against overshooting: a weight that rose while
-        the latents were still on their way would kill them.
+        The change of their number counts too, to avoid overshooting: a weight that rises while the
+        number still falls would kill latents.
         """
         found = float((output.feature_acts.detach() > 0).sum()) / len(output.sae_in)
         excess = math.log(max(found, 1e-3 * target) / target)
@@ -107,12 +123,17 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             scheduler.final_value *= math.exp(by)
             scheduler.current_value = scheduler.final_value
 
-    def _slow_encoder(self, ratio: float) -> None:
-        """A group of its own for the encoder, and SAELens's schedule over both groups."""
-        cfg = self.cfg
-        encoder = [p for name, p in self.sae.named_parameters() if name in _ENCODER]
-        others = [p for name, p in self.sae.named_parameters() if name not in _ENCODER]
-        groups = [{"params": others}, {"params": encoder, "lr": cfg.lr * ratio}]
+    def _regroup(self, ratio: float) -> None:
+        """Give the encoder and the mixing their own learning rates, under SAELens's schedule."""
+        cfg, named = self.cfg, self.named_parameters()
+        encoder = [p for name, p in named.items() if name in _ENCODER]
+        mixing = [p for name, p in named.items() if name == MIXING]
+        others = [p for name, p in named.items() if name not in (*_ENCODER, MIXING)]
+        groups = [
+            {"params": others},
+            {"params": encoder, "lr": cfg.lr * ratio},
+            {"params": mixing, "lr": cfg.lr * MIXING_LR_RATIO},
+        ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = Adam(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
         self.lr_scheduler = get_lr_scheduler(
@@ -128,7 +149,7 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
 
     @torch.no_grad()
     def progress(self, output: TrainStepOutput) -> Progress:
-        """What a batch says of the SAE in training."""
+        """Return figures of the SAE in training from the output of a step."""
         x, fired = output.sae_in, output.feature_acts.bool().float().sum(-1)
         error = (x - output.sae_out).pow(2).sum()
         window = max(1, min(self.n_training_steps, int(self.cfg.dead_feature_window)))
@@ -143,7 +164,7 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 0
     ) -> None:
-        """Show the progress a hundred times in a run, in place of SAELens's losses."""
+        """Show the progress a hundred times in a run, instead of SAELens's losses."""
         interval = update_interval or max(1, self.cfg.total_training_steps // 100)
         last = self.n_training_samples >= self.cfg.total_training_samples
         if self.n_training_steps % interval == 0 or last:
@@ -155,9 +176,9 @@ def _within(value: float, bound: float) -> float:
     return max(-bound, min(bound, value))
 
 
-def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
-    """All that decides how a trainer goes on: weights, optimiser, schedules, scaler, statistics."""
-    names = {parameter: name for name, parameter in trainer.sae.named_parameters()}
+def trainer_state(trainer: SteppedTrainer) -> dict[str, Any]:
+    """Return the state of a trainer: weights, optimiser, schedules, scaler and statistics."""
+    names = {parameter: name for name, parameter in trainer.named_parameters().items()}
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in trainer.optimizer.param_groups
@@ -166,11 +187,12 @@ def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
     whitening = None if scaler.whitening is None else dict(vars(scaler.whitening))
     return {
         "sae": dict(trainer.sae.state_dict()),
+        "archetypal": None if trainer.archetypal is None else trainer.archetypal.state(),
         "optimizer": {names[p]: dict(state) for p, state in trainer.optimizer.state.items()},
         "parameter_groups": groups,
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {
-            # SAELens leaves the final value to the configuration; a steered one is not from there.
+            # SAELens takes the final value from the configuration, but target_l0 changes it.
             name: {**scheduler.state_dict(), "final_value": scheduler.final_value}
             for name, scheduler in trainer.coefficient_schedulers.items()
         },
@@ -181,15 +203,17 @@ def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_trainer_state(trainer: SAETrainer, state: dict[str, Any]) -> None:
-    """Put a trainer where :func:`trainer_state` was taken.
+def load_trainer_state(trainer: SteppedTrainer, state: dict[str, Any]) -> None:
+    """Restore the state that :func:`trainer_state` returned.
 
-    Tensors are copied into those that are there, so that strides, and with them the order of
-    arithmetic, stay what they were.
+    The function copies into the existing tensors, because their strides decide the order of
+    arithmetic and with it the bits of the result.
     """
     for name, tensor in trainer.sae.state_dict().items():
         tensor.copy_(state["sae"][name])
-    for name, parameter in trainer.sae.named_parameters():
+    if trainer.archetypal is not None:
+        trainer.archetypal.load_state(state["archetypal"])
+    for name, parameter in trainer.named_parameters().items():
         if name in state["optimizer"]:
             trainer.optimizer.state[parameter] = {
                 key: _like(parameter, value) for key, value in state["optimizer"][name].items()
@@ -209,7 +233,7 @@ def load_trainer_state(trainer: SAETrainer, state: dict[str, Any]) -> None:
 
 
 def _like(parameter: Tensor, value: Any) -> Any:
-    """Optimiser state on the parameter's device; what has its shape has its strides too."""
+    """Return optimiser state on the parameter's device, with its strides if the shapes agree."""
     if not isinstance(value, Tensor):
         return value
     if value.shape != parameter.shape:
@@ -219,8 +243,8 @@ def _like(parameter: Tensor, value: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """States of the generators that a step might draw from: torch's, NumPy's and Python's."""
-    kind, keys, *rest = np.random.get_state()  # the global one is what is shared
+    """Return the states of torch's, NumPy's and Python's random generators."""
+    kind, keys, *rest = np.random.get_state()  # a step may use the global one
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -230,7 +254,7 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: dict[str, Any]) -> None:
-    """Set the generators to what :func:`random_state` found."""
+    """Set the random generators to states that :func:`random_state` returned."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -241,18 +265,22 @@ def load_random_state(state: dict[str, Any]) -> None:
 
 
 def check_finite(trainer: SAETrainer, what: str) -> None:
-    """Raise where a weight is not finite any more.
+    """Raise if a weight is no longer finite.
+
+    Args:
+        trainer: Trainer of the SAE.
+        what: Name of the SAE for the message.
 
     Raises:
-        DivergedError: naming the weight and the step.
+        DivergedError: a weight is not finite; the message names it and the step.
     """
     for name, parameter in trainer.sae.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise DivergedError(
                 f"{name} of {what} is not finite after step {trainer.n_training_steps}: the run "
-                "has diverged. Lower lr, or warm it up (lr_warm_up_steps)"
+                "has diverged. Lower lr=, or raise lr_warm_up_steps="
             )
 
 
 class DivergedError(ValueError):
-    """Training has left the finite numbers."""
+    """Training produced a weight that is not finite."""

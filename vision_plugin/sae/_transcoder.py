@@ -1,12 +1,12 @@
 """Training classes for transcoders, which SAELens can load but not train.
 
-A transcoder reads one hook and writes another, as a rule what goes into an MLP and what comes out
-of it. A training batch has both side by side, ``[batch, d_in + d_out]``. What is saved is
-SAELens's own ``transcoder`` or ``skip_transcoder``.
+A transcoder reads the activations at one hook and predicts those at another, usually the input and
+the output of an MLP. A training batch has both side by side, ``[batch, d_in + d_out]``. The saved
+files hold SAELens's ``transcoder`` or ``skip_transcoder``.
 
 Sources: Dunefsky, Chlenski, Nanda, "Transcoders Find Interpretable LLM Feature Circuits" (2024);
 Paulo, Shabalin, Belrose, "Transcoders Beat Sparse Autoencoders for Interpretability" (2025) for the
-skip connection and its start at zero.
+skip connection, which starts at zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
 from sae_lens.saes.sae import (
     SAEConfig,
     TrainCoefficientConfig,
@@ -35,13 +34,13 @@ class TranscoderTrainingConfig(TrainingSAEConfig):  # type: ignore[misc]
     """A ReLU transcoder with an L1 penalty."""
 
     d_out: int = 0
-    """Width at the hook that it writes; 0 takes the model's."""
+    """Width of the activations to predict; 0 takes the width at ``hook_name_out``."""
     apply_b_dec_to_input: bool = False
-    """Has to stay off: the decoder's bias belongs to the other hook."""
+    """This has to stay False, because the decoder bias belongs to the other hook."""
     l1_coefficient: float = 1.0
-    """Weight of the latents' sum, each times the norm of its decoder direction."""
+    """Weight of the penalty: the sum of the latents times the norms of their decoder directions."""
     l1_warm_up_steps: int = 0
-    """Steps over which that weight rises from 0."""
+    """Steps over which ``l1_coefficient`` rises from 0."""
 
     def __post_init__(self) -> None:
         if self.apply_b_dec_to_input:
@@ -55,11 +54,11 @@ class TranscoderTrainingConfig(TrainingSAEConfig):  # type: ignore[misc]
 
     @classmethod
     def architecture(cls) -> str:
-        """The name in SAELens's registry of training classes."""
+        """Return the name in SAELens's registry of training classes."""
         return "vision_plugin_transcoder"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved as SAELens's ``transcoder``."""
+        """Return the configuration of SAELens's ``transcoder``, which it is saved as."""
         config_class: type[SAEConfig] = TranscoderConfig
         return config_class
 
@@ -70,11 +69,11 @@ class SkipTranscoderTrainingConfig(TranscoderTrainingConfig):
 
     @classmethod
     def architecture(cls) -> str:
-        """The name in SAELens's registry of training classes."""
+        """Return the name in SAELens's registry of training classes."""
         return "vision_plugin_skip_transcoder"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved as SAELens's ``skip_transcoder``."""
+        """Return the configuration of SAELens's ``skip_transcoder``, which it is saved as."""
         config_class: type[SAEConfig] = SkipTranscoderConfig
         return config_class
 
@@ -83,7 +82,7 @@ class TranscoderTraining(TrainingSAE):  # type: ignore[misc]
     """Trains a transcoder. Saves as stock ``transcoder``."""
 
     def initialize_weights(self) -> None:
-        """Random directions; encoder and decoder are not tied, since they face two hooks."""
+        """Set random weights; encoder and decoder start apart, because they face two hooks."""
         cfg = self.cfg
         options = {"dtype": self.dtype, "device": self.device}
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_out, **options))
@@ -95,7 +94,7 @@ class TranscoderTraining(TrainingSAE):  # type: ignore[misc]
         self.W_dec, self.W_enc = nn.Parameter(W_dec), nn.Parameter(W_enc.contiguous())
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """The L1 penalty's weight and its warm-up."""
+        """Return the weight of the L1 penalty and its warm-up."""
         return {
             "l1": TrainCoefficientConfig(
                 value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warm_up_steps
@@ -103,37 +102,37 @@ class TranscoderTraining(TrainingSAE):  # type: ignore[misc]
         }
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        """The input as it is: no bias is taken off."""
+        """Return the input as it is, without subtracting a bias."""
         processed: Tensor = self.hook_sae_input(sae_in.to(self.dtype))
         return processed
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents and what the ReLU was given."""
+        """Return the latents and their values before the ReLU."""
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Latents to the second hook."""
+        """Return the prediction of the second hook's activations, [..., d_out]."""
         decoded: Tensor = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return decoded
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """The L1 penalty, mean over the batch."""
+        """Return the L1 penalty, averaged over the batch."""
         del hidden_pre, sae_out
         weighted = (feature_acts * self.W_dec.norm(dim=1)).sum(dim=-1).mean()
         return {"l1_loss": step_input.coefficients["l1"] * weighted}
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One training step's losses, of a batch with input and output side by side."""
+        """Return the losses of a training step, for a batch of input and target side by side."""
         x, target = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         out = self._predict(x, feature_acts)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
         losses |= self.calculate_aux_loss(step_input, feature_acts, hidden_pre, out)
         return TrainStepOutput(
-            sae_in=target,  # what explained variance is measured against
+            sae_in=target,  # SAELens measures explained variance against it
             sae_out=out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
@@ -146,7 +145,7 @@ class TranscoderTraining(TrainingSAE):  # type: ignore[misc]
         return self.decode(feature_acts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the transcoder makes of the first hook's activations, [..., d_out]."""
+        """Return the prediction from the first hook's activations, [..., d_out]."""
         return self._predict(x, self.encode(x))
 
 
@@ -154,7 +153,7 @@ class SkipTranscoderTraining(TranscoderTraining):
     """Trains a transcoder with a skip connection. Saves as stock ``skip_transcoder``."""
 
     def initialize_weights(self) -> None:
-        """As a transcoder; the skip connection begins at zero."""
+        """Set random weights as for a transcoder; the skip connection starts at zero."""
         super().initialize_weights()
         shape = (self.cfg.d_out, self.cfg.d_in)
         self.W_skip = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
@@ -167,11 +166,3 @@ CLASSES: tuple[tuple[Any, Any], ...] = (
     (TranscoderTraining, TranscoderTrainingConfig),
     (SkipTranscoderTraining, SkipTranscoderTrainingConfig),
 )
-
-
-def register() -> None:
-    """Register the classes with SAELens; calling it again changes nothing."""
-    for sae_class, config_class in CLASSES:
-        name = config_class.architecture()
-        if SAE_TRAINING_CLASS_REGISTRY.get(name) != (sae_class, config_class):
-            register_sae_training_class(name, sae_class, config_class)

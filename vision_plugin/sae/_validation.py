@@ -1,4 +1,4 @@
-"""Held-out images, looked at while training, through SAELens's evaluator interface."""
+"""Score an SAE in training on held-out images, through SAELens's evaluator interface."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from vision_plugin import metrics
+from vision_plugin._disk import whole_file
+from vision_plugin._inputs import check_template, sentences
 from vision_plugin.evaluation import Facts, ImageBatch, Loop, Place, Subject, embed
 from vision_plugin.images import read_batches
 from vision_plugin.metrics import to_json
 from vision_plugin.models import TokenSelection, VisionBridge
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.models.site import Site
+from vision_plugin.models.site import Site, in_eval_mode
 from vision_plugin.sae._saving import inference_sae
 
 logger = logging.getLogger(__name__)
@@ -29,104 +31,109 @@ EMBEDDER = "embedder"
 
 
 class ValidationLog:
-    """What was found, step by step: in memory, and as JSON lines in a file."""
+    """Scores step by step: in memory, and as JSON lines in a file."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.file: Path | None = None
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a line. NaN, which JSON has no word for, becomes null."""
+        """Add the scores of a step as a line. JSON has no NaN, so it becomes null."""
         self.records.append(to_json(record))
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(self.records[-1]) + "\n")
 
     def restore(self, records: list[dict[str, Any]]) -> None:
-        """Go back to what a checkpoint holds."""
+        """Go back to the records of a checkpoint."""
         self.records = list(records)
         if self.file is not None:
-            self.file.write_text(self.text(), encoding="utf-8")
+            with whole_file(self.file) as stream:
+                stream.write(self.text().encode())
 
     def text(self) -> str:
-        """All lines."""
+        """Return all lines."""
         return "".join(json.dumps(record) + "\n" for record in self.records)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What stays the same from one look to the next, wherever the SAE reads."""
+    """Data of the held-out images that every validation shares, whatever the hook."""
 
     pixels: Tensor
-    """[n, channels, height, width], on the CPU."""
+    """Prepared images, [n, channels, height, width], on the CPU."""
     indices: list[int]
-    """Places of the images in the collection; bad ones are left out."""
+    """Numbers of the images in the collection, without the unreadable ones."""
     embeddings: Tensor
-    """[n, d_embed], of unit norm."""
+    """Image embeddings, [n, d_embed], of unit norm."""
     texts: Tensor | None
-    """[classes, d_embed], where the model can classify by text."""
+    """Text embeddings of the classes, [classes, d_embed]; None if the model cannot classify by
+    text."""
     logits: Tensor | None
-    """[n, classes] of the untouched model, at its own scale."""
+    """Class logits of the model without the SAE, [n, classes], at its logit scale."""
 
 
 @dataclass
 class Validator:
     """Scores an SAE in training on held-out images.
 
-    It is what SAELens's ``SAETrainer(evaluator=...)`` takes. The scores are of the SAE as it would
-    be saved at that moment, on activations as the model gives them:
+    SAELens's ``SAETrainer(evaluator=...)`` takes it. It scores the SAE as it would be saved at that
+    moment, on activations as the model gives them. The names of the scores begin with
+    ``validation/``:
 
-    - ``validation/l0``, ``l0_cls``, ``l0_patch``, ``l0_register``; ``n_dead``, ``n_rare``,
-      ``n_dense``: latents over the held-out tokens;
+    - ``l0``, ``l0_cls``, ``l0_patch``, ``l0_register``: active latents per token, over all tokens
+      and by kind; ``n_dead``, ``n_rare``, ``n_dense``: numbers of such latents;
     - ``explained_variance``, ``cosine``, ``mse`` of the reconstruction;
-    - ``monosemanticity``: the mean score over all held-out images, and ``n_undefined`` beside it;
-    - ``loss_recovered``, with its window and accuracies, where the images have labels and the
-      model a text tower: zero-shot cross-entropy at the model's own logit scale;
-    - every metric that ``names`` adds, as ``validation/<metric>/<entry of its summary>``; those of
-      whole images get latents max-pooled over tokens.
+    - ``monosemanticity``: mean score over the latents; ``monosemanticity_n_undefined``: number of
+      latents without a score;
+    - ``loss_recovered``, ``loss_window``, ``accuracy``, ``accuracy_spliced``: zero-shot
+      classification with and without the SAE, if the images have labels and the model reads text;
+    - ``<metric>/<entry of its summary>`` for every metric in ``names``; metrics of whole images get
+      latents max-pooled over tokens.
     """
 
     model: VisionBridge
     images: Any
-    """An image source, or any sequence of PIL images with ``ids``."""
+    """Image source, or a sequence of PIL images with ``ids``."""
     hook_names: Sequence[str]
-    """The SAE's hook, or a transcoder's two."""
+    """Hook of the SAE, or the two hooks of a transcoder."""
     tokens: str = "all"
-    """Kind of token that the SAE is for; ``random:n`` looks at all of them."""
+    """Kind of token that the SAE trains on; ``random:n`` scores all tokens."""
     n_images: int = 256
-    """The first so many images."""
+    """Number of images to use, from the front."""
     batch_size: int = 32
     """Images per forward pass."""
     names: Sequence[str] = ()
-    """Further metrics, by their names in ``vision_plugin.metrics.available()``."""
+    """Names of further metrics, from ``vision_plugin.metrics.available()``."""
     embedder: VisionBridge | None = None
-    """Model whose embeddings say which images are alike; by default ``model``."""
+    """Model whose image embeddings measure how similar two images are; by default ``model``."""
     template: str = "a photo of a {}"
-    """Sentence around a label."""
+    """Sentence that a class name is put into; ``{}`` is the name."""
     latents: Tensor | None = field(default=None, init=False)
-    """Of the last look, max-pooled over tokens, sparse COO [n, d_sae]."""
+    """Latents of the last validation, max-pooled over tokens, sparse COO [n, d_sae]."""
 
     def __post_init__(self) -> None:
         self.tokens = "all" if self.tokens.startswith("random:") else self.tokens
         TokenSelection.parse(self.tokens)
+        check_template(self.template, argument="validation_template")
         self.facts = Facts(self.images)
         self._shared: list[HeldOut] = []
         self._ablated: Tensor | None = None
         for name in self.names:
-            metrics.get(name)  # an unknown name is found before training begins
+            metrics.get(name)  # raise for an unknown name before training begins
 
     def __call__(
         self, sae: Any, data_provider: Any, activation_scaler: ActivationScaler
     ) -> dict[str, float]:
-        """Scores by name.
+        """Return scores by name.
 
         Args:
-            sae: In training.
-            data_provider: Not used: it serves training data.
-            activation_scaler: What training scales activations with.
+            sae: SAE in training.
+            data_provider: Ignored; SAELens passes the training batches.
+            activation_scaler: Scaler that training applies to activations.
 
         Raises:
-            ValueError: no held-out image can be read, or a metric needs what is not at hand.
+            ValueError: no held-out image can be read, or a metric lacks an input.
         """
         del data_provider
         stock = inference_sae(sae, activation_scaler)
@@ -134,7 +141,7 @@ class Validator:
 
     @torch.no_grad()
     def score(self, sae: Dictionary) -> dict[str, float]:
-        """Score an inference SAE whose metadata names its hook."""
+        """Return the scores of an inference SAE by name, without ``validation/``."""
         held = self.held_out
         site = Site(self.model, self.hook_names[0], self.hook_names[-1], self.tokens)
         subject = Subject("sae", Place(site, sae, self.facts))
@@ -149,7 +156,7 @@ class Validator:
         loop = Loop([subject], class_texts=held.texts)
         pooled, ablated = [], []
         for place, pixels in self._batches(held.pixels):
-            [offer] = loop.feed(
+            offer = loop.feed(
                 ImageBatch(
                     held.indices[place],
                     pixels,
@@ -175,7 +182,7 @@ class Validator:
         return scores
 
     def _given(self, place: slice) -> dict[str, Any]:
-        """What is kept from one look to the next."""
+        """Return logits that an earlier validation or the preparation computed."""
         given: dict[str, Any] = {}
         if self.held_out.logits is not None:
             given["logits"] = self.held_out.logits[place].to(self.model.device)
@@ -187,7 +194,7 @@ class Validator:
 
     @property
     def held_out(self) -> HeldOut:
-        """Pixels, embeddings, labels and clean logits, made at the first look.
+        """Data of the held-out images, prepared at the first use.
 
         Raises:
             ValueError: no image can be read.
@@ -197,7 +204,7 @@ class Validator:
         return self._shared[0]
 
     def at(self, hook_names: Sequence[str]) -> Validator:
-        """The same for another hook; pixels, embeddings and logits are kept once for both."""
+        """Return a scorer for another hook that shares pixels, embeddings and logits."""
         other = replace(self, hook_names=hook_names)
         other._shared = self._shared
         return other
@@ -214,26 +221,29 @@ class Validator:
             embedder = self.embedder or self.model
             embeddings.append(embed(embedder, self.model, list(images.values()), prepared))
         for reason in bad.values():
-            logger.warning("left out of the validation: %s", reason)
+            logger.warning("validation leaves out %s", reason)
         if not indices:
-            raise ValueError("none of the validation images can be read")
+            raise ValueError("none of the validation images can be read: mend validation_images=")
         every, texts, logits = torch.cat(pixels), self._class_texts(), None
         if texts is not None:
-            parts = [
-                self.model.zero_shot_logits(self.model.encode_image(part), texts)
-                for _, part in self._batches(every)
-            ]
+            with in_eval_mode(self.model):
+                parts = [
+                    self.model.zero_shot_logits(self.model.encode_image(part), texts)
+                    for _, part in self._batches(every)
+                ]
             logits = torch.cat(parts).cpu()
         return HeldOut(every, indices, torch.cat(embeddings), texts, logits)
 
     def _class_texts(self) -> Tensor | None:
-        """Text embeddings of the classes, where there are several and the model reads text."""
+        """Return text embeddings of the classes; None for one class or a model without text."""
         model, facts = self.model, self.facts
         if not facts.has_labels or model.tokenizer is None or not model.adapter.has_joint_space:
             return None
         if len(facts.class_names) < 2:
             return None
-        return model.encode_text([self.template.format(name) for name in facts.class_names])
+        return model.encode_text(
+            sentences(self.template, facts.class_names, argument="validation_template")
+        )
 
     def _batches(self, pixels: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(pixels), self.batch_size):

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run for the length of a ``with`` block, or nothing at all."""
+"""Weights & Biases: a run during a ``with`` block, if the user asks for one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from sae_lens import LoggingConfig
 
 
 class WandbRun:
-    """A run where one is asked for; otherwise every method does nothing.
+    """A run of wandb; without ``log_to_wandb`` every method does nothing.
 
-    ``WANDB_MODE`` is wandb's to read: ``offline`` writes below ``WANDB_DIR``.
+    wandb itself reads ``WANDB_MODE``: ``offline`` writes below ``WANDB_DIR``.
     """
 
     def __init__(self, cfg: LoggingConfig, settings: dict[str, Any], run_id: str | None) -> None:
-        """Remember what to begin.
+        """Set what the run is called and what it belongs to.
 
         Args:
             cfg: Project, name, and whether to log at all.
-            settings: What the run is told of its configuration.
-            run_id: Of the run to go on with.
+            settings: Configuration to show in the run.
+            run_id: Id of a run to continue; None begins a new one.
         """
         self.cfg, self.settings = cfg, settings
         self.id = cfg.wandb_id or run_id
@@ -35,7 +35,7 @@ class WandbRun:
                 config=self.settings,
                 name=self.cfg.run_name,
                 id=self.id,
-                dir=os.environ.get("WANDB_DIR"),  # wandb itself reads it once in a process
+                dir=os.environ.get("WANDB_DIR"),  # wandb itself reads it only once per process
                 resume=None if self.id is None else "allow",
             )
             self.id = run.id
@@ -48,7 +48,7 @@ class WandbRun:
             wandb.finish(exit_code=0 if error[0] is None else 1)
 
     def log(self, values: dict[str, Any], *, step: int | None) -> None:
-        """Log values of a step; None is the last one that was logged."""
+        """Log values of a step; None stands for the last step logged."""
         if self.cfg.log_to_wandb:
             import wandb
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from vision_plugin.models.dictionary import Dictionary, join_heads
 from vision_plugin.models.site import Site
-from vision_plugin.steering._cached_pass import CachedPass, Prepared, check_images, repeat
+from vision_plugin.steering._cached_pass import (
+    CachedPass,
+    Prepared,
+    check_images,
+    check_texts_differ,
+    repeat,
+)
 from vision_plugin.steering._editor import LatentEditor, Reading
 from vision_plugin.steering._head import ClassTokenHead
 
@@ -73,6 +79,7 @@ class Steering:
         scale: factor of the cosine similarities; None for the model's own.
         batch_size: number of sequences per forward pass.
         closed_form: whether to use the algebra from the last block's MLP on where it applies.
+        watch: called with the number of passes, one for each latent and image, as they are done.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class Steering:
         scale: float | None = None,
         batch_size: int = 64,
         closed_form: bool = True,
+        watch: Callable[[int], object] | None = None,
     ) -> None:
         self.model, self.sae = model, sae
         self.site = Site.of(model, sae, tokens=tokens)
@@ -104,6 +112,7 @@ class Steering:
         self.texts = _unit_texts(texts).to(model.device)
         self.scale = float(model.logit_scale if scale is None else scale)
         self.batch_size = batch_size
+        self.watch = watch or _unwatched
         self.editor = LatentEditor(sae)
         run = self.cached_pass
         behind_all = run.is_stream and run.start == run.n_layers
@@ -204,6 +213,7 @@ class Steering:
             totals.append(change.sum(1))
             if spread:
                 spreads.append(Spread.of(change))
+            self.watch(len(some) * len(prepared))
         return Shift(torch.cat(totals), _join(spreads), len(prepared))
 
     def _edited(
@@ -259,6 +269,7 @@ class Steering:
         for some in torch.split(latents, max(1, limit // before.shape[1])):
             amount = self.editor.coefficients(reading, some, strength)
             images = head.steered_logits(token, directions[some], amount, self.texts, self.scale)
+            self.watch(len(some) * len(prepared))
             if spread:
                 after = torch.stack([torch.softmax(logits, dim=-1) for logits in images], dim=1)
                 change = after.sub_(before)
@@ -303,6 +314,10 @@ def _join(parts: list[Spread]) -> Spread | None:
     )
 
 
+def _unwatched(n: int) -> None:
+    """Take no notice of how far the steering is."""
+
+
 def _unit_texts(texts: Tensor) -> Tensor:
     if texts.ndim != 2 or texts.shape[0] < 2:
         raise ValueError(
@@ -318,5 +333,6 @@ def _unit_texts(texts: Tensor) -> Tensor:
         raise ValueError(
             f"the text embedding of concept {row} is zero: it has no direction; leave it out"
         )
+    check_texts_differ(texts)
     unit: Tensor = texts.detach().double() / norms
     return unit.float()
