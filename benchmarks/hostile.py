@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="texts: kinds or rules with one")
     parser.add_argument("--files", action="store_true", help="leave the command lines out")
     parser.add_argument("--most", type=int, default=None, help="most inputs for each rule")
+    parser.add_argument("--every", type=int, default=1, help="take one input in so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     cfg = parser.parse_args()
 
@@ -41,7 +42,7 @@ def main() -> int:
 
     every = corpus.RULES if cfg.files else corpus.every_rule()
     rules = [rule for rule in every if any(text in f"{rule.kind}/{rule.name}" for text in cfg.only)]
-    cases = [case for rule in rules for case in rule.cases(cfg.most)]
+    cases = [case for rule in rules for case in rule.cases(cfg.most)][:: cfg.every]
     import_everything()
     setting, began = machine("sae-lens", "transformers", "pyarrow", "pillow", "pyyaml"), time.time()
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:

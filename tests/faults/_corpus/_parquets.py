@@ -144,8 +144,11 @@ def expanding(folder: Path, rng: random.Random) -> Path:
     made = rng.choice(
         (
             lambda: pa.table({"image": pa.array([b"x" * 200] * 10).take(pa.array([0] * 200_000))}),
-            lambda: pa.table({"image": pa.array([bytes(600 << 20)], pa.large_binary())}),
-            lambda: pa.table({"image": [samples.image()], "label": ["x" * (300 << 20)]}),
+            lambda: pa.table({"image": pa.array([bytes(250 << 20)], pa.large_binary())}),
+            lambda: pa.table({"image": _repeated(bytes(100 << 20), 20)}),
+            lambda: pa.table(
+                {"image": [samples.image()] * 20, "label": _repeated("x" * (90 << 20), 20)}
+            ),
             lambda: pa.table({"image": pa.nulls(rows, pa.binary())}),
             lambda: pa.table({f"c{i}": [1] for i in range(5_000)}),
             lambda: pa.table({"image": [samples.image()], "deep": [_deep(60)]}),
@@ -154,7 +157,13 @@ def expanding(folder: Path, rng: random.Random) -> Path:
         )
     )()
     options: dict[str, Any] = {"row_group_size": 1} if made.num_rows < 5 else {}
+    options |= {"write_statistics": False, "dictionary_pagesize_limit": 1 << 30}
     return put(encoded(made, compression="ZSTD", **options), folder)
+
+
+def _repeated(one: Any, times: int) -> pa.Array:
+    """One value many times, which is held and written once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times), pa.array([one]))
 
 
 def _deep(depth: int) -> Any:
