@@ -29,9 +29,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main() -> int:
     """Run the corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="text that the kind or the rule must hold")
+    parser.add_argument("--only", nargs="*", default=[""], help="texts: kinds or rules with one")
     parser.add_argument("--files", action="store_true", help="leave the command lines out")
     parser.add_argument("--most", type=int, default=None, help="most inputs for each rule")
+    parser.add_argument("--every", type=int, default=1, help="take one input in so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     cfg = parser.parse_args()
 
@@ -40,8 +41,8 @@ def main() -> int:
     from tests.faults._hostile import import_everything, run
 
     every = corpus.RULES if cfg.files else corpus.every_rule()
-    rules = [rule for rule in every if cfg.only in f"{rule.kind}/{rule.name}"]
-    cases = [case for rule in rules for case in rule.cases(cfg.most)]
+    rules = [rule for rule in every if any(text in f"{rule.kind}/{rule.name}" for text in cfg.only)]
+    cases = [case for rule in rules for case in rule.cases(cfg.most)][:: cfg.every]
     import_everything()
     setting, began = machine("sae-lens", "transformers", "pyarrow", "pillow", "pyyaml"), time.time()
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:

@@ -277,7 +277,7 @@ def _manner(error: BaseException | None, message: str, says: Sequence[str]) -> s
     if message.startswith(("exit status", "several lines")):
         return "unclear"
     named = any(text in message for text in says)
-    return "refused" if named and 15 < len(message) < _LONGEST_MESSAGE else "unclear"
+    return "refused" if named and 8 < len(message) < _LONGEST_MESSAGE else "unclear"
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from tests.faults._corpus import _lines as lines
 from tests.faults._corpus import _samples as samples
 
 OUT = "out"
+READ = ("model/", "images/", "sae/", "foreign/")
 TIMES = ("seconds", "created", "date")
 """Fields of JSON files that say when, or how long, and so differ from run to run."""
 
@@ -98,18 +99,19 @@ def kill_often(job: Job, root: Path, kills: int, seed: int, *, in_a_row: int = 5
         seed: Seed of the moments.
         in_a_row: Most kills before the job may finish.
     """
-    figures = Figures(job.command, job.earlier is not None)
+    figures = Figures(job.command, replaces=job.earlier is not None)
     moments = random.Random(f"{job.line} {job.earlier} {seed}")
-    straight = _prepared(job, root / "straight")
-    before = content(straight / OUT)
+    folder = _prepared(job, root / "job")
+    before = content(folder / OUT)
     began = time.monotonic()
-    _finish(job.line, straight)
+    _finish(job.line, folder)
     figures.seconds = time.monotonic() - began
-    right, inputs = content(straight / OUT), _beside(straight)
+    right, inputs = content(folder / OUT), _beside(folder)
+    shutil.rmtree(folder)
     while figures.kills < kills and not figures.faults:
-        folder = _prepared(job, root / "killed")
+        _prepared(job, folder)
         for _ in range(min(in_a_row, kills - figures.kills)):
-            child = in_child(lambda at=folder: _run(job.line, at))
+            child = in_child(lambda: _run(job.line, folder))
             time.sleep(moments.uniform(0, figures.seconds))
             os.kill(child, signal.SIGKILL)
             killed = ended(child) == -signal.SIGKILL
@@ -128,14 +130,14 @@ def kill_often(job: Job, root: Path, kills: int, seed: int, *, in_a_row: int = 5
             figures.faults.append(f"changed beside it: {_difference(_beside(folder), inputs)}")
         figures.littered += any(path.name.startswith(".") for path in folder.rglob("*"))
         shutil.rmtree(folder)
-    shutil.rmtree(straight)
     return figures
 
 
 def _prepared(job: Job, folder: Path) -> Path:
     """A folder with what the job reads, and perhaps an earlier result."""
     folder.mkdir(parents=True)
-    samples.put({n: c for n, c in lines.fixtures().items() if not n.startswith("store")}, folder)
+    names = [name for name in lines.fixtures() if name.startswith(READ)]
+    samples.put({name: lines.fixtures()[name] for name in names}, folder)
     if job.earlier is not None:
         kept = folder.parent / f"earlier-{job.command}"
         if not kept.exists():

@@ -395,6 +395,15 @@ class TestParquet:
         assert "\n" not in cost.error
         assert cost.is_small
 
+    @pytest.mark.parametrize("held", ["text", 10**10, [1, 2], {"a": 1}])
+    def test_bytes_that_are_none(self, held: object, tmp_path: Path) -> None:
+        """A number of bytes would be so many zeros."""
+        cells = pa.array([{"bytes": held, "path": "0.png"}])
+        pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+        kind = type(held).__name__
+        cost = refused(tmp_path / "t.parquet")
+        assert cost.error == f"BadImageError: image 0: its bytes are of type {kind}"
+
     def test_damaged_pages_cost_their_images_alone(self, tmp_path: Path) -> None:
         dataset(6).to_parquet(tmp_path / "a.parquet", batch_size=3)
         whole = open_images(tmp_path / "a.parquet")

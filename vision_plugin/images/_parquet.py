@@ -151,8 +151,11 @@ def raw_of_cell(value: Any, id: str, folder: Path | None = None) -> Raw:
         BadImageError: the cell is empty or of another type.
     """
     if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return bytes(value["bytes"])
+        encoded = value.get("bytes")
+        if isinstance(encoded, (bytes, bytearray, memoryview)):
+            return bytes(encoded)
+        if encoded is not None:  # bytes() of a number would be so many zeros
+            raise BadImageError(id, f"its bytes are of type {type(encoded).__name__}")
         value = value.get("path")
     if isinstance(value, (bytes, Image.Image)):
         return value

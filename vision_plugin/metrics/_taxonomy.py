@@ -112,6 +112,11 @@ def _from_json(path: Path, image_ids: Sequence[str] | None) -> tuple[tuple[str, 
         content = _look_up(content, image_ids, path)
     if not isinstance(content, list) or not all(isinstance(entry, list) for entry in content):
         raise ValueError(f"{path} must hold a list of paths, or an object from image id to path")
+    if image_ids is not None and len(content) != len(image_ids):
+        raise ValueError(
+            f"{path} lists {len(content):,} paths, but there are {len(image_ids):,} images: write "
+            "one path for each image, or an object from image id to path"
+        )
     return tuple(_path(entry) for entry in content)
 
 

@@ -12,9 +12,9 @@ from functools import cache
 from tests.faults._corpus import (
     _archives,
     _checkpoints,
+    _images,
     _lines,
     _parquets,
-    _pictures,
     _special,
     _stores,
     _tables,
@@ -26,7 +26,7 @@ __all__ = ["RULES", "Case", "Rule", "case_of", "every_rule", "fixed_cases"]
 RULES: tuple[Rule, ...] = (
     *_checkpoints.RULES,
     *_tables.RULES,
-    *_pictures.RULES,
+    *_images.RULES,
     *_parquets.RULES,
     *_archives.RULES,
     *_stores.RULES,

@@ -44,7 +44,7 @@ def valid() -> bytes:
     """Two samples with every kind of member."""
     members = {}
     for i, kind in enumerate(("png", "jpg")):
-        members[f"a/{i:03}.{kind}"] = samples.picture(kind)
+        members[f"a/{i:03}.{kind}"] = samples.image(kind)
         members[f"a/{i:03}.cls"] = str(i).encode()
         members[f"a/{i:03}.txt"] = b"a cat"
         members[f"a/{i:03}.json"] = as_json(ABOUT)
@@ -161,7 +161,7 @@ def about(folder: Path, rng: random.Random) -> Path:
             lambda: rng.choice(tuple(BYTES.values()))(as_json(ABOUT), rng),
         )
     )()
-    members = {"a/0.png": samples.picture(), "a/1.png": samples.picture("jpg")}
+    members = {"a/0.png": samples.image(), "a/1.png": samples.image("jpg")}
     order = ["a/0.json", "a/1.json"]
     rng.shuffle(order)
     members |= {order[0]: hostile, order[1]: as_json(ABOUT)}
@@ -172,14 +172,14 @@ def about(folder: Path, rng: random.Random) -> Path:
 
 def names(folder: Path, rng: random.Random) -> Path:
     """Members of odd names, twice, or very many."""
-    picture = samples.picture()
+    image = samples.image()
     name = rng.choice(
         (
             *(f"{CANARY}/touched.png", "/etc/passwd.png", ".png", "a/.png", "..png", "a.b.c.png"),
             *("x" * 90 + ".png", "a/0.PNG", "a\n0.png", "\x1b[2J.png", "a/0.png/", "a/0.jpg.png"),
         )
     )
-    members = {name: picture, "a/0.png": picture, "a/0.jpg": samples.picture("jpg")}
+    members = {name: image, "a/0.png": image, "a/0.jpg": samples.image("jpg")}
     if rng.random() < 0.2:
         members = {f"{i}.png": b"" for i in range(rng.choice((3_000, 30_000)))}
     data = tar(members)

@@ -272,7 +272,7 @@ def fixtures() -> dict[str, bytes]:
     from tests._models import save_tiny_clip
 
     made = {f"images/{name}": content for name, content in samples.photos().items()}
-    made |= {f"images/cat/{i}.png": samples.picture() for i in range(1, 4)}
+    made |= {f"images/cat/{i}.png": samples.image() for i in range(1, 4)}
     made |= {f"store/{name}": content for name, content in samples.store().items()}
     made |= {f"foreign/{n}": c for n, c in samples.foreign("visaebench-topk").items()}
     made |= {"concepts.txt": "\n".join(CONCEPTS).encode(), "file": b"text", "empty": b""}

@@ -33,7 +33,7 @@ FEATURES = {
 def table(images: Any = None, labels: Any = (0, 1), features: bytes | None = None) -> pa.Table:
     """A table of two images as ``datasets`` writes it."""
     if images is None:
-        encoded = (samples.picture(), samples.picture("jpg"))
+        encoded = (samples.image(), samples.image("jpg"))
         images = pa.array([{"bytes": one, "path": f"{i}.png"} for i, one in enumerate(encoded)])
     columns = {"image": images, "label": pa.array(labels), "name": pa.array(["a", "b"])}
     stored = as_json(FEATURES) if features is None else features
@@ -110,7 +110,7 @@ def cells(folder: Path, rng: random.Random) -> Path:
             lambda: pa.array([{"bytes": None, "path": path}] * 2),
             lambda: pa.array([{"bytes": b"", "path": path}] * 2),
             lambda: pa.array([{"bytes": rng.randbytes(50), "path": None}] * 2),
-            lambda: pa.array([None, {"bytes": samples.picture(), "path": None}]),
+            lambda: pa.array([None, {"bytes": samples.image(), "path": None}]),
             lambda: pa.array([path, path]),
             lambda: pa.array([b"", b"x"]),
             lambda: pa.array([1, 2]),
@@ -118,8 +118,8 @@ def cells(folder: Path, rng: random.Random) -> Path:
             lambda: pa.array([{"bytes": [1, 2], "path": 3}] * 2),
             lambda: pa.array([{"bytes": "text", "path": "x"}] * 2),
             lambda: pa.array([{"bytes": {"a": 1}, "path": {"b": 2}}] * 2),
-            lambda: pa.array([samples.picture()] * 2).dictionary_encode(),
-            lambda: pa.array([samples.picture()] * 2, pa.large_binary()),
+            lambda: pa.array([samples.image()] * 2).dictionary_encode(),
+            lambda: pa.array([samples.image()] * 2, pa.large_binary()),
             lambda: pa.nulls(2),
         )
     )()
@@ -144,17 +144,26 @@ def expanding(folder: Path, rng: random.Random) -> Path:
     made = rng.choice(
         (
             lambda: pa.table({"image": pa.array([b"x" * 200] * 10).take(pa.array([0] * 200_000))}),
-            lambda: pa.table({"image": pa.array([bytes(600 << 20)], pa.large_binary())}),
-            lambda: pa.table({"image": [samples.picture()], "label": ["x" * (300 << 20)]}),
+            lambda: pa.table({"image": pa.array([bytes(250 << 20)], pa.large_binary())}),
+            lambda: pa.table({"image": _repeated(bytes(100 << 20), 20)}),
+            lambda: pa.table(
+                {"image": [samples.image()] * 20, "label": _repeated("x" * (90 << 20), 20)}
+            ),
             lambda: pa.table({"image": pa.nulls(rows, pa.binary())}),
             lambda: pa.table({f"c{i}": [1] for i in range(5_000)}),
-            lambda: pa.table({"image": [samples.picture()], "deep": [_deep(60)]}),
+            lambda: pa.table({"image": [samples.image()], "deep": [_deep(60)]}),
             lambda: table(features=b'{"info": ' + b" " * (40 << 20) + b"}"),
-            lambda: pa.table({"image": [samples.picture()], "x": [list(range(3_000_000))]}),
+            lambda: pa.table({"image": [samples.image()], "x": [list(range(3_000_000))]}),
         )
     )()
     options: dict[str, Any] = {"row_group_size": 1} if made.num_rows < 5 else {}
+    options |= {"write_statistics": False, "dictionary_pagesize_limit": 1 << 30}
     return put(encoded(made, compression="ZSTD", **options), folder)
+
+
+def _repeated(one: Any, times: int) -> pa.Array:
+    """One value many times, which is held and written once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times), pa.array([one]))
 
 
 def _deep(depth: int) -> Any:
@@ -167,7 +176,7 @@ def saved() -> dict[str, bytes]:
     import datasets
 
     made = datasets.Dataset.from_dict(
-        {"image": [{"bytes": samples.picture(), "path": None}] * 2, "label": [0, 1]},
+        {"image": [{"bytes": samples.image(), "path": None}] * 2, "label": [0, 1]},
         features=datasets.Features(
             image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"])
         ),

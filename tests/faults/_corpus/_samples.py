@@ -91,8 +91,8 @@ def store() -> dict[str, bytes]:
 
 
 @cache
-def picture(kind: str = "png") -> bytes:
-    """Return an encoded picture of 24 x 20 pixels."""
+def image(kind: str = "png") -> bytes:
+    """Return an encoded image of 24 x 20 pixels."""
     values = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     image = Image.fromarray(values)
     stream = io.BytesIO()
@@ -122,15 +122,15 @@ def picture(kind: str = "png") -> bytes:
     return stream.getvalue()
 
 
-PICTURES = (
+IMAGES = (
     *("png", "palette.png", "grey16.png", "jpg", "progressive.jpg", "webp", "lossless.webp"),
     *("gif", "bmp", "tif", "raw.tif", "ppm", "ico", "tga", "jp2", "qoi"),
 )
 
 
 def photos() -> dict[str, bytes]:
-    """Return two labelled folders of one picture each."""
-    return {"cat/0.png": picture(), "dog/1.jpg": picture("jpg")}
+    """Return two labelled folders of one image each."""
+    return {"cat/0.png": image(), "dog/1.jpg": image("jpg")}
 
 
 @cache

@@ -124,7 +124,7 @@ def concept_file(folder: Path, rng: random.Random) -> Path:
 
 
 def mask_folder(folder: Path, rng: random.Random) -> Path:
-    """A folder of masks with hostile names or pictures."""
+    """A folder of masks with hostile names or images."""
     mask = io.BytesIO()
     from PIL import Image
 
@@ -134,7 +134,7 @@ def mask_folder(folder: Path, rng: random.Random) -> Path:
     if how == 0:
         names = rng.choice((b"", b"\xff", b"\0", b"x" * 3_000_000, b"\n" * 9, rng.randbytes(99)))
     if how == 1:
-        valid = rng.choice((samples.picture("jpg"), samples.picture(), b"", b"\x89PNG\r\n\x1a\n"))
+        valid = rng.choice((samples.image("jpg"), samples.image(), b"", b"\x89PNG\r\n\x1a\n"))
     if how >= 2:
         valid = rng.choice(tuple(BYTES.values()))(valid, rng)
     made = {"names.txt": names, "cat/0.png": valid, "dog/1.png": valid}
@@ -206,7 +206,7 @@ RULES = (
     Rule("taxonomy", "JSON damaged", 80, partial(taxonomy_json, "bytes"), readers.taxonomy),
     Rule("taxonomy", "CSV bombs and damage", 150, taxonomy_csv, readers.taxonomy),
     Rule("concepts", "text", 80, concept_file, readers.concepts),
-    Rule("masks", "names and pictures", 120, mask_folder, readers.masks),
+    Rule("masks", "names and images", 120, mask_folder, readers.masks),
     Rule("evaluation", "JSON edited", 400, partial(evaluation, "edited"), readers.scores),
     Rule("evaluation", "JSON bombs", 80, partial(evaluation, "bombs"), readers.scores),
     Rule("evaluation", "JSON damaged", 120, partial(evaluation, "bytes"), readers.scores),

@@ -1,4 +1,4 @@
-"""Hostile pictures: damaged bytes, sizes that lie, blocks that expand, tags that loop."""
+"""Hostile images: damaged bytes, sizes that lie, blocks that expand, tags that loop."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HUGE = (0, 1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**32 - 1)
 
 
 def shown(data: bytes, suffix: str, folder: Path) -> Path:
-    """A folder with one picture."""
+    """A folder with one image."""
     return samples.put({f"hostile.{suffix}": data}, folder)
 
 
 def damaged(how: str, folder: Path, rng: random.Random) -> Path:
-    """A picture of any format with damaged bytes."""
-    kind = rng.choice(samples.PICTURES)
-    data = BYTES[how](samples.picture(kind), rng)
+    """An image of any format with damaged bytes."""
+    kind = rng.choice(samples.IMAGES)
+    data = BYTES[how](samples.image(kind), rng)
     return shown(data, kind.rpartition(".")[2], folder)
 
 
@@ -75,7 +75,7 @@ def png(folder: Path, rng: random.Random) -> Path:
 
 def jpeg(folder: Path, rng: random.Random) -> Path:
     """A JPEG whose segments lie."""
-    data = samples.picture(rng.choice(("jpg", "progressive.jpg")))
+    data = samples.image(rng.choice(("jpg", "progressive.jpg")))
     frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
     how = rng.randrange(7)
     if how == 0:
@@ -159,14 +159,14 @@ def simple(folder: Path, rng: random.Random) -> Path:
     elif kind == "ico":
         count = rng.choice((1, 65_535))
         entry = struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, rng.choice(HUGE), rng.choice((22, 0)))
-        data = struct.pack("<HHH", 0, 1, count) + entry * min(count, 2000) + samples.picture()
+        data = struct.pack("<HHH", 0, 1, count) + entry * min(count, 2000) + samples.image()
     elif kind == "qoi":
         data = b"qoif" + struct.pack(">II", width, height) + b"\x03\0" + rng.randbytes(90)
     else:
         size = struct.pack("<I", width)[:3] + struct.pack("<I", height)[:3]
         extended = b"VP8X" + struct.pack("<I", 10) + bytes([rng.randrange(256), 0, 0, 0]) + size
         data = b"RIFF" + struct.pack("<I", rng.choice(HUGE)) + b"WEBP" + extended
-        data += samples.picture("webp")[12:]
+        data += samples.image("webp")[12:]
     return shown(data, kind, folder)
 
 
@@ -175,7 +175,7 @@ def _signed(number: int) -> int:
 
 
 def bombs(folder: Path, rng: random.Random) -> Path:
-    """Sound pictures that are small as files and huge as pixels, frames or text."""
+    """Sound images that are small as files and huge as pixels, frames or text."""
     kind = rng.choice(("png", "gif", "tif", "webp", "frames", "text", "jp2"))
     stream = io.BytesIO()
     side = rng.choice((9_000, 12_000, 16_000))
@@ -208,6 +208,6 @@ MADE: dict[str, tuple[int, Callable[[Path, random.Random], Path]]] = {
     "bombs": (14, bombs),
 }
 RULES = (
-    *(Rule("picture", how, 250, partial(damaged, how), readers.images) for how in BYTES),
-    *(Rule("picture", name, count, make, readers.images) for name, (count, make) in MADE.items()),
+    *(Rule("image", how, 250, partial(damaged, how), readers.images) for how in BYTES),
+    *(Rule("image", name, count, make, readers.images) for name, (count, make) in MADE.items()),
 )
