@@ -41,12 +41,14 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
         adapter: Any,
         *,
         native: nn.Module,
+        made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge],
         image_processor: ImageProcessor | None = None,
         tokenizer: TextProcessor | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__(module, adapter, None)
         self.__dict__["native"] = native
+        self.made_again = made_again
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.revision = revision
@@ -63,6 +65,8 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
 
     native: nn.Module
     """The module that was loaded or passed in; it contains no bridge component."""
+    made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge]
+    """Makes a bridge over a copied or unpickled native module, from what this one has beside it."""
 
     # ------------------------------------------------------------------ forward
 

@@ -43,6 +43,7 @@ class Weights:
     cfg: Any
     hook_dict: Any
     native: nn.Module
+    made_again: Callable[[nn.Module, dict[str, Any]], Any]
     original_model: nn.Module
     revision: str | None
     image_processor: Any
@@ -219,9 +220,7 @@ class Weights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a bridge over a copy of the native module, with copies of what is attached."""
-        from vision_plugin.models._wrapping import bridge_again
-
-        memo[id(self)] = again = bridge_again(
+        memo[id(self)] = again = self.made_again(
             copy.deepcopy(self.native, memo), copy.deepcopy(self._belongings(), memo)
         )
         return again
@@ -232,15 +231,13 @@ class Weights:
         Raises:
             PicklingError: an SAE is attached.
         """
-        from vision_plugin.models._wrapping import bridge_again
-
         kept = self._belongings()
         if kept["splices"]:
             raise pickle.PicklingError(
                 f"{self.cfg.model_name} has SAEs attached, which SAELens does not let pickle: "
                 "detach them with reset_saes() and save each with sae.save_model(path)"
             )
-        return bridge_again, (self.native, kept)
+        return self.made_again, (self.native, kept)
 
     def _belongings(self) -> dict[str, Any]:
         """Return what a bridge has beside its native module."""

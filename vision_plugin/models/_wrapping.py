@@ -86,7 +86,7 @@ def _bridge(module: nn.Module, name: str, architecture: str, adapter_class: Any)
     try:
         structure = share_weights(module)
         adapter.prepare_model(structure)
-        return VisionBridge(structure, adapter, native=module)
+        return VisionBridge(structure, adapter, native=module, made_again=bridge_again)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
     except AttributeError as error:
