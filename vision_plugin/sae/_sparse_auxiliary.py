@@ -14,22 +14,24 @@ _DENSE_RATIO = 16
 
 def auxiliary_loss(
     x: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "... d_out"],
     *,
+    wanted: int,
     W_enc: Float[Tensor, "d_in dead"],
     b_enc: Float[Tensor, " dead"],
-    W_dec: Float[Tensor, "dead d_in"],
+    W_dec: Float[Tensor, "dead d_write"],
     b_in: Float[Tensor, " d_in"] | None,
     scale: Float[Tensor, " dead"] | None,
 ) -> Float[Tensor, ""]:
     """How badly the best dead latents reconstruct the residual (Gao et al. 2024, appendix A.2).
 
-    Each row keeps its ``d_in // 2`` largest ``pre * scale`` among the dead latents (all of them
+    Each row keeps its ``wanted`` largest ``pre * scale`` among the dead latents (all of them
     if there are fewer), without a ReLU. The gradient reaches the encoder, the decoder and b_in.
 
     Args:
         x: the SAE's input before b_in is subtracted.
-        residual: what the living latents leave over; a constant.
+        residual: what the living latents leave over, a constant: a row per row of x, in any shape.
+        wanted: dead latents to keep, as a rule ``d_in // 2``.
         W_enc: the dead latents' columns.
         b_enc: their biases.
         W_dec: their rows.
@@ -37,11 +39,10 @@ def auxiliary_loss(
         scale: their decoder norms, where the SAE rescales by them.
 
     Returns:
-        The squared error summed over d_in, its mean over the batch, times
-        ``min(dead / (d_in // 2), 1)``; not yet multiplied by the coefficient.
+        The squared error summed over the residual's last axis, its mean over the others, times
+        ``min(dead / wanted, 1)``; not yet multiplied by the coefficient.
     """
     n_dead = W_enc.shape[1]
-    wanted = x.shape[-1] // 2
     k = min(wanted, n_dead)
     if n_dead <= _DENSE_RATIO * k:
         centred = x if b_in is None else x - b_in
@@ -57,5 +58,5 @@ def auxiliary_loss(
             x, W_enc, b_enc, k, b_in=b_in, scale=scale, relu=False
         )
         reconstruction = kernels.sparse_decode(values, indices, W_dec)
-    error = (reconstruction - residual).pow(2).sum(dim=-1).mean()
+    error = (reconstruction.view_as(residual) - residual).pow(2).sum(dim=-1).mean()
     return min(n_dead / wanted, 1.0) * error
