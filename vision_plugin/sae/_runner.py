@@ -26,6 +26,7 @@ from vision_plugin.sae._saving import check_output_path, inference_sae, save
 from vision_plugin.sae._session import VALIDATION_FILE, TrainingSession
 from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
 from vision_plugin.sae._top_features import log_top_features
+from vision_plugin.sae._trainer import apart, load_random_state, random_state
 from vision_plugin.sae._validation import Validator
 
 ALONE = ""
@@ -87,6 +88,21 @@ class VisionMultiSAETrainingRunner:
         saes: Mapping[str, TrainingSAE[Any]] | None = None,
         validation_images: Any = None,
     ) -> None:
+        with apart():
+            self._open(cfgs, output_path, model, images, saes or {}, validation_images)
+            self._random = random_state()
+        self.quality: dict[str, Quality] = {}
+        """What the finished SAEs are like on vectors of the stream; empty before the run."""
+
+    def _open(
+        self,
+        cfgs: Mapping[str, VisionSAERunnerConfig],
+        output_path: str | None,
+        model: VisionBridge | None,
+        images: Any,
+        saes: Mapping[str, TrainingSAE[Any]],
+        validation_images: Any,
+    ) -> None:
         first = check_together(cfgs)
         check_output_path(output_path, overwrite=first.overwrite)
         self.output_path = None if output_path is None else Path(output_path)
@@ -97,9 +113,8 @@ class VisionMultiSAETrainingRunner:
             )
             for name, cfg in cfgs.items()
         }
-        in_hand = saes or {}
         self.saes: dict[str, TrainingSAE[Any]] = {
-            name: in_hand.get(name) or make_sae(cfg) for name, cfg in self.cfgs.items()
+            name: saes.get(name) or make_sae(cfg) for name, cfg in self.cfgs.items()
         }
         for sae in self.saes.values():
             sae.to(first.device)
@@ -113,11 +128,14 @@ class VisionMultiSAETrainingRunner:
         else:
             shared = open_batches(runs[0], self.images, self.model, hook_names=all_hooks(runs))
             self.batches = SplitBatches(shared, {n: c.hook_names for n, c in self.cfgs.items()})
-        self.quality: dict[str, Quality] = {}
-        """What the finished SAEs are like on vectors of the stream; empty before the run."""
 
     def run(self) -> dict[str, SAE[Any]]:
         """Train, save, and return the trained SAEs as their stock inference classes."""
+        with apart():
+            load_random_state(self._random)
+            return self._run()
+
+    def _run(self) -> dict[str, SAE[Any]]:
         made_of: dict[str, Any] = {}
         for name, cfg in self.cfgs.items():
             made_of = origin(cfg, self.model, self.images)
