@@ -1,4 +1,8 @@
-"""Shared fixtures. Every jaxtyping annotation of the package is enforced while the tests run."""
+"""Shared fixtures. Every jaxtyping annotation of the package is enforced while the tests run.
+
+The kernels are exempt: Triton and torch.compile read their source, which the hook would rewrite,
+and have numbers of their own in place of Python's while they do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,16 @@ os.environ["MKL_CBWR"] = "AUTO,STRICT"  # as the command does
 
 from jaxtyping import install_import_hook
 
-install_import_hook("vision_plugin", "beartype.beartype")
+PACKAGE = Path(__file__).parents[1] / "vision_plugin"
+
+
+def checked() -> list[str]:
+    """Modules and folders whose annotations are enforced: all but the kernels."""
+    names = [path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__")]
+    return [f"vision_plugin.{name}" for name in (*names, "hooks") if name != "kernels"]
+
+
+install_import_hook(checked(), "beartype.beartype")
 
 import pytest  # noqa: E402  # the import hook has to stand before what it hooks
 

@@ -125,7 +125,8 @@ class StreamedImages(ImageCollection):
             row = next(self._rows, None)
             if row is None:
                 raise ValueError(
-                    f"the stream {self._name} ends before row {index} of the {len(self)} expected"
+                    f"the stream {self._name} ends after {self._next} of the {len(self)} rows that "
+                    f"were expected: use n_images={self._next}"
                 )
             self._row, self._next = row, self._next + 1
         return self._row

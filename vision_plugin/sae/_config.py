@@ -16,9 +16,11 @@ from vision_plugin._inputs import check_template
 from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
-from vision_plugin.sae._defaults import resolve
+from vision_plugin.sae._defaults import check_latents, resolve
 
 DEFAULTS = ("auto", "saelens")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 B_DEC_INIT_METHODS = (AUTO, "zeros", "mean", "geometric_median")
 DECODER_INIT_METHODS = (AUTO, "random", "data")
 NOT_OF_THE_RESULT = (
@@ -210,7 +212,8 @@ class VisionSAERunnerConfig:
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
             *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
-            *("encoder_lr_ratio", "dead_feature_window", "n_quality_tokens"),
+            *("encoder_lr_ratio", "dead_feature_window", "n_quality_tokens", "n_restart_cycles"),
+            *("n_batches_in_buffer", "feature_sampling_window"),
         ):
             value = getattr(self, name)
             if value not in (AUTO, None) and not value > 0:
@@ -225,6 +228,8 @@ class VisionSAERunnerConfig:
         check_template(self.validation_template, argument="validation_template")
         choices = {
             "defaults": DEFAULTS,
+            "dtype": DTYPES,
+            "lr_scheduler_name": SCHEDULERS,
             "b_dec_init_method": B_DEC_INIT_METHODS,
             "decoder_init_method": DECODER_INIT_METHODS,
         }
@@ -236,6 +241,7 @@ class VisionSAERunnerConfig:
             raise ValueError(
                 f"explicit names {unknown[0]!r}, but {self.sae.architecture()} has no such field"
             )
+        check_latents(self)
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch of "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,6 +263,20 @@ def load_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Train as in a process of its own.
+
+    Gradients are on whatever the caller's mode, and the caller's random state is as before.
+    """
+    before = random_state()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        load_random_state(before)
 
 
 def check_finite(trainer: SAETrainer, what: str) -> None:
