@@ -62,6 +62,30 @@ class TestLinks:
         assert "cat is left out: it may not be read" in caplog.text
 
 
+class TestOtherFiles:
+    def test_images_of_other_formats_are_counted(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for name in ("a.HEIC", "b.heic", "c.svg"):
+            (folder / "cat" / name).write_bytes(b"")
+        (folder / "notes.txt").write_text("hello")
+        with caplog.at_level("INFO"):
+            assert len(open_images(folder)) == 6
+        said = "3 images are not read, as cat/a.HEIC: convert those that end in .heic, .svg"
+        assert said in caplog.text
+        assert "1 other files are not read, as notes.txt" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("suffix", "format"),
+        [("apng", "PNG"), ("dib", "BMP"), ("pnm", "PPM"), ("j2k", "JPEG2000"), ("avifs", "AVIF")],
+    )
+    def test_all_suffixes_of_the_formats_that_are_read(
+        self, suffix: str, format: str, tmp_path: Path
+    ) -> None:
+        image().save(tmp_path / f"a.{suffix}", format)
+        assert open_images(tmp_path)[0].size == (24, 20)
+
+
 class TestRepositories:
     @pytest.mark.parametrize("kind", [".parquet", ".tar"])
     def test_a_logo_is_not_the_data_set(
@@ -84,8 +108,9 @@ class TestRepositories:
         self, folder: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         datasets.Dataset.from_dict({"score": [1.0]}).to_parquet(folder / "scores.parquet")
-        assert len(open_images(folder)) == 6
-        assert "1 Parquet or tar files without images are not read" in caplog.text
+        with caplog.at_level("INFO"):
+            assert len(open_images(folder)) == 6
+        assert "1 other files are not read, as scores.parquet" in caplog.text
 
     def test_tars_beside_tables_about_them_are_the_data_set(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "00000.tar", [("a.png", png(image()))])

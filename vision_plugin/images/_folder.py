@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vision_plugin.images._collection import ImageCollection, no_column
-from vision_plugin.images._image import SUFFIXES
+from vision_plugin.images._image import SUFFIXES, UNREAD_SUFFIXES
 from vision_plugin.images._metadata import read_metadata
 from vision_plugin.images._splits import choose_split, split_depth
 from vision_plugin.images._survey import Contents, survey
@@ -54,6 +54,7 @@ class FolderImages(ImageCollection):
                 f"{root} holds no images: neither it nor its sub-folders have files that end in "
                 f"{', '.join(sorted(SUFFIXES))}"
             )
+        _say_what_is_not_read(root, [*contents.parquet, *contents.tars, *contents.others])
         self.root, self._split, self.ids, tables = _of_split(root, contents, split)
         parents = {PurePosixPath(id).parent for id in self.ids}
         above = {str(folder) for parent in parents for folder in (parent, *parent.parents)}
@@ -96,6 +97,20 @@ class FolderImages(ImageCollection):
     @cached_property
     def _metadata(self) -> dict[str, list[Any]]:
         return read_metadata(self.root, self._tables, self.ids)
+
+
+def _say_what_is_not_read(root: Path, names: list[str]) -> None:
+    if not names:
+        return
+    unread = [name for name in names if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]
+    if unread:
+        kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in unread}))
+        message = "%s: %d images are not read, as %s: convert those that end in " + kinds
+        logger.warning(message, root, len(unread), unread[0])
+    n_others = len(names) - len(unread)
+    if n_others:
+        example = next(name for name in names if name not in unread)
+        logger.info("%s: %d other files are not read, as %s", root, n_others, example)
 
 
 def _of_split(

@@ -19,11 +19,20 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
-        *("png", "jpg", "jpeg", "jpe", "jfif", "gif", "webp", "bmp", "tif", "tiff"),
-        *("avif", "ppm", "pgm", "pbm", "ico", "tga", "jp2", "qoi"),
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "gif", "webp", "bmp", "dib", "tif", "tiff"),
+        *("avif", "avifs", "ppm", "pgm", "pbm", "pnm", "pfm", "ico", "tga", "qoi"),
+        *("jp2", "j2k", "jpc", "jpf", "jpx", "j2c"),
     )
 )
 """Suffixes of image files in folders and tar files."""
+UNREAD_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("heic", "heif", "jxl", "svg", "psd", "xcf", "exr", "hdr", "eps", "pcx", "icns", "dds"),
+        *("dng", "raw", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"),
+    )
+)
+"""Suffixes of image files that are not read."""
 _FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"),
     *("AVIF", "PPM", "ICO", "TGA", "JPEG2000", "QOI"),

@@ -253,11 +253,7 @@ def _open_folder(folder: Path, column: str | None, split: str | None) -> ImageCo
         files = [folder / name for name in names]
         return _open_kind(suffix, files, str(folder), column, split)
     _refuse(f"{folder} is a folder of image files", column=column)
-    images = FolderImages(folder, contents=contents, split=split)
-    unread = len(contents.parquet) + len(contents.tars)
-    if unread:
-        logger.warning("%s: %d Parquet or tar files without images are not read", folder, unread)
-    return images
+    return FolderImages(folder, contents=contents, split=split)
 
 
 def _archives(folder: Path, contents: Contents, column: str | None) -> tuple[str, list[str]]:

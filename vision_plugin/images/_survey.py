@@ -25,6 +25,7 @@ class Contents:
     parquet: list[str] = field(default_factory=list)
     tars: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
         """Sort a file in by its name."""
@@ -38,6 +39,8 @@ class Contents:
             self.parquet.append(name)
         elif suffix == ".tar":
             self.tars.append(name)
+        else:
+            self.others.append(name)
 
 
 def survey(root: Path) -> Contents:
@@ -69,7 +72,7 @@ def survey(root: Path) -> Contents:
                 )
             if own not in above:
                 waiting.append((f"{name}/", (*above, own)))
-    for names in (contents.images, contents.parquet, contents.tars, contents.metadata):
+    for names in vars(contents).values():
         names.sort()
     return contents
 

@@ -56,6 +56,11 @@ class WebDatasetImages(ImageCollection):
             without += self._index(number, tar, ids, others)
         if not self.ids:
             raise ValueError(self._nothing(others))
+        if others:
+            logger.info(
+                "%s: %d members are neither images nor texts, as those that end in %s",
+                *(where, others.total(), others.most_common(1)[0][0]),
+            )
         if without:
             logger.warning("%s: %d samples without an image are left out", where, without)
 
