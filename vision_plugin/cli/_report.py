@@ -70,7 +70,13 @@ def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
     path = local_path(evaluation) if evaluation else local_path(sae) / "evaluation.json"
     if not evaluation and not path.is_file():
         return {}
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        if evaluation:
+            raise
+        logger.warning("the report shows no scores: %s", error)
+        return {}
     schema = content.get("schema") if isinstance(content, dict) else None
     if not str(schema).startswith("vision_plugin.evaluation/"):
         raise ValueError(f"{path} was not written by vision-plugin eval: name its JSON file")
