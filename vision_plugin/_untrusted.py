@@ -67,28 +67,46 @@ def read_regular(path: Path, limit: int) -> bytes:
         return stream.read(size)
 
 
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, strict: bool = False) -> Any:
+def read_json(
+    path: Path,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    max_values: int = MAX_JSON_VALUES,
+    strict: bool = False,
+) -> Any:
     """Return the content of a JSON file; see :func:`parse_json`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is too large, no regular file, or not JSON.
     """
-    return parse_json(read_regular(path, limit), path, strict=strict)
+    return parse_json(read_regular(path, limit), path, max_values=max_values, strict=strict)
 
 
-def parse_json(content: bytes, where: Path | str, *, strict: bool = False) -> Any:
+def parse_json(
+    content: bytes,
+    where: Path | str,
+    *,
+    max_values: int = MAX_JSON_VALUES,
+    strict: bool = False,
+) -> Any:
     """Return the value of JSON text in UTF-8, in time and memory bounded by its size.
 
     Args:
         content: The text.
         where: Name of the text in errors.
+        max_values: Number of values above which the text is refused.
         strict: Whether to refuse NaN, infinities and repeated keys.
 
     Raises:
         ValueError: it is not JSON, or holds too many values or too deep ones.
     """
-    check_n_values(content, where)
+    n_values = sum(content.count(mark) for mark in (b",", b"[", b"{"))
+    if n_values > max_values:
+        raise ValueError(
+            f"{where} holds up to {n_values:,} values, above the limit of {max_values:,} for "
+            "JSON: split it, or leave out what is not needed"
+        )
     hooks: dict[str, Any] = {}
     if strict:
         hooks = {"object_pairs_hook": _without_doubles, "parse_constant": _no_constant}
@@ -102,16 +120,6 @@ def parse_json(content: bytes, where: Path | str, *, strict: bool = False) -> An
     if is_nested and isinstance(value, (dict, list)):
         _check_depth(value, where)
     return value
-
-
-def check_n_values(content: bytes, where: Path | str) -> None:
-    """Raise a ``ValueError`` if JSON, or lines of JSON, hold more values than the limit."""
-    n_values = sum(content.count(mark) for mark in (b",", b"[", b"{", b"\n"))
-    if n_values > MAX_JSON_VALUES:
-        raise ValueError(
-            f"{where} holds up to {n_values:,} values, above the limit of {MAX_JSON_VALUES:,} for "
-            "JSON: split it, or leave out what is not needed"
-        )
 
 
 def _check_regular(path: Path, found: os.stat_result) -> None:

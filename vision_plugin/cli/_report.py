@@ -18,6 +18,9 @@ from vision_plugin.cli._flags import parse
 
 logger = logging.getLogger(__name__)
 
+MAX_BYTES, MAX_VALUES = 256 * 2**20, 8_000_000
+"""Size of an evaluation: some twenty numbers for each latent of an SAE and its controls."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Inputs):
@@ -71,7 +74,7 @@ def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
     if not evaluation and not path.is_file():
         return {}
     try:
-        content = read_json(path)
+        content = read_json(path, limit=MAX_BYTES, max_values=MAX_VALUES)
     except ValueError as error:
         if evaluation:
             raise
