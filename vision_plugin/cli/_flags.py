@@ -34,7 +34,7 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
     _parsed[:] = [cls]
     # The reader of flags would draw a box around what the configuration's own checks say.
     has_checks = hasattr(cls, "__post_init__")
-    flags = tyro.cli(
+    flags: Any = tyro.cli(
         flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls,
         args=list(arguments),
         prog=f"vision-plugin {command}",

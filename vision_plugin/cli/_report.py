@@ -18,6 +18,9 @@ from vision_plugin.cli._flags import parse
 
 logger = logging.getLogger(__name__)
 
+MAX_BYTES, MAX_VALUES = 256 * 2**20, 8_000_000
+"""Size of an evaluation: some twenty numbers for each latent of an SAE and its controls."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Inputs):
@@ -70,7 +73,13 @@ def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
     path = local_path(evaluation) if evaluation else local_path(sae) / "evaluation.json"
     if not evaluation and not path.is_file():
         return {}
-    content = read_json(path)
+    try:
+        content = read_json(path, limit=MAX_BYTES, max_values=MAX_VALUES)
+    except ValueError as error:
+        if evaluation:
+            raise
+        logger.warning("the report shows no scores: %s", error)
+        return {}
     schema = content.get("schema") if isinstance(content, dict) else None
     if not str(schema).startswith("vision_plugin.evaluation/"):
         raise ValueError(f"{path} was not written by vision-plugin eval: name its JSON file")

@@ -91,7 +91,8 @@ class VisionSAERunnerConfig:
     """Folder of the trained SAE. It may not exist or be empty, unless ``overwrite`` is set. In
     Python, None saves nothing."""
     overwrite: bool = False
-    """Replace what is in ``output_path``, and ignore checkpoints that a killed run left."""
+    """Replace an SAE of this package in ``output_path``, and ignore checkpoints that a killed run
+    left. What anybody else wrote is never replaced."""
     dense: bool = False
     """Train TopK, BatchTopK and Matryoshka SAEs with SAELens's dense arithmetic. The default is the
     sparse kernel, which computes the same several times faster."""

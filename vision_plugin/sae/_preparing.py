@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
+from vision_plugin._inputs import usable_device
 from vision_plugin.activations import ActivationStore
 from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model
@@ -32,6 +33,7 @@ def open_inputs(
     Raises:
         ValueError: there are no images, or the model is unknown.
     """
+    usable_device(cfg.device)
     source = cfg.images if images is None else images
     if source == "":
         raise ValueError(
