@@ -188,6 +188,21 @@ def test_a_cast_reaches_every_part(family, cast) -> None:
 
 
 @torch.no_grad()
+def test_an_edited_pattern_has_the_precision_of_the_weights(family) -> None:
+    _, module, pixels = family
+    model, pixels = vp.wrap(copy.deepcopy(module)).double(), pixels.double()
+    expected = model(pixels)
+    hooks = [(f"blocks.{n}.attn.hook_pattern", as_it_is) for n in range(model.cfg.n_layers)]
+    edited = model.run_with_hooks(pixels, fwd_hooks=hooks)
+    assert edited.dtype == torch.float64
+    assert float((edited - expected).abs().max()) < 1e-12 * max(1, float(expected.abs().max()))
+
+
+def as_it_is(pattern: Tensor, hook: object) -> Tensor:
+    return pattern.clone()
+
+
+@torch.no_grad()
 def test_what_is_done_to_the_native_module_is_done_to_the_bridge(family) -> None:
     case, module, pixels = family
     model, trained = vp.wrap(copy.deepcopy(module)), other(module)
