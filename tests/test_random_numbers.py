@@ -21,24 +21,13 @@ torch.manual_seed(0)
 before = states()
 import vision_plugin as vp
 assert states() == before, "importing the package"
-for name in {names}:
+for name in sorted(vp.__all__):
     getattr(vp, name)
     assert states() == before, name
 """
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["extract", "load_model", "evaluate", "train", "load_sae", "report"],
-        pytest.param(["report", "train", "metrics", "sae"], marks=pytest.mark.slow),
-    ],
-)
-def test_reading_a_name_draws_no_random_number(names: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CODE.format(names=names)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.slow
+def test_reading_a_name_draws_no_random_number() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

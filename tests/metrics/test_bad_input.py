@@ -58,24 +58,6 @@ def test_entries_for_other_images_are_refused(name: str, entry: str) -> None:
         metrics.feed(CASES[name].build(), batch | {entry: batch[entry][: N - 1]})
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("name", CASES)
-def test_without_any_image_there_is_an_error_or_nothing_but_undefined(name: str) -> None:
-    metric = CASES[name].build()
-    undefined = {"absorption", "dissection", "hierarchy", "localization", "stability", "top_images"}
-    if name not in undefined:
-        with pytest.raises(ValueError, match=r".{20}"):
-            metric.compute()
-        return
-    summary = metrics.summary_of(metric.compute())
-    of_images = {
-        key: value
-        for key, value in summary.items()
-        if isinstance(value, float) and key != "chance_depth"  # of the taxonomy alone
-    }
-    assert all(math.isnan(value) for value in of_images.values()), summary
-
-
 @pytest.mark.parametrize("name", ["monosemanticity", "monosemanticity top16"])
 def test_one_image_is_no_pair(name: str) -> None:
     metric = CASES[name].build()

@@ -70,3 +70,24 @@ def test_dictionaries_that_do_not_compare_are_refused():
         metrics.stability(torch.randn(4, 3), torch.randn(4, 2))
     with pytest.raises(ValueError, match="no direction"):
         metrics.stability(torch.randn(4, 3), torch.zeros(4, 3))
+
+
+def test_a_wide_pair_is_not_assigned_unless_asked_and_then_with_a_warning(monkeypatch, caplog):
+    from vision_plugin.metrics import _stability
+
+    monkeypatch.setattr(_stability, "LARGEST_ASSIGNMENT", 8)
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide = (torch.randn(n, 4, generator=generator) for n in (8, 16))
+    for pairs, are_assigned in (([narrow], True), ([wide], False), ([narrow, wide], False)):
+        metric = metrics.Stability()
+        for decoder in pairs:
+            metric.update(decoder, decoder)
+        assert (metric.compute().matched_cosine is not None) == are_assigned
+    assert caplog.text == ""
+    asked = metrics.Stability(assign=True)
+    asked.update(wide, wide)
+    torch.testing.assert_close(asked.compute().matched_cosine, torch.ones(16).double())
+    # Twice as many directions as take a minute: eight minutes.
+    assert "assigning 16 directions" in caplog.text
+    assert "about 8 minutes" in caplog.text
+    assert "assign=False leaves it out" in caplog.text

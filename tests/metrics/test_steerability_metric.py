@@ -93,7 +93,7 @@ def test_updates_in_batches_equal_one_pass(world: SimpleNamespace) -> None:
     whole = steerability(world.model, world.sae, world.pixels, world.texts, strength=8.0)
     torch.testing.assert_close(metric.compute().delta, whole.delta, rtol=0, atol=1e-6)
     metric.reset()
-    with pytest.raises(ValueError, match="no images were seen"):
+    with pytest.raises(ValueError, match="Steerability has seen no data"):
         metric.compute()
 
 

@@ -196,6 +196,31 @@ def test_an_sae_that_cannot_be_trained_is_a_sentence_before_anything_is_opened(n
         left_open(None, architecture, **{"sae": sae, **others})
 
 
+BAD_LINES = {
+    "--d-sae 0": "--d-sae 0: it has to be above 0",
+    "--d-sae 32 --dtype float33": "--dtype 'float33': use float32",
+    "--d-sae 32 --architecture topk --k 64": "--k 64 does not fit --d-sae 32",
+    "--d-sae 32 --k 32.5": "--k 32.5 does not fit --d-sae 32",
+    "--d-sae 32 --images demo:2 --model-name demo --hook-name blocks.1.hook_resid_post "
+    "--training-tokens 64 --train-batch-size-tokens 32 --lr-decay-steps 9": (
+        "--lr-warm-up-steps 0 and --lr-decay-steps 9 do not fit into a run of 2 steps"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_command_line_that_cannot_be_trained_is_one_sentence(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = PLACES.removesuffix(" --d-sae 32").split()
+    out = tmp_path / "sae"
+    assert main(["train", *places, *line.split(), "--output-path", str(out)]) != 0
+    said = capsys.readouterr().err.splitlines()
+    assert BAD_LINES[line] in said[-1]
+    assert [text for text in said if text.startswith("vision-plugin train: ")] == said[-1:]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_restarts_than_steps_between_warm_up_and_decay_are_refused() -> None:
     changes = {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 30}
     with pytest.raises(ValueError, match=r"17 steps between .* n_restart_cycles=30.*24 steps"):
