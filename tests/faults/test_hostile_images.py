@@ -458,10 +458,21 @@ def icon(content: bytes) -> bytes:
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
 
 
+def tiled(side: int) -> bytes:
+    """A TIFF of 16 by 16 pixels that is cut from one large tile of zeros."""
+    squeeze = zlib.compressobj(1)
+    data = b"".join(squeeze.compress(bytes(side)) for _ in range(side)) + squeeze.flush()
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(322, side), (323, side), (324, 8 + 2 + 12 * 10 + 4), (325, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 IMAGES: dict[str, Callable[[], bytes]] = {
     "more pixels than the limit": lambda: zeros(20_000, 5_001, 1, 0),
-    "an icon with more pixels than it says": lambda: icon(zeros(20_000, 20_000, 1, 0)),
-    "an icon with half as many": lambda: icon(zeros(13_000, 13_000, 8, 0)),
+    "an icon with more pixels than it says": lambda: icon(zeros(20_000, 9_000, 1, 0)),
+    "an icon with half as many": lambda: icon(zeros(10_008, 10_000, 1, 0)),
+    "a tile with more pixels than the image": lambda: tiled(10_001),
     "a claim of more": lambda: b"P6 60000 60000 255\n",
     "a plain pixel map of nothing": lambda: b"P3 10000 9999 255\n" + b" " * MB,
 }
@@ -471,6 +482,12 @@ IMAGES: dict[str, Callable[[], bytes]] = {
 def test_images_that_expand(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGES[name]())
     refused(tmp_path)
+
+
+def test_a_tile_as_large_as_its_image_needs_is_read() -> None:
+    assert open_images([Image.new("L", (16, 16))])[0].tobytes() == bytes(768)
+    with Image.open(io.BytesIO(tiled(64))) as small:
+        assert open_images([small])[0].tobytes() == bytes(768)
 
 
 def test_the_commands_say_it_in_a_sentence(

@@ -233,6 +233,14 @@ class TestTars:
         assert len(open_images(tmp_path / "a.tar")) == 1
         assert "2 samples without an image are left out" in caplog.text
 
+    def test_tars_of_one_name_in_two_folders_have_ids_of_their_own(self, tmp_path: Path) -> None:
+        for number in range(2):
+            (tmp_path / f"part{number}").mkdir()
+            write_tar(tmp_path / f"part{number}" / "0.tar", [("a.png", png(image(number)))])
+        for given in (tmp_path, f"{tmp_path}/*/0.tar"):
+            assert open_images(given).ids == ["part0/0.tar/a", "part1/0.tar/a"]
+            assert same(open_images(given)[1], image(1))
+
     def test_joined_tars_are_read_to_the_end(self, tmp_path: Path) -> None:
         for number in range(2):
             write_tar(tmp_path / f"{number}.tar", [(f"{number}.png", png(image(number)))])

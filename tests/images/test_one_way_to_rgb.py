@@ -156,7 +156,7 @@ def text_chunk(kind: bytes, text: bytes) -> bytes:
 @pytest.mark.parametrize(
     "chunks",
     [
-        lambda: text_chunk(b"zTXt", b" " * 300_000_000),
+        lambda: text_chunk(b"zTXt", b" " * 30_000_000),
         lambda: text_chunk(b"zTXt", b" " * 1_000_000) * 80,
     ],
 )

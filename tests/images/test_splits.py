@@ -190,6 +190,13 @@ def test_a_data_set_in_memory_knows_its_split() -> None:
     assert len(open_images(both, split="test")) == 3
 
 
+def test_a_source_that_is_open_may_be_named_as_it_was_opened() -> None:
+    source = open_images(datasets.DatasetDict(train=dataset(2), test=dataset(3)), split="test")
+    assert open_images(source, split="test", column="image") is source
+    with pytest.raises(ValueError, match=r"is open already and has no splits: leave out split='tr"):
+        open_images(source, split="train")
+
+
 def test_a_part_of_a_source_that_is_open(folder: Path) -> None:
     whole = open_images(folder)
     part = open_images(whole, n_images=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from scipy.optimize import minimize
 
 from tests.activations.conftest import one_thread
-from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, runner
+from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, runner, store_of
 from vision_plugin.sae._initialise import geometric_median
 
 __all__ = ["one_thread"]
@@ -154,6 +155,9 @@ def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: st
 
 
 @pytest.mark.parametrize("part", ["split", "image_column"])
-def test_a_source_in_hand_has_no_part_that_the_configuration_could_name(part: str) -> None:
-    with pytest.raises(ValueError, match=f"open already, .*: leave out {part}="):
-        runner(config(None, **{part: "train"}))
+def test_what_has_no_splits_and_columns_refuses_them(part: str, tmp_path: Path) -> None:
+    cfg = config(None, **{part: "train"})
+    with pytest.raises(ValueError, match="is open already and has no"):
+        runner(cfg)
+    with pytest.raises(ValueError, match=f"a store of activations, .*: leave out {part}="):
+        runner(cfg, images=store_of(tmp_path / "store"))

@@ -5,9 +5,17 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import IcoImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    IcoImagePlugin,
+    Image,
+    ImageFile,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from vision_plugin._untrusted import read_regular
 from vision_plugin.models import as_rgb
@@ -83,13 +91,11 @@ def decode_image(raw: Raw, id: str) -> Image.Image:
 
 def _decode(raw: Raw, id: str) -> Image.Image:
     if isinstance(raw, Image.Image):
-        _check_size(raw, id)
+        _check_size(raw.size, id)
         return _alone(as_rgb(raw), raw)
     with _open(raw, id) as image:
-        _check_size(image, id)
-        if isinstance(image, IcoImagePlugin.IcoImageFile):
-            # The image inside an icon has a size of its own.
-            _check_size(image.ico.getimage(image.size), id)
+        for size in _sizes(image):
+            _check_size(size, id)
         image.seek(0)
         return _alone(as_rgb(image), image)
 
@@ -112,8 +118,18 @@ def _alone(rgb: Image.Image, image: Image.Image) -> Image.Image:
     return alone
 
 
-def _check_size(image: Image.Image, id: str) -> None:
-    width, height = image.size
+def _sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """Yield an image's size, and that of what is decoded on the way, which may be larger."""
+    yield image.size
+    if isinstance(image, IcoImagePlugin.IcoImageFile):
+        yield image.ico.getimage(image.size).size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, height = TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH
+        yield int(image.tag_v2.get(width, 1)), int(image.tag_v2.get(height, 1))
+
+
+def _check_size(size: tuple[int, int], id: str) -> None:
+    width, height = size
     if width * height > MAX_PIXELS:
         raise BadImageError(
             id,

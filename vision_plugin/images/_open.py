@@ -176,8 +176,12 @@ def _again(
     n_images: int | None,
 ) -> ImageSource:
     """Return a source that is open already, or a part of it, or with other labels."""
-    what = f"{source._images.where} is open already"
-    _refuse(what, column=column, split=split)
+    opened = source._images.details
+    _refuse(
+        f"{source._images.where} is open already",
+        column=None if column == opened.get("column") else column,
+        split=None if split == opened.get("split") else split,
+    )
     if label_column is None and n_images is None:
         return source
     n_images = len(source) if n_images is None else min(n_images, len(source))

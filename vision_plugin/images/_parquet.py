@@ -86,10 +86,8 @@ class ParquetImages(ImageCollection):
             value = self._row_group(group)[index - self._starts[group]].as_py()
         except (pa.ArrowException, OSError, ValueError) as error:
             file, number = self._groups[group]
-            reason = _in_a_line(error)
-            self._broken[group] = (
-                f"row group {number} of {self.files[file]} cannot be read: {reason}"
-            )
+            where = f"row group {number} of {self.files[file]}"
+            self._broken[group] = f"{where} cannot be read: {_in_a_line(error)}"
             raise BadImageError(self.ids[index], self._broken[group]) from error
         return raw_of_cell(value, self.ids[index], self.files[self._groups[group][0]].parent)
 

@@ -46,6 +46,11 @@ class WebDatasetImages(ImageCollection):
         self._where, self._split = where, split
         self.tars = [Path(tar) for tar in tars]
         self.suffix = None if column is None else "." + column.lstrip(".").lower()
+        self._names = [tar.name for tar in self.tars]
+        if len(set(self._names)) < len(self.tars):
+            # Tars of one name in several folders: an id has to be about one image.
+            above = os.path.commonpath([tar.absolute().parent for tar in self.tars])
+            self._names = [os.path.relpath(tar.absolute(), above) for tar in self.tars]
         ids: list[str] = []
         self.ids = ids
         self._tar, self._offset, self._size = array("q"), array("q"), array("q")
@@ -90,7 +95,7 @@ class WebDatasetImages(ImageCollection):
                 raise ValueError(_twice(path, key, found[key][1], suffix))
             else:
                 found[key] = len(ids), suffix
-                ids.append(f"{path.name}/{key}")
+                ids.append(f"{self._names[number]}/{key}")
                 self._tar.append(number)
                 self._offset.append(member.offset)
                 self._size.append(member.size)
