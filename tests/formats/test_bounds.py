@@ -344,6 +344,16 @@ def test_a_long_header_of_safetensors_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "model.safetensors", "header announces")
 
 
+@pytest.mark.parametrize("n_bytes", [-1, 1, 1 << 30])
+def test_safetensors_whose_header_disagrees_with_its_size_are_refused(
+    n_bytes: int, tmp_path: Path
+) -> None:
+    file = copy_of("visaebench-topk-safetensors", tmp_path)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size + n_bytes)
+    refused(file, "its header announces 25088 bytes of numbers", f"but there are {25088 + n_bytes}")
+
+
 def test_a_file_of_torch_before_1_6_is_read_like_any_other(tmp_path: Path) -> None:
     content = patchsae()
     torch.save(content, tmp_path / "sae.pt", _use_new_zipfile_serialization=False)
