@@ -157,8 +157,8 @@ def test_nor_is_it_where_the_pickle_is_compressed(what: str, tmp_path: Path) -> 
 def test_a_compressed_archive_is_refused_whatever_it_says_of_its_size(tmp_path: Path) -> None:
     """LZMA hands out all of its content at once, however little is asked for."""
     with zipfile.ZipFile(tmp_path / "sae.pt", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("sae/data.pkl", bytes(1 << 30))
-    content = (tmp_path / "sae.pt").read_bytes().replace(struct.pack("<I", 1 << 30), b"\x09\0\0\0")
+        archive.writestr("sae/data.pkl", bytes(1 << 25))
+    content = (tmp_path / "sae.pt").read_bytes().replace(struct.pack("<I", 1 << 25), b"\x09\0\0\0")
     (tmp_path / "sae.pt").write_bytes(content)
     refused(tmp_path / "sae.pt", "compressed")
 
@@ -325,7 +325,8 @@ def test_only_regular_files_are_read(
     cost = cost_of(lambda: load_sae(folder if opened == "the folder" else folder / file))
     assert cost.is_small, cost
     assert file in cost.error
-    assert cost.error.startswith(("CorruptCheckpointError: ", "OSError: ", "FileNotFoundError: "))
+    kinds = ("CorruptCheckpointError: ", "OSError: ", "FileNotFoundError: ", "ValueError: ")
+    assert cost.error.startswith(kinds)
 
 
 def test_a_gzip_with_padding_is_refused_at_once(tmp_path: Path) -> None:
@@ -341,6 +342,16 @@ def test_a_long_header_of_safetensors_is_refused(tmp_path: Path) -> None:
     head = json.dumps(names).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
     refused(tmp_path / "model.safetensors", "header announces")
+
+
+@pytest.mark.parametrize("n_bytes", [-1, 1, 1 << 30])
+def test_safetensors_whose_header_disagrees_with_its_size_are_refused(
+    n_bytes: int, tmp_path: Path
+) -> None:
+    file = copy_of("visaebench-topk-safetensors", tmp_path)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size + n_bytes)
+    refused(file, "its header announces 25088 bytes of numbers", f"but there are {25088 + n_bytes}")
 
 
 def test_a_file_of_torch_before_1_6_is_read_like_any_other(tmp_path: Path) -> None:
@@ -359,15 +370,15 @@ def test_a_file_of_torch_before_1_6_is_read_like_any_other(tmp_path: Path) -> No
         assert torch.equal(sae.state_dict()[key], value.double())
 
 
-@pytest.mark.parametrize("at", range(0, 1_200, 60))
-def test_a_truncated_file_of_torch_before_1_6_is_refused(at: int, tmp_path: Path) -> None:
+def test_a_truncated_file_of_torch_before_1_6_is_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     torch.save(patchsae(), stream, _use_new_zipfile_serialization=False)
     content = stream.getvalue()
-    assert len(content) > 1_200
-    (tmp_path / "sae.pt").write_bytes(content[:at])
-    with pytest.raises(CorruptCheckpointError, match=r"sae\.pt"):
-        load_sae(tmp_path / "sae.pt")
+    assert len(content) > 1_000
+    for end in range(0, len(content), 13):
+        (tmp_path / "sae.pt").write_bytes(content[:end])
+        with pytest.raises(CorruptCheckpointError, match=r"sae\.pt"):
+            load_sae(tmp_path / "sae.pt")
 
 
 def native(folder: Path) -> Path:
@@ -442,7 +453,7 @@ def test_weights_that_are_no_floats_are_refused(
     key = sorted(state)[0]
     state[key] = state[key].to(dtype)
     file.write_bytes(save(state))
-    with pytest.raises(CorruptCheckpointError, match=f"{key}.* holds {dtype}, not floating point"):
+    with pytest.raises(CorruptCheckpointError, match=f"holds {dtype}, not floating point"):
         load_sae(file.parent)
 
 

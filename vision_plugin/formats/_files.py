@@ -23,6 +23,7 @@ from torch import Tensor
 from vision_plugin._untrusted import open_regular, parse_json, read_regular
 from vision_plugin.formats._archive import read_pickled
 from vision_plugin.formats._errors import CheckpointError, CorruptCheckpointError
+from vision_plugin.formats._shown import shown
 from vision_plugin.formats._unpickle import Stream
 from vision_plugin.formats._yaml import parse_yaml
 
@@ -68,7 +69,7 @@ def read_weights(path: Path) -> WeightsFile:
                 "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
             )
         if start[8:9] == b"{" and not start.startswith(b"{"):
-            return WeightsFile(path, _safetensors(path, start))
+            return WeightsFile(path, _safetensors(path, file, size))
         if start.startswith(b"\x1f\x8b"):
             file = io.BytesIO(_gunzip(file))
             size = len(file.getbuffer())
@@ -84,8 +85,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CorruptCheckpointError: It is anything else, or damaged.
     """
-    with damage_is_named(path), _weights(path) as (file, _):
-        return _safetensors(path, file.read(64))
+    with damage_is_named(path), _weights(path) as (file, size):
+        return _safetensors(path, file, size)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -127,8 +128,8 @@ def damage_is_named(path: Path) -> Iterator[None]:
 def reason_of(error: Exception) -> str:
     """Return a library's error as one short line that is fit to print."""
     text = " ".join(str(error).split())[:_MAX_REASON]
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return f"{type(error).__name__}: {plain}" if plain else type(error).__name__
 
 
 @contextmanager
@@ -157,11 +158,20 @@ def _weights(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, size
 
 
-def _safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    n_header = struct.unpack_from("<Q", start.ljust(8))[0]
-    if n_header > _MAX_SAFETENSORS_HEADER:
+def _safetensors(path: Path, file: Stream, size: int) -> dict[str, Tensor]:
+    """Return the tensors, once the header agrees with the size of the file."""
+    (n_header,) = struct.unpack("<Q", file.read(8))
+    if not 2 <= n_header <= min(_MAX_SAFETENSORS_HEADER, size - 8):
         raise CorruptCheckpointError(
             f"its header announces {n_header:,} bytes; that of an SAE has a few hundred."
+        )
+    header = _json(file.read(n_header), "its header")
+    tensors = {name: at for name, at in header.items() if name != "__metadata__"}
+    n_bytes = max((at["data_offsets"][1] for at in tensors.values()), default=0)
+    if n_bytes != size - 8 - n_header:
+        raise CorruptCheckpointError(
+            f"its header announces {shown(n_bytes)} bytes of numbers, but there are "
+            f"{size - 8 - n_header}. It is truncated or damaged: download or copy it again."
         )
     return safetensors.torch.load_file(path, device="cpu")
 
