@@ -10,18 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from vision_plugin.models._embeddings import Embeddings
+from vision_plugin.models._errors import HOW_TO_ADD, UnsupportedModelError
 from vision_plugin.models._harvest import Harvester
 from vision_plugin.models._hook_names import check_hook_names
 from vision_plugin.models._modes import Modes
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 from vision_plugin.models._splicing import Splicing
 from vision_plugin.models._tokens import TokenLayout
-from vision_plugin.models._weights import Weights
+from vision_plugin.models._weights import Weights, share_weights
 
 NamesFilter = str | list[str] | Callable[[str], bool] | None
 HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -41,14 +43,12 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
         adapter: Any,
         *,
         native: nn.Module,
-        made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge],
         image_processor: ImageProcessor | None = None,
         tokenizer: TextProcessor | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__(module, adapter, None)
         self.__dict__["native"] = native
-        self.made_again = made_again
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.revision = revision
@@ -60,13 +60,33 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
         self._setup_weights()
         self._setup_splicing()
 
+    @classmethod
+    def over(
+        cls, module: nn.Module, *, name: str, architecture: str, adapter_class: Any
+    ) -> VisionBridge:
+        """Return a bridge over a native module, without any preprocessing.
+
+        Raises:
+            UnsupportedModelError: a part did not match the adapter.
+        """
+        adapter = _make_adapter(adapter_class, architecture, module, name)
+        try:
+            structure = share_weights(module)
+            adapter.prepare_model(structure)
+            return cls(structure, adapter, native=module)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{name}: {error}. {HOW_TO_ADD}") from None
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{name}: the adapter for {architecture} expects a part that this module does not "
+                f"have ({error}). {HOW_TO_ADD}"
+            ) from error
+
     adapter: Any
     _image_size: tuple[int, int] | None = None
 
     native: nn.Module
     """The module that was loaded or passed in; it contains no bridge component."""
-    made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge]
-    """Makes a bridge over a copied or unpickled native module, from what this one has beside it."""
 
     # ------------------------------------------------------------------ forward
 
@@ -339,3 +359,14 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
 
 def _as_list(names: str | list[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
+
+
+def _make_adapter(adapter_class: Any, architecture: str, module: nn.Module, name: str) -> Any:
+    # The adapter reads the true sizes from the module in prepare_model.
+    cfg = TransformerBridgeConfig(
+        d_model=1, d_head=1, n_layers=1, n_ctx=1, n_heads=1, act_fn="gelu"
+    )
+    cfg.architecture, cfg.model_name = architecture, name
+    parameter = next(module.parameters())
+    cfg.device, cfg.dtype = str(parameter.device), parameter.dtype
+    return adapter_class(cfg)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vision_plugin._paths import local_path
 
+HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
+
 
 class UnsupportedModelError(ValueError):
     """No adapter fits a module; the message says which part did not match."""

@@ -43,7 +43,6 @@ class Weights:
     cfg: Any
     hook_dict: Any
     native: nn.Module
-    made_again: Callable[[nn.Module, dict[str, Any]], Any]
     original_model: nn.Module
     revision: str | None
     image_processor: Any
@@ -213,9 +212,8 @@ class Weights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a bridge over a copy of the native module, with copies of what is attached."""
-        memo[id(self)] = again = self.made_again(
-            copy.deepcopy(self.native, memo), copy.deepcopy(self._belongings(), memo)
-        )
+        native, kept = copy.deepcopy((self.native, self._belongings()), memo)
+        memo[id(self)] = again = bridge_again(type(self), native, kept)
         return again
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -230,7 +228,7 @@ class Weights:
                 f"{self.cfg.model_name} has SAEs attached, which SAELens does not let pickle: "
                 "detach them with reset_saes() and save each with sae.save_model(path)"
             )
-        return self.made_again, (self.native, kept)
+        return bridge_again, (type(self), self.native, kept)
 
     def _belongings(self) -> dict[str, Any]:
         """Return what a bridge has beside its native module."""
@@ -246,6 +244,28 @@ class Weights:
             "splices": self._spliced(),  # type: ignore[attr-defined]
             "hooks": self._user_hooks(),  # type: ignore[attr-defined]
         }
+
+
+def share_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of a module's structure that shares the module's parameters and buffers."""
+    shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def bridge_again(bridge_class: Any, native: nn.Module, kept: dict[str, Any]) -> Any:
+    """Return a bridge over a copied or unpickled native module, see ``Weights._belongings``."""
+    names = ("name", "architecture", "adapter_class")
+    bridge = bridge_class.over(native, **{name: kept[name] for name in names})
+    bridge.adapter.tower_dimensions = kept["dimensions"]
+    bridge.image_processor, bridge.tokenizer = kept["image_processor"], kept["tokenizer"]
+    bridge.revision = kept["revision"]
+    for flag in kept["flags"]:
+        getattr(bridge, f"set_{flag}")(True)
+    for sae, tokens, use_error_term in kept["splices"]:
+        bridge.add_sae(sae, use_error_term, tokens=tokens, check_model=False)
+    for hook_name, direction, function, is_permanent in kept["hooks"]:
+        bridge.hook_dict[hook_name].add_hook(function, dir=direction, is_permanent=is_permanent)
+    return bridge
 
 
 def _tensors(modules: Iterator[nn.Module]) -> Iterator[dict[str, Any]]:

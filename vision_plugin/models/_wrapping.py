@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
-from itertools import chain
 from typing import Any
 
 from PIL import Image
 from torch import nn
 
 from vision_plugin.models._bridge import VisionBridge
-from vision_plugin.models._errors import UnsupportedModelError
+from vision_plugin.models._errors import HOW_TO_ADD, UnsupportedModelError
 from vision_plugin.models._processing import (
     HuggingFaceImages,
     HuggingFaceTexts,
@@ -26,7 +24,6 @@ from vision_plugin.models._square_patches import SquarePatches
 
 ENTRY_POINTS = "transformer_lens.architectures"
 OWN_ENTRY_POINTS = "vision_plugin.architectures"
-_HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
 _LIBRARIES = {"timm": "Timm", "open_clip": "OpenClip"}
 """Prefix of an architecture's entry-point name, by the library that defines the module class."""
 
@@ -67,47 +64,20 @@ def wrap(
             tokenizer=tokenizer,
             revision=revision,
         )
-    bridge = _bridge(module, name, architecture, adapter_class)
+    bridge = VisionBridge.over(
+        module, name=name, architecture=architecture, adapter_class=adapter_class
+    )
     adapter, images = bridge.adapter, _image_processor(image_processor)
     bridge.image_processor, bridge.revision = images, revision
-    bridge.tokenizer = _text_processor(tokenizer, module, adapter)
-    if adapter.tower_dimensions.any_size and images is not None:
-        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
-    return bridge
-
-
-def _bridge(module: nn.Module, name: str, architecture: str, adapter_class: Any) -> VisionBridge:
-    """Return a bridge without any preprocessing.
-
-    Raises:
-        UnsupportedModelError: a part did not match the adapter.
-    """
-    adapter = _make_adapter(adapter_class, architecture, module, name)
     try:
-        structure = share_weights(module)
-        adapter.prepare_model(structure)
-        return VisionBridge(structure, adapter, native=module, made_again=bridge_again)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
+        bridge.tokenizer = _text_processor(tokenizer, module, adapter)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{name}: the adapter for {architecture} expects a part that this module does not "
-            f"have ({error}). {_HOW_TO_ADD}"
+            f"{name}: tokenizer= needs a model with a text tower, and this one does not say how "
+            f"long its texts are ({error}). Leave tokenizer= out"
         ) from error
-
-
-def bridge_again(module: nn.Module, kept: dict[str, Any]) -> VisionBridge:
-    """Return a bridge over a copied or unpickled native module, see ``Weights._belongings``."""
-    bridge = _bridge(module, kept["name"], kept["architecture"], kept["adapter_class"])
-    bridge.adapter.tower_dimensions = kept["dimensions"]
-    bridge.image_processor, bridge.tokenizer = kept["image_processor"], kept["tokenizer"]
-    bridge.revision = kept["revision"]
-    for flag in kept["flags"]:
-        getattr(bridge, f"set_{flag}")(True)
-    for sae, tokens, use_error_term in kept["splices"]:
-        bridge.add_sae(sae, use_error_term, tokens=tokens, check_model=False)
-    for hook_name, direction, function, is_permanent in kept["hooks"]:
-        bridge.hook_dict[hook_name].add_hook(function, dir=direction, is_permanent=is_permanent)
+    if adapter.tower_dimensions.any_size and images is not None:
+        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
     return bridge
 
 
@@ -138,7 +108,7 @@ def find_adapter(module: nn.Module) -> tuple[str, Any]:
     cls = type(module)
     raise UnsupportedModelError(
         f"no adapter for {cls.__module__}.{cls.__name__}. Supported: "
-        f"{', '.join(sorted(adapters()))}. {_HOW_TO_ADD}"
+        f"{', '.join(sorted(adapters()))}. {HOW_TO_ADD}"
     )
 
 
@@ -153,7 +123,7 @@ def _part(module: nn.Module, path: str, name: str) -> nn.Module:
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{name}: a {type(module).__name__} has its vision tower in {path!r}, but this one "
-            f"has no such part. {_HOW_TO_ADD}"
+            f"has no such part. {HOW_TO_ADD}"
         ) from error
 
 
@@ -161,25 +131,6 @@ def _processed_size(dims: Any, images: ImageProcessor) -> Any:
     """Return the sizes of a tower that takes any image, with its preprocessing's image size."""
     height, width = images([Image.new("RGB", (dims.image_size[1], dims.image_size[0]))]).shape[-2:]
     return replace(dims, image_size=(height, width))
-
-
-def share_weights(module: nn.Module) -> nn.Module:
-    """Return a copy of a module's structure that shares the module's parameters and buffers."""
-    shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
-    return copy.deepcopy(module, shared)
-
-
-def _make_adapter(adapter_class: Any, architecture: str, module: nn.Module, name: str) -> Any:
-    from transformer_lens.config import TransformerBridgeConfig
-
-    # The adapter reads the true sizes from the module in prepare_model.
-    cfg = TransformerBridgeConfig(
-        d_model=1, d_head=1, n_layers=1, n_ctx=1, n_heads=1, act_fn="gelu"
-    )
-    cfg.architecture, cfg.model_name = architecture, name
-    parameter = next(module.parameters())
-    cfg.device, cfg.dtype = str(parameter.device), parameter.dtype
-    return adapter_class(cfg)
 
 
 def _image_processor(processor: Any) -> ImageProcessor | None:
