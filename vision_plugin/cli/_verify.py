@@ -41,9 +41,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def checker(path: str) -> Callable[[str], Any]:
     """Return the function that checks what is in a folder; a store's where nothing tells."""
-    from vision_plugin import activations, formats, report
+    from vision_plugin import activations, formats
+    from vision_plugin.report import verify as verify_report
 
     folder = local_path(path)
     if (folder / "report.json").exists():
-        return report.verify
-    return formats.verify if (folder / "cfg.json").exists() else activations.verify
+        return verify_report
+    if (folder / "cfg.json").exists():
+        return formats.verify
+    return activations.verify

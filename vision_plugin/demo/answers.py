@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vision_plugin.demo import Concept, Scene
+from vision_plugin.metrics import SteerabilityResult
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import steering_effect
 
@@ -23,8 +23,8 @@ LEAST_IMAGES = 20
 """Fewest images that a latent fires on to be steered."""
 IMAGES = 40
 """Number of images to ask about."""
-TIMES = 3.0
-"""Value that a latent is held at, as a multiple of its largest on any image."""
+PER_QUESTION = 2
+"""Most latents that are steered for one question."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Naming:
     concepts: tuple[Concept, ...]
     names: list[int]
     """The concept of each latent."""
-    margin: list[float]
-    """Cosine by which the concept is ahead of the next that answers the same question."""
 
     def question(self, latent: int) -> list[int]:
         """Return the concepts that answer one question: those that name the same factors."""
@@ -60,36 +58,36 @@ def name_latents(
     weights = latents.to_dense().double()
     weights = weights / weights.sum(0).clamp(min=1e-12)
     apart = weights.T @ embeddings.double() - embeddings.double().mean(0)
-    similarity = torch.nn.functional.normalize(apart, dim=1) @ texts.double().T
-    names: list[int] = similarity.argmax(1).tolist()
-    margins = []
-    for row, name in zip(similarity, names, strict=True):
-        factor = concepts[name].factor
-        others = [i for i, c in enumerate(concepts) if c.factor == factor and i != name]
-        margins.append(float(row[name] - row[others].max()) if others else 0.0)
-    return Naming(tuple(concepts), names, margins)
+    names: list[int] = (apart @ texts.double().T).argmax(1).tolist()
+    return Naming(tuple(concepts), names)
 
 
-def choose_latents(naming: Naming, n_active: Tensor, n: int) -> list[int]:
-    """Return the latents that their names single out best, as many of each question as can be.
+def choose_latents(
+    naming: Naming, steered: SteerabilityResult, n_active: Tensor, n: int
+) -> list[int]:
+    """Return the most steerable latents whose names agree with what steering makes of them.
+
+    A name says which images a latent fires on, and is not made by steering. Each name is taken
+    once, and each question :data:`PER_QUESTION` times at most.
 
     Args:
         naming: Names of the latents.
+        steered: What steering makes of each latent, on a few images.
         n_active: Number of images that each latent fires on.
         n: Number of latents to choose.
     """
-    common = [k for k, count in enumerate(n_active.tolist()) if count >= LEAST_IMAGES]
-    ranked = sorted(common, key=lambda k: -naming.margin[k])
-    best: dict[int, int] = {}
-    for latent in ranked:  # one latent for each name
-        best.setdefault(naming.names[latent], latent)
-    turn: Counter[str] = Counter()
-    in_turn = []
-    for name, latent in best.items():
+    top, counts = steered.top_concept.tolist(), n_active.tolist()
+    chosen: dict[int, int] = {}
+    asked: Counter[str] = Counter()
+    for latent in steered.score.nan_to_num(-1).argsort(descending=True).tolist():
+        name = naming.names[latent]
         factor = naming.concepts[name].factor
-        in_turn.append((turn[factor], -naming.margin[latent], latent))
-        turn[factor] += 1
-    return [latent for *_, latent in sorted(in_turn)[:n]]
+        if counts[latent] < LEAST_IMAGES or top[latent] != name or name in chosen:
+            continue
+        if asked[factor] < PER_QUESTION and len(chosen) < n:
+            chosen[name] = latent
+            asked[factor] += 1
+    return list(chosen.values())
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def ask(
     latent: int,
     *,
     naming: Naming,
-    largest: float,
+    strength: float,
     images: Any,
     scenes: Sequence[Scene],
     texts: Tensor,
@@ -133,7 +131,7 @@ def ask(
         sae: The SAE.
         latent: Number of the latent.
         naming: Names of the latents.
-        largest: Largest value of the latent on any image.
+        strength: Value to hold the latent at.
         images: The images.
         scenes: What they show.
         texts: Embeddings of the concepts.
@@ -141,7 +139,6 @@ def ask(
     concept = naming.concepts[naming.names[latent]]
     lacking = [i for i, scene in enumerate(scenes) if not concept.shown_in(scene)][:IMAGES]
     pixels = model.preprocess([images[i] for i in lacking])
-    strength = TIMES * largest
 
     def answers(question: list[int]) -> tuple[Tensor, Tensor]:
         found = steering_effect(

@@ -258,21 +258,21 @@ def _steer(
     scenes: tuple[Scene, ...],
     texts: Tensor,
 ) -> dict[int, Answers]:
-    """Return the answers while the latents are held that their names single out best."""
-    latents = evaluation.encoded.latents.to_dense()
-    chosen = choose_latents(naming, (latents > 0).sum(0), cfg.steered_latents)
+    """Return the answers while latents are held whose names agree with what steering makes."""
+    n_active = evaluation.monosemanticity["sae"].n_active
+    steered = evaluation.steerability["sae"]
     return {
         latent: ask(
             model,
             sae,
             latent,
             naming=naming,
-            largest=float(latents[:, latent].max()),
+            strength=evaluation.config.strength,
             images=images,
             scenes=scenes,
             texts=texts,
         )
-        for latent in chosen
+        for latent in choose_latents(naming, steered, n_active, cfg.steered_latents)
     }
 
 

@@ -165,7 +165,7 @@ def _embedded(blob: bytes, budget: Budget) -> torch.Tensor:
 def _bytes(read: Callable[[int], bytes], n_bytes: int) -> torch.Tensor:
     """Return so many bytes as a tensor; the last read checks a zip's checksum."""
     made = torch.empty(n_bytes, dtype=torch.uint8)
-    room = memoryview(made.numpy())
+    room = memoryview(made.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
     at = 0
     while at < n_bytes:
         chunk = read(min(_CHUNK, n_bytes - at))

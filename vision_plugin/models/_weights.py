@@ -72,23 +72,16 @@ class Weights:
 
     # ------------------------------------------------------------------ names
 
-    def state_dict(
-        self,
-        *,
-        destination: dict[str, Any] | None = None,
-        prefix: str = "",
-        keep_vars: bool = False,
-    ) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the native module's state, under the native module's names.
 
         So it is a checkpoint of the native library: ``module.load_state_dict`` takes it.
+
+        Args:
+            *args: As torch's ``Module.state_dict`` takes them.
+            **kwargs: Likewise.
         """
-        state: dict[str, Any] = self.native.state_dict(
-            destination=destination,  # type: ignore[type-var]
-            prefix=prefix,
-            keep_vars=keep_vars,
-        )
-        return state
+        return self.native.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

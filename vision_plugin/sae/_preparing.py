@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
-from vision_plugin._inputs import usable_device
+from vision_plugin._device import usable_device
 from vision_plugin.activations import ActivationStore
 from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model

@@ -80,8 +80,9 @@ class SparseBatchTopKTrainingSAEConfig(_NamedAsStock, BatchTopKTrainingSAEConfig
 
 
 @dataclass
-class SparseMatryoshkaBatchTopKTrainingSAEConfig(  # type: ignore[misc]
-    _NamedAsStock, MatryoshkaBatchTopKTrainingSAEConfig
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(
+    _NamedAsStock,
+    MatryoshkaBatchTopKTrainingSAEConfig,  # type: ignore[misc]
 ):
     """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
@@ -255,12 +256,13 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
         """SAELens's moving average, without a branch that waits for the device."""
-        rate, before = self.cfg.topk_threshold_lr, self.topk_threshold
+        rate: float = self.cfg.topk_threshold_lr
+        before: Tensor = self.topk_threshold
         # A last infinity, since there may be no entries.
         positive = torch.where(acts_topk > 0, acts_topk, torch.inf).flatten()
         lowest = torch.cat([positive, positive.new_full((1,), torch.inf)]).amin().to(before.dtype)
         after = (1 - rate) * before + rate * lowest
-        self.topk_threshold = torch.where((acts_topk > 0).any(), after, before)
+        self.topk_threshold: Tensor = torch.where((acts_topk > 0).any(), after, before)
 
     @torch.no_grad()
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
