@@ -56,7 +56,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is larger than the limit, or no regular file.
+        ValueError: it is larger than the limit, no regular file, or the system cannot read it.
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -64,7 +64,12 @@ def read_regular(path: Path, limit: int) -> bytes:
             raise ValueError(
                 f"{path} has {size:,} bytes, above the limit of {limit:,}: make it smaller"
             )
-        return stream.read(size)
+        try:
+            return stream.read(size)
+        except OSError as error:  # it does not say of which file
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}): copy it again, or name another file"
+            ) from error
 
 
 def read_json(

@@ -264,3 +264,31 @@ def test_a_manifest_that_claims_more_than_there_can_be(
     assert "images.n_images: expected a number from 1 to" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seed", "x"), "Error parsing --seed: invalid literal for int() with base 10: 'x'"),
+        (("--seed",), "Missing value for argument '--seed'. Expected 1 values"),
+        (("--nosuch", "1"), "Unrecognized options: --nosuch 1"),
+        (("nosuch",), "Unrecognized options: nosuch"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_one_sentence(
+    flags: tuple[str, ...], said: str, refused: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(LINES["demo"], *flags)
+    assert told == f"vision-plugin demo: {said}: vision-plugin demo --help lists the flags"
+
+
+def test_a_long_value_is_not_repeated(refused: Any) -> None:
+    for command in ("verify", "info"):
+        assert len(refused(f"{command} {'x' * 20_000}")) < 300
+
+
+def test_a_file_is_no_model(refused: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(DEEP)
+    line = LINES["extract"].replace("{clip}", str(path))
+    assert "model.json is no folder, so it holds no Hugging Face checkpoint" in refused(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -31,7 +32,7 @@ MANNERS = ("read", "refused", "unclear", "traceback", "hang", "memory", "canary"
 _NO_MEMORY = re.compile(
     r"MemoryError|[Cc]annot allocate|can't allocate|[Uu]nable to allocate|malloc"
 )
-_LONGEST_MESSAGE = 2000
+_LONGEST_MESSAGE = 2100
 _ROOM = 3 << 30
 """Bytes that an input may ask for: more than it may use, so that who uses them is seen."""
 
@@ -183,20 +184,25 @@ class _Watch:
         self.running = False
 
     def hangs(self, patience: float) -> bool:
-        state, spent = self._state()
+        awake, spent = self._state()
         waited = time.monotonic() - self._began
         self.seconds = spent - self._spent
-        self._asleep = self._asleep + 1 if state in "SD" else 0
+        self._asleep = 0 if awake else self._asleep + 1
         if self._asleep > 10 and waited > SECONDS and self.seconds < waited / 4:
             self.seconds, self.killed = waited, True
         # Half as long again: an input that ends by itself says more about what it did.
         self.killed |= self.seconds > 1.5 * max(patience, SECONDS) or waited > 30 * patience
         return self.killed
 
-    def _state(self) -> tuple[str, float]:
-        """Return the state of the process, and the processor time that it has taken."""
-        fields = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def _state(self) -> tuple[bool, float]:
+        """Return whether any thread of the process runs, and the processor time it has taken."""
+        states, ticks = set[str](), 0
+        for thread in Path(f"/proc/{self.child}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # it may have ended meanwhile
+                fields = thread.read_text().rpartition(")")[2].split()
+                states.add(fields[0])
+                ticks += int(fields[11]) + int(fields[12])
+        return not states <= {"S"}, ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _work(cases: Sequence[Case], sandbox: Sandbox, writer: int) -> None:

@@ -152,7 +152,8 @@ def _finish(line: tuple[str, ...], folder: Path, *, may_exist: bool = False) -> 
     status = ended(in_child(lambda: _run(line, folder)))
     # A result that was complete when its process was killed may be refused as already there.
     if status and not may_exist:
-        raise RuntimeError(f"{' '.join(line)} ended with {status}")
+        told = (folder.parent / "told.txt").read_text()
+        raise RuntimeError(f"{' '.join(line)} ended with {status}: {told[-500:]}")
 
 
 def _run(line: tuple[str, ...], folder: Path) -> None:

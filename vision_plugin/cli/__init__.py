@@ -89,13 +89,17 @@ def usage() -> str:
     )
 
 
-_LONGEST = 2000
-"""Characters of an error that are shown: one may repeat what stands in a hostile file."""
+_LONGEST, _LONGEST_WORD = 2000, 300
+"""Characters of an error, and of a word in it, that are shown: one may repeat a hostile file."""
 
 
 def _told(error: Exception) -> tuple[int, str]:
     """Return the exit status after an error, and its text as one line that is fit to print."""
-    text = " ".join(str(error).split())[:_LONGEST]
+    words = (
+        word if len(word) <= _LONGEST_WORD else f"{word[:80]}…{word[-20:]}"
+        for word in str(error).split()
+    )
+    text = " ".join(words)[:_LONGEST]
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 1, text

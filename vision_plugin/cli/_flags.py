@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +22,7 @@ _parsed: list[type] = []
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: str) -> T:
-    """Return a frozen configuration from flags; exit with 2 on a line that cannot be read.
+    """Return a frozen configuration from flags.
 
     Args:
         cls: A dataclass; the string below each field is its help.
@@ -29,18 +31,33 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
         description: First text of ``--help``.
 
     Raises:
-        ValueError: the configuration refuses the values.
+        ValueError: the line cannot be read, or the configuration refuses the values.
     """
     _parsed[:] = [cls]
     # The reader of flags would draw a box around what the configuration's own checks say.
     has_checks = hasattr(cls, "__post_init__")
-    flags: Any = tyro.cli(
-        flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls,
-        args=list(arguments),
-        prog=f"vision-plugin {command}",
-        description=description,
-    )
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            flags: Any = tyro.cli(
+                flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls,
+                args=list(arguments),
+                prog=f"vision-plugin {command}",
+                description=description,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_sentence(box.getvalue(), command)) from None
     return pick(cls, flags) if has_checks else flags
+
+
+def _sentence(box: str, command: str) -> str:
+    """Return what the reader of flags says in a box, below a title and above help, as a line."""
+    unframed = box.translate(dict.fromkeys(map(ord, "╭╮╰╯│"), " "))
+    _, *parts = (" ".join(part.split()) for part in re.split(r"[─-]{8,}", unframed))
+    said = next(filter(None, parts), "the line cannot be read").rstrip(".")
+    return f"{said}: vision-plugin {command} --help lists the flags"
 
 
 def as_flags(message: str, cls: type | None = None) -> str:

@@ -306,7 +306,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
     names = tuple(line.strip() for line in _lines(listed) if line.strip())
 
     def of_image(image: int) -> dict[int, Any]:
-        path = root / f"{Path(images.ids[image]).with_suffix('')}.png"
+        path = local_path(root / f"{Path(images.ids[image]).with_suffix('')}.png")
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"image {images.ids[image]!r} names a mask outside {folder}")
         if not path.is_file():

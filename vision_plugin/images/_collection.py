@@ -80,8 +80,14 @@ def label_text(value: Any) -> str:
 
 def no_column(name: str, columns: Sequence[str], where: str) -> str:
     """Return the message for a column that does not exist."""
-    have = f"it has {', '.join(columns)}" if columns else "it has none beside the image"
+    have = f"it has {listed(columns)}" if columns else "it has none beside the image"
     return f"{where} has no column {name!r}: {have}"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names with commas between them, the first few of very many."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def hash_ids(ids: Sequence[str]) -> str:
@@ -115,10 +121,10 @@ def find_image_column(
         return images[0]
     if not images:
         raise ValueError(
-            f"{where} has no column with images among {', '.join(columns) or 'none'}: name the "
-            "one to use with column= (image_column= in a configuration)"
+            f"{where} has no column with images among {listed(columns) or 'none'}: name the one "
+            "to use with column= (image_column= in a configuration)"
         )
     raise ValueError(
-        f"{where} has several columns with images, {', '.join(images)}: name the one to use "
+        f"{where} has several columns with images, {listed(images)}: name the one to use "
         "with column= (image_column= in a configuration)"
     )

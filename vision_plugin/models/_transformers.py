@@ -53,6 +53,11 @@ def _local_folder(name: str) -> str:
     if name == "demo":
         return str(import_module("vision_plugin.demo").checkpoint_path())
     folder = local_path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{name} is no folder, so it holds no Hugging Face checkpoint: name the folder that it "
+            "was saved to"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{name} is a folder without a config.json, so it holds no Hugging Face checkpoint"

@@ -198,19 +198,17 @@ def with_flag(line: Sequence[str], name: str, given: str | None) -> list[str]:
     return [*kept, flag] if given is None else [*kept, flag, given]
 
 
-def lines() -> Iterator[tuple[str, str, list[str], tuple[str, ...]]]:
-    """Yield command, what is hostile, the line, and texts of which a refusal must hold one."""
+def lines() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield command, what is hostile, and the line."""
     for command, base in BASES.items():
         if command in ("info", "verify"):
             for given in PATHS:
-                words = [] if given is None else [given]
-                yield command, _short(given), words, (str(given)[:20], command)
+                yield command, _short(given), [] if given is None else [given]
         else:
             for name, hint in flags_of(command).items():
                 for given in values_for(name, hint):
                     line = with_flag(base, name, given)
-                    says = (name, name.replace("_", "-"), *([given[:20]] if given else []))
-                    yield command, f"--{name} {_short(given)}", line, says
+                    yield command, f"--{name} {_short(given)}", line
         for what, line in (
             ("no flags", [] if command != "info" else ["a", "b"]),
             ("an unknown flag", [*base, "--nosuch", "1"]),
@@ -219,7 +217,7 @@ def lines() -> Iterator[tuple[str, str, list[str], tuple[str, ...]]]:
             ("half a flag", [*base, "--"]),
             ("a flag of one dash", [*base, "-x"]),
         ):
-            yield command, what, line, ("",)
+            yield command, what, line
 
 
 def _short(given: str | None) -> str:
@@ -302,7 +300,7 @@ def rules() -> tuple[Rule, ...]:
     return tuple(
         Rule(
             *(f"vision-plugin {command}", what, 1, put, partial(command_line, [command, *line])),
-            *(says, 60.0, True),
+            *((f"vision-plugin {command}: ",), 60.0, True),
         )
-        for command, what, line, says in lines()
+        for command, what, line in lines()
     )

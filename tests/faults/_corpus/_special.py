@@ -67,7 +67,7 @@ WAYS = {
     "/proc/self/mem": partial(link, "/proc/self/mem"),
     "/proc/self/environ": partial(link, "/proc/self/environ"),
     "/proc/self/pagemap": partial(link, "/proc/self/pagemap"),
-    "file of 10 GB": partial(sparse, 10 << 30),
+    "file of 2 GB": partial(sparse, 2 << 30),
     "file of 900 MB": partial(sparse, 900 << 20),
     "file of 1 TB": partial(sparse, 1 << 40),
 }
