@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test check exports quality clean
+.PHONY: setup demo test hostile check exports quality clean
 
 setup: $(READY)
 
@@ -20,6 +20,11 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The whole hostile corpus, and a thousand kills: two hours on two cores.
+hostile: $(READY)
+	$(BIN)/python -m benchmarks.hostile
+	$(BIN)/python -m benchmarks.kills
 
 # Hours on two cores. PEERS names the Python of an environment that has the peers; the script says how.
 quality: $(READY)

@@ -12,7 +12,7 @@ those of some hundred images, so that what is compared is how well each trainer 
 The peers need an environment of their own, whose Python ``--peers`` names:
 
     uv venv peers && uv pip install --python peers/bin/python \
-        dictionary_learning==0.1.0 overcomplete eai-sparsify
+        dictionary_learning==0.1.0 overcomplete eai-sparsify "matplotlib<3.9"
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -219,7 +220,11 @@ def train_peer(
     path.write_text(json.dumps(job))
     script = Path(__file__).with_name("_quality_peers.py")
     done = subprocess.run(
-        [python, str(script), str(path)], capture_output=True, text=True, check=False
+        [python, str(script), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SPARSIFY_DISABLE_TRITON": "1"},  # its kernel has no CPU
     )
     if done.returncode:
         raise RuntimeError(f"{trainer} {kind} failed: {done.stderr.strip()[-800:]}")

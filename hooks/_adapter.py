@@ -46,6 +46,8 @@ class Dimensions:
     """Width of a head; None stands for ``d_model / n_heads``."""
     any_size: bool = False
     """Whether the tower takes images of any size, so that the preprocessing sets the size."""
+    pads: bool = False
+    """Whether images are padded to whole patches; otherwise what is over at the edge is dropped."""
     rotary: bool = False
     """Whether attention rotates queries and keys by their position."""
 
@@ -57,7 +59,11 @@ class Dimensions:
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """Return the order of the tokens in the residual stream."""
         height, width = image_size or self.image_size
-        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        over = [side - 1 if self.pads else 0 for side in self.patch_size]
+        grid = (
+            (height + over[0]) // self.patch_size[0],
+            (width + over[1]) // self.patch_size[1],
+        )
         return TokenLayout(n_cls=self.n_cls, n_registers=self.n_registers, grid=grid)
 
 

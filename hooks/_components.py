@@ -168,7 +168,8 @@ class VisionAttentionBridge(AttentionBridge):
         q, k, v = self.project(hidden, **kwargs)
         scores = _masked(torch.matmul(q, k.transpose(-1, -2)) * self.scaling, attention_mask)
         scores_seen, scores_edited = _fire(self.hook_attn_scores, scores)
-        pattern = _softmax(scores_seen, q.dtype)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        pattern = _softmax(scores_seen, q.dtype, exact)
         pattern_seen, pattern_edited = _fire(self.hook_pattern, pattern)
         if scores_edited or pattern_edited or (torch.is_grad_enabled() and pattern.requires_grad):
             z = torch.matmul(pattern_seen.to(v.dtype), v)
@@ -315,8 +316,8 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores + mask
 
 
-def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+def _softmax(scores: Tensor, dtype: torch.dtype, inner: torch.dtype = torch.float32) -> Tensor:
+    return torch.nn.functional.softmax(scores, dim=-1, dtype=inner).to(dtype)
 
 
 def _attention_implementation(module: Any) -> str:

@@ -162,6 +162,7 @@ def dimensions(tower: Any) -> Dimensions:
         n_channels=tower.in_chans,
         d_head=block.attn.head_dim,
         any_size=bool(tower.dynamic_img_size),
+        pads=bool(getattr(embed, "dynamic_img_pad", False)),
         rotary=getattr(tower, "rope", None) is not None,
     )
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "activations": 16,
     "evaluation": 31,
-    "formats": 12,
-    "images": 5,
+    "formats": 15,
+    "images": 7,
     "models": 16,
     "sae": 22,
     "steering": 11,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|privateuseone)(:[0-9]{1,4})?")
+from vision_plugin._device import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Inputs:
     image_column: str | None = None
     """Column that holds the images; name it where a data set has several."""
     split: str | None = None
-    """Split of a data set; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
     model_name: str | None = None
     """Model, as ``vp.load_model`` takes it; by default the one that the SAE's metadata names."""
     device: str = "cpu"
@@ -89,40 +90,32 @@ class Inputs:
         return of_any
 
 
-def check_device(device: str | None) -> None:
-    """Raise unless a text names a kind of device; whether this machine has it is another question.
+def sentences(template: str, names: Iterable[object], *, argument: str) -> list[str]:
+    """Return a sentence about each name.
+
+    Args:
+        template: Sentence with one ``{}``, the place of the name.
+        names: Concepts or classes.
+        argument: Name of the argument that holds the template, for errors.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the template does not have one place for the name.
     """
-    if device is not None and _DEVICE.fullmatch(device) is None:
-        raise ValueError(
-            f"device={device[:40]!r} is no device: use cpu, cuda, cuda:1 for the second GPU, mps "
-            "or xpu"
-        )
+    check_template(template, argument=argument)
+    return [template.format(name) for name in names]
 
 
-def usable_device(device: Any) -> Any:
-    """Return a device, a name or a ``torch.device``, once something was computed on it.
-
-    Raises:
-        ValueError: this machine has no such device, or PyTorch was built without it.
-    """
-    if str(device) in ("cpu", "None"):
-        return device
-    import torch
-
+def check_template(template: str, *, argument: str) -> None:
+    """Raise ValueError unless a template has one place for a name, ``{}``."""
     try:
-        if torch.zeros(1, device=device).add(1).item() == 1:
-            return device
-        reason = "it computes 0 + 1 wrongly"
-    except Exception as error:  # the kind of error is the backend's own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    n_gpus = torch.cuda.device_count()
-    here = ["cpu", *(f"cuda:{number}" for number in range(n_gpus))]
-    raise ValueError(
-        f"device={str(device)!r} cannot be used here ({reason}): this machine has {', '.join(here)}"
-    )
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError:
+        fields = []
+    if fields not in ([""], ["0"]):
+        raise ValueError(
+            f"{argument}={template!r} must have one {{}}, where the name goes, as in "
+            "'a photo of a {}'; without it every name would become the same sentence"
+        )
 
 
 def named(value: Any) -> str:

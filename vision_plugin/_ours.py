@@ -79,7 +79,7 @@ REPORT = Kind(
     marker="report.json",
     is_marked=lambda content: content.get("kind") == "vision_plugin.report",
     contents=re.compile(  # reports of version 0.1.0 keep their images in ``pictures``
-        r"report\.json|\.building|index\.html|data\.js|assets(/[\w.-]+)?"
+        r"report\.json|checksums\.json|\.building|index\.html|data\.js|assets(/[\w.-]+)?"
         r"|features(/[0-9]+\.html)?|(images|pictures)(/[0-9]+\.(png|jpg))?"
     ),
 )

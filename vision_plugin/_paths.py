@@ -13,8 +13,10 @@ def local_path(path: str | Path) -> Path:
     As in a shell, a file whose name begins with ``~`` is itself where there is no such user.
 
     Raises:
-        ValueError: there is no such user, or links lead round in a circle.
+        ValueError: it is empty, there is no such user, or links lead round in a circle.
     """
+    if path == "":
+        raise ValueError("a path is empty (''): name a file or folder, . for the folder you are in")
     written = Path(path)
     try:
         found = written.expanduser()

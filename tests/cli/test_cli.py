@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,23 @@ def _save_another_clip(folder: str, out: Path) -> None:
             parameter.mul_(1.5)
     model.save_pretrained(out)
     AutoProcessor.from_pretrained(folder).save_pretrained(out)
+
+
+def test_steering_leaves_out_images_that_cannot_be_read(
+    sae: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    broken = mixed / "a red circle" / "0.png"
+    broken.write_bytes(b"no image")
+    line = ["steer", "--sae", sae, "--latents", "3", "--concepts", "labels", "--n-images", "6"]
+    path = tmp_path / "effect.json"
+    assert main([*line, "--images", str(mixed), "--output-path", str(path)]) == 0
+    ids = json.loads(path.read_text())["ids"]
+    assert len(ids) == 5
+    assert "a red circle/0.png" not in ids
+    for other in mixed.rglob("*.png"):
+        other.write_bytes(b"no image")
+    capsys.readouterr()
+    assert main([*line, "--images", str(mixed)]) != 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "none of 6 images can be read: image a blue square/0.png: not an image" in said[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -293,3 +294,16 @@ def test_objects_in_hand_are_evaluated_without_a_file(world: SimpleNamespace) ->
     )
     assert result.path is None
     assert list(result.results) == ["fvu"]
+
+
+def test_batches_are_let_go_without_the_garbage_collector(
+    world: SimpleNamespace, tmp_path: Any
+) -> None:
+    gc.collect()
+    gc.disable()  # a batch that is part of a cycle stays until the collector runs
+    try:
+        score(world, tmp_path, metrics=("sparsity", "fvu", "monosemanticity"), batch_size=8)
+        found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.ndim == 4]
+    finally:
+        gc.enable()
+    assert [tuple(tensor.shape) for tensor in found if tensor.shape[0] == 8] == []

@@ -283,7 +283,7 @@ def test_a_value_that_is_not_finite_is_named(name: str, value: float, tmp_path: 
         ({"b_enc": torch.zeros(())}, r"b_enc has shape \(\)"),
         ({"W_enc": torch.zeros(0, 0)}, r"encoder has shape \(0, 0\)"),
         ({"W_enc": torch.zeros(24)}, r"encoder has shape \(24,\)"),
-        ({"b_enc": torch.zeros(6, dtype=torch.int64)}, r"b_enc holds torch.int64"),
+        ({"b_enc": torch.zeros(6, dtype=torch.int64)}, r"b_enc.* holds torch\.int64"),
         ({"r_mag": torch.zeros(6)}, r"also holds \['r_mag'\]"),
         ({"__class__": torch.zeros(6)}, r"also holds \['__class__'\]"),
         ({"../../../etc/passwd": torch.zeros(6)}, r"also holds"),
@@ -320,9 +320,9 @@ def test_a_file_that_is_no_sae_gives_a_named_error(content: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{" + " " * (2 << 20) + "}", "bytes long"),
+        ("{" + " " * (2 << 20) + "}", "above the limit"),
         ('{"activation": "topk", "k": 8, "k": 9}', "twice"),
-        ("[" * 100_000, "truncated or damaged"),
+        ("[" * 100_000, "nested more than 64 deep"),
         ("[]", "not an object"),
         ('{"activation": "topk", "k": "8"}', "'k' = '8'"),
         ('{"activation": "topk", "k": 0}', "k is 0"),

@@ -149,6 +149,17 @@ def test_registering_twice_changes_nothing() -> None:
     assert get_pretrained_saes_directory() == directory
 
 
+def test_a_release_has_what_saelens_says_of_each_sae() -> None:
+    """Of every SAE that it does not show, SAELens's own table says that Neuronpedia has none."""
+    register()
+    for name in read_releases():
+        release = get_pretrained_saes_directory()[name]
+        of_each = (release.expected_l0, release.expected_var_explained, release.neuronpedia_id)
+        for known in of_each:
+            assert known.keys() == release.saes_map.keys(), name
+        assert set(release.neuronpedia_id.values()) == {None}
+
+
 def test_registering_leaves_someone_elses_entry_alone() -> None:
     directory = get_pretrained_saes_directory()
     register()

@@ -152,13 +152,38 @@ class TestTables:
         assert same(source[1], image(1))
         assert source.labels == ["even", "odd", "even", "odd", "even"]
 
+    def test_a_stream_that_map_left_without_features(self) -> None:
+        stream = dataset().to_iterable_dataset().map(lambda row: {"twice": 2 * row["n"]})
+        assert stream.features is None
+        source = open_images(stream, n_images=5)
+        assert same(source[3], image(3))
+        assert source.column("twice") == [0, 2, 4, 6, 8]
+        resized = stream.map(lambda row: {"small": row["image"].resize((4, 4))})
+        with pytest.raises(ValueError, match=r"several columns with images, image, small"):
+            open_images(resized, n_images=5)
+        assert open_images(resized, n_images=5, column="small")[4].size == (4, 4)
+
+    def test_encoded_bytes_are_images_in_every_kind_of_data_set(self) -> None:
+        encoded = dataset().map(lambda row: {"raw": png(image(row["n"]))}, remove_columns=["image"])
+        for given in (encoded, encoded.to_iterable_dataset(), encoded.to_iterable_dataset().map()):
+            source = open_images(given, n_images=3)
+            assert all(same(source[i], image(i)) for i in range(3))
+
+    def test_an_announced_length_is_not_believed_without_end(self) -> None:
+        stream = dataset().to_iterable_dataset()
+        stream.info.splits = datasets.SplitDict()
+        stream.info.splits.add(datasets.SplitInfo("train", num_examples=10**12))
+        with pytest.raises(ValueError, match=r"1,000,000,000,000 rows, above the limit"):
+            open_images(datasets.IterableDatasetDict(train=stream))
+        assert len(open_images(datasets.IterableDatasetDict(train=stream), n_images=7)) == 7
+
     def test_a_stream_of_unknown_length_asks_for_a_number(self) -> None:
         with pytest.raises(ValueError, match="give n_images"):
             open_images(dataset().to_iterable_dataset())
 
     def test_a_stream_that_ends_early_is_an_error(self) -> None:
         source = open_images(dataset(3).to_iterable_dataset(), n_images=5)
-        with pytest.raises(ValueError, match="ends before row 4 of the 5 expected"):
+        with pytest.raises(ValueError, match=r"ends after 3 of the 5 rows .* use n_images=3"):
             source[4]
 
     def test_several_image_columns_have_to_be_told_apart(self) -> None:

@@ -330,3 +330,164 @@ def test_columns_of_sparse_latents_are_those_of_the_dense_ones(chosen: list[int]
         assert torch.equal(latents.columns(torch.tensor(chosen)), dense[:, chosen])
     empty = kernels.SparseLatents(torch.zeros(0), torch.zeros(0).int(), torch.zeros(1).int(), 30)
     assert empty.columns(torch.tensor(chosen)).shape == (0, len(chosen))
+
+
+@pytest.mark.parametrize("d_sae", [40, 4096])
+@pytest.mark.parametrize("where", [[3], [0, 7, 39], list(range(40))])
+def test_nan_is_selected_before_every_number_as_torch_does(d_sae, where):
+    """SAELens's activations keep NaN: a selection that dropped it would train on in silence."""
+    t = inputs(6, 5, d_sae)
+    t["b_enc"][where] = torch.nan
+    pre = t["x"] @ t["W_enc"] + t["b_enc"]
+
+    values, indices = kernels.topk_encode(t["x"], t["W_enc"], t["b_enc"], 4)
+    top = torch.zeros_like(pre).scatter(1, (best := pre.topk(4)).indices, best.values.relu())
+    if len(where) <= 4:
+        expected = top.gather(1, indices.long())
+        torch.testing.assert_close(values, expected, equal_nan=True)
+    assert int(values.isnan().sum()) == int(top.isnan().sum())
+
+    flat = pre.relu().flatten()
+    best = flat.topk(4 * 6)
+    expected = torch.zeros_like(flat).scatter(0, best.indices, best.values).view_as(pre)
+    found = kernels.batch_topk_encode(t["x"], t["W_enc"], t["b_enc"], 4).to_dense()
+    assert int(found.isnan().sum()) == int(expected.isnan().sum())
+    if len(where) * 6 <= 4 * 6:
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+    threshold = torch.linspace(-0.5, 0.5, d_sae, dtype=torch.float64)
+    threshold[1] = torch.nan
+    found = kernels.threshold_encode(t["x"], t["W_enc"], t["b_enc"], threshold).to_dense()
+    torch.testing.assert_close(found, pre.relu() * (pre > threshold), equal_nan=True)
+
+
+def test_nan_beside_a_tie_at_the_boundary_keeps_k_latents():
+    t = inputs(4, 3, 40, kind="zeros")
+    t["b_enc"][20] = torch.nan
+    values, indices = kernels.topk_encode(t["x"], t["W_enc"], t["b_enc"], 3, b_in=t["b_in"])
+    assert indices.tolist() == [[0, 1, 20]] * 4
+    assert values.isnan().tolist() == [[False, False, True]] * 4
+
+
+def _chunked(monkeypatch):
+    from vision_plugin.kernels import _torch_backend
+
+    monkeypatch.setattr(_torch_backend, "_CPU_ELEMENTS", 100)
+
+
+def test_nan_survives_the_choice_among_chunks(monkeypatch):
+    _chunked(monkeypatch)
+    t = inputs(9, 5, 40)
+    t["x"][4] = torch.nan
+    found = kernels.batch_topk_encode(t["x"], t["W_enc"], t["b_enc"], 5).to_dense()
+    assert found[4].isnan().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, 10**6])
+def test_a_latent_that_the_decoder_has_not_is_an_error(wrong):
+    t = inputs(2, 5, 40)
+    indices = torch.tensor([[0, 1], [2, wrong]])
+    values = torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(IndexError, match=f"latent {wrong} is out of range: W_dec has 40 rows"):
+        kernels.sparse_decode(values, indices, t["W_dec"])
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    latents = kernels.SparseLatents(values.flatten(), indices.flatten().int(), offsets, 40)
+    with pytest.raises(IndexError, match=f"latent {wrong} is out of range"):
+        kernels.csr_decode(latents, t["W_dec"])
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 9], [1, 2, 4], [0, 3, 2], []])
+def test_rows_that_are_not_places_of_the_values_are_an_error(offsets):
+    t = inputs(2, 5, 40)
+    places = torch.tensor(offsets, dtype=torch.int32)
+    latents = kernels.SparseLatents(torch.ones(4).double(), torch.arange(4).int(), places, 40)
+    with pytest.raises(ValueError, match="offsets"):
+        kernels.csr_decode(latents, t["W_dec"])
+    short = kernels.SparseLatents(torch.ones(3), torch.arange(4).int(), torch.tensor([0, 4]), 40)
+    with pytest.raises(ValueError, match="4 indices need as many values, got 3"):
+        kernels.csr_decode(short, t["W_dec"])
+
+
+def _forward_mode(function, tensors, name):
+    """The function's derivative along one input, by dual numbers."""
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        return function({**tensors, name: dual})
+
+
+@pytest.mark.parametrize("name", ["x", "W_enc", "b_enc", "b_in", "W_dec"])
+@pytest.mark.parametrize("kind", ["topk", "batch topk", "threshold"])
+def test_forward_mode_is_refused_and_not_zero(name, kind):
+    t = inputs(3, 5, 40)
+
+    def step(t):
+        arguments = (t["x"], t["W_enc"], t["b_enc"])
+        if kind == "topk":
+            values, indices = kernels.topk_encode(*arguments, 4, b_in=t["b_in"])
+            return kernels.sparse_decode(values, indices, t["W_dec"], t["b_dec"])
+        if kind == "batch topk":
+            latents = kernels.batch_topk_encode(*arguments, 4, b_in=t["b_in"])
+        else:
+            latents = kernels.threshold_encode(*arguments, t["b_enc"].detach(), b_in=t["b_in"])
+        return kernels.matryoshka_decode(latents, t["W_dec"], t["b_dec"], [9, 40])
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        _forward_mode(step, t, name)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda v: step({**t, name: v}), (t[name],), (torch.ones_like(t[name]),))
+
+
+def _encoders():
+    def topk(x, W_enc, b_enc, W_dec):
+        values, indices = kernels.topk_encode(x, W_enc, b_enc, 4)
+        return kernels.sparse_decode(values, indices, W_dec)
+
+    def batch_topk(x, W_enc, b_enc, W_dec):
+        latents = kernels.batch_topk_encode(x, W_enc, b_enc, 3.5)
+        return kernels.csr_decode(latents, W_dec)
+
+    def matryoshka(x, W_enc, b_enc, W_dec):
+        latents = kernels.batch_topk_encode(x, W_enc, b_enc, 4)
+        return kernels.matryoshka_decode(latents, W_dec, None, [9, 40])
+
+    def threshold(x, W_enc, b_enc, W_dec):
+        latents = kernels.threshold_encode(x, W_enc, b_enc, torch.zeros_like(b_enc))
+        return kernels.csr_decode(latents, W_dec)
+
+    return {f.__name__: f for f in (topk, batch_topk, matryoshka, threshold)}
+
+
+@pytest.mark.parametrize("name", _encoders())
+def test_a_compiled_sparse_step_is_one_graph(name):
+    step = _encoders()[name]
+    t = inputs(6, 5, 40)
+    eager, compiled = (
+        {n: t[n].clone().requires_grad_() for n in ("x", "W_enc", "b_enc", "W_dec")} for _ in "ab"
+    )
+    expected = step(*eager.values())
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled.values())
+    torch.testing.assert_close(found, expected)
+    expected.pow(2).sum().backward()
+    found.pow(2).sum().backward()
+    for n in eager:
+        torch.testing.assert_close(compiled[n].grad, eager[n].grad)
+
+
+@pytest.mark.parametrize("name", _encoders())
+def test_an_exported_sparse_step_takes_batches_of_any_size(name):
+    step = _encoders()[name]
+
+    class Step(torch.nn.Module):
+        def forward(self, x, W_enc, b_enc, W_dec):
+            return step(x, W_enc, b_enc, W_dec)
+
+    t = inputs(6, 5, 40)
+    weights = (t["W_enc"], t["b_enc"], t["W_dec"])
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    exported = torch.export.export(
+        Step(), (t["x"], *weights), dynamic_shapes=({0: batch}, None, None, None)
+    )
+    x = inputs(17, 5, 40, seed=1)["x"]
+    torch.testing.assert_close(exported.module()(x, *weights), step(x, *weights))

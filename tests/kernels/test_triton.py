@@ -45,6 +45,15 @@ def test_every_kernel_compiles_for_a100_and_h100_without_spills(tmp_path):
     assert {name: found for name, found in report.items() if found["spilled"]} == {}
 
 
+def test_the_annotation_hook_leaves_the_kernels_source_to_triton():
+    from vision_plugin.kernels import _triton_kernels
+
+    for name in ("tile_maxima", "choose_entries", "short_segments", "pair_dots"):
+        kernel = getattr(_triton_kernels, name)
+        assert kernel.fn.__globals__ is vars(_triton_kernels), "Triton would look for tl elsewhere"
+        assert not hasattr(kernel.fn, "__wrapped__")
+
+
 def test_the_variable_length_functions_compile(tmp_path):
     assert _cases("eager", tmp_path) == {"batch topk": "ok"}
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from vision_plugin import kernels
@@ -38,6 +39,10 @@ def interpret() -> dict[str, str]:
     cases["bfloat16 weights"] = _attempt(_half_precision)
     cases["same bits"] = _attempt(_same_bits)
     cases["batch topk"] = _attempt(_batch_topk)
+    for d_sae in (40, 2111):
+        cases[f"strided vectors, {d_sae} latents"] = _attempt(_strided, d_sae)
+        cases[f"NaN, {d_sae} latents"] = _attempt(_not_a_number, d_sae)
+    cases["latents out of range"] = _attempt(_out_of_range)
     return cases
 
 
@@ -132,6 +137,57 @@ def _batch_topk() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def _spread(vector: torch.Tensor) -> torch.Tensor:
+    """The same vector with every other number in memory one of another vector."""
+    return torch.stack([vector, torch.full_like(vector, 7)], dim=1)[:, 0]
+
+
+def _strided(d_sae: int) -> None:
+    t = {name: tensor.detach() for name, tensor in _leaves("random", 5, 4, d_sae).items()}
+    scale = t["W_dec"].norm(dim=1) + 0.5
+    plain = kernels.topk_encode(t["x"], t["W_enc"], t["b_enc"], 3, scale=scale, backend="torch")
+    spread = kernels.topk_encode(
+        t["x"], t["W_enc"], _spread(t["b_enc"]), 3, scale=_spread(scale), backend="triton"
+    )
+    assert torch.equal(spread[1], plain[1]), "index sets differ"
+    torch.testing.assert_close(spread[0], plain[0])
+    latents = kernels.batch_topk_encode(t["x"], t["W_enc"], t["b_enc"], 3, backend="torch")
+    expected = latents.to_dense() @ t["W_dec"]
+    values = _spread(latents.values).requires_grad_()
+    apart = kernels.SparseLatents(
+        values, _spread(latents.indices), _spread(latents.offsets), latents.d_sae
+    )
+    decoded = kernels.csr_decode(apart, t["W_dec"], backend="triton")
+    torch.testing.assert_close(decoded, expected)
+    decoded.sum().backward()
+    torch.testing.assert_close(values.grad, t["W_dec"].sum(1)[latents.indices.long()])
+
+
+def _not_a_number(d_sae: int) -> None:
+    """NaN of either sign is selected before every number, and its neighbours stay in order."""
+    t = {name: tensor.detach() for name, tensor in _leaves("ties", 4, 4, d_sae).items()}
+    b_enc = t["b_enc"].clone()
+    b_enc[[5, d_sae - 1]] = torch.nan
+    b_enc[5] = -b_enc[5]
+    pre = t["x"] @ t["W_enc"] + b_enc
+    order = pre.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
+    expected = order[:, :4].sort(dim=1).values
+    for backend in ("triton", "torch"):
+        values, indices = kernels.topk_encode(t["x"], t["W_enc"], b_enc, 4, backend=backend)
+        assert torch.equal(indices.long(), expected), f"{backend}: index sets differ"
+        assert torch.equal(values, pre.gather(1, expected).relu()) or torch.equal(
+            values.isnan(), pre.gather(1, expected).isnan()
+        )
+
+
+def _out_of_range() -> None:
+    weight = torch.randn(9, 3)
+    for wrong in (9, 10**6, -1):
+        indices = torch.tensor([[0, wrong]])
+        with pytest.raises(IndexError, match=f"latent {wrong} is out of range"):
+            kernels.sparse_decode(torch.ones(1, 2), indices, weight, backend="triton")
+
+
 def compile_ahead() -> dict[str, dict[str, int]]:
     """Registers and spilled bytes of each kernel on sm_80 and sm_90."""
     import triton
@@ -147,10 +203,10 @@ def compile_ahead() -> dict[str, dict[str, int]]:
             "first_part": "*i32", "partial": "*fp32"}  # fmt: skip
     scaled = {"HAS_SCALE": True, "TILE": 32}
     variants = [
-        ("tile_maxima", t.tile_maxima, select | {"maxima": "*fp32", "n": "i32", "n_tiles": "i32"},
+        ("tile_maxima", t.tile_maxima, select | {"maxima": "*i32", "n": "i32", "n_tiles": "i32"},
          scaled | {"TILES": 32}, 4),
         *((f"choose_tiles {width}", t.choose_tiles,
-           {"maxima": "*fp32", "chosen_tiles": "*i32", "n_tiles": "i32", "k": "i32"},
+           {"maxima": "*i32", "chosen_tiles": "*i32", "n_tiles": "i32", "k": "i32"},
            {"N_TILES": width}, warps) for width, warps in ((2048, 4), (4096, 8), (8192, 8))),
         *((f"choose_entries {lanes} {tiles}", t.choose_entries,
            select | {"tiles": "*i32", "values": "*fp32", "indices": "*i32", "n": "i32",

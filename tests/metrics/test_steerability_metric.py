@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -236,12 +237,13 @@ def test_bad_input_is_one_clear_error(
         steerability(**arguments)
 
 
-def test_weights_that_are_not_numbers_name_the_latent(world: SimpleNamespace) -> None:
+def test_weights_that_are_no_numbers_any_more_name_the_latent(world: SimpleNamespace) -> None:
     sae = standard_sae(HOOK, 16)
+    metric = Steerability(world.model, sae, world.texts)
     with torch.no_grad():
         sae.W_dec[4] = math.nan
     with pytest.raises(ValueError, match=r"steering latent 4 \(1 of 6 latents\)"):
-        steerability(world.model, sae, world.pixels, world.texts)
+        metric.update(world.pixels)
 
 
 def test_a_model_without_a_text_space_is_refused() -> None:
@@ -286,3 +288,36 @@ def test_screening_estimates_the_full_score_without_bias() -> None:
         sums.add(torch.tensor([0]), Shift(some.sum(1), Spread.of(some), 3))
         estimates.append(float(sums.upper_bound(torch.tensor([0]), 6, 0.0)))
     assert sum(estimates) / len(estimates) == pytest.approx(full)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("scale", {"scale": 3.0}),
+        ("concepts", {"concepts": list("gfedcba")}),
+        ("concepts", {"concepts": None}),
+        ("text_embeddings", {}),
+    ],
+)
+def test_metrics_of_other_questions_do_not_merge(world, name: str, changed: dict[str, Any]) -> None:
+    options = {"strength": 2.0, "latents": range(4), "concepts": list("abcdefg"), "scale": 2.0}
+    texts = world.texts.flip(0) if name == "text_embeddings" else world.texts
+    mine = Steerability(world.model, world.sae, world.texts, **options)
+    theirs = Steerability(world.model, world.sae, texts, **{**options, **changed})
+    for metric in (mine, theirs):
+        metric.update(world.pixels[:2])
+    before = mine.total.clone()
+    with pytest.raises(ValueError, match=rf"cannot merge.*{name}"):
+        mine.merge_state(theirs)
+    assert torch.equal(mine.total, before)
+    same = Steerability(world.model, world.sae, world.texts * 7.0, **options)
+    same.update(world.pixels[:2])
+    mine.merge_state(same)
+    assert int(mine.n_images) == 4
+
+
+def test_a_curve_refuses_a_single_strength(world) -> None:
+    with pytest.raises(ValueError, match=r"strength=5\.0 has no meaning.*strengths="):
+        steerability_curve(world.model, world.sae, world.pixels, world.texts, strength=5.0)
+    assert "strength" not in inspect.signature(steerability_curve).parameters
+    assert "strength" in inspect.signature(steerability).parameters

@@ -214,6 +214,9 @@ def test_taxonomy_files_that_do_not_fit_are_named(tmp_path):
         metrics.read_taxonomy(bad)
     with pytest.raises(ValueError, match="no entry for 1 images, such as 'b'"):
         metrics.read_taxonomy(bad, image_ids=["a", "b"])
+    bad.write_text('[["x"], ["y"], ["z"]]')
+    with pytest.raises(ValueError, match=r"bad\.json lists 3 paths, but there are 2 images"):
+        metrics.read_taxonomy(bad, image_ids=["a", "b"])
     bad.write_text('["x"]')
     with pytest.raises(ValueError, match="list of paths"):
         metrics.read_taxonomy(bad)

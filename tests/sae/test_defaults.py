@@ -94,6 +94,7 @@ def test_each_can_be_set_otherwise(name: str, value: Any) -> None:
 def test_a_field_of_the_sae_keeps_sae_lens_s_value_where_it_is_named() -> None:
     sae = sae_lens.BatchTopKTrainingSAEConfig(**SHAPE)
     assert runner(left_open(None, sae=sae)).cfg.sae.k == 4  # sqrt(16)
+    sae = sae_lens.BatchTopKTrainingSAEConfig(d_in=16, d_sae=128)
     kept = runner(left_open(None, sae=sae, explicit=("k", "decoder_init_norm"))).cfg.sae
     assert (kept.k, kept.decoder_init_norm) == (100, 0.1)
     with pytest.raises(ValueError, match="explicit names 'kk', but batchtopk has no such field"):
@@ -106,8 +107,8 @@ def test_a_flag_counts_as_set_whatever_its_value() -> None:
 
 
 def test_sae_lens_s_own_defaults_are_one_flag_away() -> None:
-    line = f"{PLACES} --defaults saelens"
-    open_sae = sae_lens.BatchTopKTrainingSAEConfig(**SHAPE)
+    line = f"{PLACES.replace('32', '128')} --defaults saelens"
+    open_sae = sae_lens.BatchTopKTrainingSAEConfig(d_in=16, d_sae=128)
     cfg = dataclasses.replace(
         read_config(line.split()),
         sae=open_sae,
@@ -153,6 +154,52 @@ BAD = {
     "dead_feature_window": (1000, {}, r"dead_feature_window=1000 .* 24 steps.*Use 1"),
     "lr": (3.0, {}, r"lr=3 is too high for 32 latents.*Use 0.004"),
 }
+
+
+BAD_SAE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "more latents active than there are": (
+        *("topk", {"k": 33}, {}),
+        r"k=33 does not fit d_sae=32.*Use 4, or a larger d_sae",
+    ),
+    "more on average": ("batchtopk", {"k": 32.5}, {}, r"k=32.5 does not fit d_sae=32.*Use 4"),
+    "none": ("topk", {"k": 0}, {}, "k=0: it has to be above 0"),
+    "SAELens's k": (*("topk", {"k": 100}, {"defaults": "saelens"}), "k=100 does not fit d_sae=32"),
+    "a target": ("standard", {}, {"target_l0": 40.0}, r"target_l0=40.0 does not fit .*Use 4"),
+    "no width": ("topk", {"d_sae": 0}, {"explicit": ("d_sae",)}, r"d_sae=0: .* above 0.* 8 times"),
+    "a negative width": ("topk", {"d_sae": -5}, {}, "d_sae=-5: it has to be above 0"),
+    "a prefix that is too wide": (
+        *("matryoshka_batchtopk", {"k": 4.0, "matryoshka_widths": [8, 64]}, {}),
+        r"matryoshka_widths=\[8, 64\] do not fit d_sae=32.*use \[2, 8, 22, 32\]",
+    ),
+    "prefixes that shrink": (
+        *("matryoshka_batchtopk", {"k": 4.0, "matryoshka_widths": [16, 8, 32]}, {}),
+        "have to be above 0 and to increase",
+    ),
+    "an unknown type": (
+        *("topk", {"k": 4}, {"dtype": "float33"}),
+        "dtype='float33': use float32, bfloat16, float16, float64",
+    ),
+    "an unknown schedule": (
+        *("topk", {"k": 4}, {"lr_scheduler_name": "sawtooth"}),
+        "lr_scheduler_name='sawtooth': use constant, cosine",
+    ),
+    "no restarts": ("topk", {"k": 4}, {"n_restart_cycles": 0}, "n_restart_cycles=0: .* above 0"),
+    "no buffer": ("topk", {"k": 4}, {"n_batches_in_buffer": 0}, "n_batches_in_buffer=0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAE)
+def test_an_sae_that_cannot_be_trained_is_a_sentence_before_anything_is_opened(name: str) -> None:
+    architecture, inside, others, message = BAD_SAE[name]
+    sae = type(ARCHITECTURES[architecture]())(**{"d_in": 16, "d_sae": 32, **inside})
+    with pytest.raises(ValueError, match=message):
+        left_open(None, architecture, **{"sae": sae, **others})
+
+
+def test_more_restarts_than_steps_between_warm_up_and_decay_are_refused() -> None:
+    changes = {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 30}
+    with pytest.raises(ValueError, match=r"17 steps between .* n_restart_cycles=30.*24 steps"):
+        runner(left_open(None, **changes))
 
 
 @pytest.mark.parametrize("name", BAD)

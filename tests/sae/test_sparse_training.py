@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,7 +295,7 @@ def test_a_stock_configuration_turns_into_its_sparse_counterpart():
         assert type(found) is config
         assert found.normalize_activations == "layer_norm"
         assert found.k == settings["k"]
-        assert found.metadata.training_architecture == config.architecture()
+        assert found.metadata.training_architecture == stock.architecture()
         assert given.metadata.training_architecture == stock.architecture()
         assert sparse_config(found) is found
     other = sae_lens.StandardTrainingSAEConfig(d_in=4, d_sae=8)
@@ -319,6 +321,140 @@ def test_the_reported_activations_act_as_the_dense_tensor():
     torch.testing.assert_close(acts.sum(), dense.sum())
     torch.testing.assert_close(acts @ sparse.W_dec, dense @ sparse.W_dec)
     assert acts.detach().max() == dense.max()
+
+
+def _step(sae, x, *, dead=None):
+    return sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0,
+            is_logging_step=True,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
+def test_what_is_written_to_the_reported_activations_stays_written(name):
+    _, sparse = _pair("batchtopk")
+    acts = getattr(_step(sparse, _mixture(BATCH)), name)
+    expected = acts.clone()
+    for write in (
+        lambda acts: acts.mul_(2),
+        lambda acts: acts[0].fill_(7),
+        lambda acts: acts.__setitem__((slice(2, 4), 5), 3.0),
+        lambda acts: acts.view(-1)[-3:].copy_(torch.arange(3.0)),
+        lambda acts: acts.T[9].add_(1),
+        lambda acts: acts.detach().clamp_(max=5),
+        lambda acts: acts[acts > 4].zero_(),  # of a copy, as ever
+        lambda acts: acts.masked_fill_(acts > 4, -1),
+        lambda acts: torch.add(acts, 1, out=acts),
+    ):
+        write(acts)
+        write(expected)
+        assert torch.equal(acts + 0, expected)
+    assert acts.zero_() is acts
+    assert not bool(acts.bool().float().sum(-1).any())
+    assert not bool(acts.detach().bool().sum(0).any())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lead", [(4, 32), (2, 1, 64), ()])
+def test_a_step_takes_any_axes_before_the_last_as_the_hosts_does(architecture, lead):
+    dense, sparse = _pair(architecture, dtype="float64")
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[::5] = True
+    x = _mixture(BATCH).double()[: torch.Size(lead).numel()]
+    flat, shaped = _step(sparse, x, dead=dead), _step(sparse, x.view(*lead, D_IN), dead=dead)
+    assert shaped.sae_out.shape == (*lead, D_IN)
+    assert shaped.feature_acts.shape == shaped.hidden_pre.shape == (*lead, D_SAE)
+    torch.testing.assert_close(shaped.sae_out, flat.sae_out.view(*lead, D_IN))
+    torch.testing.assert_close(shaped.feature_acts + 0, (flat.feature_acts + 0).view(*lead, D_SAE))
+    for axis in range(len(lead)):
+        found = shaped.feature_acts.bool().float().sum(axis)
+        torch.testing.assert_close(found, (shaped.feature_acts + 0).bool().float().sum(axis))
+    if architecture == "matryoshka_batchtopk" or not lead:
+        expected = flat  # SAELens's Matryoshka takes apart the second axis
+    else:
+        expected = _step(dense, x.view(*lead, D_IN), dead=dead)
+    assert shaped.losses.keys() == expected.losses.keys()
+    for name, loss in expected.losses.items():
+        torch.testing.assert_close(shaped.losses[name], loss)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("n_dead", [0, 3, 400])
+def test_a_step_on_heads_is_the_hosts(architecture, n_dead):
+    dense, sparse = _pair(architecture, dtype="float64")
+    for sae in (dense, sparse):
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[:n_dead] = True
+    x = _mixture(BATCH).double().view(BATCH, 4, D_IN // 4)
+    expected, found = _step(dense, x, dead=dead), _step(sparse, x, dead=dead)
+    torch.testing.assert_close(found.sae_out, expected.sae_out)
+    torch.testing.assert_close(found.feature_acts + 0, expected.feature_acts)
+    for name, loss in expected.losses.items():
+        torch.testing.assert_close(found.losses[name], loss)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_on_nan_has_the_loss_nan_as_the_hosts_has(architecture):
+    dense, sparse = _pair(architecture)
+    for sae in (dense, sparse):
+        sae.b_enc.data[17] = torch.nan
+    expected, found = (_step(sae, _mixture(BATCH)) for sae in (dense, sparse))
+    assert bool(expected.loss.isnan())
+    for name, loss in expected.losses.items():
+        assert bool(found.losses[name].isnan()) == bool(loss.isnan()), name
+    assert bool(found.loss.isnan())
+    assert bool(found.feature_acts[:, 17].isnan().all())
+
+
+@pytest.mark.slow
+def test_a_step_without_dead_latents_compiles_to_one_graph():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sae.compiled_step"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict.fromkeys(
+        (config.architecture() for _, config in CLASSES), "ok"
+    )
+
+
+@pytest.mark.parametrize("values", [[], [-1.0, 0.0], [0.5, 0.0, 2.0], [float("nan"), 3.0]])
+def test_the_threshold_moves_as_the_hosts_does(values):
+    dense, sparse = _pair("batchtopk", topk_threshold_lr=0.3)
+    for sae in (dense, sparse):
+        for _ in range(3):
+            sae.update_topk_threshold(torch.tensor(values))
+    assert torch.equal(sparse.topk_threshold, dense.topk_threshold)
+
+
+def test_terms_that_are_added_to_a_step_take_any_axes_too():
+    from vision_plugin.sae._monosemantic import reward_monosemanticity
+    from vision_plugin.sae._terms import revive_dead
+
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[:50] = True
+    x = _mixture(BATCH)
+    standard = sae_lens.StandardTrainingSAE(
+        sae_lens.StandardTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE)
+    )
+    revive_dead(standard)
+    for sae in (standard, _pair("topk")[1]):
+        reward_monosemanticity(sae, 1e-3)
+        losses = []
+        for given in (x, x.view(4, 32, D_IN)):
+            output = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=given, coefficients={"l1": 1.0}, dead_neuron_mask=dead,
+                    n_training_steps=0, is_logging_step=False,
+                )
+            )  # fmt: skip
+            losses.append(output.losses)
+        assert "mono_loss" in losses[0]
+        for name, loss in losses[0].items():
+            torch.testing.assert_close(losses[1][name], loss)
 
 
 def test_autocast_trains_and_stays_near_the_hosts_loss():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.activations._stores import RESID, tiny_model
 from tests.activations.conftest import one_thread
 from tests.sae._runs import ARCHITECTURES, MLP_IN, MLP_OUT, SAVED_AS, config, images, runner
+from vision_plugin.formats import CorruptCheckpointError, load_sae, verify
 from vision_plugin.sae._saving import inference_sae
 
 __all__ = ["one_thread"]
@@ -83,6 +85,23 @@ def test_what_is_saved_is_what_was_trained(name: str, trained: Path) -> None:
     metadata = json.loads((trained / name / "cfg.json").read_text())["metadata"]
     assert metadata["l0"] > 0
     assert metadata["model_name"] == "tiny"
+    assert metadata["training_architecture"] == architecture, "SAELens's name, not our class's"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_is_checked(name: str, trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained / name, tmp_path / "sae")
+    assert verify(folder).ok
+    for file in ("sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json"):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        (problem,) = verify(folder).problems
+        assert problem.startswith(f"{file}: expected SHA-256")
+        if file == "sae_weights.safetensors":
+            with pytest.raises(CorruptCheckpointError, match=r"weights\.safetensors: expected SHA"):
+                load_sae(folder)
+        (folder / file).write_bytes(content)
+    load_sae(folder)
 
 
 @pytest.mark.slow

@@ -151,3 +151,9 @@ def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
 def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(None, **{field: value})
+
+
+@pytest.mark.parametrize("part", ["split", "image_column"])
+def test_a_source_in_hand_has_no_part_that_the_configuration_could_name(part: str) -> None:
+    with pytest.raises(ValueError, match=f"open already, .*: leave out {part}="):
+        runner(config(None, **{part: "train"}))

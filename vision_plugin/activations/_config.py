@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vision_plugin._inputs import check_device
+from vision_plugin._device import check_device
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ExtractionConfig:
     image_column: str | None = None
     """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a dataset; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
     label_column: str | None = None
     """Column that holds the labels; by default sub-folders, ``label`` or ``cls``."""
     n_images: int | None = None

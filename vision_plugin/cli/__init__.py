@@ -28,7 +28,7 @@ COMMANDS = {
     "steer": Command("hold latents at values and see what the model then sees", "_steer"),
     "report": Command("write a browsable HTML page of an SAE's features", "_report"),
     "extract": Command("write a model's activations to a store of checked shards", "_extract"),
-    "verify": Command("check every byte of an activation store", "_verify"),
+    "verify": Command("check every byte of a store, an SAE or a report", "_verify"),
     "info": Command("say what a store or an SAE holds, or what is installed", "_info"),
     "convert": Command("write another project's SAE in SAELens's format", "_convert"),
 }

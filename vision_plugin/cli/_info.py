@@ -11,7 +11,6 @@ from typing import Any
 import tyro
 
 from vision_plugin._paths import local_path
-from vision_plugin._untrusted import read_json
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
@@ -111,35 +110,16 @@ def preset_table() -> Iterator[Any]:
 
 
 def inside(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the facts of an SAE's folder, or of a store.
+    """Yield the facts of an SAE, or of a store.
 
     Raises:
-        FileNotFoundError: there is no such folder, or neither of these in it.
+        FileNotFoundError: there is neither of the two.
         ValueError: what is there is damaged.
     """
-    from vision_plugin.activations import info
+    from vision_plugin import activations, formats
+    from vision_plugin.sae import is_store
 
     folder = local_path(path)
-    config = folder / "cfg.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder that exists: name the folder of an SAE or of a store"
-        )
-    if not config.exists():
-        try:
-            facts = info(folder)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error}, and no SAE, since it has no {config.name}: name the folder of one"
-            ) from None
-        yield from facts.items()
-        return
-    content = read_json(config, limit=MAX_CONFIG_BYTES)
-    metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
-    if not isinstance(metadata, dict):
-        raise ValueError(
-            f"{config} is not the configuration of an SAE, a JSON object with the object "
-            "metadata in it: name another folder"
-        )
-    yield from content.items()
-    yield from metadata.items()
+    if not folder.exists():
+        raise FileNotFoundError(f"{path} does not exist: name the folder of an SAE or of a store")
+    yield from (activations if is_store(folder) else formats).info(folder).items()

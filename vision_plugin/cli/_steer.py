@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template, sentences
 from vision_plugin._ours import check_replaceable_file
 from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
@@ -48,6 +48,7 @@ class SteerConfig(Inputs):
             raise ValueError("name at least one latent: --latents 12")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -88,23 +89,25 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     import torch
 
     from vision_plugin.evaluation import read_concepts
+    from vision_plugin.images import read_spread
     from vision_plugin.steering import SteeringEffect, steering_effect
 
     sae = cfg.open_sae(cfg.sae)
     model = cfg.open_model(sae, where=cfg.sae)
     images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
-    texts = model.encode_text([cfg.concept_template.format(concept) for concept in concepts])
-    step = max(1, len(images) // cfg.n_images)
-    chosen = list(range(0, len(images), step))[: cfg.n_images]
+    template = cfg.concept_template
+    texts = model.encode_text(sentences(template, concepts, argument="concept_template"))
+    chosen = read_spread(images, cfg.n_images)
+    places, read = list(chosen), list(chosen.values())
     effects = []
-    with Progress(len(chosen), "steering") as shown:
-        for start in range(0, len(chosen), BATCH):
-            some = chosen[start : start + BATCH]
+    with Progress(len(read), "steering") as shown:
+        for start in range(0, len(read), BATCH):
+            some = read[start : start + BATCH]
             effect = steering_effect(
                 model,
                 sae,
-                model.preprocess([images[i] for i in some]),
+                model.preprocess(some),
                 texts,
                 dict.fromkeys(cfg.latents, cfg.strength),
                 concepts=concepts,
@@ -114,7 +117,7 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
             shown.advance(len(some))
     before = torch.cat([effect.before for effect in effects])
     after = torch.cat([effect.after for effect in effects])
-    return [images.ids[i] for i in chosen], SteeringEffect(concepts, before, after)
+    return [images.ids[i] for i in places], SteeringEffect(concepts, before, after)
 
 
 def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:

@@ -1,22 +1,24 @@
-"""``vision-plugin verify``: check every byte of an activation store."""
+"""``vision-plugin verify``: check every byte of an activation store, an SAE or a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
+from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Store to check."""
+    """What to check."""
 
     path: tyro.conf.Positional[str]
-    """Folder of an activation store."""
+    """Folder of an activation store, of an SAE, or of a report."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,13 +27,26 @@ def run(arguments: Sequence[str]) -> int:
         VerifyConfig,
         arguments,
         command="verify",
-        description="Check an activation store: its manifest, and every byte of every shard.",
+        description="Check an activation store, an SAE or a report: every byte of every file, "
+        "against the checksums from when it was written.",
     )
-    from vision_plugin.activations import verify
-
+    verify = checker(cfg.path)
     report = verify(cfg.path)
     if not report.ok:
         console(stderr=True).print(f"{cfg.path} is damaged. {report}", soft_wrap=True)
         return 1
     console().print(str(report))
     return 0
+
+
+def checker(path: str) -> Callable[[str], Any]:
+    """Return the function that checks what is in a folder; a store's where nothing tells."""
+    from vision_plugin import activations, formats
+    from vision_plugin.report import verify as verify_report
+
+    folder = local_path(path)
+    if (folder / "report.json").exists():
+        return verify_report
+    if (folder / "cfg.json").exists():
+        return formats.verify
+    return activations.verify

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vision_plugin._inputs import Inputs
+from vision_plugin._inputs import Inputs, check_template
 from vision_plugin._untrusted import parse_json
 
 Control = Literal["neurons", "pca", "random", "random_model"]
@@ -52,6 +52,8 @@ class EvaluationConfig(Inputs):
     image, whose pixel values are line numbers, 0 for no concept; or ``demo``."""
     domain_images: tuple[str, ...] = ()
     """For cross_domain: labelled images unlike the training images of the SAE."""
+    domain_split: str | None = None
+    """For cross_domain: split of ``domain_images``, where they have several."""
     other_saes: tuple[str, ...] = ()
     """For stability: SAEs of the same activations from other seeds."""
     output_path: str | None = None
@@ -97,6 +99,7 @@ class EvaluationConfig(Inputs):
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        check_template(self.concept_template, argument="concept_template")
         self.options()
 
     def options(self) -> dict[str, dict[str, Any]]:

@@ -203,6 +203,7 @@ def evaluate_config(
         group_widths=cfg.group_widths,
         masks=cfg.masks,
         domain_images=cfg.domain_images,
+        domain_split=cfg.domain_split,
     )
     metadata = sae.cfg.metadata
     itself = {cfg.model_name, metadata.get("model_name")}

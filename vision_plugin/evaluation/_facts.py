@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vision_plugin._paths import local_path
 from vision_plugin._untrusted import read_regular
-from vision_plugin.images import open_images
+from vision_plugin.images import label_text, open_images
 from vision_plugin.metrics import (
     TaxonomyPaths,
     read_taxonomy,
@@ -29,8 +30,13 @@ from vision_plugin.metrics import (
 
 logger = logging.getLogger(__name__)
 
+MAX_MASK_BYTES = 64 * 1024 * 1024
+"""Larger files with masks are refused."""
+MAX_MASK_PIXELS = 100_000_000
+"""Masks with more pixels are refused before they are decoded."""
 DEMO = re.compile(r"demo:(\d+)@(\d+)")
-MAX_TEXT_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Larger lists of concepts or names are refused."""
 
 
 class Facts:
@@ -44,6 +50,7 @@ class Facts:
         group_widths: Cumulative widths of a Matryoshka dictionary's groups.
         masks: A folder of masks, or ``demo``.
         domain_images: Labelled images of other domains, as ``open_images`` takes them.
+        domain_split: Split of each of them.
     """
 
     def __init__(
@@ -56,23 +63,24 @@ class Facts:
         group_widths: Sequence[int] = (),
         masks: str | None = None,
         domain_images: Sequence[str] = (),
+        domain_split: str | None = None,
     ) -> None:
         self.images, self.label_column, self.concepts = images, labels, list(concepts)
         self.taxonomy, self.group_widths = taxonomy, tuple(group_widths)
         self.masks_named, self.domain_images = masks, tuple(domain_images)
+        self.domain_split = domain_split
         self.paths_read: list[Sequence[str]] = []
         """Taxonomy paths of the images read so far, shared by the metrics."""
 
     @property
     def has_labels(self) -> bool:
-        """Return whether the images have classes."""
+        """Return whether images have classes."""
         if self.label_column is not None:
             return True
-        if hasattr(self.images, "label_column"):
-            return self.images.label_column is not None
-        # Asking a stream for its labels reads all of it.
-        is_stream = getattr(self.images, "sequential", False)
-        return not is_stream and getattr(self.images, "labels", None) is not None
+        if getattr(self.images, "sequential", False):
+            # Asking a stream for its labels reads all of it.
+            return getattr(self.images, "label_column", None) is not None
+        return getattr(self.images, "labels", None) is not None and any(self.label_names)
 
     def note_read(self, indices: Sequence[int]) -> None:
         """Add the taxonomy paths of images that were read, where there is a taxonomy."""
@@ -81,19 +89,29 @@ class Facts:
 
     @cached_property
     def label_names(self) -> list[str]:
-        """Return the class of each image."""
+        """Return the class of each image; an empty text where it has none."""
         return class_of_images(self.images, self.label_column)
 
     @cached_property
     def class_names(self) -> list[str]:
         """Return the classes; a class's number is its place here."""
-        return sorted(set(self.label_names))
+        found = sorted(set(self.label_names) - {""})
+        if not found:
+            raise ValueError("no image has a label: name a column of classes with labels=")
+        return found
 
     @cached_property
     def labels(self) -> Tensor:
-        """Return the number of each image's class."""
-        number = {name: index for index, name in enumerate(self.class_names)}
-        return torch.tensor([number[name] for name in self.label_names])
+        """Return the number of each image's class, -1 for images without one."""
+        number = {"": -1} | {name: index for index, name in enumerate(self.class_names)}
+        labels = torch.tensor([number[name] for name in self.label_names])
+        without = int((labels < 0).sum())
+        if without:
+            logger.warning(
+                "%d of %d images have no label: what is about classes leaves them out",
+                *(without, len(labels)),
+            )
+        return labels
 
     @cached_property
     def taxonomy_paths(self) -> TaxonomyPaths | None:
@@ -124,6 +142,8 @@ class Facts:
         assert paths is not None
         place: dict[str, tuple[str, ...]] = {}
         for name, path in zip(self.label_names, paths, strict=True):
+            if not name:
+                continue
             steps = tuple(path)
             own = steps[: steps.index(name) + 1] if name in steps else (*steps, name)
             place.setdefault(name, own)
@@ -140,7 +160,7 @@ class Facts:
     @cached_property
     def domains(self) -> dict[str, Any]:
         """Return the labelled images of other domains, by their names in ``domain_images``."""
-        found = {name: open_images(name) for name in self.domain_images}
+        found = {name: open_images(name, split=self.domain_split) for name in self.domain_images}
         for name, images in found.items():
             if images.label_column is None:
                 raise ValueError(f"domain_images={name!r}: these images need labels")
@@ -177,7 +197,7 @@ class Masks:
 
 
 def class_of_images(images: Any, column: str | None) -> list[str]:
-    """Return the class of each image, as text.
+    """Return the class of each image, as text that is empty for images without one.
 
     Args:
         images: an image source.
@@ -189,11 +209,11 @@ def class_of_images(images: Any, column: str | None) -> list[str]:
     if column is None:
         if images.labels is None:
             raise ValueError("these images have no labels: name a column with labels=column:NAME")
-        return list(images.labels)
+        return [label_text(value) for value in images.labels]
     kind, _, name = column.partition(":")
     if kind != "column" or not name:
         raise ValueError(f"labels={column!r}: write column:NAME")
-    return [str(value) for value in images.column(name)]
+    return [label_text(value) for value in images.column(name)]
 
 
 def read_concepts(concepts: str | None, images: Any) -> list[str]:
@@ -215,9 +235,9 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
                 "concepts=labels are the %s of drawn images alone: concepts=demo has every factor",
                 images.label_column,
             )
-        return list(dict.fromkeys(images.labels))
+        return _distinct(images.labels, "the labels of the images")
     if kind == "column":
-        return list(dict.fromkeys(str(value) for value in images.column(column)))
+        return _distinct(images.column(column), f"the column {column!r} of the images")
     if concepts == "demo":
         demo_world(images, "concepts='demo'")
         vocabulary = import_module("vision_plugin.demo").concept_vocabulary()
@@ -228,17 +248,21 @@ def read_concepts(concepts: str | None, images: Any) -> list[str]:
             f"concepts={concepts!r}: there is no such file; write a column of the images as "
             "column:NAME, their labels as labels"
         )
-    try:
-        text = read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"concepts={concepts!r} is no text in UTF-8 ({error.reason}): write one concept a line"
-        ) from None
-    lines = [line.strip() for line in text.splitlines()]
-    found = list(dict.fromkeys(line for line in lines if line))
+    return _distinct([line.strip() for line in _lines(path)], concepts)
+
+
+def _distinct(values: Sequence[Any], where: str) -> list[str]:
+    found = list(dict.fromkeys(text for value in values if (text := label_text(value))))
     if not found:
-        raise ValueError(f"{concepts} has no concepts: write one per line")
+        raise ValueError(f"concepts=: {where} has no concepts; write one per line of a text file")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): convert it") from error
 
 
 def demo_world(images: Any, argument: str) -> Any:
@@ -279,8 +303,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
             f"masks={folder!r}: there is no {listed}; write the names of the concepts there, one a "
             "line, and beside it a file ID.png per image whose pixel values are line numbers"
         )
-    names = tuple(listed.read_text(encoding="utf-8").split("\n"))
-    names = tuple(name.strip() for name in names if name.strip())
+    names = tuple(line.strip() for line in _lines(listed) if line.strip())
 
     def of_image(image: int) -> dict[int, Any]:
         path = root / f"{Path(images.ids[image]).with_suffix('')}.png"
@@ -288,7 +311,7 @@ def _folder_masks(folder: str, images: Any) -> Masks:
             raise ValueError(f"image {images.ids[image]!r} names a mask outside {folder}")
         if not path.is_file():
             raise FileNotFoundError(f"masks={folder!r}: there is no {path}")
-        numbers = np.asarray(Image.open(path))
+        numbers = _read_mask(path)
         shown = np.unique(numbers)
         if numbers.ndim != 2 or int(shown.max()) > len(names):
             raise ValueError(
@@ -298,6 +321,16 @@ def _folder_masks(folder: str, images: Any) -> Masks:
         return {int(value) - 1: numbers == value for value in shown if value > 0}
 
     return Masks(names, of_image)
+
+
+def _read_mask(path: Path) -> Any:
+    try:
+        with Image.open(io.BytesIO(read_regular(path, MAX_MASK_BYTES)), formats=("PNG",)) as mask:
+            if mask.width * mask.height > MAX_MASK_PIXELS:
+                raise ValueError(f"it has more than {MAX_MASK_PIXELS:,} pixels")
+            return np.asarray(mask)
+    except Exception as error:  # decoders raise nearly every type on malformed bytes
+        raise ValueError(f"{path} cannot be read as a mask in PNG ({error})") from error
 
 
 def _image(mask: Bool[np.ndarray, "height width"]) -> Image.Image:

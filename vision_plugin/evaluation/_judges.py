@@ -72,7 +72,7 @@ class Judges:
         }
 
     def embed(self, images: Mapping[int, Any], pixels: Tensor) -> dict[str, Tensor]:
-        """Return embeddings ``[n, d_embed]`` by judge, of norm 1.
+        """Return embeddings ``[n, d_embed]`` by judge, of norm 1; 0 for an image without a class.
 
         Args:
             images: PIL images by their places in the source.
@@ -81,11 +81,14 @@ class Judges:
         found = {}
         for name, embedder in self.models.items():
             if embedder is None:
-                found[name] = F.one_hot(self.facts.labels[list(images)], self.class_width).float()
+                labels = self.facts.labels[list(images)]
+                hot = F.one_hot(labels.clamp(min=0), self.class_width).float()
+                found[name] = hot * (labels >= 0)[:, None]  # what has no class is like nothing
             else:
                 found[name] = embed(embedder, self.model, list(images.values()), pixels)
             if name in self.centres:
-                found[name] = F.normalize(found[name] - self.centres[name], dim=1)
+                moved = F.normalize(found[name] - self.centres[name], dim=1)
+                found[name] = moved * found[name].any(dim=1, keepdim=True)
         return found
 
     def centre(self, batch_size: int) -> None:
@@ -102,7 +105,7 @@ class Judges:
         for images in read_batches(source, batch_size, {}, indices=chosen):
             pixels = self.model.preprocess(list(images.values()))
             for name, embedded in self.embed(images, pixels).items():
-                parts[name].append(embedded)
+                parts[name].append(embedded[embedded.any(dim=1)])
         if not all(parts.values()):
             raise ValueError("none of the images that embeddings are centred on could be read")
         self.centres = {name: torch.cat(found).mean(0) for name, found in parts.items()}

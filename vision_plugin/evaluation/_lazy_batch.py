@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 
 class LazyBatch(Mapping[str, Any]):
     """Values by name that are made when they are first read."""
@@ -34,3 +38,20 @@ class LazyBatch(Mapping[str, Any]):
         more = LazyBatch(same | dict.fromkeys(values, dict))
         more._made = values
         return more
+
+    def of_images(self, rows: Int[Tensor, " chosen"], n_images: int) -> LazyBatch:
+        """The same for some of the batch's images.
+
+        Args:
+            rows: Places of the images in the batch.
+            n_images: Number of images in the batch.
+        """
+        return LazyBatch({name: partial(self._taken, name, rows, n_images) for name in self})
+
+    def _taken(self, name: str, rows: Int[Tensor, " chosen"], n_images: int) -> Any:
+        value = self[name]
+        if isinstance(value, Tensor):
+            per_image = len(value) // n_images  # tokens of sparse latents come image by image
+            places = rows[:, None] * per_image + torch.arange(per_image)
+            return value.index_select(0, places.flatten().to(value.device))
+        return [value[row] for row in rows.tolist()] if isinstance(value, list) else value

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vision_plugin.evaluation._lazy_batch import LazyBatch
 from vision_plugin.evaluation._offer import ImageBatch, Offer, Place, known_of
-from vision_plugin.metrics import MetricSet, feed, takes
+from vision_plugin.metrics import MetricSet, feed, needs, takes
 from vision_plugin.models import Harvester
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.models.site import Site
+from vision_plugin.models.site import Site, in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +133,8 @@ class Loop:
         return min(s.site.images_at_once(s.width, batch_size) for s in self.subjects)
 
     @torch.no_grad()
-    def feed(self, batch: ImageBatch, *, only: str | None = None) -> list[Offer]:
-        """Feed every metric with a batch, and return what each subject was offered.
+    def feed(self, batch: ImageBatch, *, only: str | None = None) -> Offer:
+        """Feed every metric with a batch, and return what the first subject was offered.
 
         Args:
             batch: Images that were preprocessed.
@@ -144,7 +145,7 @@ class Loop:
         """
         found = [(model, harvester(batch.pixels)) for model, harvester in self._harvesters]
         readings: dict[Site, Any] = {}
-        offers = []
+        first: Offer | None = None
         for subject in self.subjects:
             site = subject.site
             if site not in readings:
@@ -153,8 +154,9 @@ class Loop:
             offer = Offer(subject.place, batch, readings[site], self.pooling, self.class_texts)
             for group in subject.groups:
                 self._update(subject, group, offer, only)
-            offers.append(offer)
-        return offers
+            first = offer if first is None else first
+        assert first is not None
+        return first
 
     def _update(self, subject: Subject, group: Group, offer: Offer, only: str | None) -> None:
         metrics = group.metrics.metrics
@@ -166,7 +168,10 @@ class Loop:
             view = view.plus(embeddings=offer.batch.embeddings[group.embedder])
         for name in asked:
             try:
-                feed(metrics[name], view)
+                about = (needs if only is None else takes)(type(metrics[name]))[1]
+                seen = _labelled(view, offer) if "labels" in about else view
+                if seen is not None:
+                    feed(metrics[name], seen)
             except Exception as error:
                 if not self.tolerant:
                     raise
@@ -175,6 +180,15 @@ class Loop:
                 reason = str(error) or type(error).__name__
                 self.failures[subject.key, group.embedder, name] = reason
                 del metrics[name]
+
+
+def _labelled(view: LazyBatch, offer: Offer) -> LazyBatch | None:
+    """Return what is about the images that have a label; None where no image has one."""
+    labels = offer["labels"]
+    rows = torch.nonzero(labels >= 0).flatten()
+    if len(rows) == len(labels):
+        return view
+    return view.of_images(rows, len(labels)) if len(rows) else None
 
 
 def needs_class_texts(names: Sequence[str]) -> bool:
@@ -193,6 +207,6 @@ def embed(embedder: Any, model: Any, images: list[Any], pixels: Tensor) -> Tenso
         pixels: Their pixels.
     """
     own = pixels if embedder is model else embedder.preprocess(images)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(embedder):
         features: Tensor = embedder.image_features(own)
     return features.float().cpu()

@@ -6,7 +6,9 @@ may name. The loop, the choice of metrics and their error messages all read thes
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -20,7 +22,7 @@ from vision_plugin.evaluation._lazy_batch import LazyBatch
 from vision_plugin.metrics import matryoshka_groups
 from vision_plugin.models import TokenLatents
 from vision_plugin.models.dictionary import Dictionary, d_out
-from vision_plugin.models.site import Reading, Site
+from vision_plugin.models.site import Reading, Site, in_eval_mode
 
 NO_HINT = "nothing that an evaluation has"
 
@@ -75,8 +77,15 @@ class Offer:
     @cached_property
     def entries(self) -> LazyBatch:
         """Every entry of the table that is there, made when it is first asked for."""
+        itself = weakref.ref(self)  # a batch must go when its last reader lets go of it
+
+        def made(make: Callable[[Offer], Any]) -> Any:
+            offer = itself()
+            assert offer is not None
+            return make(offer)
+
         makers: dict[str, Callable[[], Any]] = {
-            name: partial(entry.make, self)
+            name: partial(made, entry.make)
             for name, entry in OF_A_BATCH.items()
             if entry.make is not None and entry.is_there(self.place)
         }
@@ -105,11 +114,9 @@ class Offer:
         site = self.place.site
         model = site.model
         assert self.class_texts is not None
-        if values is None:
+        edited = nullcontext() if values is None else site.replaced(self.reading.rows, values)
+        with in_eval_mode(model), edited:
             embedding = model.encode_image(self.batch.pixels)
-        else:
-            with site.replaced(self.reading.rows, values):
-                embedding = model.encode_image(self.batch.pixels)
         logits: Tensor = model.zero_shot_logits(embedding, self.class_texts)
         return logits
 

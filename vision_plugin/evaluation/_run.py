@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_plugin._inputs import sentences
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import EvaluationConfig
 from vision_plugin.evaluation._facts import Facts
@@ -80,7 +81,7 @@ class Run:
             for images in read_batches(facts.images, at_once, bad):
                 batch = self._batch(images, embedded=True)
                 facts.note_read(batch.indices)
-                of_sae = loop.feed(batch)[0]
+                of_sae = loop.feed(batch)
                 pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
                 neurons = pool(of_sae.reading.source, cfg.pooling)
                 keep.add(batch.indices, pooled, neurons, batch.embeddings)
@@ -227,8 +228,8 @@ class Run:
                 )
 
     def _texts(self, texts: list[str]) -> Tensor:
-        template = self.cfg.concept_template
-        embedded: Tensor = self.site.model.encode_text([template.format(text) for text in texts])
+        named = sentences(self.cfg.concept_template, texts, argument="concept_template")
+        embedded: Tensor = self.site.model.encode_text(named)
         return embedded
 
 

@@ -5,8 +5,11 @@ from ._errors import CorruptCheckpointError as CorruptCheckpointError
 from ._errors import RefusedCheckpointError as RefusedCheckpointError
 from ._errors import UnknownFormatError as UnknownFormatError
 from ._errors import UnsafeCheckpointError as UnsafeCheckpointError
+from ._info import info as info
 from ._load import load_sae as load_sae
 from ._loaders import disk_converter as disk_converter
 from ._loaders import hub_converter as hub_converter
 from ._releases import read_releases as read_releases
 from ._releases import register as register
+from ._seal import seal as seal
+from ._seal import verify as verify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from vision_plugin.formats._errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    RefusedCheckpointError,
-)
-from vision_plugin.formats._files import read_config, read_weights
-from vision_plugin.formats._unpickle import InertObject
+from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._files import damage_is_named, read_config, read_weights
+from vision_plugin.formats._inert import InertObject
+from vision_plugin.formats._shown import listed, shown
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 RowNormalization = Literal["l2", "max_l2", "l1", "max_l1", "identity"]
@@ -24,6 +22,9 @@ NegativeLatents = Literal["refuse", "clip"]
 
 _CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 _MAX_METADATA_TEXT = 500
+_MAX_WHOLE_NUMBER = 2**63
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,16 @@ class RawCheckpoint:
         missing = [name for name in required if name not in self.tensors]
         if missing:
             raise CorruptCheckpointError(
-                f"the tensors {missing} are missing; it holds {sorted(self.tensors)[:20]}."
+                f"the tensors {missing} are missing; it holds {listed(self.tensors)}."
             )
         unknown = sorted(set(self.tensors) - set(required) - set(optional))
         if unknown:
             raise RefusedCheckpointError(
-                f"it also holds {unknown[:20]}, which this format's reader does not know."
+                f"it also holds {listed(unknown)}, which this format's reader does not know."
             )
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in (*_DTYPES, *_WHOLE_DTYPES):
+                raise CorruptCheckpointError(f"{name} holds {tensor.dtype}, not floating point.")
         return dict(self.tensors)
 
     def setting(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
@@ -109,9 +113,14 @@ class RawCheckpoint:
         value = self.settings.get(name, default)
         if value is ...:
             raise CorruptCheckpointError(f"its config has no {name!r}.")
-        if value is default or isinstance(value, kind):
+        if value is default:
             return value
-        raise CorruptCheckpointError(f"its config has {name!r} = {str(value)[:80]!r}.")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        # True is an int to Python, and an int has no limit.
+        matches = isinstance(value, kinds) and (type(value) is not bool or bool in kinds)
+        if not matches or (type(value) is int and abs(value) >= _MAX_WHOLE_NUMBER):
+            raise CorruptCheckpointError(f"its config has {name!r} = {shown(value)}.")
+        return value
 
     def announced_shape(self) -> tuple[int | None, int | None]:
         """Return `d_in` and `d_sae` as the config states them, None where it does not."""
@@ -138,9 +147,36 @@ def whole_number(value: object, name: str) -> int:
     Raises:
         CorruptCheckpointError: It is something else.
     """
-    if type(value) is not int:
-        raise CorruptCheckpointError(f"{name} is {str(value)[:80]!r}; expected a whole number.")
+    if type(value) is not int or abs(value) >= _MAX_WHOLE_NUMBER:
+        raise CorruptCheckpointError(f"{name} is {shown(value)}; expected a whole number.")
     return value
+
+
+def matrix_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Return the rows and columns of a matrix.
+
+    Raises:
+        CorruptCheckpointError: It is no matrix, or an empty one.
+    """
+    shape = tuple(tensors[name].shape)
+    if len(shape) != 2 or 0 in shape:
+        raise CorruptCheckpointError(f"{name} has shape {shape}; it must be a matrix.")
+    return shape
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if tensors that are there have other shapes than these.
+
+    Readers call it before they compute: tensors of wrong shapes may broadcast to any size.
+
+    Raises:
+        CorruptCheckpointError: It names the tensor, its shape and the shape expected.
+    """
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise CorruptCheckpointError(
+                f"{name} has shape {tuple(tensors[name].shape)}; it must be {shape}."
+            )
 
 
 def read_checkpoint(path: Path) -> RawCheckpoint:
@@ -151,17 +187,15 @@ def read_checkpoint(path: Path) -> RawCheckpoint:
             parent of a folder called `checkpoints`.
     """
     weights = read_weights(path)
-    try:
+    with damage_is_named(path):
         return _assembled(path, weights.content, weights.header)
-    except CheckpointError as error:
-        raise type(error)(f"Cannot load {path}: {error}") from error
 
 
 def _assembled(path: Path, content: Any, header: dict[str, Any] | None) -> RawCheckpoint:
     if isinstance(content, InertObject):
         raise RefusedCheckpointError(
-            f"the file is nothing but a pickled {content.class_name}, which can only be read by "
-            "running code. Re-save its tensors where that class can be imported: "
+            f"the file is nothing but a pickled {shown(content.class_name)}, which can only be "
+            "read by running code. Re-save its tensors where that class can be imported: "
             "`torch.save(sae.state_dict(), 'state_dict.pth')`. Then give what the state dict "
             "leaves out (k, BatchTopK's running_threshold) as options: "
             "load_sae('state_dict.pth', activation='batchtopk', "
@@ -194,7 +228,7 @@ def _state_dict(content: object) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise CorruptCheckpointError(
-                f"its state dict maps {str(key)[:80]!r} to a {type(value).__name__}; "
+                f"its state dict maps {shown(key)} to {shown(value)}; "
                 "only names and tensors belong there."
             )
     return content
@@ -206,6 +240,6 @@ def _config_beside(path: Path) -> Path | None:
         folders.append(path.parent.parent)
     for folder in folders:
         for name in _CONFIG_NAMES:
-            if (folder / name).is_file():
+            if os.path.lexists(folder / name):
                 return folder / name
     return None

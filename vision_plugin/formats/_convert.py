@@ -10,6 +10,7 @@ from vision_plugin._disk import whole_folder
 from vision_plugin._ours import SAE_FOLDER, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.formats._load import load_sae
+from vision_plugin.formats._seal import seal
 
 
 def convert(
@@ -44,4 +45,5 @@ def convert(
     sae = load_sae(path, sae_id, **options)
     with whole_folder(target, replaces=kind) as made:
         sae.save_model(made)
+        seal(made)
     return target

@@ -12,8 +12,14 @@ import re
 import torch
 from torch import Tensor
 
-from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions
+from vision_plugin.formats._checkpoint import (
+    RawCheckpoint,
+    ReadOptions,
+    check_shapes,
+    matrix_shape,
+)
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 # How sae-for-vlm names the folder of a run: dataset, model, layer and attachment point.
@@ -24,6 +30,7 @@ _MODELS = {
 }
 logger = logging.getLogger(__name__)
 
+_MAX_GROUPS = 1_000
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _BY_ACTIVATION = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}
@@ -79,7 +86,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         case "MatroyshkaBatchTopKSAE" | "MatryoshkaBatchTopKSAE":
             tensors = raw.take(*_MATRICES, "k", "threshold", optional=["group_sizes"])
             if "group_sizes" in tensors:
-                metadata["group_sizes"] = [int(size) for size in tensors["group_sizes"].flatten()]
+                metadata["group_sizes"] = _group_sizes(tensors["group_sizes"])
             stock = {key: tensors[key] for key in _MATRICES}
             return _thresholded(stock, tensors, options, metadata)
         case "JumpReluAutoEncoder":
@@ -87,7 +94,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
             return StockCheckpoint("jumprelu", tensors, False, metadata=metadata)
         case "GatedAutoEncoder":
             return StockCheckpoint("gated", _from_gated(raw), True, metadata=metadata)
-    raise RefusedCheckpointError(f"dictionary_learning's {name} has no stock counterpart.")
+    raise RefusedCheckpointError(f"dictionary_learning's {shown(name)} has no stock counterpart.")
 
 
 def _place(raw: RawCheckpoint) -> dict[str, object]:
@@ -125,10 +132,18 @@ def _class_name(raw: RawCheckpoint, options: ReadOptions) -> str:
     )
 
 
+def _group_sizes(tensor: Tensor) -> list[int]:
+    if tensor.numel() > _MAX_GROUPS or tensor.is_floating_point():
+        raise CorruptCheckpointError(
+            f"group_sizes holds {tensor.numel()} values of {tensor.dtype}; expected at most "
+            f"{_MAX_GROUPS} whole numbers."
+        )
+    return [int(size) for size in tensor.flatten()]
+
+
 def _from_linear(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
-    for name in ("encoder.weight", "decoder.weight"):
-        if tensors[name].ndim != 2:
-            raise CorruptCheckpointError(f"{name} has shape {tuple(tensors[name].shape)}.")
+    d_sae, d_in = matrix_shape(tensors, "encoder.weight")
+    check_shapes(tensors, {"encoder.bias": (d_sae,), "decoder.weight": (d_in, d_sae)})
     return {
         "W_enc": tensors["encoder.weight"].T,
         "b_enc": tensors["encoder.bias"],
@@ -141,6 +156,8 @@ def _from_gated(raw: RawCheckpoint) -> dict[str, Tensor]:
     tensors = raw.take(
         "encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"
     )
+    d_sae, d_in = matrix_shape(tensors, "encoder.weight")
+    check_shapes(tensors, {"decoder.weight": (d_in, d_sae)})
     return {
         "W_enc": tensors["encoder.weight"].T,
         "W_dec": tensors["decoder.weight"].T,

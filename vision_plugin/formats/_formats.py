@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from vision_plugin.formats import (
     _dictionary_learning,
     _overcomplete,
@@ -21,6 +23,8 @@ from vision_plugin.formats._errors import (
     CorruptCheckpointError,
     UnknownFormatError,
 )
+from vision_plugin.formats._files import damage_is_named
+from vision_plugin.formats._shown import listed, shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 
@@ -52,17 +56,24 @@ def read_stock(path: Path, *, format: str = "auto", options: ReadOptions) -> Sto
         CheckpointError: A subclass of it names the file and the reason.
     """
     raw = read_checkpoint(path)
-    try:
+    with damage_is_named(path):
         name = _detected(raw) if format == "auto" else format
         stock = FORMATS[name].to_stock(raw, options).checked()
         _compare_with_announced_shape(stock, raw)
-        if options.input_mean is not None and options.input_std is not None:
-            stock = stock.standardized(options.input_mean, options.input_std).checked()
-    except CheckpointError as error:
-        raise type(error)(f"Cannot load {path}: {error}") from error
+    if options.input_mean is not None and options.input_std is not None:
+        stock = _standardized(stock, path, options.input_mean, options.input_std)
     source = {"format": name, "file": path.name}
     known = {key: value for key, value in stock.metadata.items() if value is not None}
     return replace(stock, metadata={**known, "source": source})
+
+
+def _standardized(
+    stock: StockCheckpoint, path: Path, mean: Tensor, std: Tensor | float
+) -> StockCheckpoint:
+    try:
+        return stock.standardized(mean, std).checked()
+    except CheckpointError as error:
+        raise type(error)(f"Cannot load {path}: {error}") from error
 
 
 def _detected(raw: RawCheckpoint) -> str:
@@ -70,8 +81,8 @@ def _detected(raw: RawCheckpoint) -> str:
         if candidate.describes(raw):
             return name
     raise UnknownFormatError(
-        f"nothing tells which project wrote it. It holds the tensors {sorted(raw.tensors)[:12]} "
-        f"and the settings {sorted(map(str, raw.settings))[:12]}. If it is one of {list(FORMATS)}, "
+        f"nothing tells which project wrote it. It holds the tensors {listed(raw.tensors, 12)} "
+        f"and the settings {listed(raw.settings, 12)}. If it is one of {list(FORMATS)}, "
         "put its config beside it, or pass format=."
     )
 
@@ -81,6 +92,6 @@ def _compare_with_announced_shape(stock: StockCheckpoint, raw: RawCheckpoint) ->
     for name, announced, actual in pairs:
         if announced is not None and announced != actual:
             raise CorruptCheckpointError(
-                f"its config says {name}={announced}, but its tensors {actual}. The config is of "
-                "another checkpoint, or the file is damaged."
+                f"its config says {name}={shown(announced)}, but its tensors {actual}. The config "
+                "is of another checkpoint, or the file is damaged."
             )

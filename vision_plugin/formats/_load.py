@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
-from vision_plugin._inputs import usable_device
+from vision_plugin._device import usable_device
 from vision_plugin._paths import local_path
 from vision_plugin.formats._checkpoint import Activation, NegativeLatents, RowNormalization
-from vision_plugin.formats._errors import CheckpointError, CorruptCheckpointError
+from vision_plugin.formats._errors import CorruptCheckpointError
+from vision_plugin.formats._files import reason_of
 from vision_plugin.formats._formats import FORMATS
 from vision_plugin.formats._loaders import disk_converter, hub_converter
 from vision_plugin.formats._locate import download, inside, is_repository
@@ -87,7 +89,7 @@ def load_sae(
     register()
     text = str(path_or_repo)
     path = local_path(path_or_repo)
-    if not path.exists() and text in get_pretrained_saes_directory():
+    if not os.path.lexists(path) and text in get_pretrained_saes_directory():
         return SAE.from_pretrained(
             text,
             sae_id,
@@ -97,7 +99,7 @@ def load_sae(
             converter=hub_converter(**options) if _is_ours(text) else None,
             fold_W_dec_norm=fold_W_dec_norm,
         )
-    if path.exists():
+    if os.path.lexists(path):
         path = inside(path, sae_id) if sae_id else path
     elif is_repository(text):
         path = download(text, sae_id, revision=revision, force_download=force_download)
@@ -116,19 +118,20 @@ def _is_ours(release: str) -> bool:
 def _from_disk(
     path: Path, device: str, dtype: str | None, fold_W_dec_norm: bool, options: dict[str, Any]
 ) -> SAE[Any]:
+    overrides = None if dtype is None else {"dtype": dtype}
+    loaded = disk_converter(**options)(path, device, overrides)
     try:
         return SAE.load_from_disk(
             path,
             device=device,
             dtype=dtype,
-            converter=disk_converter(**options),
+            converter=lambda *_, **__: loaded,
             fold_W_dec_norm=fold_W_dec_norm,
         )
-    except (CheckpointError, OSError, NotImplementedError):
+    except (OSError, NotImplementedError):
         raise
-    except (KeyError, TypeError, RuntimeError) as error:
-        # SAELens does not name the file when its own config and tensors disagree.
+    # SAELens does not name the file when its own config and tensors disagree.
+    except Exception as error:
         raise CorruptCheckpointError(
-            f"Cannot load {path}: SAELens cannot build an SAE from it ({type(error).__name__}: "
-            f"{error})."
+            f"Cannot load {path}: SAELens cannot build an SAE from it ({reason_of(error)})."
         ) from error

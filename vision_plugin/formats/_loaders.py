@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
 from vision_plugin.formats._checkpoint import ReadOptions
-from vision_plugin.formats._errors import CorruptCheckpointError
-from vision_plugin.formats._files import read_config, read_weights
 from vision_plugin.formats._formats import read_stock
-from vision_plugin.formats._locate import (
-    NATIVE_CONFIG,
-    NATIVE_WEIGHTS,
-    download,
-    is_native,
-    weights_in,
-)
-from vision_plugin.formats._stock import require_finite
+from vision_plugin.formats._locate import NATIVE_WEIGHTS, download, is_native, weights_in
+from vision_plugin.formats._native import read_native
 
 State = dict[str, Tensor]
 
@@ -114,23 +105,8 @@ def _read(
     if path.name == NATIVE_WEIGHTS and is_native(path.parent):
         path = path.parent
     if format in ("auto", "sae_lens") and is_native(path):
-        return _read_native(path, device, overrides)
+        return read_native(path, device, overrides)
     stock = read_stock(weights_in(path), format=format, options=options)
     config, state = stock.to_sae_lens(device=device, dtype=overrides.pop("dtype", None))
     config["metadata"] |= overrides.pop("metadata", {})
     return {**config, **overrides}, state
-
-
-def _read_native(
-    path: Path, device: str, overrides: dict[str, Any]
-) -> tuple[dict[str, Any], State]:
-    config = read_config(path / NATIVE_CONFIG)
-    if "architecture" not in config and "d_in" not in config:
-        raise CorruptCheckpointError(f"Cannot load {path}: its {NATIVE_CONFIG} is not of an SAE.")
-    weights = read_weights(path / NATIVE_WEIGHTS)
-    try:
-        require_finite(weights.content)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"Cannot load {weights.path}: {error}") from error
-    result: tuple[dict[str, Any], State] = sae_lens_disk_loader(path, device, overrides)
-    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -30,8 +31,8 @@ _REPOSITORY_PREFIX = "hf://"
 
 
 def is_native(path: Path) -> bool:
-    """Return whether `path` is a folder that SAELens wrote."""
-    return (path / NATIVE_CONFIG).is_file() and (path / NATIVE_WEIGHTS).is_file()
+    """Return whether `path` is a folder with the files that SAELens writes, of whatever kind."""
+    return all(os.path.lexists(path / name) for name in (NATIVE_CONFIG, NATIVE_WEIGHTS))
 
 
 def weights_in(path: Path) -> Path:
@@ -41,16 +42,15 @@ def weights_in(path: Path) -> Path:
         FileNotFoundError: There is none.
         UnknownFormatError: There are several.
     """
-    if path.is_file():
-        return path
     if not path.is_dir():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    known = [path / name for name in _WEIGHT_NAMES if (path / name).is_file()]
+        return path
+    # What has the name of a weights file and is no regular file is refused when it is opened.
+    known = [path / name for name in _WEIGHT_NAMES if os.path.lexists(path / name)]
     known += [file for file in sorted(path.glob(_NUMBERED)) if _NOT_WEIGHTS not in file.name]
     found = known or [
         file
         for file in sorted(path.iterdir())
-        if file.is_file() and file.name.endswith(_WEIGHT_SUFFIXES) and _NOT_WEIGHTS not in file.name
+        if file.name.endswith(_WEIGHT_SUFFIXES) and _NOT_WEIGHTS not in file.name
     ]
     if len(found) == 1:
         return found[0]

@@ -6,8 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions
-from vision_plugin.formats._errors import RefusedCheckpointError
+from vision_plugin.formats._checkpoint import (
+    RawCheckpoint,
+    ReadOptions,
+    check_shapes,
+    matrix_shape,
+)
+from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
 from vision_plugin.formats._stock import StockCheckpoint
 
 WEIGHT, BIAS = "encoder.final_block.0.weight", "encoder.final_block.0.bias"
@@ -45,6 +50,10 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
             )
         optional += _BATCH_NORM
     tensors = raw.take(WEIGHT, BIAS, ROWS, optional=optional)
+    d_sae, d_in = matrix_shape(tensors, WEIGHT)
+    per_latent = (BIAS, "thresholds", *_BATCH_NORM[:4])
+    check_shapes(tensors, {ROWS: (d_sae, d_in), **dict.fromkeys(per_latent, (d_sae,))})
+    check_multiplier(tensors)
     decoder = normalized_rows(tensors[ROWS], options.row_normalization or "l2")
     if MULTIPLIER in tensors:
         decoder = decoder * tensors[MULTIPLIER].exp()
@@ -95,6 +104,18 @@ def with_activation(
         "Say which: activation='topk' with k=sae.top_k, activation='batchtopk' with "
         "threshold=float(sae.running_threshold), or activation='relu' for the plain SAE."
     )
+
+
+def check_multiplier(tensors: dict[str, Tensor]) -> None:
+    """Raise if the dictionary's multiplier is not one number.
+
+    Raises:
+        CorruptCheckpointError: It has more, or none.
+    """
+    if MULTIPLIER in tensors and tensors[MULTIPLIER].shape not in ((), (1,)):
+        raise CorruptCheckpointError(
+            f"{MULTIPLIER} has shape {tuple(tensors[MULTIPLIER].shape)}; it must be one number."
+        )
 
 
 def normalized_rows(rows: Float[Tensor, "d_sae d_in"], how: str) -> Float[Tensor, "d_sae d_in"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
 from vision_plugin.formats._errors import RefusedCheckpointError
+from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import Normalization, StockCheckpoint
 
 _WEIGHTS = ("W_enc", "W_dec", "b_dec")
@@ -46,12 +47,12 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         tensors.pop("b_enc", None)  # the file holds it, but nothing uses it
         if activation != "relu":
             raise RefusedCheckpointError(
-                f"its gated encoder uses {activation!r}; SAELens's uses ReLU."
+                f"its gated encoder uses {shown(activation)}; SAELens's uses ReLU."
             )
         return StockCheckpoint("gated", tensors, True, normalization, metadata=metadata)
     if architecture != "standard":
         raise RefusedCheckpointError(
-            f"its architecture is {architecture!r}; supported are standard and gated."
+            f"its architecture is {shown(architecture)}; supported are standard and gated."
         )
     tensors = raw.take(*_WEIGHTS, "b_enc")
     if activation == "relu":
@@ -60,7 +61,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         k = whole_number(raw.setting("activation_fn_kwargs", dict).get("k", options.k), "k")
         return StockCheckpoint("topk", tensors, True, normalization, k=k, metadata=metadata)
     raise RefusedCheckpointError(
-        f"its activation function is {activation!r}; supported are relu and topk."
+        f"its activation function is {shown(activation)}; supported are relu and topk."
     )
 
 
@@ -73,9 +74,11 @@ def _metadata(raw: RawCheckpoint) -> dict[str, object]:
         tokens = "cls"
     else:
         tokens = "patch" if raw.setting("use_patches_only", bool, default=False) else "all"
+    # Prisma's hook_normalized comes after weight and bias, where the bridge has hook_out.
+    place = (raw.text("layer_subtype") or "").replace("hook_normalized", "hook_out")
     return {
         "model_name": model,
-        "hook_name": f"blocks.{layer}.{raw.text('layer_subtype')}",
+        "hook_name": f"blocks.{layer}.{place}",
         "hook_head_index": raw.setting("hook_point_head_index", int, default=None),
         "tokens": tokens,
     }

@@ -55,7 +55,8 @@ def _lookup(name: str, release: dict[str, Any]) -> Any:
         # SAELens's own defaults where the authors state no figure.
         expected_var_explained={sae["id"]: sae.get("variance_explained", 1.0) for sae in saes},
         expected_l0={sae["id"]: sae.get("l0", 0.0) for sae in saes},
-        neuronpedia_id={},
+        # As SAELens's own table has it for an SAE that Neuronpedia does not show.
+        neuronpedia_id=dict.fromkeys((sae["id"] for sae in saes), None),
         norm_scaling_factor={},
         config_overrides={"metadata": metadata},
     )

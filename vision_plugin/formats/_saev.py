@@ -14,6 +14,7 @@ import torch
 
 from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 _THRESHOLD = "activation.threshold"
@@ -34,8 +35,10 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
     """
     header = raw.header or {}
     schema = header.get("schema", 0)
-    if not isinstance(schema, int) or not 0 <= schema <= _LAST_SCHEMA:
-        raise RefusedCheckpointError(f"its schema is {schema!r}; known are 0 to {_LAST_SCHEMA}.")
+    if type(schema) is not int or not 0 <= schema <= _LAST_SCHEMA:
+        raise RefusedCheckpointError(
+            f"its schema is {shown(schema)}; known are 0 to {_LAST_SCHEMA}."
+        )
     name, parameters = _activation(header, schema)
     tensors = raw.take("W_enc", "b_enc", "W_dec", "b_dec", optional=[_THRESHOLD])
     threshold = tensors.pop(_THRESHOLD, None)
@@ -56,7 +59,8 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         k = whole_number(parameters.get("top_k", options.k), "top_k")
         return StockCheckpoint("topk", tensors, subtracts, k=k, metadata=metadata)
     if name == "BatchTopK":
-        metadata["trained_k"] = parameters.get("top_k")
+        if "top_k" in parameters:
+            metadata["trained_k"] = whole_number(parameters["top_k"], "top_k")
         if options.threshold is not None:
             threshold = torch.tensor(float(options.threshold))
         if threshold is None:
@@ -69,7 +73,9 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         # h > threshold, and h > 0 where the threshold is not positive: SAELens's JumpReLU.
         tensors["threshold"] = torch.full_like(tensors["b_enc"], max(float(threshold), 0.0))
         return StockCheckpoint("jumprelu", tensors, subtracts, metadata=metadata)
-    raise RefusedCheckpointError(f"its activation is {name!r}; supported: Relu, TopK, BatchTopK.")
+    raise RefusedCheckpointError(
+        f"its activation is {shown(name)}; supported: Relu, TopK, BatchTopK."
+    )
 
 
 def _activation(header: Mapping[str, Any], schema: int) -> tuple[str, Mapping[str, Any]]:
@@ -91,16 +97,20 @@ def _activation(header: Mapping[str, Any], schema: int) -> tuple[str, Mapping[st
     activation = config.get("activation")
     if not isinstance(activation, dict) or not isinstance(activation.get("params", {}), dict):
         raise CorruptCheckpointError("its header has no activation.")
-    return str(activation.get("cls")), activation.get("params", {})
+    name = activation.get("cls")
+    if not isinstance(name, str):
+        raise CorruptCheckpointError(f"its activation is {shown(name)}, not a name.")
+    return name, activation.get("params", {})
 
 
 def _check_announced_shape(header: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    config = header.get("cfg", header)
-    d_in = config.get("d_model", config.get("d_vit"))
+    stated = header.get("cfg")
+    config = stated if isinstance(stated, dict) else header
+    d_in = whole_number(config.get("d_model", config.get("d_vit")), "d_in")
     d_sae = config.get("d_sae")
-    if d_sae is None and isinstance(d_in, int) and isinstance(config.get("exp_factor"), int):
-        d_sae = d_in * config["exp_factor"]
-    if (d_in, d_sae) != shape:
+    if d_sae is None:
+        d_sae = d_in * whole_number(config.get("exp_factor"), "exp_factor")
+    if (d_in, whole_number(d_sae, "d_sae")) != shape:
         raise CorruptCheckpointError(
             f"its header announces d_in={d_in} and d_sae={d_sae}, its W_enc is {shape}."
         )

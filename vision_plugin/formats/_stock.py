@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._shown import shown
 
 Architecture = Literal["standard", "topk", "jumprelu", "gated"]
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -77,13 +78,12 @@ class StockCheckpoint:
                     f"{name} has shape {tuple(tensor.shape)}; with an encoder of d_in={self.d_in} "
                     f"and d_sae={self.d_sae} it must be {expected}."
                 )
-            if tensor.dtype not in _DTYPE_NAMES:
-                raise CorruptCheckpointError(f"{name} holds {tensor.dtype}, not floating point.")
+        require_floating(self.tensors)
         require_finite(self.tensors)
         if self.architecture == "topk" and not (
             isinstance(self.k, int) and 1 <= self.k <= self.d_sae
         ):
-            raise CorruptCheckpointError(f"k is {self.k!r}; expected 1 to d_sae={self.d_sae}.")
+            raise CorruptCheckpointError(f"k is {shown(self.k)}; expected 1 to d_sae={self.d_sae}.")
         return self
 
     def _expected_shape(self, name: str) -> tuple[int, ...]:
@@ -170,6 +170,19 @@ class StockCheckpoint:
         if self.architecture == "topk":
             config |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
         return config, state
+
+
+def require_floating(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor holds whole or complex numbers, or numbers that cannot be computed with.
+
+    Raises:
+        CorruptCheckpointError: It names the tensor and its element type.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CorruptCheckpointError(
+                f"{shown(name)} holds {tensor.dtype}, not floating point of 16 bits or more."
+            )
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -7,305 +7,250 @@ records the request. So a config object of a project that is not installed reads
 attributes, and an attack reads as a record of what it wanted to do.
 
 The interpreter is the standard library's, in its Python form: the C form allocates its memo by the
-largest index that a file mentions, so a file of nine bytes can ask it for gigabytes.
+largest index that a file mentions, so a file of nine bytes can ask it for gigabytes. Every read is
+counted, and the instructions that could do more work than their bytes are our own.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import torch
 
-from vision_plugin.formats._errors import CorruptCheckpointError, UnsafeCheckpointError
-
-# A config may hold values of these. A call to anything else in the standard library (os.system,
-# builtins.eval, ...) is an attack: the file is refused, although nothing would be called anyway.
-_STANDARD_DATA_MODULES = frozenset(
-    {
-        "_codecs",
-        "codecs",
-        "collections",
-        "copyreg",
-        "datetime",
-        "decimal",
-        "enum",
-        "fractions",
-        "functools",
-        "pathlib",
-        "re",
-        "types",
-        "typing",
-        "uuid",
-    }
+from vision_plugin.formats._errors import CorruptCheckpointError
+from vision_plugin.formats._inert import (
+    MAX_NAME,
+    Budget,
+    InertObject,
+    Name,
+    Permitted,
+    Reader,
+    StorageType,
+    extend,
+    put,
+    resolve,
 )
-_BUILTIN_DATA = frozenset(
-    {
-        "bool",
-        "bytearray",
-        "bytes",
-        "complex",
-        "dict",
-        "float",
-        "int",
-        "list",
-        "object",
-        "range",
-        "slice",
-        "str",
-        "tuple",
-    }
-)
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_MAX_DIMENSIONS = 8
+from vision_plugin.formats._shown import shown
+
+Stream = BinaryIO | io.BytesIO  # the second is the first to mypy, and not to beartype
+_MAX_LINE = 4096  # of the instructions of protocol 0, which end with a line
 
 
-@dataclass
-class InertObject:
-    """What a pickle says about an object whose class is not built.
+class PickleBytes:
+    """A stream of known size: no read is longer than what is left, no line longer than a name.
 
-    Attributes:
-        class_name: Dotted name of the class or function that the pickle named.
-        arguments: The arguments of the call in the pickle.
-        attributes: The object's `__dict__`, or the items of a mapping subclass.
-        items: The elements of a sequence subclass.
+    Args:
+        file: The file, at the first byte.
+        size: Number of bytes.
+        budget: What reading them may still take; each read is a step.
     """
 
-    class_name: str
-    arguments: tuple[Any, ...] = ()
-    attributes: dict[str, Any] = field(default_factory=dict)
-    items: list[Any] = field(default_factory=list)
+    def __init__(self, file: Stream, size: int, budget: Budget) -> None:
+        self.budget = budget
+        self._file = file
+        self._left = size
 
-    def __setitem__(self, key: object, value: object) -> None:
-        self.attributes[str(key)] = value
+    def read(self, n: int) -> bytes:
+        """Return exactly so many bytes.
 
-    def append(self, value: object) -> None:
-        """Record an element of a sequence subclass."""
-        self.items.append(value)
+        Raises:
+            EOFError: There are fewer.
+            CorruptCheckpointError: It takes too many steps.
+        """
+        self.budget.steps -= 1  # for each instruction: a call of step() would cost as much again
+        if self.budget.steps < 0:
+            self.budget.step(0)
+        if not 0 <= n <= self._left:
+            raise EOFError("it ends too early")
+        self._left -= n
+        content = self._file.read(n)
+        if len(content) < n:
+            raise EOFError("it ends too early")
+        return content
 
-    def extend(self, values: Sequence[object]) -> None:
-        """Record elements of a sequence subclass."""
-        self.items.extend(values)
+    def readline(self) -> bytes:
+        """Return the next line.
 
-    def set_state(self, state: object) -> None:
-        """Record the state that unpickling would have set."""
-        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
-        for part in parts:
-            if isinstance(part, Mapping):
-                self.attributes.update({str(key): value for key, value in part.items()})
-
-
-@dataclass(frozen=True)
-class StorageType:
-    """The element type that a pickle names for a storage."""
-
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A global that resolves to its own name only."""
-
-    module: str
-    name: str
-
-    @property
-    def dotted(self) -> str:
-        return f"{self.module}.{self.name}"
-
-    def _acts(self) -> bool:
-        package = self.module.partition(".")[0]
-        if package in ("builtins", "__builtin__"):
-            return self.name not in _BUILTIN_DATA
-        is_standard = package in sys.stdlib_module_names
-        return is_standard and package not in _STANDARD_DATA_MODULES
-
-    def call(self, arguments: tuple[Any, ...]) -> InertObject:
-        if self._acts():
-            raise UnsafeCheckpointError(
-                f"the file asks for {self.dotted} to be called while it is being read. Nothing was "
-                "called. Do not load this file with other tools; get the weights from a source "
-                "you trust, as safetensors if they offer it."
-            )
-        return InertObject(self.dotted, arguments)
+        Raises:
+            CorruptCheckpointError: It is longer than any that a checkpoint needs.
+        """
+        line = self._file.readline(_MAX_LINE)
+        self._left -= len(line)
+        if not line.endswith(b"\n"):
+            raise CorruptCheckpointError("a line of its pickle has no end.")
+        return line
 
 
-@dataclass(frozen=True)
-class _Permitted:
-    """One of our own functions in place of a name that torch writes."""
-
-    function: Callable[..., Any]
-
-    def call(self, arguments: tuple[Any, ...]) -> Any:
-        return self.function(*arguments)
-
-
-def _rebuild_tensor(
-    storage: object, offset: object, size: object, stride: object, *_unused: object
-) -> torch.Tensor:
-    """Return a view of `storage` [numel], after a check that it lies inside."""
-    if not isinstance(storage, torch.Tensor) or not _is_shape(size) or not _is_shape(stride):
-        raise CorruptCheckpointError("a tensor's storage, size or stride is not what torch writes.")
-    sizes, strides = cast(tuple[int, ...], size), cast(tuple[int, ...], stride)
-    if len(sizes) != len(strides) or not isinstance(offset, int) or offset < 0:
-        raise CorruptCheckpointError(
-            f"a tensor has size {sizes}, stride {strides} and offset {offset!r}."
-        )
-    last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-    if 0 not in sizes and last >= storage.numel():
-        raise CorruptCheckpointError(
-            f"a tensor of size {sizes} reaches element {last} of a storage that holds "
-            f"{storage.numel()}."
-        )
-    return torch.as_strided(storage, sizes, strides, offset)
-
-
-def _is_shape(value: object) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= _MAX_DIMENSIONS
-        and all(type(n) is int and n >= 0 for n in value)
-    )
-
-
-def _embedded_storage(blob: object) -> torch.Tensor:
-    """Return a storage that plain `pickle` wrote as `torch.save` bytes, as a flat tensor."""
-    if not isinstance(blob, bytes):
-        raise CorruptCheckpointError("an embedded storage is not bytes.")
-    loaded = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-    if not isinstance(loaded, torch.storage.TypedStorage):
-        raise CorruptCheckpointError("an embedded storage holds something other than numbers.")
-    return torch.tensor([], dtype=loaded.dtype).set_(loaded)
-
-
-def _ordered_dict(items: object = ()) -> dict[Any, Any]:
-    return dict(cast(Any, items))
-
-
-def _permitted_names() -> dict[tuple[str, str], object]:
-    names: dict[tuple[str, str], object] = {
-        ("collections", "OrderedDict"): _Permitted(_ordered_dict),
-        ("torch._utils", "_rebuild_tensor_v2"): _Permitted(_rebuild_tensor),
-        ("torch._utils", "_rebuild_tensor"): _Permitted(_rebuild_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Permitted(lambda data, *_unused: data),
-        ("torch.storage", "_load_from_bytes"): _Permitted(_embedded_storage),
-        ("torch", "device"): _Permitted(lambda *parts: ":".join(map(str, parts))),
-        ("torch", "Size"): _Permitted(lambda sizes=(): tuple(sizes)),
-        ("builtins", "set"): _Permitted(lambda items=(): list(items)),
-        ("__builtin__", "set"): _Permitted(lambda items=(): list(items)),
-        ("builtins", "frozenset"): _Permitted(lambda items=(): list(items)),
-    }
-    for name, dtype in _DTYPES.items():
-        names["torch", name] = StorageType(dtype)
-        names["torch", str(dtype).removeprefix("torch.")] = str(dtype).removeprefix("torch.")
-    return names
-
-
-_PERMITTED = _permitted_names()
-
-
-class InertUnpickler(pickle._Unpickler):
+class InertUnpickler(pickle._Unpickler, Reader):
     """Reader of one pickle; the module's docstring says what it may build.
 
     Args:
-        file: The pickle.
+        content: The stream that the pickle stands in; it is left at the pickle's end.
         storages: Returns the flat tensor [numel] of a storage, given its key in the archive,
             element type and number of elements; None if no storage may lie outside the pickle.
+        embedded: See `Reader`.
     """
 
     def __init__(
         self,
-        file: io.BytesIO,
+        content: PickleBytes,
         storages: Callable[[str, torch.dtype, int], torch.Tensor] | None = None,
+        embedded: Callable[[bytes, Budget], torch.Tensor] | None = None,
     ) -> None:
-        super().__init__(file)
+        pickle._Unpickler.__init__(self, content)
+        Reader.__init__(self, content.budget, embedded)
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
         """Resolve a global to one of our stand-ins, never to the thing itself."""
-        return _PERMITTED.get((module, name), _Name(module, name))
+        return resolve(module, name)
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         """Return the storage that torch's persistent id names."""
         if self._storages is None:
             raise CorruptCheckpointError("the pickle refers to a storage that is not in the file.")
         match pid:
-            case ("storage", StorageType(dtype), str(key), _, int(n_elements), *_):
+            case (str(kind), StorageType(dtype), str(key), _, int(n_elements), *rest) if (
+                kind == "storage" and len(key) <= MAX_NAME and rest in ([], [None])
+            ):
                 return self._storages(key, dtype, n_elements)
-        raise CorruptCheckpointError(f"the pickle names a storage in an unknown way: {pid!r}.")
+        raise CorruptCheckpointError(f"the pickle names a storage in an unknown way: {shown(pid)}.")
 
 
-def _called(callee: object, arguments: object) -> Any:
-    if isinstance(callee, _Name | _Permitted) and isinstance(arguments, tuple):
-        return callee.call(arguments)
-    raise CorruptCheckpointError(f"the pickle calls {type(callee).__name__!r}, not a name.")
+def _called(reader: Any, callee: object, arguments: object) -> Any:
+    if isinstance(callee, Name | Permitted) and isinstance(arguments, tuple):
+        return callee.call(reader, arguments)
+    raise CorruptCheckpointError(f"the pickle calls {shown(callee)}, not a name.")
 
 
 def _reduce(reader: Any) -> None:
     arguments = reader.stack.pop()
-    reader.stack[-1] = _called(reader.stack[-1], arguments)
+    reader.stack[-1] = _called(reader, reader.stack[-1], arguments)
 
 
 def _new_object(reader: Any) -> None:
     arguments = reader.stack.pop()
-    reader.append(_called(reader.stack.pop(), arguments))
+    reader.append(_called(reader, reader.stack.pop(), arguments))
 
 
 def _new_object_with_keywords(reader: Any) -> None:
     keywords = reader.stack.pop()
     arguments = reader.stack.pop()
-    made = _called(reader.stack.pop(), arguments)
+    made = _called(reader, reader.stack.pop(), arguments)
     if isinstance(made, InertObject):
-        made.set_state(keywords)
+        made.set_state(keywords, reader.budget)
     reader.append(made)
 
 
 def _build(reader: Any) -> None:
     state = reader.stack.pop()
     if isinstance(reader.stack[-1], InertObject):
-        reader.stack[-1].set_state(state)
+        reader.stack[-1].set_state(state, reader.budget)
     elif not isinstance(reader.stack[-1], dict):  # torch sets `_metadata` on a state dict
         raise CorruptCheckpointError(
-            f"the pickle sets state on a {type(reader.stack[-1]).__name__}, which torch never does."
+            f"the pickle sets state on {shown(reader.stack[-1])}, which torch never does."
         )
 
 
-def _not_in_checkpoints(_reader: Any) -> NoReturn:
+def _set_items(reader: Any, target: object, items: list[Any]) -> None:
+    if len(items) % 2:
+        raise CorruptCheckpointError("the pickle sets a key without a value.")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if isinstance(target, InertObject):
+            target.set_state({key: value} if isinstance(key, str) else None, reader.budget)
+        elif isinstance(target, dict):
+            put(target, key, value)
+        else:
+            raise CorruptCheckpointError(f"the pickle sets an item of {shown(target)}.")
+
+
+def _set_item(reader: Any) -> None:
+    value, key = reader.stack.pop(), reader.stack.pop()
+    _set_items(reader, reader.stack[-1], [key, value])
+
+
+def _set_marked_items(reader: Any) -> None:
+    items = reader.pop_mark()
+    _set_items(reader, reader.stack[-1], items)
+
+
+def _dict_of_marked(reader: Any) -> None:
+    items = reader.pop_mark()
+    made: dict[Any, Any] = {}
+    _set_items(reader, made, items)
+    reader.append(made)
+
+
+def _append(reader: Any) -> None:
+    value = reader.stack.pop()
+    extend(reader.stack[-1], [value])
+
+
+def _append_marked(reader: Any) -> None:
+    items = reader.pop_mark()
+    extend(reader.stack[-1], items)
+
+
+def _empty_list(reader: Any) -> None:
+    reader.append([])
+
+
+def _list_of_marked(reader: Any) -> None:
+    items = reader.pop_mark()
+    reader.append(items)
+
+
+def _memoize_text(reader: Any) -> None:
+    index = int(reader.readline()[:-1])
+    if not 0 <= index < 1 << 32:  # Python's hashes of larger numbers collide at will
+        raise CorruptCheckpointError("the pickle remembers more than fits in any memory.")
+    reader.memo[index] = reader.stack[-1]
+
+
+def _frame(reader: Any) -> None:
+    """Skip a frame's length; a frame is a hint for reading ahead, which would not be counted."""
+    reader.read(8)
+
+
+def _not_in_checkpoints(_reader: Any) -> None:
     raise CorruptCheckpointError("the pickle uses an instruction that no checkpoint needs.")
 
 
+# A set's elements would be hashed; it reads as a list.
+_OURS: dict[bytes, Callable[[Any], None]] = {
+    pickle.REDUCE: _reduce,
+    pickle.NEWOBJ: _new_object,
+    pickle.NEWOBJ_EX: _new_object_with_keywords,
+    pickle.BUILD: _build,
+    pickle.SETITEM: _set_item,
+    pickle.SETITEMS: _set_marked_items,
+    pickle.DICT: _dict_of_marked,
+    pickle.APPEND: _append,
+    pickle.APPENDS: _append_marked,
+    pickle.EMPTY_SET: _empty_list,
+    pickle.ADDITEMS: _append_marked,
+    pickle.FROZENSET: _list_of_marked,
+    pickle.PUT: _memoize_text,
+    pickle.FRAME: _frame,
+}
+# Each of these does work in proportion to its bytes in the file.
+_STOCK = (
+    *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
+    *(pickle.DUP, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.PERSID, pickle.BINPERSID),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1),
+    *(pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING),
+    *(pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE),
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.BINBYTES8, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.EMPTY_LIST, pickle.LIST),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    pickle.EMPTY_DICT,
+)
 InertUnpickler.dispatch = {
-    **pickle._Unpickler.dispatch,
-    pickle.REDUCE[0]: _reduce,
-    pickle.NEWOBJ[0]: _new_object,
-    pickle.NEWOBJ_EX[0]: _new_object_with_keywords,
-    pickle.BUILD[0]: _build,
-    **{
-        opcode[0]: _not_in_checkpoints
-        for opcode in (
-            pickle.INST,
-            pickle.OBJ,
-            pickle.EXT1,
-            pickle.EXT2,
-            pickle.EXT4,
-            pickle.BYTEARRAY8,  # allocates what it announces before it reads
-            pickle.NEXT_BUFFER,
-            pickle.READONLY_BUFFER,
-        )
-    },
+    **dict.fromkeys(pickle._Unpickler.dispatch, _not_in_checkpoints),
+    **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _STOCK},
+    **{code[0]: run for code, run in _OURS.items()},
 }

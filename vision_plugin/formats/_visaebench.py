@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from vision_plugin.formats import _overcomplete
-from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
+from vision_plugin.formats._checkpoint import (
+    RawCheckpoint,
+    ReadOptions,
+    check_shapes,
+    matrix_shape,
+    whole_number,
+)
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
+from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 _DEFAULT_JUMP_THRESHOLD = 0.01
@@ -65,7 +72,7 @@ def to_stock(raw: RawCheckpoint, options: ReadOptions) -> StockCheckpoint:
         stock["threshold"] = found[0] if found else default
         return StockCheckpoint("jumprelu", stock, False, metadata=metadata)
     raise RefusedCheckpointError(
-        f"its activation is {activation!r}; VISAEBench has topk, batchtopk and jumprelu."
+        f"its activation is {shown(activation)}; VISAEBench has topk, batchtopk and jumprelu."
     )
 
 
@@ -91,6 +98,9 @@ def _weights(raw: RawCheckpoint, options: ReadOptions) -> dict[str, Tensor]:
             _overcomplete.ROWS,
             optional=[_overcomplete.MULTIPLIER, *extra],
         )
+        shape = matrix_shape(tensors, _overcomplete.WEIGHT)
+        check_shapes(tensors, {_overcomplete.ROWS: shape, _overcomplete.BIAS: shape[:1]})
+        _overcomplete.check_multiplier(tensors)
         # VISAEBench uses the stored rows; overcomplete would normalise them.
         rows = _overcomplete.normalized_rows(
             tensors[_overcomplete.ROWS], options.row_normalization or "identity"
@@ -110,8 +120,8 @@ def _weights(raw: RawCheckpoint, options: ReadOptions) -> dict[str, Tensor]:
             tensors[name] for name in ("encoder.weight", "encoder.bias", "decoder.weight")
         )
         decoder_bias = tensors.get("decoder.bias")
-    if encoder.ndim != 2 or rows.ndim != 2:
-        raise CorruptCheckpointError("its encoder and decoder must be matrices.")
+        matrix_shape(tensors, "encoder.weight")
+        matrix_shape(tensors, "decoder.weight")
     if decoder_bias is None:
         decoder_bias = torch.zeros_like(rows[0])
     return {"W_enc": encoder.T, "b_enc": bias, "W_dec": rows, "b_dec": decoder_bias}
@@ -138,7 +148,7 @@ def _metadata(raw: RawCheckpoint) -> dict[str, object]:
         layer = int(found[1]) if found else None
     hook = None if layer is None else f"blocks.{layer}.hook_resid_post"
     if backbone == "dinov2_vitb14":  # its helper applies the final norm to what it returns
-        hook = "ln_final.hook_normalized" if layer == _LAST_LAYER else None
+        hook = "ln_final.hook_out" if layer == _LAST_LAYER else None
     return {
         "model_name": _MODELS.get(backbone or "", backbone),
         "hook_name": hook,

@@ -67,6 +67,17 @@ class ImageCollection(ABC):
         return {}
 
 
+def label_text(value: Any) -> str:
+    """Return a label as text, which is empty for an image without a label.
+
+    Tables say so with nothing, blank text, NaN or the class number -1.
+    """
+    if value is None or value != value or (isinstance(value, float) and value == -1):
+        return ""
+    text = str(value)
+    return "" if text.strip() in ("", "-1") else text
+
+
 def no_column(name: str, columns: Sequence[str], where: str) -> str:
     """Return the message for a column that does not exist."""
     have = f"it has {', '.join(columns)}" if columns else "it has none beside the image"

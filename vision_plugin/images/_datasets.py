@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from PIL import Image
 
+from vision_plugin._untrusted import open_regular, read_json
 from vision_plugin.images._collection import ImageCollection, find_image_column, no_column
 from vision_plugin.images._image import Raw
 from vision_plugin.images._parquet import class_name, raw_of_cell
+from vision_plugin.images._splits import choose_split
 
 logger = logging.getLogger(__name__)
+
+MAX_STREAMED = 100_000_000
+"""Largest number of images in a stream."""
+_BYTES = ("binary", "large_binary", "binary_view")
 
 
 class DatasetImages(ImageCollection):
@@ -77,17 +84,30 @@ class StreamedImages(ImageCollection):
     ) -> None:
         self._name, self._split = name, split
         if dataset.features is None:
-            dataset = dataset._resolve_features()
-        self.image_column = _image_column(dataset, column, name)
+            # As `map` leaves a stream: its first row is all that says what it has.
+            first = next(iter(dataset), None)
+            if first is None:
+                raise ValueError(f"{name} holds no rows")
+            columns = list(first)
+            images = [key for key, value in first.items() if _holds_image(value)]
+            self.image_column = find_image_column(images, columns, column, name)
+        else:
+            columns = list(dataset.features)
+            self.image_column = _image_column(dataset, column, name)
         known = _announced_length(dataset, split)
         if n_images is None and known is None:
             raise ValueError(
                 f"{name} is streamed and does not say how many rows it has: give n_images="
             )
         n_rows = min(n for n in (n_images, known) if n is not None)
+        if n_rows > MAX_STREAMED:
+            raise ValueError(
+                f"{name} is said to have {n_rows:,} rows, above the limit of {MAX_STREAMED:,} for "
+                "a stream: take fewer with n_images="
+            )
         self.ids = [str(row) for row in range(n_rows)]
         self.dataset = _undecoded(dataset, self.image_column)
-        self._names = {n: _class_names(dataset, n) for n in dataset.features or {}}
+        self._names = {n: _class_names(dataset, n) for n in columns}
         self._rows: Iterator[dict[str, Any]] | None = None
         self._next = 0
         self._row: dict[str, Any] = {}
@@ -105,7 +125,8 @@ class StreamedImages(ImageCollection):
             row = next(self._rows, None)
             if row is None:
                 raise ValueError(
-                    f"the stream {self._name} ends before row {index} of the {len(self)} expected"
+                    f"the stream {self._name} ends after {self._next} of the {len(self)} rows that "
+                    f"were expected: use n_images={self._next}"
                 )
             self._row, self._next = row, self._next + 1
         return self._row
@@ -138,7 +159,7 @@ class StreamedImages(ImageCollection):
         return {**self.__dict__, "_rows": None, "_next": 0, "_row": {}}
 
 
-def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, str]:
+def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, str | None]:
     """Load a dataset by name from the hub or its cache.
 
     Returns:
@@ -157,7 +178,7 @@ def load_named(name: str, split: str | None, *, streaming: bool) -> tuple[Any, s
             f"{name!r} is neither a file or folder here nor a dataset that the hub provides "
             f"({_first_line(error)})"
         ) from error
-    return pick_split(loaded, name, split)
+    return pick_split(loaded, name, split) if isinstance(loaded, dict) else (loaded, split)
 
 
 def load_saved(folder: Path, split: str | None) -> tuple[Any, str | None]:
@@ -167,10 +188,12 @@ def load_saved(folder: Path, split: str | None) -> tuple[Any, str | None]:
         ValueError: the folder cannot be read, or the split must be named.
     """
     try:
+        _check_saved(folder)
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # descriptions of any form make the library raise nearly anything
         raise ValueError(
-            f"{folder} looks like a saved dataset but cannot be read ({_first_line(error)})"
+            f"{folder} looks like a saved dataset but cannot be read ({_first_line(error)}): save "
+            "it again, or fetch it again"
         ) from error
     return pick_split(loaded, str(folder), split)
 
@@ -180,21 +203,51 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def pick_split(loaded: Any, name: str, split: str | None) -> tuple[Any, str]:
-    """Return the split asked for; by default the only split, or ``train``."""
-    if not isinstance(loaded, dict):
-        return loaded, split or str(loaded.split or "train")
-    splits = list(loaded)
-    chosen = split or (splits[0] if len(splits) == 1 else "train")
-    if chosen not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}: name one with split=")
-    return loaded[chosen], chosen
+def pick_split(loaded: Any, name: str, split: str | None) -> tuple[Any, str | None]:
+    """Return a data set's split asked for, by default its only one, and that split's name.
+
+    Raises:
+        ValueError: there is no such split, or it must be named.
+    """
+    if isinstance(loaded, dict):
+        chosen = choose_split([str(one) for one in loaded], split, name)
+        if chosen is None:
+            raise ValueError(f"{name} holds no splits, and so no images")
+        return loaded[chosen], chosen
+    own = None if loaded.split is None else str(loaded.split)
+    return loaded, choose_split([] if own is None else [own], split, name)
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise unless the files that describe a saved data set, and those they name, are files."""
+    for name in ("dataset_dict.json", "state.json", "dataset_info.json"):
+        if not (folder / name).exists():
+            continue
+        about = read_json(folder / name)
+        if not isinstance(about, dict):
+            raise ValueError(f"{name} holds a {type(about).__name__}, not an object")
+        for part in about.get("splits", ()) if name == "dataset_dict.json" else ():
+            _check_saved(folder / _plain_name(part))
+        for file in about.get("_data_files", ()) if name == "state.json" else ():
+            open_regular(folder / _plain_name(file["filename"])).close()
+
+
+def _plain_name(name: Any) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"it names {name!r}, which is no file or folder in it")
+    return name
 
 
 def _image_column(dataset: Any, wanted: str | None, where: str) -> str:
     features = dataset.features or {}
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    return find_image_column(images, list(features), wanted, where)
+    encoded = [name for name, kind in features.items() if getattr(kind, "dtype", "") in _BYTES]
+    return find_image_column(images or encoded, list(features), wanted, where)
+
+
+def _holds_image(value: Any) -> bool:
+    is_encoded = isinstance(value, dict) and value.keys() == {"bytes", "path"}
+    return is_encoded or isinstance(value, (bytes, Image.Image))
 
 
 def _undecoded(dataset: Any, column: str) -> Any:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import IcoImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from vision_plugin._untrusted import read_regular
 from vision_plugin.models import as_rgb
-
-logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused before they are decoded."""
@@ -22,11 +19,20 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
-        *("png", "jpg", "jpeg", "jpe", "jfif", "gif", "webp", "bmp", "tif", "tiff"),
-        *("avif", "ppm", "pgm", "pbm", "ico", "tga", "jp2", "qoi"),
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "gif", "webp", "bmp", "dib", "tif", "tiff"),
+        *("avif", "avifs", "ppm", "pgm", "pbm", "pnm", "pfm", "ico", "tga", "qoi"),
+        *("jp2", "j2k", "jpc", "jpf", "jpx", "j2c"),
     )
 )
 """Suffixes of image files in folders and tar files."""
+UNREAD_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("heic", "heif", "jxl", "svg", "psd", "xcf", "exr", "hdr", "eps", "pcx", "icns", "dds"),
+        *("dng", "raw", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"),
+    )
+)
+"""Suffixes of image files that are not read."""
 _FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"),
     *("AVIF", "PPM", "ICO", "TGA", "JPEG2000", "QOI"),
@@ -51,8 +57,7 @@ class BadImageError(ValueError):
 def decode_image(raw: Raw, id: str) -> Image.Image:
     """Decode an image and bring it to RGB.
 
-    The function lays transparency on white, scales 16-bit values to 8 bits, applies EXIF rotation
-    and takes the first frame of an animation.
+    ``models.as_rgb`` says how. Of an animation in a file, the first frame counts.
 
     Args:
         raw: Encoded bytes, a file, or an image in memory.
@@ -79,28 +84,32 @@ def decode_image(raw: Raw, id: str) -> Image.Image:
 def _decode(raw: Raw, id: str) -> Image.Image:
     if isinstance(raw, Image.Image):
         _check_size(raw, id)
-        return _to_rgb(raw)
+        return _alone(as_rgb(raw), raw)
     with _open(raw, id) as image:
         _check_size(image, id)
+        if isinstance(image, IcoImagePlugin.IcoImageFile):
+            # The image inside an icon has a size of its own.
+            _check_size(image.ico.getimage(image.size), id)
         image.seek(0)
-        image.load()
-        return _to_rgb(image)
+        return _alone(as_rgb(image), image)
 
 
 def _open(raw: bytes | Path, id: str) -> ImageFile.ImageFile:
     if isinstance(raw, Path):
-        size = raw.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise BadImageError(
-                id, f"the file has {size:,} bytes, above the limit of {MAX_FILE_BYTES:,}"
-            )
-        raw = raw.read_bytes()
+        raw = read_regular(raw, MAX_FILE_BYTES)
     if not raw:
         raise BadImageError(id, "empty")
     try:
         return Image.open(io.BytesIO(raw), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImageError(id, f"more than {MAX_PIXELS:,} pixels") from error
+
+
+def _alone(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Return the pixels alone, without the file behind the image and its metadata."""
+    alone = rgb.copy() if rgb is image else rgb
+    alone.info = {}
+    return alone
 
 
 def _check_size(image: Image.Image, id: str) -> None:
@@ -114,42 +123,14 @@ def _check_size(image: Image.Image, id: str) -> None:
         raise BadImageError(id, f"{width} x {height} pixels: there is nothing in it")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    # A copy without the file behind it, its metadata or its palette.
-    rgb = as_rgb(image)
-    return Image.frombytes("RGB", rgb.size, rgb.tobytes()) if rgb is image else rgb
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # the EXIF block is malformed; the pixels are not
-        logger.debug("EXIF data of an image cannot be read: %s", error)
-        return image
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return grey values of 16, 32 or floating-point bits as 8 bits.
-
-    Integers span 16 bits where one is above 255. Floats span 0 to 1 where none is above 1, and
-    else 0 to 255.
-    """
-    values = np.asarray(image).astype(np.float64)
-    top = float(values.max())
-    if image.mode == "F":
-        scale = 255.0 if top <= 1.0 else 1.0
-    elif image.mode == "I" and top <= 255:
-        scale = 1.0
-    else:
-        scale = 255 / 65535
-    values = np.nan_to_num(values * scale)
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-
-
 def _reason(error: Exception) -> str:
     """Return one line that is the same in every run: without addresses of objects."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return f"an image inside it has more than {MAX_PIXELS:,} pixels"
+    if "MAX_TEXT" in text:
+        return (
+            f"a text beside the pixels expands beyond {PngImagePlugin.MAX_TEXT_CHUNK:,} bytes, or "
+            f"all of them beyond {PngImagePlugin.MAX_TEXT_MEMORY:,}: save it without metadata"
+        )
     return re.sub(r"<[^>]* at 0x[0-9a-f]+>", "the data", text)[:200]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vision_plugin._paths import local_path
-from vision_plugin.images._collection import ImageCollection, hash_ids, no_column
+from vision_plugin.images._collection import ImageCollection, hash_ids, label_text, no_column
 from vision_plugin.images._folder import FolderImages
-from vision_plugin.images._image import SUFFIXES, BadImageError, Raw, decode_image
+from vision_plugin.images._image import BadImageError, decode_image
+from vision_plugin.images._memory import DemoImages, MemoryImages
+from vision_plugin.images._splits import choose_split, splits_of_files
+from vision_plugin.images._survey import Contents, survey
+
+logger = logging.getLogger(__name__)
 
 DEMO_SEED = 1
 """Seed of ``demo:N``. The packaged checkpoint was trained on images of another seed."""
+MAX_DEMO = 1_000_000
+"""Largest number of images in ``demo:N``."""
+MAX_BESIDE = 16
+"""So many image files, such as a logo, may lie beside a data set; more may be data themselves."""
 
 
 class ImageSource:
@@ -68,18 +78,19 @@ class ImageSource:
     def labels(self) -> list[str] | None:
         """Label of each image as text, or None where the collection has no labels.
 
-        An image without a label has the empty text. This reads a whole stream.
+        An image without a label has the empty text, see :func:`label_text`. This reads a whole
+        stream.
         """
         if self.label_column is None:
             return None
-        return [_text(value) for value in self.column(self.label_column)]
+        return [label_text(value) for value in self.column(self.label_column)]
 
     def label(self, index: int) -> str | None:
         """Return the label of one image; in a stream it is quick right after reading that image."""
         if self.label_column is None:
             return None
         if self.sequential:
-            return _text(self._images.value(self.label_column, index))
+            return label_text(self._images.value(self.label_column, index))
         return None if self.labels is None else self.labels[index]
 
     def column(self, name: str) -> list[Any]:
@@ -115,59 +126,6 @@ class ImageSource:
         return f"ImageSource({self._images.where}, {self._n:,} images)"
 
 
-class MemoryImages(ImageCollection):
-    """Images in a list; an image's id is its place."""
-
-    kind = "memory"
-
-    def __init__(self, images: Sequence[Image.Image]) -> None:
-        self._held = list(images)
-        self.ids = [str(index) for index in range(len(self._held))]
-
-    def raw(self, index: int) -> Raw:
-        """Return the image."""
-        return self._held[index]
-
-
-class DemoImages(ImageCollection):
-    """Images of the demo world, drawn when they are asked for, with every factor as a column."""
-
-    kind = "demo"
-
-    def __init__(self, n: int, seed: int) -> None:
-        self._world = import_module("vision_plugin.demo").draw(n, seed=seed)
-        self._seed = seed
-        self.ids = [str(index) for index in range(n)]
-
-    def raw(self, index: int) -> Raw:
-        """Draw the image."""
-        drawn: Image.Image = self._world.images[index]
-        return drawn
-
-    @property
-    def column_names(self) -> list[str]:
-        """The caption, and the factors."""
-        return ["caption", *import_module("vision_plugin.demo").FACTORS]
-
-    @property
-    def default_label(self) -> str:
-        """The shape."""
-        return "shape"
-
-    def column(self, name: str) -> list[Any]:
-        """Return the captions, or the values of a factor."""
-        if name not in self.column_names:
-            raise ValueError(no_column(name, self.column_names, "the demo world"))
-        if name == "caption":
-            return list(self._world.captions)
-        return [scene.value(name) for scene in self._world.scenes]
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """The seed."""
-        return {"path": f"demo:{len(self)}@{self._seed}"}
-
-
 def open_images(
     source: Any,
     *,
@@ -184,20 +142,22 @@ def open_images(
             Parquet file or a folder of them, WebDataset tars (``"shards-{000..003}.tar"``, a glob,
             a folder of tars), a Hugging Face dataset by name or saved folder, a
             ``datasets.Dataset`` or ``IterableDataset``, ``"demo:N"`` or ``"demo:N@seed"``, a list
-            of PIL images, or an ImageSource, which is handed back.
+            of PIL images, or an ImageSource, of which ``n_images`` may take a part.
         column: Column that holds the images, needed where several do; for WebDataset tars the
             suffix of the images.
-        split: Split of a Hugging Face dataset; by default its only one, or ``train``.
+        split: Split of a data set, as the names of its files or folders say it; by default its
+            only one.
         label_column: Column that holds the labels; by default sub-folders, ``label`` or ``cls``.
         n_images: How many images to take from the front; None takes all.
         streaming: Read a dataset of the hub without storing it.
 
     Raises:
         FileNotFoundError: the path does not exist, and no dataset has that name.
-        ValueError: the source holds no images, or a column or split is missing or must be named.
+        ValueError: the source holds no images, or a column or split is missing, must be named, or
+            is named where the source has no such thing.
     """
     if isinstance(source, ImageSource):
-        return source
+        return _again(source, column, split, label_column, n_images)
     if isinstance(source, Path):
         source = str(source)
     images = (
@@ -208,20 +168,49 @@ def open_images(
     return ImageSource(images, label_column=label_column, n_images=n_images)
 
 
+def _again(
+    source: ImageSource,
+    column: str | None,
+    split: str | None,
+    label_column: str | None,
+    n_images: int | None,
+) -> ImageSource:
+    """Return a source that is open already, or a part of it, or with other labels."""
+    what = f"{source._images.where} is open already"
+    _refuse(what, column=column, split=split)
+    if label_column is None and n_images is None:
+        return source
+    n_images = len(source) if n_images is None else min(n_images, len(source))
+    labels = label_column or source.label_column
+    return ImageSource(source._images, label_column=labels, n_images=n_images)
+
+
+def _refuse(what: str, *, column: str | None = None, split: str | None = None) -> None:
+    """Raise if a column or a split is asked for, of a source that has no such thing."""
+    if split is not None:
+        raise ValueError(f"{what} and has no splits: leave out split={split!r}")
+    if column is not None:
+        raise ValueError(
+            f"{what} and has no columns with images: leave out column={column!r} (image_column= in "
+            "a configuration)"
+        )
+
+
 def _open_text(
     source: str, column: str | None, split: str | None, n_images: int | None, streaming: bool
 ) -> ImageCollection:
     prefix, _, rest = source.partition(":")
     if prefix == "demo":
+        _refuse(f"{source} is drawn", column=column, split=split)
         return _open_demo(source)
     if prefix == "imagefolder" and rest:
-        return FolderImages(_existing_folder(rest), labelled=True)
+        return FolderImages(_existing_folder(rest), split=split, labelled=True)
     path = local_path(source)
     if path.is_dir():
         return _open_folder(path, column, split)
     if source.endswith((".tar", ".parquet")):
-        return _open_files(source, column)
-    if path.is_file():
+        return _open_files(source, column, split)
+    if path.exists():
         raise ValueError(
             f"{source} is one file and neither Parquet nor a tar: give the folder that it is in"
         )
@@ -234,11 +223,11 @@ def _open_text(
 
 
 def _open_demo(source: str) -> ImageCollection:
-    match = re.fullmatch(r"demo:([0-9]+)(?:@([0-9]+))?", source)
-    if match is None or int(match.group(1)) == 0:
+    match = re.fullmatch(r"demo:([0-9]+)(?:@([0-9]{1,18}))?", source)
+    if match is None or not 0 < int(match.group(1)[:12]) <= MAX_DEMO:
         raise ValueError(
             f"{source!r}: write 'demo:N' or 'demo:N@seed' with a number of images N, as in "
-            "'demo:2000'"
+            f"'demo:2000', up to {MAX_DEMO:,}"
         )
     return DemoImages(int(match.group(1)), int(match.group(2) or DEMO_SEED))
 
@@ -257,37 +246,81 @@ def _open_folder(folder: Path, column: str | None, split: str | None) -> ImageCo
     if _datasets.is_saved(folder):
         loaded, split = _datasets.load_saved(folder, split)
         return _open_dataset(loaded, str(folder), split, column, None)
-    for suffix in (".parquet", ".tar"):
-        files = sorted(folder.rglob(f"*{suffix}"))
-        if files and not _has_image(folder):
-            if split is not None:
-                files = [file for file in files if file.name.startswith(split)]
-            if not files:
-                raise ValueError(f"no {suffix} file in {folder} starts with {split!r}")
-            return _open_kind(suffix, files, str(folder), column)
-    if split is not None:
-        return FolderImages(_existing_folder(str(folder / split)))
-    return FolderImages(folder)
+    contents = survey(folder)
+    suffix, names = _archives(folder, contents, column)
+    if suffix:
+        names, split = _files_of_split(names, split, str(folder))
+        files = [folder / name for name in names]
+        return _open_kind(suffix, files, str(folder), column, split)
+    _refuse(f"{folder} is a folder of image files", column=column)
+    return FolderImages(folder, contents=contents, split=split)
 
 
-def _has_image(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+def _archives(folder: Path, contents: Contents, column: str | None) -> tuple[str, list[str]]:
+    """Return the suffix and the names of the Parquet files or tars to read; none for image files.
+
+    Raises:
+        ValueError: it is not clear what to read.
+    """
+    tables, tars = contents.parquet, contents.tars
+    if tables:
+        from vision_plugin.images._parquet import holds_images
+
+        with_images = [name for name in tables if holds_images(folder / name, column)]
+        # With nothing else to read, the error says what their columns are.
+        tables = with_images or ([] if contents.images or tars else tables)
+    if tars and contents.images:
+        from vision_plugin.images import _webdataset
+
+        tars = tars if _webdataset.holds_images(folder / tars[0]) else []
+    n_images = len(contents.images)
+    if (tables and tars) or ((tables or tars) and n_images > MAX_BESIDE):
+        raise ValueError(
+            f"{folder} holds {len(tables)} Parquet files, {len(tars)} tars and {n_images:,} image "
+            f"files, all with images: name what to read, as '{folder}/*.tar', or a folder that "
+            "has one kind alone"
+        )
+    names = tables or tars
+    if names and n_images:
+        logger.warning(
+            "%s: %d image files beside the %d files with the data set are not read, as %s",
+            *(folder, n_images, len(names), contents.images[0]),
+        )
+    return (".parquet" if tables else ".tar" if tars else ""), names
 
 
-def _open_files(source: str, column: str | None) -> ImageCollection:
+def _files_of_split(
+    names: list[str], split: str | None, where: str
+) -> tuple[list[str], str | None]:
+    """Return the files that belong to the split asked for, or to the only one, and its name."""
+    of_files = splits_of_files(names)
+    splits = sorted({found for found in of_files if found is not None})
+    chosen = choose_split(splits, split, where)
+    return [name for name, of in zip(names, of_files, strict=True) if of == chosen], chosen
+
+
+def _open_files(source: str, column: str | None, split: str | None) -> ImageCollection:
     from vision_plugin.images._webdataset import expand
 
-    return _open_kind(Path(source).suffix, expand(str(local_path(source))), source, column)
+    files = expand(str(local_path(source)))
+    # The folder that the files are in may be named for the split; those above say nothing.
+    above = Path(os.path.commonpath([file.absolute().parent for file in files])).parent
+    names = {os.path.relpath(file.absolute(), above): file for file in files}
+    chosen, split = _files_of_split(list(names), split, source)
+    files = [names[name] for name in chosen]
+    return _open_kind(Path(source).suffix, files, source, column, split)
 
 
-def _open_kind(suffix: str, files: list[Path], where: str, column: str | None) -> ImageCollection:
+def _open_kind(
+    suffix: str, files: list[Path], where: str, column: str | None, split: str | None
+) -> ImageCollection:
     if suffix == ".parquet":
         from vision_plugin.images._parquet import ParquetImages
 
-        return ParquetImages(files, where=where, column=column)
+        return ParquetImages(files, where=where, column=column, split=split)
     from vision_plugin.images._webdataset import WebDatasetImages
 
-    return WebDatasetImages(files, where=where, column=column)
+    return WebDatasetImages(files, where=where, column=column, split=split)
 
 
 def _open_object(
@@ -302,6 +335,7 @@ def _open_object(
     if isinstance(source, Sequence) and all(isinstance(item, Image.Image) for item in source):
         if not source:
             raise ValueError("the list of images is empty")
+        _refuse("this source is a list of images", column=column, split=split)
         return MemoryImages(source)
     raise ValueError(
         f"images cannot be read from a {type(source).__name__}: give a path, the name of a "
@@ -319,10 +353,6 @@ def _open_dataset(
     if isinstance(loaded, datasets.IterableDataset):
         return StreamedImages(loaded, name=name, split=split, column=column, n_images=n_images)
     return DatasetImages(loaded, name=name, split=split, column=column)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 __all__ = ["BadImageError", "ImageSource", "open_images"]

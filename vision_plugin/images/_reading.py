@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image
 
 from vision_plugin.images._image import BadImageError
+
+logger = logging.getLogger(__name__)
 
 
 def read_batches(
@@ -45,3 +48,28 @@ def read_batches(
                     ) from error
         if batch:
             yield batch
+
+
+def read_spread(images: Any, n: int) -> dict[int, Image.Image]:
+    """Return images spread evenly over a source, by their places in it.
+
+    An image that cannot be read is left out with a warning.
+
+    Args:
+        images: An image source.
+        n: How many images to read.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    step = max(1, len(images) // n)
+    places = range(0, len(images), step)[:n]
+    bad: dict[str, str] = {}
+    found: dict[int, Image.Image] = {}
+    for batch in read_batches(images, n, bad, indices=places):
+        found |= batch
+    for reason in bad.values():
+        logger.warning("left out: %s", reason)
+    if not found:
+        raise ValueError(f"none of {len(places)} images can be read: {next(iter(bad.values()))}")
+    return found

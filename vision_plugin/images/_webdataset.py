@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import glob
-import json
+import logging
 import os
 import re
-import tarfile
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._untrusted import open_regular, parse_json
 from vision_plugin.images._collection import ImageCollection, no_column
 from vision_plugin.images._image import MAX_FILE_BYTES, SUFFIXES, BadImageError
+from vision_plugin.images._tar import members
 
+logger = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Larger members with text or JSON are refused."""
 MAX_RANGE = 100_000
 """Largest number of names that one pattern may stand for."""
 _TEXT_SUFFIXES = (".cls", ".txt", ".json")
@@ -29,45 +35,81 @@ class WebDatasetImages(ImageCollection):
 
     kind = "webdataset"
 
-    def __init__(self, tars: Sequence[Path], *, where: str, column: str | None = None) -> None:
-        self._where = where
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        *,
+        where: str,
+        column: str | None = None,
+        split: str | None = None,
+    ) -> None:
+        self._where, self._split = where, split
         self.tars = [Path(tar) for tar in tars]
         self.suffix = None if column is None else "." + column.lstrip(".").lower()
         ids: list[str] = []
         self.ids = ids
         self._tar, self._offset, self._size = array("q"), array("q"), array("q")
         self._texts: dict[str, dict[int, tuple[int, int, int]]] = {s: {} for s in _TEXT_SUFFIXES}
+        others: Counter[str] = Counter()
+        without = 0
         for number, tar in enumerate(self.tars):
-            self._index(number, tar, ids)
+            without += self._index(number, tar, ids, others)
         if not self.ids:
-            raise ValueError(f"{where} holds no images in its {len(self.tars)} tar files")
+            raise ValueError(self._nothing(others))
+        if others:
+            logger.info(
+                "%s: %d members are neither images nor texts, as those that end in %s",
+                *(where, others.total(), others.most_common(1)[0][0]),
+            )
+        if without:
+            logger.warning("%s: %d samples without an image are left out", where, without)
 
-    def _index(self, number: int, path: Path, ids: list[str]) -> None:
-        """Find where each member of a tar lies."""
-        images: dict[str, int] = {}
-        others: list[tuple[str, str, int, int]] = []
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if not member.isreg() or member.issparse():
-                        continue
-                    key, suffix = split_name(member.name)
-                    if suffix in _TEXT_SUFFIXES:
-                        others.append((key, suffix, member.offset_data, member.size))
-                    elif key not in images and self._is_image(suffix):
-                        images[key] = len(ids)
-                        ids.append(f"{path.name}/{key}")
-                        self._tar.append(number)
-                        self._offset.append(member.offset_data)
-                        self._size.append(member.size)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(
-                f"{path} cannot be read as a tar file ({error}); unpack a compressed one to "
-                "plain .tar first"
-            ) from error
-        for key, suffix, offset, size in others:
-            if key in images:
-                self._texts[suffix][images[key]] = (number, offset, size)
+    def _index(self, number: int, path: Path, ids: list[str], others: Counter[str]) -> int:
+        """Find where each member of a tar lies; return how many samples have no image.
+
+        Args:
+            number: Place of the tar among the tars.
+            path: The tar.
+            ids: Receives the id of each image.
+            others: Counts the suffixes of members that are neither images nor texts.
+        """
+        found: dict[str, tuple[int, str]] = {}
+        texts: dict[tuple[str, str], tuple[int, int]] = {}
+        links = 0
+        for member in members(path):
+            key, suffix = split_name(member.name)
+            if not member.is_plain:
+                links += not member.name.endswith("/")
+            elif suffix in _TEXT_SUFFIXES:
+                if (key, suffix) in texts:
+                    raise ValueError(_twice(path, key, suffix))
+                texts[key, suffix] = member.offset, member.size
+            elif not self._is_image(suffix):
+                others[suffix] += 1
+            elif key in found:
+                raise ValueError(_twice(path, key, found[key][1], suffix))
+            else:
+                found[key] = len(ids), suffix
+                ids.append(f"{path.name}/{key}")
+                self._tar.append(number)
+                self._offset.append(member.offset)
+                self._size.append(member.size)
+        if links:
+            logger.warning("%s: %d links, devices or sparse files are left out", path, links)
+        for (key, suffix), (offset, size) in texts.items():
+            if key in found:
+                self._texts[suffix][found[key][0]] = (number, offset, size)
+        return len({key for key, _ in texts} - found.keys())
+
+    def _nothing(self, others: Counter[str]) -> str:
+        message = f"{self._where} holds no images in its {len(self.tars)} tar files"
+        if not others:
+            return message
+        suffixes = ", ".join(repr(suffix) for suffix, _ in others.most_common(5))
+        return (
+            f"{message}: their members end in {suffixes}. Name the suffix of the images with "
+            "column= (image_column= in a configuration)"
+        )
 
     def _is_image(self, suffix: str) -> bool:
         return suffix in SUFFIXES if self.suffix is None else suffix == self.suffix
@@ -79,8 +121,16 @@ class WebDatasetImages(ImageCollection):
         return self._read(self._tar[index], self._offset[index], self._size[index])
 
     def _read(self, tar: int, offset: int, size: int) -> bytes:
-        with self.tars[tar].open("rb") as stream:
+        with open_regular(self.tars[tar]) as stream:
             return os.pread(stream.fileno(), size, offset)
+
+    def _text(self, index: int, tar: int, offset: int, size: int) -> bytes:
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(
+                f"a text of {self.ids[index]} has {size:,} bytes, above the limit of "
+                f"{MAX_TEXT_BYTES:,}: shorten it, or leave out its column"
+            )
+        return self._read(tar, offset, size)
 
     @property
     def column_names(self) -> list[str]:
@@ -105,25 +155,46 @@ class WebDatasetImages(ImageCollection):
         suffix = f".{name}"
         if suffix in (".cls", ".txt"):
             place = self._texts[suffix].get(index)
-            return None if place is None else self._read(*place).decode("utf-8", "replace").strip()
+            if place is None:
+                return None
+            return self._text(index, *place).decode("utf-8", "replace").strip()
         return self._fields(index).get(name)
 
     def _fields(self, index: int) -> dict[str, Any]:
         place = self._texts[".json"].get(index)
         if place is None:
             return {}
-        try:
-            fields = json.loads(self._read(*place))
-        except ValueError as error:
+        where = f"the json member of {self.ids[index]}"
+        fields = parse_json(self._text(index, *place), where)
+        if not isinstance(fields, dict):
             raise ValueError(
-                f"the json member of {self.ids[index]} is not JSON: {error}"
-            ) from error
-        return fields if isinstance(fields, dict) else {}
+                f"{where} holds a {type(fields).__name__}, not an object: write its fields as "
+                '{"name": value}'
+            )
+        return fields
 
     @property
     def details(self) -> dict[str, Any]:
-        """The pattern as it was given."""
-        return {"path": self._where}
+        """The pattern as it was given, and the split."""
+        return {"path": self._where, "split": self._split}
+
+
+def _twice(path: Path, key: str, first: str, second: str | None = None) -> str:
+    if second in (None, first):
+        return f"{path} holds two members {key}{first}: leave one of them out"
+    return (
+        f"{path}: the sample {key} has several images, {first} and {second}: name the suffix to "
+        "use with column= (image_column= in a configuration)"
+    )
+
+
+def holds_images(tar: Path) -> bool:
+    """Return whether a tar has an image.
+
+    Raises:
+        ValueError: it cannot be read as a tar.
+    """
+    return any(m.is_plain and split_name(m.name)[1] in SUFFIXES for m in members(tar))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -141,10 +212,12 @@ def expand(pattern: str) -> list[Path]:
         FileNotFoundError: a named file is missing, or nothing matches.
     """
     paths: list[Path] = []
-    for name in _expand_braces(pattern):
+    for number, name in enumerate(_expand_braces(pattern)):
+        if number >= MAX_RANGE:
+            raise ValueError(f"{pattern} stands for more than {MAX_RANGE:,} files")
         if any(c in name for c in "*?["):
             paths += [Path(found) for found in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
-        elif Path(name).is_file():
+        elif Path(name).exists():
             paths.append(Path(name))
         else:
             raise FileNotFoundError(f"{name} (of {pattern}) does not exist")
@@ -153,19 +226,20 @@ def expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> Iterator[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     head, tail = pattern[: match.start()], pattern[match.end() :]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
-    if span is None:
-        options = match.group(1).split(",")
-    else:
+    options: Iterable[str] = match.group(1).split(",")
+    if span is not None:
         first, last = int(span.group(1)), int(span.group(2))
         if abs(last - first) >= MAX_RANGE:
             raise ValueError(f"{pattern} stands for more than {MAX_RANGE:,} files")
         step = 1 if last >= first else -1
         width = len(span.group(1))
-        options = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    return [name for option in options for name in _expand_braces(head + option + tail)]
+        options = (f"{number:0{width}d}" for number in range(first, last + step, step))
+    for option in options:
+        yield from _expand_braces(head + option + tail)

@@ -4,8 +4,8 @@
     xhat = sparse_decode(values, indices, W_dec, b_dec)
 
 BatchTopK, JumpReLU and Matryoshka have a variable-length form, `SparseLatents`. All functions are
-differentiable, deterministic (two runs give the same bits) and made of ``torch.library``
-operators. `available` lists the backends, `use_backend` picks one by name.
+differentiable (in reverse mode), deterministic (two runs give the same bits) and made of
+``torch.library`` operators. `available` lists the backends, `use_backend` picks one by name.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ class Backend(Protocol):
     """What a backend provides: seven primitives on plain 2-D tensors, none differentiable.
 
     Every method returns new tensors, accumulates in float32 or better, and gives the same bits
-    for the same input. ``indices`` and ``offsets`` are int32 compressed sparse rows.
+    for the same input. ``indices`` and ``offsets`` are int32 compressed sparse rows. Vectors
+    arrive contiguous; matrices may have any strides. A NaN among the pre-activations ranks above
+    every number, and is selected.
     """
 
     name: str
@@ -215,6 +217,7 @@ def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
         BackendUnavailableError: the backend was asked for by name and failed.
     """
     chosen = choose(device_type, name)
+    arguments = tuple(_contiguous_vector(argument) for argument in arguments)
     if chosen == REFERENCE:
         return getattr(_load(REFERENCE), primitive)(*arguments)
     try:
@@ -228,6 +231,11 @@ def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
         _broken[chosen, device_type] = reason
         _warn_once(chosen, device_type, reason)
         return getattr(_load(REFERENCE), primitive)(*arguments)
+
+
+def _contiguous_vector(argument: Any) -> Any:
+    is_vector = isinstance(argument, Tensor) and argument.ndim == 1
+    return argument.contiguous() if is_vector else argument
 
 
 def _candidates() -> list[str]:

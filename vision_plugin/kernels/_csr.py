@@ -14,7 +14,8 @@ class SparseLatents:
     """The active latents of a batch, row after row (compressed sparse rows).
 
     Within a row the latents ascend. The entries of row ``i`` are
-    ``values[offsets[i]:offsets[i + 1]]`` at ``indices[offsets[i]:offsets[i + 1]]``.
+    ``values[offsets[i]:offsets[i + 1]]`` at ``indices[offsets[i]:offsets[i + 1]]``. The tensors may
+    have any strides.
 
     Attributes:
         values: Activations, ``[nnz]``; differentiable where the encoder's inputs were.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backends, _operators
 from ._csr import SparseLatents, row_offsets
@@ -79,6 +81,7 @@ def sparse_decode(
         ``[..., d_in]``. Differentiable in values, W_dec and b_dec.
 
     Raises:
+        IndexError: an index is no latent.
         ValueError: the shapes do not fit.
         BackendUnavailableError: the backend that was asked for cannot be used.
     """
@@ -91,7 +94,9 @@ def sparse_decode(
         raise ValueError(f"W_dec must be [d_sae, d_in], got {list(W_dec.shape)}")
     d_in = W_dec.shape[1]
     _check_bias("b_dec", b_dec, d_in)
-    offsets = row_offsets(values.shape[:-1].numel(), values.shape[-1], device=values.device)
+    _check_mode(values, W_dec)
+    n_rows = math.prod(values.shape[:-1])  # numel() of the shape would fix a traced batch
+    offsets = row_offsets(n_rows, values.shape[-1], device=values.device)
     decoded: Tensor = _operators.gather_sum(
         W_dec, indices.reshape(-1).int(), offsets, values.reshape(-1), _name(backend)
     )
@@ -136,7 +141,7 @@ def batch_topk_encode(
         b_enc,
         b_in,
         _constant(scale),
-        int(k * x.shape[0]),
+        torch.sym_int(k * x.shape[0]),
         _product_dtype(x),
         _name(backend),
     )
@@ -200,6 +205,7 @@ def csr_decode(
         ``[batch, d_in]``. Differentiable in the latents' values, W_dec and b_dec.
 
     Raises:
+        IndexError: an index is no latent.
         ValueError: the shapes do not fit.
         BackendUnavailableError: the backend that was asked for cannot be used.
     """
@@ -208,6 +214,7 @@ def csr_decode(
             f"W_dec must be [d_sae, d_in] with d_sae={latents.d_sae}, got {list(W_dec.shape)}"
         )
     _check_bias("b_dec", b_dec, W_dec.shape[1])
+    _check_mode(latents.values, W_dec)
     decoded: Tensor = _operators.gather_sum(
         W_dec, latents.indices, latents.offsets, latents.values, _name(backend)
     )
@@ -297,6 +304,19 @@ def _check_encoder(
     _check_bias("b_enc", b_enc, W_enc.shape[1])
     _check_bias("b_in", b_in, W_enc.shape[0])
     _check_bias("scale", scale, W_enc.shape[1])
+    _check_mode(x, W_enc, b_enc, b_in, scale)
+
+
+def _check_mode(*inputs: Tensor | None) -> None:
+    """Raise in forward-mode differentiation, in which these operators would pass on zeros."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in inputs:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "the sparse kernel has no forward-mode derivatives (jvp, jacfwd, dual numbers): "
+                "use reverse mode (backward, vjp, jacrev), or a dense encoder and decoder"
+            )
 
 
 def _check_bias(name: str, bias: Tensor | None, size: int) -> None:

@@ -24,7 +24,7 @@ _TAIL = "ScalarType? dtype, str backend"
 @torch.library.custom_op(
     "vision_plugin::encode_topk",
     mutates_args=(),
-    schema=f"({_ENCODER}, int k, bool relu, {_TAIL}) -> (Tensor, Tensor)",
+    schema=f"({_ENCODER}, SymInt k, bool relu, {_TAIL}) -> (Tensor, Tensor)",
 )
 def encode_topk(
     x: Tensor,
@@ -48,7 +48,7 @@ def encode_topk(
 @torch.library.custom_op(
     "vision_plugin::encode_batch_topk",
     mutates_args=(),
-    schema=f"({_ENCODER}, int total, {_TAIL}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_ENCODER}, SymInt total, {_TAIL}) -> (Tensor, Tensor, Tensor)",
 )
 def encode_batch_topk(
     x: Tensor,
@@ -94,12 +94,27 @@ def encode_threshold(
 @torch.library.custom_op(
     "vision_plugin::gather_sum",
     mutates_args=(),
-    schema="(Tensor source, Tensor indices, Tensor offsets, Tensor weights, str backend) -> Tensor",
+    schema="(Tensor source, Tensor indices, Tensor offsets, Tensor weights, str backend, "
+    "bool trusted=False) -> Tensor",
 )
 def gather_sum(
-    source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor, backend: str
+    source: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    backend: str,
+    trusted: bool = False,
 ) -> Tensor:
-    """Return ``out[s]``, the sum of ``weights[p] * source[indices[p]]`` over segment s."""
+    """Return ``out[s]``, the sum of ``weights[p] * source[indices[p]]`` over segment s.
+
+    Args:
+        source, indices, offsets, weights: See `Backend`.
+        backend: Name of a backend.
+        trusted: Whether indices and offsets are known to be in range. A kernel would read past
+            the end of a tensor where they are not.
+    """
+    if not trusted:
+        _check_entries(indices, offsets, weights, source.shape[0])
     result: Tensor = _backends.run(
         "gather_sum", source.device.type, backend, source, indices, offsets, weights
     )
@@ -136,7 +151,7 @@ def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op(
     "vision_plugin::transpose",
     mutates_args=(),
-    schema="(Tensor indices, Tensor offsets, int n_columns, str backend) "
+    schema="(Tensor indices, Tensor offsets, SymInt n_columns, str backend) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def transpose(
@@ -147,6 +162,37 @@ def transpose(
         "transpose", indices.device.type, backend, indices, offsets, n_columns
     )
     return rows, order, starts
+
+
+def _check_entries(indices: Tensor, offsets: Tensor, weights: Tensor, n_rows: int) -> None:
+    """Raise where indices are no rows of a matrix of ``n_rows``, or offsets no places of indices.
+
+    On a GPU the check runs after this call and fails there, as torch's own indexing does: to wait
+    for it would hold up every step.
+
+    Raises:
+        IndexError: a row is out of range.
+        ValueError: the tensors do not belong together.
+    """
+    nnz = indices.numel()
+    if weights.numel() != nnz:
+        raise ValueError(f"{nnz} indices need as many values, got {weights.numel()}")
+    if offsets.numel() == 0:
+        raise ValueError("offsets are empty: a batch of no rows has one of them, 0")
+    are_places = (offsets[0] == 0) & (offsets[-1] == nnz) & (offsets.diff() >= 0).all()
+    lowest, highest = indices.aminmax() if nnz else (offsets[0], offsets[0] - 1)
+    are_rows = (lowest >= 0) & (highest < n_rows)
+    if indices.device.type == "cuda":
+        torch._assert_async(are_places & are_rows, f"latents outside 0 to {n_rows - 1}")
+        return
+    if not bool(are_rows):
+        wrong = int(lowest if int(lowest) < 0 else highest)
+        raise IndexError(
+            f"latent {wrong} is out of range: W_dec has {n_rows} rows, for latents 0 to "
+            f"{n_rows - 1}"
+        )
+    if not bool(are_places):
+        raise ValueError(f"offsets must rise from 0 to {nnz}, the number of values")
 
 
 def _result_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
@@ -182,7 +228,7 @@ def _(x, W_enc, b_enc, b_in, threshold, dtype, backend):  # type: ignore[no-unty
 
 
 @gather_sum.register_fake
-def _(source, indices, offsets, weights, backend):  # type: ignore[no-untyped-def]
+def _(source, indices, offsets, weights, backend, trusted=False):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(source.dtype, weights.dtype)
     return source.new_empty(offsets.shape[0] - 1, source.shape[1], dtype=dtype)
 
@@ -226,13 +272,13 @@ def _encoder_gradients(
     backend = ctx.backend
     grad_x = grad_W = grad_b = grad_b_in = None
     if need_x:
-        grad_x = gather_sum(W_enc.t(), indices, offsets, grad, backend).to(x.dtype)
+        grad_x = gather_sum(W_enc.t(), indices, offsets, grad, backend, True).to(x.dtype)
     if need_W or need_b or need_b_in:
         rows, order, starts = transpose(indices, offsets, W_enc.shape[1], backend)
         by_latent = grad.index_select(0, order)
         if need_W:
             centred = x if b_in is None else x - b_in
-            grad_W = gather_sum(centred, rows, starts, by_latent, backend).to(W_enc.dtype).t()
+            grad_W = gather_sum(centred, rows, starts, by_latent, backend, True).to(W_enc.dtype).t()
         if need_b or need_b_in:
             total = segment_sum(by_latent, starts, backend)
             grad_b = total.to(b_enc.dtype) if need_b else None
@@ -258,7 +304,7 @@ def _topk_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     values, indices = ctx.saved_tensors[4:]
     batch, k = values.shape
     if ctx.relu:
-        grad = grad * (values > 0)
+        grad = grad * ~(values <= 0)  # NaN passes, as through torch's own ReLU
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=values.device) * k
     gradients = _encoder_gradients(ctx, grad.reshape(-1), indices.reshape(-1), offsets)
     return *gradients, None, None, None, None, None
@@ -278,7 +324,7 @@ def _rows_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 
 def _gather_sum_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, indices, offsets, weights, ctx.backend = inputs
+    source, indices, offsets, weights, ctx.backend, _ = inputs
     ctx.save_for_backward(source, indices, offsets, weights)
 
 
@@ -288,11 +334,11 @@ def _gather_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         rows, order, starts = transpose(indices, offsets, source.shape[0], ctx.backend)
         by_column = weights.index_select(0, order)
-        grad_source = gather_sum(grad, rows, starts, by_column, ctx.backend).to(source.dtype)
+        grad_source = gather_sum(grad, rows, starts, by_column, ctx.backend, True).to(source.dtype)
     if ctx.needs_input_grad[3]:
         dots = pair_dot(grad, source, indices, offsets, ctx.backend)
         grad_weights = dots.to(weights.dtype)
-    return grad_source, None, None, grad_weights, None
+    return grad_source, None, None, grad_weights, None, None
 
 
 encode_topk.register_autograd(_topk_backward, setup_context=_topk_context)

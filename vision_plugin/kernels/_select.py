@@ -1,7 +1,9 @@
 """Exact selection of the largest entries of dense pre-activations, with torch operators.
 
-Larger values come first, ties go to the lowest index. A row's k largest entries lie in its k tiles
-with the largest maxima, so most of the row is read once, for the maxima alone.
+Larger values come first, ties go to the lowest index. NaN comes before every number, as it does in
+``torch.topk``: a selection that dropped it would hide that a model or an SAE is broken. A row's k
+largest entries lie in its k tiles with the largest maxima, so most of the row is read once, for
+the maxima alone.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def _topk_of_tiles(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _break_ties(keys: Tensor, boundary: Tensor, k: int) -> Tensor:
     """Return the columns of the k largest of each row, ``[rows, k]``, ties to the lowest column."""
-    above = keys > boundary[:, None]
+    above = ~(keys <= boundary[:, None])  # NaN too
     equal = keys == boundary[:, None]
     wanted = k - above.sum(dim=1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(dim=1) <= wanted))
@@ -76,7 +78,7 @@ def largest_positive(keys: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return the ``total`` largest positive entries of a matrix, by ascending flat index.
 
     Args:
-        keys: Matrix, ``[batch, n]``, contiguous.
+        keys: Matrix, ``[batch, n]``, contiguous; NaN ranks as infinity.
         total: Number of entries; fewer come back if fewer are positive.
 
     Returns:
@@ -88,25 +90,30 @@ def largest_positive(keys: Tensor, total: int) -> tuple[Tensor, Tensor]:
     n_tiles = flat.numel() // _TILE
     if n_tiles * _TILE == flat.numel() and total * _TILES_PAY <= n_tiles:
         tiles = flat.view(n_tiles, _TILE)
-        maxima = tiles.amax(dim=1)
+        maxima = _ranks(tiles.amax(dim=1))
         # total tiles reach this value, so at least total entries do.
         floor = _kth_largest(maxima, total)
         hits = ((maxima >= floor) & (maxima > 0)).nonzero().squeeze(1)
         within = torch.arange(_TILE, device=keys.device)
         values = tiles.index_select(0, hits)
-        keep = (values >= floor) & (values > 0)
+        keep = ~((values < floor) | (values <= 0))
         positions = (hits[:, None] * _TILE + within)[keep]
         values = values[keep]
     else:
-        positions = (flat > 0).nonzero().squeeze(1)
+        positions = (flat <= 0).logical_not_().nonzero().squeeze(1)
         values = flat[positions]
     if values.numel() <= total:
         return values, positions
-    boundary = _kth_largest(values, total)
-    above = values > boundary
-    equal = values == boundary
+    ranks = _ranks(values)
+    boundary = _kth_largest(ranks, total)
+    above = ranks > boundary
+    equal = ranks == boundary
     chosen = above | (equal & (equal.cumsum(0) <= total - above.sum()))
     return values[chosen], positions[chosen]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
@@ -119,11 +126,12 @@ def above_threshold(keys: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Return entries that are positive and above their column's threshold, by flat index.
 
     Args:
-        keys: Matrix, ``[batch, n]``, contiguous.
-        threshold: Threshold of each column, ``[n]``.
+        keys: Matrix, ``[batch, n]``, contiguous; NaN is above every threshold.
+        threshold: Threshold of each column, ``[n]``; no number is above NaN.
 
     Returns:
         The entries ``[nnz]`` and their flat positions ``[nnz]`` (int64), ascending.
     """
-    positions = (keys > threshold.clamp(min=0)).view(-1).nonzero().squeeze(1)
+    floor = threshold.clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    positions = (keys <= floor).logical_not_().view(-1).nonzero().squeeze(1)
     return keys.view(-1)[positions], positions

@@ -108,7 +108,7 @@ class TorchBackend:
             source.to(work).contiguous(),
             offsets,
             mode="sum",
-            per_sample_weights=weights.to(work).contiguous(),
+            per_sample_weights=weights.to(work),
             include_last_offset=True,
         ).to(dtype)
 

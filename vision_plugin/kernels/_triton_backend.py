@@ -73,7 +73,7 @@ class TritonBackend(TorchBackend):
         dtype = torch.promote_types(source.dtype, weights.dtype)
         if dtype not in _KINDS or indices.numel() == 0 or source.shape[1] == 0:
             return super().gather_sum(source, indices, offsets, weights)
-        return _gather_sum(_rows_contiguous(source), indices, offsets, weights.contiguous(), dtype)
+        return _gather_sum(_rows_contiguous(source), indices, offsets, weights, dtype)
 
     def pair_dot(
         self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
@@ -122,7 +122,7 @@ def _select(
     factor = b_enc if scale is None else scale  # a kernel needs a pointer, used or not
     common: dict[str, Any] = {"HAS_SCALE": scale is not None, "TILE": TILE}
     if use_tiles:
-        maxima = torch.empty(batch, n_tiles, dtype=torch.float32, device=pre.device)
+        maxima = torch.empty(batch, n_tiles, dtype=torch.int32, device=pre.device)  # keys
         per_program = 32
         triton_kernels.tile_maxima[(batch, -(-n_tiles // per_program))](
             pre, b_enc, factor, maxima, n, n_tiles, TILES=per_program, num_warps=4, **common

@@ -15,10 +15,13 @@ import triton.language as tl
 
 @triton.jit
 def _key(value):
-    """Return an unsigned integer that orders as the float does (and treats -0.0 as 0.0)."""
+    """Return an unsigned integer that orders as the float does.
+
+    -0.0 counts as 0.0, and NaN, whatever its sign, lies above every number.
+    """
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     flipped = tl.where(bits < 0, ~bits, bits | -2147483648)
-    return flipped.to(tl.uint32, bitcast=True)
+    return tl.where(value != value, -1, flipped).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -64,8 +67,10 @@ def tile_maxima(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILES * TILE + tl.arange(0, TILES * TILE)
     values = _load_keys(pre + row * n, bias, scale, columns, columns < n, HAS_SCALE)
-    best = tl.max(tl.reshape(values, (TILES, TILE)), axis=1)
+    # The largest of the values would pass over NaN.
+    best = tl.max(tl.reshape(_key(values), (TILES, TILE)), axis=1)
     tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    best = best.to(tl.int32, bitcast=True)
     tl.store(maxima + row * n_tiles + tiles, best, mask=tiles < n_tiles)
 
 
@@ -75,9 +80,9 @@ def choose_tiles(maxima, chosen_tiles, n_tiles, k, N_TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, N_TILES)
     inside = tiles < n_tiles
-    values = tl.load(maxima + row * n_tiles + tiles, mask=inside, other=float("-inf"))
     # A key of 0 lies below that of any number: tiles that only fill up the block stay out.
-    keys = tl.where(inside, _key(values), tl.full((), 0, tl.uint32))
+    keys = tl.load(maxima + row * n_tiles + tiles, mask=inside, other=0)
+    keys = keys.to(tl.uint32, bitcast=True)
     chosen, rank = _choose(keys, k)
     tl.store(chosen_tiles + row * k + rank, tiles, mask=chosen & inside)
 

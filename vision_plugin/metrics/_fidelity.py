@@ -36,6 +36,7 @@ class FVUResult(MetricResult):
     """
 
     headline = ("explained_variance", "cosine", "fvu")
+    main = "fvu"
 
     fvu: float
     explained_variance: float

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 __all__ = ["MetricResult", "headline_of", "summary_of", "to_json"]
@@ -21,10 +22,29 @@ class MetricResult:
     A subclass chooses the numbers of a table by overriding :meth:`summary`, and may name in
     ``headline`` the most important of them. NaN stands for "undefined" in tensors and summaries;
     the number of undefined entries is always reported beside it.
+
+    ``torch.stack`` takes each result for its main number. torchmetrics' ``MetricTracker`` and
+    ``BootStrapper`` stack results, and so they work with these metrics.
     """
 
     headline: ClassVar[tuple[str, ...]] = ()
     """Entries of the summary that a table with many metrics shows; all of them by default."""
+    main: ClassVar[str] = ""
+    """Entry that the metric's ``higher_is_better`` is about; by default the first of the others."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Stack the main numbers of results."""
+        if func is not torch.stack:
+            return NotImplemented
+        results: Sequence[Any] = args[0]
+        return torch.stack([torch.tensor(main_of(r)) for r in results], *args[1:], **kwargs or {})
 
     def summary(self) -> dict[str, float | int]:
         """Return the scalars worth a row in a table, by name."""
@@ -73,6 +93,12 @@ def headline_of(result: Any) -> dict[str, float | int]:
     numbers = summary_of(result)
     names = getattr(result, "headline", ())
     return {name: numbers[name] for name in names if name in numbers} or numbers
+
+
+def main_of(result: Any) -> float | int:
+    """Return the one number that stands for a result."""
+    numbers = headline_of(result)
+    return numbers[getattr(result, "main", "") or next(iter(numbers))]
 
 
 def _number(value: Any) -> float | int | None:

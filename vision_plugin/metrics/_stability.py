@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,13 @@ from vision_plugin.metrics._streaming import StreamingMetric
 
 __all__ = ["Stability", "StabilityResult", "stability"]
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_ONCE = 2**12
 LARGEST_ASSIGNMENT = 2**13
 """Most directions that are assigned by default: the time is cubic, minutes above this."""
+SECONDS_AT_LARGEST = 60.0
+"""Time of an assignment of that size, roughly."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def stability(
         decoder: the first SAE's ``W_dec``, ``[k1, d]``.
         other: the second SAE's ``W_dec``, ``[k2, d]``.
         assign: whether to solve the one-to-one assignment, cubic in the number of directions; by
-            default only up to 8,192 of them.
+            default only up to 8,192 of them. With more, a warning says beforehand how long it
+            takes.
 
     Raises:
         ValueError: widths differ, there is no direction, or a value is NaN or infinite.
@@ -89,8 +95,11 @@ def stability(
     first = F.normalize(decoder.detach().double()[first_keep], dim=1)
     second = F.normalize(other.detach().double()[second_keep], dim=1)
     forth, back = _nearest(first, second)
+    n_largest = max(len(first), len(second))
     if assign is None:
-        assign = max(len(first), len(second)) <= LARGEST_ASSIGNMENT
+        assign = n_largest <= LARGEST_ASSIGNMENT
+    elif assign and n_largest > LARGEST_ASSIGNMENT:
+        _warn_of_time(n_largest)
     matched = _spread_out(_assigned(first, second), first_keep) if assign else None
     return StabilityResult(
         max_cosine=_spread_out(forth, first_keep),
@@ -104,14 +113,14 @@ class Stability(StreamingMetric):
     """Stability over one or several pairs of dictionaries; see :func:`stability`.
 
     Args:
-        assign: whether to solve the one-to-one assignment of each pair.
+        assign: whether to solve the one-to-one assignment of each pair; see :func:`stability`.
     """
 
     higher_is_better = True
 
     n_zero: Tensor
 
-    def __init__(self, *, assign: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *, assign: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.assign = assign
         for name in ("forth", "back", "matched"):
@@ -128,13 +137,25 @@ class Stability(StreamingMetric):
         self.n_zero += result.n_zero
 
     def compute(self) -> StabilityResult:
-        """Return the cosines of all pairs seen, one after the other."""
+        """Return the cosines of all pairs seen, one after the other.
+
+        Matched cosines are left out where a pair was too wide to assign.
+        """
+        forth, matched = self.rows("forth"), self.rows("matched")
+        are_all = self.assign is not False and len(matched) == len(forth)
         return StabilityResult(
-            self.rows("forth"),
-            self.rows("back"),
-            self.rows("matched") if self.assign else None,
-            int(self.n_zero),
+            forth, self.rows("back"), matched if are_all else None, int(self.n_zero)
         )
+
+
+def _warn_of_time(n: int) -> None:
+    minutes = SECONDS_AT_LARGEST * (n / LARGEST_ASSIGNMENT) ** 3 / 60
+    gigabytes = 8 * n * n / 1e9
+    logger.warning(
+        "assigning %d directions one to one takes time that grows with their cube, here about %.0f "
+        "minutes, and %.1f GB of memory: assign=False leaves it out",
+        *(n, minutes, gigabytes),
+    )
 
 
 def _nearest(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from vision_plugin.metrics._steerability_options import (
     Scoring,
     SteerabilityOptions,
     takes_options,
+    takes_options_except,
 )
 from vision_plugin.metrics._steerability_result import (
     SteerabilityCurve,
@@ -102,11 +103,12 @@ class Steerability(StreamingMetric):
         """Add the sums of other images.
 
         Raises:
-            ValueError: the other metric steers other latents, or with other options.
+            ValueError: the other metric steers other latents, with other options, or towards other
+                texts.
         """
         if isinstance(incoming_state, Steerability):
             mine, theirs = self.scoring, incoming_state.scoring
-            for name in ("strength", "tokens", "definition", "threshold"):
+            for name in ("strength", "tokens", "definition", "threshold", "concepts"):
                 if getattr(mine, name) != getattr(theirs, name):
                     raise ValueError(
                         f"cannot merge a Steerability with {name}={getattr(theirs, name)!r} into "
@@ -114,7 +116,20 @@ class Steerability(StreamingMetric):
                     )
             if not torch.equal(mine.latents, theirs.latents):
                 raise ValueError("cannot merge Steerability metrics of different latents")
+            self._check_same_question(incoming_state)
         super().merge_state(incoming_state)
+
+    def _check_same_question(self, other: Steerability) -> None:
+        """Raise ValueError unless both compare images with the same texts at the same scale."""
+        mine, theirs = self.steering, other.steering
+        if mine.scale != theirs.scale:
+            raise ValueError(
+                f"cannot merge a Steerability with scale={theirs.scale} into one with "
+                f"scale={mine.scale}"
+            )
+        texts = theirs.texts.to(mine.texts.device)
+        if texts.shape != mine.texts.shape or not torch.allclose(texts, mine.texts, atol=1e-5):
+            raise ValueError("cannot merge Steerability metrics of different text_embeddings")
 
     def compute(self) -> SteerabilityResult:
         """Return the steerability over all images seen, by all processes.
@@ -176,7 +191,7 @@ def steerability(
     return result if keep_delta else replace(result, delta=None)
 
 
-@takes_options
+@takes_options_except("strength")
 def steerability_curve(
     model: Any,
     sae: Dictionary,
@@ -196,11 +211,17 @@ def steerability_curve(
         text_embeddings: One embedding per concept, ``[c, d_embed]``.
         strengths: Values that each latent is set to, one after the other, in place of ``strength``.
         keep_delta: Whether to keep the changes; at many strengths they take much memory.
-        **options: The fields of :class:`SteerabilityOptions`.
+        **options: The fields of :class:`SteerabilityOptions`, except ``strength``.
 
     Raises:
-        ValueError: there are no strengths, or :class:`Steerability` would raise.
+        ValueError: ``strength`` is given, there are no strengths, or :class:`Steerability` would
+            raise.
     """
+    if "strength" in options:
+        raise ValueError(
+            f"strength={options['strength']} has no meaning for a curve: name every value in "
+            "strengths="
+        )
     if not strengths:
         raise ValueError("strengths= is empty: name at least one")
     every = [SteerabilityOptions(**{**options, "strength": strength}) for strength in strengths]

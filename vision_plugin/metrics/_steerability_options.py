@@ -107,15 +107,25 @@ def takes_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     Editors, ``help`` and the registry of metrics then see the options by their names.
     """
-    signature = inspect.signature(function)
-    own = list(signature.parameters.values())
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    fields = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(SteerabilityOptions)
-    ]
-    function.__signature__ = signature.replace(parameters=[*own[:-1], *fields])  # type: ignore[attr-defined]
-    return function
+    return takes_options_except()(function)
+
+
+def takes_options_except(*left_out: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Show all fields but some, see :func:`takes_options`."""
+
+    def show(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+        own = list(signature.parameters.values())
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        fields = [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(SteerabilityOptions)
+            if field.name not in left_out
+        ]
+        function.__signature__ = signature.replace(parameters=[*own[:-1], *fields])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ everywhere torchmetrics merges: ``forward``, ``merge_state`` and the sync betwee
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from vision_plugin.metrics._result import headline_of
 
 __all__ = ["StreamingMetric"]
 
@@ -29,6 +32,9 @@ class StreamingMetric(Metric):
     Tensor states added with :meth:`add_coupled_state` are merged by :meth:`merge_coupled`; list
     states added with :meth:`add_rows_state` are concatenated in the order of the merge. States
     added with torchmetrics's own ``add_state`` keep its rules.
+
+    Raises:
+        ValueError: ``compute`` is called before any data was seen, here or in another process.
     """
 
     full_state_update = False
@@ -73,6 +79,31 @@ class StreamingMetric(Metric):
         """
         for name in ("update", "compute"):
             self.__dict__.pop(name, None)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> StreamingMetric:
+        """Change nothing: sums in half precision overflow and counts stop at 65,504.
+
+        Args:
+            dst_type: Type that the results are wanted in; data of any type can be given already.
+        """
+        del dst_type
+        return self
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot the few numbers that a table shows, as torchmetrics plots a metric's values.
+
+        Args:
+            val: A result, or results one after the other; by default what is computed now.
+            ax: Axes of matplotlib to draw on; by default new ones.
+
+        Returns:
+            The figure, None where ``ax`` was given, and the axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        val = self.compute() if val is None else val
+        return self._plot([_drawn(v) for v in val] if isinstance(val, list) else _drawn(val), ax)
 
     def coupled_states(self) -> State:
         """Return the coupled states; after a sync, merged over processes in rank order."""
@@ -147,15 +178,33 @@ class StreamingMetric(Metric):
         """
 
         def boxed_compute(*args: Any, **kwargs: Any) -> _Box:
+            if not self.update_called and self._is_empty():
+                raise ValueError(
+                    f"{type(self).__name__} has seen no data: call update before compute"
+                )
             return _Box(compute(*args, **kwargs))
 
         wrapped = super()._wrap_compute(boxed_compute)
 
         @functools.wraps(compute)
         def unboxed_compute(*args: Any, **kwargs: Any) -> Any:
-            return wrapped(*args, **kwargs).record
+            with warnings.catch_warnings():
+                # Said as an error, and only where it is true: merged data is data.
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                return wrapped(*args, **kwargs).record
 
         return unboxed_compute
+
+    def _is_empty(self) -> bool:
+        """Return whether no state has data, its own, merged, loaded or from another process."""
+        for name, default in self._defaults.items():
+            value = getattr(self, name)
+            if isinstance(default, list):
+                if any(len(rows) for rows in _as_list(value)):
+                    return False
+            elif not bool(((value == default) | (value.isnan() & default.isnan())).all()):
+                return False
+        return True
 
     def _check_shapes(self, other: dict[str, Any]) -> None:
         for name in self._defaults:
@@ -193,6 +242,10 @@ class _Box:
 
     def __init__(self, record: Any) -> None:
         self.record = record
+
+
+def _drawn(result: Any) -> dict[str, Tensor]:
+    return {name: torch.tensor(float(value)) for name, value in headline_of(result).items()}
 
 
 def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:

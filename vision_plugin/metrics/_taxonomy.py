@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_plugin._paths import local_path
+from vision_plugin._untrusted import read_json, read_regular
 
 __all__ = ["TaxonomyPaths", "read_taxonomy", "taxonomy_from_columns"]
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 TaxonomyPaths = Sequence[Sequence[str]]
 
 MAX_BYTES = 2**28
+"""Larger files are refused."""
+MAX_VALUES = 10_000_000
+"""JSON with more groups and names is refused."""
 
 
 def taxonomy_from_columns(
@@ -63,8 +67,6 @@ def read_taxonomy(
         ValueError: the file is neither JSON nor CSV, too large, or lacks an image or a column.
     """
     path = local_path(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes, too large for a taxonomy")
     if path.suffix == ".json":
         return _from_json(path, image_ids)
     if path.suffix == ".csv":
@@ -103,26 +105,31 @@ def _path(entries: Sequence[object]) -> tuple[str, ...]:
 
 
 def _from_json(path: Path, image_ids: Sequence[str] | None) -> tuple[tuple[str, ...], ...]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = read_json(path, limit=MAX_BYTES, max_values=MAX_VALUES)
     if isinstance(content, dict):
         if image_ids is None:
             raise ValueError(f"{path} maps image ids to paths; pass image_ids= to order them")
         content = _look_up(content, image_ids, path)
     if not isinstance(content, list) or not all(isinstance(entry, list) for entry in content):
         raise ValueError(f"{path} must hold a list of paths, or an object from image id to path")
+    if image_ids is not None and len(content) != len(image_ids):
+        raise ValueError(
+            f"{path} lists {len(content):,} paths, but there are {len(image_ids):,} images: write "
+            "one path for each image, or an object from image id to path"
+        )
     return tuple(_path(entry) for entry in content)
 
 
 def _from_csv(
     path: Path, columns: Sequence[str] | None, image_ids: Sequence[str] | None
 ) -> tuple[tuple[str, ...], ...]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    try:
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         names = list(reader.fieldnames or [])
         lines = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not CSV in UTF-8 ({error}): write it again") from error
     if not names:
         raise ValueError(f"{path} has no header line")
     if image_ids is not None:

@@ -5,7 +5,7 @@ from ._harvest import Source as Source
 from ._harvest import component_sources as component_sources
 from ._hook_names import UnknownHookError as UnknownHookError
 from ._loading import load_model as load_model
-from ._processing import as_rgb as as_rgb
+from ._rgb import as_rgb as as_rgb
 from ._sparse_inference import sparse_forward as sparse_forward
 from ._sparse_inference import sparse_latents as sparse_latents
 from ._token_latents import TokenLatents as TokenLatents

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,17 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from vision_plugin.models._embeddings import Embeddings
 from vision_plugin.models._harvest import Harvester
 from vision_plugin.models._hook_names import check_hook_names
+from vision_plugin.models._modes import Modes
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 from vision_plugin.models._splicing import Splicing
 from vision_plugin.models._tokens import TokenLayout
+from vision_plugin.models._weights import Weights
 
 NamesFilter = str | list[str] | Callable[[str], bool] | None
 HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-class VisionBridge(Embeddings, Splicing, TransformerBridge):
+class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
     """A vision transformer as a TransformerLens bridge, with SAEs and steering.
 
     :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap` make it. It computes what the
@@ -38,17 +41,23 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         adapter: Any,
         *,
         native: nn.Module,
+        made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge],
         image_processor: ImageProcessor | None = None,
         tokenizer: TextProcessor | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__(module, adapter, None)
         self.__dict__["native"] = native
+        self.made_again = made_again
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.revision = revision
         self._pending_stop: int | None = None
+        self.n_passes = 0
         self._hook_dict: dict[str, HookPoint] | None = None
+        self.modes = Modes()
+        self._one_at_a_time = threading.RLock()
+        self._setup_weights()
         self._setup_splicing()
 
     adapter: Any
@@ -56,6 +65,8 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
 
     native: nn.Module
     """The module that was loaded or passed in; it contains no bridge component."""
+    made_again: Callable[[nn.Module, dict[str, Any]], VisionBridge]
+    """Makes a bridge over a copied or unpickled native module, from what this one has beside it."""
 
     # ------------------------------------------------------------------ forward
 
@@ -103,11 +114,12 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
                 f"the model takes a tensor of pixels, not {type(data).__name__}: "
                 "model.preprocess(images) makes one"
             )
-        stop = stop_at_layer if stop_at_layer is not None else self._pending_stop
-        try:
-            output = self._run(data, start_at_layer, stop, image_size, kwargs)
-        except StopAtLayerException as stopped:
-            return stopped.layer_output
+        with self.alone():
+            stop = stop_at_layer if stop_at_layer is not None else self._pending_stop
+            try:
+                output = self._run(data, start_at_layer, stop, image_size, kwargs)
+            except StopAtLayerException as stopped:
+                return stopped.layer_output
         return None if return_type is None else self.adapter.image_output(output)
 
     def _run(
@@ -123,16 +135,31 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         stop = None if stop is None else self._layer(stop, "stop_at_layer")
         if start is not None:
             self._check_residual(data, image_size)
-        pixels = data if start is None else self._placeholder(data, image_size)
-        if "pos_embed" in self._modules:
-            self.pos_embed._current_batch_size = data.shape[0]
-        height, width = pixels.shape[-2:]
-        self._image_size = (height, width) if pixels.ndim == 4 else None
-        try:
-            with self._stretch(data, start, stop):
-                return self.original_model(pixel_values=pixels, **kwargs)
-        finally:
-            self._image_size = None
+        elif "spatial_shapes" not in kwargs:
+            self.check_pixels(data)
+        with self.alone():
+            if not torch.compiler.is_compiling():
+                self._renew_loans()
+                self.n_passes += 1
+            pixels = data if start is None else self._placeholder(data, image_size)
+            if "pos_embed" in self._modules:
+                self.pos_embed._current_batch_size = data.shape[0]
+            height, width = pixels.shape[-2:]
+            self._image_size = (height, width) if pixels.ndim == 4 else None
+            try:
+                with self._stretch(data, start, stop):
+                    return self.original_model(pixel_values=pixels, **kwargs)
+            finally:
+                self._image_size = None
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread runs this model.
+
+        A pass keeps its stop, its image size and its hooks on the model's parts, so passes of
+        several threads come one after the other. Hooks and SAEs that stay attached between passes
+        are the model's and act on every thread's passes.
+        """
+        return nullcontext() if torch.compiler.is_compiling() else self._one_at_a_time
 
     def _layer(self, layer: int, argument: str) -> int:
         n_layers = int(self.cfg.n_layers)
@@ -141,6 +168,14 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
                 f"{argument}={layer} is out of range: {self.cfg.model_name} has {n_layers} blocks"
             )
         return layer + n_layers if layer < 0 else layer
+
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raise ValueError unless pixels are a batch of images."""
+        if pixels.ndim != 4:
+            raise ValueError(
+                f"{self.cfg.model_name} takes a batch of images [batch, channels, height, width], "
+                f"got {list(pixels.shape)}: for one image, give pixels[:1] in place of pixels[0]"
+            )
 
     def _check_residual(self, residual: Tensor, image_size: tuple[int, int] | None) -> None:
         expected = (self.token_layout(image_size).n_tokens, self.cfg.d_model)
@@ -222,17 +257,18 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         """
         if names_filter is not None and not callable(names_filter):
             self.check_hook_names(_as_list(names_filter))
-        self._pending_stop = stop_at_layer
-        try:
-            output, cache = super().run_with_cache(
-                input,
-                return_cache_object=return_cache_object,
-                remove_batch_dim=remove_batch_dim,
-                names_filter=names_filter,
-                **kwargs,
-            )
-        finally:
-            self._pending_stop = None
+        with self.alone():
+            self._pending_stop = stop_at_layer
+            try:
+                output, cache = super().run_with_cache(
+                    input,
+                    return_cache_object=return_cache_object,
+                    remove_batch_dim=remove_batch_dim,
+                    names_filter=names_filter,
+                    **kwargs,
+                )
+            finally:
+                self._pending_stop = None
         if isinstance(cache, ActivationCache):
             # hook_embed is the input of the first block, which already contains the positions.
             cache.has_pos_embed = False
@@ -243,9 +279,10 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
     ) -> Any:
         """Run the model with hooks, as TransformerLens does; unknown names are errors."""
         self.check_hook_names([name for name, _ in (*fwd_hooks, *bwd_hooks)])
-        return super().run_with_hooks(
-            input, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
-        )
+        with self.alone():
+            return super().run_with_hooks(
+                input, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
+            )
 
     def hooks(  # type: ignore[override]
         self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
@@ -290,24 +327,7 @@ class VisionBridge(Embeddings, Splicing, TransformerBridge):
         layout: TokenLayout = self.adapter.tower_dimensions.layout(size)
         return layout
 
-    # ------------------------------------------------------------------ device and mode
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.native.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.native.parameters()).dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> VisionBridge:
-        """Move or cast the weights of the bridge and of the native module."""
-        super().to(*args, **{"print_details": False, **kwargs})
-        kwargs.pop("print_details", None)
-        self.native.to(*args, **kwargs)
-        return self
+    # ------------------------------------------------------------------ mode
 
     def train(self, mode: bool = True) -> VisionBridge:
         """Switch the mode of the bridge and of the native module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from vision_plugin.models._modes import in_eval_mode
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 
 
@@ -31,20 +32,22 @@ class Embeddings:
         @property
         def dtype(self) -> torch.dtype: ...
 
-    def preprocess(
-        self, images: Image | Sequence[Image]
-    ) -> Float[Tensor, "n channels height width"]:
+    def preprocess(self, images: Image | Iterable[Any]) -> Float[Tensor, "n channels height width"]:
         """Return pixels in the checkpoint's own size, crop and normalisation.
 
+        Args:
+            images: One PIL image, or several.
+
         Raises:
-            ValueError: the model was wrapped without its preprocessing.
+            ValueError: the model was wrapped without its preprocessing, there is no image, or
+                something is not a PIL image.
         """
         if self.image_processor is None:
             raise ValueError(
                 f"{self.cfg.model_name} was wrapped without its preprocessing: use "
                 "wrap(module, image_processor=...), or pass pixels that you prepared yourself"
             )
-        images = [images] if isinstance(images, Image) else images
+        images = _check_images(images)
         return self.image_processor(images).to(device=self.device, dtype=self.dtype)
 
     def encode_image(
@@ -86,7 +89,8 @@ class Embeddings:
         """Return text embeddings in the joint space, of norm one by default.
 
         Raises:
-            ValueError: the model has no text tower, or was wrapped without its tokenizer.
+            ValueError: the model has no text tower, was wrapped without its tokenizer, or there is
+                no text.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.tokenizer is None:
@@ -94,11 +98,14 @@ class Embeddings:
                 f"{self.cfg.model_name} has no tokenizer: load the model from a checkpoint that "
                 "has one, or use wrap(module, tokenizer=...)"
             )
+        if not texts:
+            raise ValueError("texts= is empty: give at least one text to embed")
         parts = []
-        for start in range(0, len(texts), batch_size):
-            tokens = self.tokenizer(texts[start : start + batch_size])
-            on_device = {name: value.to(self.device) for name, value in tokens.items()}
-            parts.append(self.adapter.encode_text(self.native, **on_device))
+        with in_eval_mode(self):
+            for start in range(0, len(texts), batch_size):
+                tokens = self.tokenizer(texts[start : start + batch_size])
+                on_device = {name: value.to(self.device) for name, value in tokens.items()}
+                parts.append(self.adapter.encode_text(self.native, **on_device))
         embedding = torch.cat(parts)
         return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
@@ -136,3 +143,34 @@ class Embeddings:
         The logits are ``logit_scale * cosine + logit_bias``; the softmax runs over texts.
         """
         return str(self.adapter.score_function)
+
+
+def _check_images(images: object) -> list[Image]:
+    """Return images as a list.
+
+    Raises:
+        ValueError: there is none, or something is not a PIL image; the message says what and where.
+    """
+    if isinstance(images, Image):
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, (str, bytes, Mapping)):
+        raise ValueError(f"images= must be PIL images, got {_described(images)}: {_HOW_TO_OPEN}")
+    every = list(images)
+    if not every:
+        raise ValueError("images= is empty: give at least one PIL image")
+    for place, image in enumerate(every):
+        if not isinstance(image, Image):
+            raise ValueError(
+                f"images= must be PIL images, but number {place} is {_described(image)}: "
+                f"{_HOW_TO_OPEN}"
+            )
+    return every
+
+
+_HOW_TO_OPEN = "PIL.Image.fromarray(array) and PIL.Image.open(path) make them"
+
+
+def _described(thing: object) -> str:
+    shape = getattr(thing, "shape", None)
+    kind = type(thing).__name__
+    return f"a {kind}" if shape is None else f"a {kind} of shape {list(shape)}"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_plugin.models._modes import in_eval_mode
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,9 +69,14 @@ class Harvester:
 
         Returns:
             The activation of each hook, in the order of the names, as the bridge's cache has it.
+
+        Raises:
+            ValueError: the pixels are not a batch.
         """
+        self.model.check_pixels(pixels)
         found: dict[str, Tensor] = {}
-        with self._hooks(found), suppress(_AllHarvested):
+        alone, hooks = self.model.alone(), self._hooks(found)
+        with alone, in_eval_mode(self.model), hooks, suppress(_AllHarvested):
             self.model.adapter.native_forward(self.model.native, pixels)
         # A position table is read once for the whole batch; the cache has one row per image.
         return {

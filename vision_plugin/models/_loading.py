@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vision_plugin._inputs import usable_device
+from vision_plugin._device import usable_device
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._open_clip import load_open_clip
 from vision_plugin.models._timm import load_timm

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vision_plugin.models._rgb import as_rgb
+
 
 @runtime_checkable
 class ImageProcessor(Protocol):
@@ -109,17 +111,6 @@ class PlainTexts:
         """Return the tokenizer's dictionary, or its token ids as ``text``, [n, length]."""
         tokens = self.tokenizer(list(texts))
         return dict(tokens) if isinstance(tokens, Mapping) else {"text": tokens}
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an RGB image; transparency becomes white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        page = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(page, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def hash_settings(settings: dict[str, Any]) -> str:

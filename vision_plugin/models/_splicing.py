@@ -6,10 +6,10 @@ aliases stay, and removing the SAE leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,61 @@ class Splicing:
     token_layout: Callable[..., TokenLayout]
     run_with_cache: Callable[..., Any]
     run_with_hooks: Callable[..., Any]
+    alone: Callable[[], AbstractContextManager[Any]]
 
     def _setup_splicing(self) -> None:
         self._splices: dict[str, Splice] = {}
+
+    def _spliced(self) -> list[tuple[Dictionary, str, bool]]:
+        """Return what it takes to attach the same SAEs to another bridge, in order."""
+        splices = self._splices.values()
+        return [(splice.sae, splice.site.tokens, splice.use_error_term) for splice in splices]
+
+    def _user_hooks(self) -> list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]]:
+        """Return the hooks on the model's own points, except those of the splices.
+
+        Hooks on an attached SAE's points are the SAE's.
+        """
+        ours = {id(handle) for splice in self._splices.values() for _, handle in splice.handles}
+        found: list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]] = []
+        inner = {id(point) for point in self.splice_hooks().values()}
+        named = [pair for pair in self.hook_dict.items() if id(pair[1]) not in inner]
+        points = {id(point): (name, point) for name, point in reversed(named)}
+        for name, point in points.values():
+            for direction, handles in (("fwd", point.fwd_hooks), ("bwd", point.bwd_hooks)):
+                found += [
+                    (name, direction, handle.user_hook, handle.is_permanent)  # type: ignore[misc]
+                    for handle in handles
+                    if id(handle) not in ours and handle.user_hook is not None
+                ]
+        return found
+
+    # ------------------------------------------------------------------ hooks of attached SAEs
+
+    def hook_points(self) -> list[HookPoint]:
+        """Return every hook point, those in attached SAEs included."""
+        points: Iterable[HookPoint] = super().hook_points()  # type: ignore[misc]
+        return [*points, *self.splice_hooks().values()]
+
+    def clear_contexts(self) -> None:
+        """Clear what hooks stored on every hook point."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    def remove_all_hook_fns(
+        self,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hook functions, on the points of attached SAEs too.
+
+        An attached SAE is a permanent forward hook: ``including_permanent`` detaches it.
+        """
+        for point in self.hook_points():
+            point.remove_hooks(dir=direction, including_permanent=including_permanent, level=level)
+        if including_permanent and direction != "bwd" and level is None:
+            self.reset_saes()
 
     @property
     def acts_to_saes(self) -> dict[str, Dictionary]:
@@ -78,11 +130,33 @@ class Splicing:
         site = Site.of(self, sae, tokens=tokens, check_model=check_model)
         if use_error_term is None:
             use_error_term = bool(getattr(sae, "use_error_term", False))
-        if site.hook_name in self._splices:
-            self._splices.pop(site.hook_name).detach()
+        for name in self._splices_at(site.hook_name, site.hook_name_out):
+            self._splices.pop(name).detach()
         splice = Splice(sae, site, use_error_term)
         splice.attach()
-        self._splices[site.hook_name] = splice
+        self._splices[self._key(site)] = splice
+
+    def _splices_at(self, hook_name: str, hook_name_out: str | None = None) -> list[str]:
+        """Return the keys of the splices that read at a hook, by any of its names.
+
+        Args:
+            hook_name: Hook that is read.
+            hook_name_out: Hook that is written; None takes any.
+        """
+        points = self.hook_dict
+        reads, writes = points.get(hook_name), points.get(hook_name_out or "")
+        return [
+            key
+            for key, splice in self._splices.items()
+            if points[splice.site.hook_name] is reads
+            and (hook_name_out is None or points[splice.site.hook_name_out] is writes)
+        ]
+
+    def _key(self, site: Site) -> str:
+        """Return the name of a splice: the hook that it reads, and where another does, both."""
+        if site.hook_name not in self._splices:
+            return site.hook_name
+        return f"{site.hook_name} -> {site.hook_name_out}"
 
     def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
         """Detach the SAEs at these hooks, or all of them.
@@ -92,10 +166,12 @@ class Splicing:
         """
         names = [act_names] if isinstance(act_names, str) else act_names
         for name in list(self._splices) if names is None else names:
-            if name not in self._splices:
+            keys = [name] if name in self._splices else self._splices_at(name)
+            if not keys:
                 attached = ", ".join(self._splices) or "none"
                 raise ValueError(f"no SAE is attached at {name!r}; attached: {attached}")
-            self._splices.pop(name).detach()
+            for key in keys:
+                self._splices.pop(key).detach()
 
     @contextmanager
     def saes(
@@ -135,7 +211,7 @@ class Splicing:
         **kwargs: Any,
     ) -> Any:
         """Run the forward pass with SAEs attached."""
-        with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self(*args, **kwargs)  # type: ignore[operator]
 
     def run_with_cache_with_saes(
@@ -148,7 +224,7 @@ class Splicing:
         **kwargs: Any,
     ) -> Any:
         """Run ``run_with_cache`` with SAEs attached; the cache holds their latents too."""
-        with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self.run_with_cache(*args, **kwargs)
 
     def run_with_hooks_with_saes(
@@ -161,7 +237,7 @@ class Splicing:
         **kwargs: Any,
     ) -> Any:
         """Run ``run_with_hooks`` with SAEs attached; their latents can be hooked by name."""
-        with self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
             return self.run_with_hooks(*args, **kwargs)
 
     def steer(
@@ -180,8 +256,8 @@ class Splice:
         self.sae, self.site, self.use_error_term = sae, site, use_error_term
         self.hooks: dict[str, HookPoint] = {}
         self._names_before: dict[str, str | None] = {}
-        self._captured: Tensor | None = None
-        self._handles: list[tuple[HookPoint, LensHandle]] = []
+        self._capture = site.capture()
+        self.handles: list[tuple[HookPoint, LensHandle]] = []
         self._own = {"hook_sae_error": HookPoint(), "hook_sae_output": HookPoint()}
 
     def attach(self) -> None:
@@ -195,29 +271,23 @@ class Splice:
             self._names_before[full_name] = hook.name
             self.hooks[full_name] = hook
             hook.name = full_name
-        if hook_in is not hook_out:
-            self._handles.append((hook_in, permanent_hook(hook_in, self._capture)))
-        self._handles.append((hook_out, permanent_hook(hook_out, self._splice)))
+        if self._capture.is_needed:
+            self.handles.append((hook_in, permanent_hook(hook_in, self._capture.keep)))
+        self.handles.append((hook_out, permanent_hook(hook_out, self._splice)))
 
     def detach(self) -> None:
         """Remove the hook functions; hooks that users added to the SAE's own points stay."""
-        for hook_point, handle in self._handles:
+        for hook_point, handle in self.handles:
             remove_hook(hook_point, handle)
-        self._handles.clear()
+        self.handles.clear()
         for full_name, hook in self.hooks.items():
             hook.name = self._names_before[full_name]
         self.hooks.clear()
-        self._captured = None
-
-    def _capture(self, activation: Tensor, hook: Any) -> None:
-        del hook
-        self._captured = activation
+        self._capture.forget()
 
     def _splice(self, activation: Tensor, hook: Any) -> Tensor:
         del hook
-        source = activation if self._captured is None else self._captured
-        self._captured = None
-        flat = join_heads(source, int(self.sae.cfg.d_in))
+        flat = join_heads(self._capture.source(activation), int(self.sae.cfg.d_in))
         output = reconstruct(self.sae, flat)
         if self.use_error_term:
             with torch.no_grad(), silent_hooks(self.sae):

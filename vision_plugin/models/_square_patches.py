@@ -10,7 +10,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vision_plugin.models._processing import HuggingFaceImages, as_rgb
+from vision_plugin.models._processing import HuggingFaceImages
+from vision_plugin.models._rgb import as_rgb
 
 
 class SquarePatches(HuggingFaceImages):

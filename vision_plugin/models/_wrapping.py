@@ -67,19 +67,26 @@ def wrap(
             tokenizer=tokenizer,
             revision=revision,
         )
+    bridge = _bridge(module, name, architecture, adapter_class)
+    adapter, images = bridge.adapter, _image_processor(image_processor)
+    bridge.image_processor, bridge.revision = images, revision
+    bridge.tokenizer = _text_processor(tokenizer, module, adapter)
+    if adapter.tower_dimensions.any_size and images is not None:
+        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
+    return bridge
+
+
+def _bridge(module: nn.Module, name: str, architecture: str, adapter_class: Any) -> VisionBridge:
+    """Return a bridge without any preprocessing.
+
+    Raises:
+        UnsupportedModelError: a part did not match the adapter.
+    """
     adapter = _make_adapter(adapter_class, architecture, module, name)
-    images = _image_processor(image_processor)
     try:
         structure = share_weights(module)
         adapter.prepare_model(structure)
-        bridge = VisionBridge(
-            structure,
-            adapter,
-            native=module,
-            image_processor=images,
-            tokenizer=_text_processor(tokenizer, module, adapter),
-            revision=revision,
-        )
+        return VisionBridge(structure, adapter, native=module, made_again=bridge_again)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}. {_HOW_TO_ADD}") from None
     except AttributeError as error:
@@ -87,8 +94,20 @@ def wrap(
             f"{name}: the adapter for {architecture} expects a part that this module does not "
             f"have ({error}). {_HOW_TO_ADD}"
         ) from error
-    if adapter.tower_dimensions.any_size and images is not None:
-        adapter.tower_dimensions = _processed_size(adapter.tower_dimensions, images)
+
+
+def bridge_again(module: nn.Module, kept: dict[str, Any]) -> VisionBridge:
+    """Return a bridge over a copied or unpickled native module, see ``Weights._belongings``."""
+    bridge = _bridge(module, kept["name"], kept["architecture"], kept["adapter_class"])
+    bridge.adapter.tower_dimensions = kept["dimensions"]
+    bridge.image_processor, bridge.tokenizer = kept["image_processor"], kept["tokenizer"]
+    bridge.revision = kept["revision"]
+    for flag in kept["flags"]:
+        getattr(bridge, f"set_{flag}")(True)
+    for sae, tokens, use_error_term in kept["splices"]:
+        bridge.add_sae(sae, use_error_term, tokens=tokens, check_model=False)
+    for hook_name, direction, function, is_permanent in kept["hooks"]:
+        bridge.hook_dict[hook_name].add_hook(function, dir=direction, is_permanent=is_permanent)
     return bridge
 
 

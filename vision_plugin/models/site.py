@@ -18,7 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from vision_plugin.models._capture import Capture
+from vision_plugin.models._finite import require_finite
 from vision_plugin.models._harvest import Harvester
+from vision_plugin.models._modes import in_eval_mode
 from vision_plugin.models._token_latents import TokenLatents, encode_tokens
 from vision_plugin.models._tokens import TokenLayout, TokenSelection
 from vision_plugin.models.dictionary import Dictionary, d_out, join_heads
@@ -84,14 +87,20 @@ class Site:
 
         Raises:
             UnknownHookError: the model has no such hook.
-            ValueError: the dictionary names no hook, or does not fit the model.
+            ValueError: the dictionary names no hook, does not fit the model, or has weights that
+                are not numbers.
         """
+        require_finite(dictionary)
         hook_name, hook_name_out = hook_names(dictionary)
         model.check_hook_names([hook_name, hook_name_out])
         check_fit(model, dictionary, check_model=check_model)
         tokens = tokens or trained_tokens(dictionary)
         TokenSelection.parse(tokens)
         return cls(model, hook_name, hook_name_out, tokens)
+
+    def capture(self) -> Capture:
+        """Return what keeps the activation that is read until another one is written."""
+        return Capture(self.model, self.hook_name, self.hook_name_out)
 
     @property
     def hook_names(self) -> list[str]:
@@ -382,9 +391,11 @@ __all__ = [
     "hook_names",
     "hook_width",
     "hooked",
+    "in_eval_mode",
     "join_heads",
     "permanent_hook",
     "remove_hook",
+    "require_finite",
     "same_signature",
     "select_tokens",
     "signature",

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from vision_plugin.report._report import report
+from vision_plugin.report._verify import verify
 
-__all__ = ["report"]
+__all__ = ["report", "verify"]
 
 
 class _CallablePackage(ModuleType):

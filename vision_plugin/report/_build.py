@@ -29,6 +29,7 @@ from vision_plugin.report._passes import (
 )
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 from vision_plugin.report._steering import Steerer, effects
+from vision_plugin.report._verify import write_checksums
 from vision_plugin.steering import SteeringEffect
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def build(job: Job, folder: Path) -> None:
     write_index(folder, content)
     write_marker(folder, _about(content))
     (folder / _SCRATCH).unlink(missing_ok=True)
+    write_checksums(folder)
 
 
 def make_steerer(

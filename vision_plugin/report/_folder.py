@@ -11,6 +11,7 @@ from typing import Any
 from vision_plugin._disk import whole_folder
 from vision_plugin._ours import REPORT
 
+CHECKSUMS = "checksums.json"
 SCHEMA = 1
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vision_plugin.images import label_text, open_images
 from vision_plugin.models import as_rgb
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ class ImageReader:
             ValueError: there are no images.
         """
         if isinstance(images, (str, Path)):
-            from vision_plugin.images import open_images
-
             images = open_images(images)
         if len(images) == 0:
             raise ValueError("images= is empty: give at least one image to report on")
@@ -62,7 +61,7 @@ class ImageReader:
             self._note(index, error)
             return None
         if self._label_of is not None:
-            self._seen_labels[index] = _text(self._label_of(index))
+            self._seen_labels[index] = label_text(self._label_of(index))
         return image
 
     def id(self, index: int) -> str:
@@ -72,7 +71,7 @@ class ImageReader:
     def label(self, index: int) -> str:
         """Return the image's label, or an empty text."""
         if self._labels is not None:
-            return _text(self._labels[index])
+            return label_text(self._labels[index])
         return self._seen_labels.get(index, "")
 
     def _note(self, index: int, error: Exception) -> None:
@@ -135,7 +134,3 @@ class ImageWriter:
         else:
             small.save(path, format="JPEG", quality=88)
         self.written.add(index)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vision_plugin._ours import REPORT, check_replaceable
 from vision_plugin._paths import local_path
+from vision_plugin.models.site import require_finite
 from vision_plugin.report._build import Job, Sizes, build, make_steerer
 from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._folder import new_folder
@@ -105,6 +106,8 @@ def report(
         check_latents(latents, len(reader), d_sae)
     for latent in steering or {}:
         check_latent(latent, d_sae, "steering")
+    if model is None:
+        require_finite(sae)
     encoder = None if model is None else TokenEncoder(model, sae, tokens=tokens)
     job = Job(
         sae=sae,

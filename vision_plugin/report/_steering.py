@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.models.site import in_eval_mode
 from vision_plugin.steering import EffectPass, SteeringEffect
 
 N_LIKELIEST, N_FALLEN = 6, 3
@@ -68,7 +69,8 @@ class Steerer:
         tokens: str,
     ) -> None:
         self.strength = float(strength)
-        width = model.encode_image(pixels[:1]).shape[1]
+        with in_eval_mode(model):
+            width = model.encode_image(pixels[:1]).shape[1]
         texts = _embeddings(model, concepts).to(pixels)
         if texts.shape[1] != width:
             raise ValueError(

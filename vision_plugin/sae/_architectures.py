@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_PREFIX = "vision_plugin_"
-"""Prefix of the names that this package's classes have in SAELens's registry."""
+from vision_plugin.sae._prefix import PREFIX
 
 
 def architectures() -> list[str]:
@@ -15,7 +14,7 @@ def architectures() -> list[str]:
     SAELens saves them under.
     """
     names = _registry()
-    return sorted({name.removeprefix(_PREFIX) for name in names})
+    return sorted({name.removeprefix(PREFIX) for name in names})
 
 
 def training_config_class(architecture: str) -> Any:
@@ -25,7 +24,7 @@ def training_config_class(architecture: str) -> Any:
         ValueError: the architecture is unknown.
     """
     registry = _registry()
-    for name in (architecture, f"{_PREFIX}{architecture}"):
+    for name in (architecture, f"{PREFIX}{architecture}"):
         if name in registry:
             return registry[name][1]
     raise ValueError(

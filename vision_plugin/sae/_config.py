@@ -11,13 +11,16 @@ from typing import Any, Literal
 from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from vision_plugin._inputs import check_device
+from vision_plugin._device import check_device
+from vision_plugin._inputs import check_template
 from vision_plugin._paths import local_path
 from vision_plugin.models import TokenSelection
 from vision_plugin.sae._auto import AUTO, Auto
-from vision_plugin.sae._defaults import resolve
+from vision_plugin.sae._defaults import check_latents, resolve
 
 DEFAULTS = ("auto", "saelens")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 B_DEC_INIT_METHODS = (AUTO, "zeros", "mean", "geometric_median")
 DECODER_INIT_METHODS = (AUTO, "random", "data")
 NOT_OF_THE_RESULT = (
@@ -101,7 +104,7 @@ class VisionSAERunnerConfig:
     image_column: str | None = None
     """Column that holds the images, needed where several do; for WebDataset tars the suffix."""
     split: str | None = None
-    """Split of a dataset; by default its only one, or ``train``."""
+    """Split of a data set, or of files and folders named for splits; by default the only one."""
 
     train_batch_size_tokens: int | Auto = AUTO
     """Vectors per training step; ``auto`` is a power of two from 256 to 4,096 that gives the run at
@@ -166,6 +169,13 @@ class VisionSAERunnerConfig:
     """Weight of a loss that rewards latents which fire on similar vectors of a batch (MonoLoss,
     arXiv 2602.12403), relative to the mean squared error. Its authors use 3e-4; 0 turns it off."""
 
+    archetypal_points: int = 0
+    """Keep the decoder's directions near the convex hull of so many data points (RA-SAE, arXiv
+    2502.12892): the centres of k-means clusters of the first buffer. More points fit better; 0
+    leaves the decoder free."""
+    archetypal_relaxation: float = 0.1
+    """How far a direction may be from that hull, as a share of the points' mean norm."""
+
     dead_feature_window: int | Auto = AUTO
     """Steps without firing after which a latent counts as dead, and trains to reconstruct the error
     of the others; ``auto`` is a twentieth of the run."""
@@ -203,17 +213,24 @@ class VisionSAERunnerConfig:
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
             *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
-            *("encoder_lr_ratio", "dead_feature_window", "n_quality_tokens"),
+            *("encoder_lr_ratio", "dead_feature_window", "n_quality_tokens", "n_restart_cycles"),
+            *("n_batches_in_buffer", "feature_sampling_window"),
         ):
             value = getattr(self, name)
             if value not in (AUTO, None) and not value > 0:
                 raise ValueError(f"{name}={value}: use a number above 0")
-        for name in ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"):
+        for name in (
+            *("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "mono_coefficient"),
+            *("archetypal_points", "archetypal_relaxation"),
+        ):
             value = getattr(self, name)
             if value != AUTO and value < 0:
                 raise ValueError(f"{name}={value}: use 0 or a larger number")
+        check_template(self.validation_template, argument="validation_template")
         choices = {
             "defaults": DEFAULTS,
+            "dtype": DTYPES,
+            "lr_scheduler_name": SCHEDULERS,
             "b_dec_init_method": B_DEC_INIT_METHODS,
             "decoder_init_method": DECODER_INIT_METHODS,
         }
@@ -225,6 +242,7 @@ class VisionSAERunnerConfig:
             raise ValueError(
                 f"explicit names {unknown[0]!r}, but {self.sae.architecture()} has no such field"
             )
+        check_latents(self)
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch of "

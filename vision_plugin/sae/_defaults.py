@@ -128,6 +128,46 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def check_latents(cfg: Any) -> None:
+    """Raise where more latents are to be active, or to be nested, than the SAE has.
+
+    Args:
+        cfg: A VisionSAERunnerConfig. An SAE whose width is still open has room for everything.
+
+    Raises:
+        ValueError: naming the setting, and a value that would fit.
+    """
+    sae, width = cfg.sae, cfg.sae.d_sae
+    if width < 0 or (width == D_SAE_AUTO and "d_sae" in cfg.explicit):
+        raise ValueError(
+            f"d_sae={width}: it has to be above 0. Leave it out for {EXPANSION} times the width "
+            "at the hook"
+        )
+    active = {"target_l0": _number(cfg.target_l0)}
+    if hasattr(sae, "k") and not (cfg.defaults == "auto" and _unset(cfg, "k")):
+        active["k"] = sae.k
+    if _aims_itself(sae):
+        active["target_l0"] = sae.target_l0
+    for name, value in active.items():
+        if value is None:
+            continue
+        if value <= 0:
+            raise ValueError(f"{name}={value}: it has to be above 0")
+        if width != D_SAE_AUTO and value > width:
+            raise ValueError(
+                f"{name}={value} does not fit d_sae={width}: no more latents can be active than "
+                f"there are. Use {min(k_for(sae.d_in or width), width)}, or a larger d_sae"
+            )
+    nested = list(getattr(sae, "matryoshka_widths", []))
+    if nested and (min(nested) <= 0 or nested != sorted(set(nested))):
+        raise ValueError(f"matryoshka_widths={nested}: widths have to be above 0 and to increase")
+    if nested and width != D_SAE_AUTO and nested[-1] > width:
+        raise ValueError(
+            f"matryoshka_widths={nested} do not fit d_sae={width}, which is the last of them: use "
+            f"{matryoshka_widths(width)}"
+        )
+
+
 def check_fits(cfg: Any, *, fitting_rate: float) -> None:
     """Raise if a setting does not fit the length of the run or the width of the SAE.
 
@@ -138,8 +178,17 @@ def check_fits(cfg: Any, *, fitting_rate: float) -> None:
     Raises:
         ValueError: a setting does not fit; the message names it and a value that does.
     """
+    check_latents(cfg)
     steps = cfg.total_training_steps
     warm_up, decay = int(cfg.lr_warm_up_steps), int(cfg.lr_decay_steps)
+    between = steps - warm_up - decay
+    if cfg.lr_scheduler_name != "constant" and 0 <= between < cfg.n_restart_cycles:
+        raise ValueError(
+            f"lr_scheduler_name={cfg.lr_scheduler_name!r} has {between} steps between warm-up and "
+            f"decay for n_restart_cycles={cfg.n_restart_cycles}, in a run of {steps} steps: use "
+            f"{round(steps * WARM_UP)} for lr_warm_up_steps and {round(steps * DECAY)} for "
+            "lr_decay_steps, or a larger training_tokens"
+        )
     if warm_up + decay > steps:
         raise ValueError(
             f"lr_warm_up_steps={warm_up} and lr_decay_steps={decay} do not fit into a run of "
@@ -153,6 +202,11 @@ def check_fits(cfg: Any, *, fitting_rate: float) -> None:
                 f"{name}={rising} does not fit into a run of {steps} steps, because the penalty "
                 f"would never reach its weight: use {round(steps * WARM_UP)}"
             )
+    if cfg.archetypal_points and kind_of(cfg.sae) == "matching_pursuit":
+        raise ValueError(
+            f"archetypal_points={cfg.archetypal_points}: a matching_pursuit SAE encodes with its "
+            "decoder, which has to have unit rows. Use another architecture, or 0"
+        )
     if cfg.defaults == "saelens":
         return
     window = int(cfg.dead_feature_window)
@@ -241,6 +295,10 @@ def _inside_sae(cfg: Any, width: int, steps: int) -> dict[str, Any]:
         if _aims_itself(sae):
             wanted["target_l0"] = float(k_for(sae.d_in))
     return {name: value for name, value in wanted.items() if _unset(cfg, name)}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or value == AUTO else float(value)
 
 
 def _unset(cfg: Any, name: str) -> bool:

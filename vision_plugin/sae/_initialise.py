@@ -11,8 +11,10 @@ from jaxtyping import Float
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from vision_plugin.sae._archetypal import archetypes
 from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._sources import Batches
+from vision_plugin.sae._trainer import SteppedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def estimate_scalers(
 
 
 @torch.no_grad()
-def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) -> None:
+def initialise(trainer: SteppedTrainer, rows: Tensor, cfg: VisionSAERunnerConfig) -> None:
     """Set an SAE's decoder bias, decoder directions and thresholds before its first step.
 
     Args:
@@ -79,7 +81,8 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
             f"the SAE takes {width} dimensions, but {' and '.join(cfg.hook_names)} of "
             f"{cfg.model_name} give {rows.shape[1]}"
         )
-    if cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random" and not at_target:
+    is_plain = cfg.b_dec_init_method == "zeros" and cfg.decoder_init_method == "random"
+    if is_plain and not at_target and trainer.archetypal is None:
         return
     rows = trainer.activation_scaler(rows.to(sae.device))[:, -sae.W_dec.shape[1] :]
     centre = geometric_median(rows) if cfg.b_dec_init_method == "geometric_median" else rows.mean(0)
@@ -87,6 +90,11 @@ def initialise(trainer: SAETrainer, rows: Tensor, cfg: VisionSAERunnerConfig) ->
         sae.b_dec.copy_(centre)
     if cfg.decoder_init_method == "data":
         _decoder_from(rows - centre, sae, cfg)
+    if trainer.archetypal is not None:
+        points = archetypes(rows - sae.b_dec, cfg.archetypal_points, seed=cfg.seed)
+        trainer.archetypal.place(points, norm=sae.cfg.decoder_init_norm or _DECODER_NORM)
+        if not hasattr(sae.cfg, "d_out"):
+            sae.W_enc.copy_(sae.W_dec.T)
     if at_target:
         sae.threshold.fill_(_cut(rows[:_ROWS_OF_CUT], sae, number(cfg, "target_l0")))
 

@@ -63,8 +63,9 @@ def reward_monosemanticity(sae: Any, coefficient: float) -> None:
         return
 
     def term(step_input: Any, output: Any) -> Tensor:
-        x = step_input.sae_in[:, : sae.cfg.d_in]
-        loss: Tensor = weight * monosemanticity_loss(x, output.feature_acts)
+        x = step_input.sae_in[..., : sae.cfg.d_in].reshape(-1, sae.cfg.d_in)
+        latents = output.feature_acts.reshape(-1, sae.cfg.d_sae)
+        loss: Tensor = weight * monosemanticity_loss(x, latents)
         return loss
 
     add_term(sae, "mono_loss", term)

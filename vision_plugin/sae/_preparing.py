@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
-from vision_plugin._inputs import usable_device
+from vision_plugin._device import usable_device
 from vision_plugin.activations import ActivationStore
 from vision_plugin.images import open_images
 from vision_plugin.models import VisionBridge, load_model
@@ -41,12 +41,22 @@ def open_inputs(
             "of activations"
         )
     if is_store(source):
+        _refuse_parts(cfg, "a store of activations")
         return model, open_store(source)
+    if images is not None:
+        _refuse_parts(cfg, "a source that is open already")
     torch.manual_seed(cfg.seed)
     model = model or load_model(cfg.model_name, device=cfg.device, dtype=getattr(torch, cfg.dtype))
     if images is None:
         images = open_images(cfg.images, column=cfg.image_column, split=cfg.split)
     return model, images
+
+
+def _refuse_parts(cfg: VisionSAERunnerConfig, what: str) -> None:
+    """Raise if the configuration names a split or a column of what has none."""
+    for name in ("split", "image_column"):
+        if getattr(cfg, name) is not None:
+            raise ValueError(f"images is {what}, which has no such part: leave out {name}=")
 
 
 def fitted(

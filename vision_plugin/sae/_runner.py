@@ -27,6 +27,7 @@ from vision_plugin.sae._saving import check_output_path, inference_sae, save
 from vision_plugin.sae._session import TrainingSession
 from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
 from vision_plugin.sae._top_features import log_top_features
+from vision_plugin.sae._trainer import apart, load_random_state, random_state
 from vision_plugin.sae._validation import Validator
 
 ALONE = ""
@@ -89,6 +90,21 @@ class VisionMultiSAETrainingRunner:
         saes: Mapping[str, TrainingSAE[Any]] | None = None,
         validation_images: Any = None,
     ) -> None:
+        with apart():
+            self._open(cfgs, output_path, model, images, saes or {}, validation_images)
+            self._random = random_state()
+        self.quality: dict[str, Quality] = {}
+        """Figures of the finished SAEs by name; empty before the run."""
+
+    def _open(
+        self,
+        cfgs: Mapping[str, VisionSAERunnerConfig],
+        output_path: str | None,
+        model: VisionBridge | None,
+        images: Any,
+        saes: Mapping[str, TrainingSAE[Any]],
+        validation_images: Any,
+    ) -> None:
         first = check_together(cfgs)
         self.output_path = None if output_path is None else local_path(output_path)
         self._overwrite = first.overwrite or self._was_saving(cfgs)
@@ -101,9 +117,8 @@ class VisionMultiSAETrainingRunner:
             )
             for name, cfg in cfgs.items()
         }
-        in_hand = saes or {}
         self.saes: dict[str, TrainingSAE[Any]] = {
-            name: in_hand.get(name) or make_sae(cfg) for name, cfg in self.cfgs.items()
+            name: saes.get(name) or make_sae(cfg) for name, cfg in self.cfgs.items()
         }
         for sae in self.saes.values():
             sae.to(first.device)
@@ -117,11 +132,14 @@ class VisionMultiSAETrainingRunner:
         else:
             shared = open_batches(runs[0], self.images, self.model, hook_names=all_hooks(runs))
             self.batches = SplitBatches(shared, {n: c.hook_names for n, c in self.cfgs.items()})
-        self.quality: dict[str, Quality] = {}
-        """Figures of the finished SAEs by name; empty before the run."""
 
     def run(self) -> dict[str, SAE[Any]]:
         """Train and save the SAEs; return them by name as SAELens's inference classes."""
+        with apart():
+            load_random_state(self._random)
+            return self._run()
+
+    def _run(self) -> dict[str, SAE[Any]]:
         made_of: dict[str, Any] = {}
         for name, cfg in self.cfgs.items():
             made_of = origin(cfg, self.model, self.images)

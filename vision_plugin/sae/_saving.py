@@ -19,6 +19,7 @@ from torch import Tensor
 from vision_plugin._disk import whole_folder, write_tensors
 from vision_plugin._ours import SAE_FOLDER, check_replaceable
 from vision_plugin._paths import local_path
+from vision_plugin.formats import seal
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
 
@@ -73,6 +74,7 @@ def save(
         cfg.save(folder / RUNNER_CFG_FILENAME)
         for name, text in (more or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
+        seal(folder)
 
 
 def _save_weights(sae: TrainingSAE[Any], folder: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from sae_lens import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
+from vision_plugin.sae._archetypal import ArchetypalDecoder
 from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointError, CheckpointFolder
 from vision_plugin.sae._config import VisionSAERunnerConfig, number
 from vision_plugin.sae._initialise import by_name, estimate_scalers, initialise
@@ -248,6 +249,9 @@ def _trainer(cfg: VisionSAERunnerConfig, sae: TrainingSAE[Any], batches: Batches
         data_provider=batches,
         encoder_lr_ratio=number(cfg, "encoder_lr_ratio"),
         target_l0=None if cfg.target_l0 is None else number(cfg, "target_l0"),
+        archetypal=ArchetypalDecoder(sae, bound=cfg.archetypal_relaxation)
+        if cfg.archetypal_points
+        else None,
     )
 
 

@@ -1,14 +1,15 @@
-"""A ``[batch, d_sae]`` tensor that stores only its nonzero entries.
+"""A ``[..., d_sae]`` tensor that stores only its nonzero entries.
 
 SAELens's trainer reads ``feature_acts`` of a training step to count which latents fired and how
 often. Making a dense tensor for that, or torch's COO tensor, costs more than the whole sparse
 decoder. This subclass answers those reads from the stored entries. Any other operation turns it
 into the ordinary dense tensor, so that code that expects one gets the right result, only slower.
+What is written to it, or to a view of it, stays written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +21,56 @@ from vision_plugin.kernels import SparseLatents
 _aten = torch.ops.aten
 
 
+class _Contents:
+    """What a tensor and those that share its memory hold: entries, or once changed, all of it."""
+
+    def __init__(self, latents: SparseLatents, shape: tuple[int, ...]) -> None:
+        self.latents, self.shape = latents, shape
+        self.written: Tensor | None = None
+
+    def to_dense(self) -> Tensor:
+        """Return a dense tensor to read."""
+        if self.written is not None:
+            return self.written
+        return self.latents.to_dense().view(self.shape)
+
+    def to_write(self) -> Tensor:
+        """Return the dense tensor that holds the contents from now on."""
+        self.written = self.to_dense()
+        return self.written
+
+
 class SparseActivations(Tensor):
     """Latents that look dense but are stored in compressed rows, outside the autograd graph."""
 
-    latents: SparseLatents
+    contents: _Contents
 
     @staticmethod
-    def __new__(cls, latents: SparseLatents) -> SparseActivations:
-        """Wrap ``latents`` and detach their values."""
+    def __new__(
+        cls, latents: SparseLatents, lead: Sequence[int] | None = None
+    ) -> SparseActivations:
+        """Wrap ``latents``; their values are detached.
+
+        Args:
+            latents: ``[batch, d_sae]``.
+            lead: Axes that the batch consists of, such as a batch and a sequence.
+        """
+        shape = (*((latents.batch,) if lead is None else lead), latents.d_sae)
+        return cls._of(_Contents(latents.detach(), shape))
+
+    @classmethod
+    def _of(cls, contents: _Contents) -> SparseActivations:
+        values = contents.latents.values
         self: SparseActivations = Tensor._make_wrapper_subclass(
-            cls,
-            (latents.batch, latents.d_sae),
-            dtype=latents.values.dtype,
-            device=latents.values.device,
+            cls, contents.shape, dtype=values.dtype, device=values.device
         )
-        self.latents = latents.detach()
+        self.contents = contents
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return shape and number of stored entries, without making a dense tensor."""
-        return f"SparseActivations(shape={list(self.shape)}, nnz={self.latents.values.numel()})"
+        nnz = self.contents.latents.values.numel()
+        return f"SparseActivations(shape={list(self.shape)}, nnz={nnz})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -56,24 +87,33 @@ class SparseActivations(Tensor):
             result = handler(args[0], *args[1:], **kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = tree_map_only(SparseActivations, _dense, (args, kwargs))
-        return func(*args, **kwargs)
+        # A view can be written to as well, so both hold on to the dense tensor.
+        may_write = any(argument.alias_info is not None for argument in func._schema.arguments)
+        dense: dict[int, SparseActivations] = {}
 
+        def become_dense(activations: SparseActivations) -> Tensor:
+            contents = activations.contents
+            tensor = contents.to_write() if may_write else contents.to_dense()
+            dense[id(tensor)] = activations
+            return tensor
 
-def _dense(activations: SparseActivations) -> Tensor:
-    return activations.latents.to_dense()
+        args, kwargs = tree_map_only(SparseActivations, become_dense, (args, kwargs))
+        result = func(*args, **kwargs)
+        return dense.get(id(result), result)  # what was changed in place is still itself
 
 
 def _detach(activations: SparseActivations) -> SparseActivations:
-    return SparseActivations(activations.latents)
+    return SparseActivations._of(activations.contents)
 
 
 def _to_copy(activations: SparseActivations, **kwargs: Any) -> Any:
     """Cast the stored entries, for ``.bool()`` and ``.float()``; zero stays zero in any type."""
-    if set(kwargs) - {"dtype"}:
+    contents = activations.contents
+    if set(kwargs) - {"dtype"} or contents.written is not None:
         return NotImplemented
-    latents = activations.latents
-    return SparseActivations(latents.with_values(latents.values.to(kwargs["dtype"])))
+    latents = contents.latents
+    cast = latents.with_values(latents.values.to(kwargs["dtype"]))
+    return SparseActivations(cast, contents.shape[:-1])
 
 
 def _sum(
@@ -84,9 +124,12 @@ def _sum(
     dtype: torch.dtype | None = None,
 ) -> Any:
     """Sum over the rows or over the latents; integers and booleans are summed as int64."""
-    latents = activations.latents
+    contents = activations.contents
     if keepdim or dim is None or len(dim) != 1 or dtype is not None:
         return NotImplemented
+    if len(contents.shape) != 2 or contents.written is not None:
+        return NotImplemented
+    latents = contents.latents
     values = latents.values
     if not values.dtype.is_floating_point:
         values = values.long()

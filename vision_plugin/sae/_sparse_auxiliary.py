@@ -14,23 +14,25 @@ _DENSE_RATIO = 16
 
 def auxiliary_loss(
     x: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "... d_out"],
     *,
+    wanted: int,
     W_enc: Float[Tensor, "d_in dead"],
     b_enc: Float[Tensor, " dead"],
-    W_dec: Float[Tensor, "dead d_in"],
+    W_dec: Float[Tensor, "dead d_write"],
     b_in: Float[Tensor, " d_in"] | None,
     scale: Float[Tensor, " dead"] | None,
 ) -> Float[Tensor, ""]:
     """Return the error of the dead latents on the residual (Gao et al. 2024, appendix A.2).
 
-    For each row, the ``d_in // 2`` dead latents with the largest ``pre * scale`` (all of them if
-    there are fewer) reconstruct the residual, without a ReLU. The gradient reaches the encoder, the
+    For each row, the ``wanted`` dead latents with the largest ``pre * scale`` (all of them if there
+    are fewer) reconstruct the residual, without a ReLU. The gradient reaches the encoder, the
     decoder and ``b_in``.
 
     Args:
         x: Input of the SAE, before ``b_in`` is subtracted.
-        residual: Error of the other latents; it gets no gradient.
+        residual: Error of the other latents, a row for each row of ``x``; it gets no gradient.
+        wanted: Number of dead latents to use for a row, as a rule ``d_in // 2``.
         W_enc: Encoder columns of the dead latents.
         b_enc: Encoder biases of the dead latents.
         W_dec: Decoder rows of the dead latents.
@@ -38,11 +40,10 @@ def auxiliary_loss(
         scale: Decoder norms of the dead latents if the SAE rescales by them, otherwise None.
 
     Returns:
-        The squared error, summed over d_in and averaged over the batch, times
-        ``min(dead / (d_in // 2), 1)``; the caller multiplies it by the coefficient.
+        The squared error, summed over the residual's last axis and averaged over the others, times
+        ``min(dead / wanted, 1)``; the caller multiplies it by the coefficient.
     """
     n_dead = W_enc.shape[1]
-    wanted = x.shape[-1] // 2
     k = min(wanted, n_dead)
     if n_dead <= _DENSE_RATIO * k:
         centred = x if b_in is None else x - b_in
@@ -58,5 +59,5 @@ def auxiliary_loss(
             x, W_enc, b_enc, k, b_in=b_in, scale=scale, relu=False
         )
         reconstruction = kernels.sparse_decode(values, indices, W_dec)
-    error = (reconstruction - residual).pow(2).sum(dim=-1).mean()
+    error = (reconstruction.view_as(residual) - residual).pow(2).sum(dim=-1).mean()
     return min(n_dead / wanted, 1.0) * error

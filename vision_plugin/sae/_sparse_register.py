@@ -37,7 +37,7 @@ def sparse_config(config: TrainingSAEConfig) -> TrainingSAEConfig:
         Matryoshka BatchTopK and no subclass; otherwise ``config`` itself.
     """
     for _, sparse in CLASSES:
-        if type(config) is sparse.__mro__[1]:
+        if type(config) is sparse.__bases__[-1]:
             settings = {field.name: _as_declared(field, config) for field in fields(config)}
             # A configuration writes the name of its architecture into its metadata.
             return sparse(**settings | {"metadata": copy.deepcopy(config.metadata)})

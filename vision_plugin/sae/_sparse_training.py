@@ -26,14 +26,31 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.kernels import SparseLatents
 
+from ._prefix import PREFIX
 from ._sparse_activations import SparseActivations
 from ._sparse_auxiliary import auxiliary_loss
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
 
+class _NamedAsStock:
+    """Metadata that name SAELens's architecture: what was trained is one of its SAEs."""
+
+    def add_training_info_to_metadata(self) -> None:
+        super().add_training_info_to_metadata()  # type: ignore[misc]
+        self.metadata.training_architecture = self._stock_name()  # type: ignore[attr-defined]
+
+    def _metadata_with_training_info(self) -> dict[str, Any]:
+        found: dict[str, Any] = super()._metadata_with_training_info()  # type: ignore[misc]
+        return {**found, "training_architecture": self._stock_name()}
+
+    def _stock_name(self) -> str:
+        name: str = self.architecture()  # type: ignore[attr-defined]
+        return name.removeprefix(PREFIX)
+
+
 @dataclass
-class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
+class SparseTopKTrainingSAEConfig(_NamedAsStock, TopKTrainingSAEConfig):  # type: ignore[misc]
     """SAELens's `TopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
@@ -48,7 +65,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
 
 
 @dataclass
-class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):  # type: ignore[misc]
+class SparseBatchTopKTrainingSAEConfig(_NamedAsStock, BatchTopKTrainingSAEConfig):  # type: ignore[misc]
     """SAELens's `BatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
@@ -63,7 +80,10 @@ class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):  # type: ign
 
 
 @dataclass
-class SparseMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(
+    _NamedAsStock,
+    MatryoshkaBatchTopKTrainingSAEConfig,  # type: ignore[misc]
+):
     """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
@@ -102,22 +122,24 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return the losses of a training step as SAELens defines them, from the sparse kernel.
 
-        ``feature_acts`` and ``hidden_pre`` of the output are `SparseActivations`, which act as
-        dense tensors outside the autograd graph. ``hidden_pre`` holds the selected latents only.
+        Activations are ``[batch, d_in]``, or have more axes before ``d_in``. ``feature_acts`` and
+        ``hidden_pre`` of the output are `SparseActivations`, which act as dense tensors outside the
+        autograd graph. ``hidden_pre`` holds the selected latents only.
         """
         if any(_is_live(hook) for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)):
             return super().training_forward_pass(step_input)
-        x = self._sparse_input(step_input.sae_in)
+        shaped = self._sparse_input(step_input.sae_in)
+        lead, x = shaped.shape[:-1], shaped.reshape(-1, shaped.shape[-1])
         scale = self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         latents = self._encode_sparse(x, scale)
-        reconstructions = list(self._reconstruct(latents))
+        reconstructions = list(self._reconstruct(latents, lead))
         sae_out = reconstructions[-1][1]
         losses = {"mse_loss": self._mean_squared_error(sae_out, step_input.sae_in)}
         losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(
             x, scale, step_input, reconstructions
         )
         for name, term in self.loss_terms.items():
-            losses[name] = term(step_input.sae_in, latents)
+            losses[name] = term(step_input.sae_in.reshape(x.shape), latents)
         for width, inner in reconstructions[:-1]:
             losses[f"inner_mse_loss_{width}"] = self._mean_squared_error(inner, step_input.sae_in)
         reported = latents.detach()
@@ -126,8 +148,8 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=SparseActivations(reported),
-            hidden_pre=SparseActivations(reported),
+            feature_acts=_reported(reported, lead),
+            hidden_pre=_reported(reported, lead),
             loss=sum(losses.values(), start=sae_out.new_zeros(())),
             losses=losses,
         )
@@ -150,17 +172,23 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         )
         return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae)
 
-    def _reconstruct(self, latents: SparseLatents) -> Iterator[tuple[int, Tensor]]:
+    def _reconstruct(
+        self, latents: SparseLatents, lead: torch.Size
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield each nested width and its reconstruction, ascending."""
-        yield self.cfg.d_sae, self._output(kernels.csr_decode(latents, self.W_dec, self.b_dec))
+        decoded = kernels.csr_decode(latents, self.W_dec, self.b_dec)
+        yield (
+            self.cfg.d_sae,
+            self._output(self.hook_sae_recons(decoded.view(*lead, decoded.shape[-1]))),
+        )
 
     def _output(self, reconstruction: Tensor) -> Tensor:
-        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(reconstruction))
+        out = self.run_time_activation_norm_fn_out(reconstruction)
         reshaped: Tensor = self.reshape_fn_out(out, self.d_head)
         return reshaped
 
     def _mean_squared_error(
-        self, reconstruction: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]
+        self, reconstruction: Float[Tensor, "... d_in"], target: Float[Tensor, "... d_in"]
     ) -> Float[Tensor, ""]:
         error: Tensor = self.mse_loss_fn(reconstruction, target).sum(dim=-1).mean()
         return error
@@ -192,7 +220,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         self,
         x: Float[Tensor, "batch d_in"],
         scale: Float[Tensor, " d_sae"] | None,
-        residual: Float[Tensor, "batch d_in"],
+        residual: Float[Tensor, "... width_out"],
         dead: Bool[Tensor, " width"],
         first: int,
     ) -> Float[Tensor, ""]:
@@ -201,6 +229,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         return auxiliary_loss(
             x,
             residual,
+            wanted=residual.shape[-1] // 2,
             W_enc=self.W_enc.t().index_select(0, chosen).t(),
             b_enc=self.b_enc.index_select(0, chosen),
             W_dec=self.W_dec.index_select(0, chosen),
@@ -225,6 +254,17 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
         )
 
     @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        """SAELens's moving average, without a branch that waits for the device."""
+        rate: float = self.cfg.topk_threshold_lr
+        before: Tensor = self.topk_threshold
+        # A last infinity, since there may be no entries.
+        positive = torch.where(acts_topk > 0, acts_topk, torch.inf).flatten()
+        lowest = torch.cat([positive, positive.new_full((1,), torch.inf)]).amin().to(before.dtype)
+        after = (1 - rate) * before + rate * lowest
+        self.topk_threshold: Tensor = torch.where((acts_topk > 0).any(), after, before)
+
+    @torch.no_grad()
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
         # The threshold's rule reads only the positive entries, and ``values`` has all of them.
         self.update_topk_threshold(values)
@@ -237,12 +277,15 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
 ):
     """SAELens's `MatryoshkaBatchTopKTrainingSAE` on the kernel. Saves as stock ``jumprelu``."""
 
-    def _reconstruct(self, latents: SparseLatents) -> Iterator[tuple[int, Tensor]]:
+    def _reconstruct(
+        self, latents: SparseLatents, lead: torch.Size
+    ) -> Iterator[tuple[int, Tensor]]:
         widths = self.cfg.matryoshka_widths
-        levels = kernels.matryoshka_decode(latents, self.W_dec, self.b_dec, widths).unbind(0)
+        decoded = kernels.matryoshka_decode(latents, self.W_dec, self.b_dec, widths)
+        levels = decoded.view(len(widths), *lead, decoded.shape[-1]).unbind(0)
         for width, level in zip(widths[:-1], levels[:-1], strict=True):
-            yield width, self.run_time_activation_norm_fn_out(level)
-        yield widths[-1], self._output(levels[-1])
+            yield width, self._output(level)
+        yield widths[-1], self._output(self.hook_sae_recons(levels[-1]))
 
     def _auxiliary_loss(
         self,
@@ -266,6 +309,12 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
             first = width
         loss: Tensor = self.cfg.aux_loss_coefficient * total
         return loss
+
+
+def _reported(latents: SparseLatents, lead: torch.Size) -> Tensor:
+    if torch.compiler.is_compiling():  # which cannot trace the making of such a tensor
+        return latents.to_dense().view(*lead, latents.d_sae)
+    return SparseActivations(latents, lead)
 
 
 def _latent_major(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:

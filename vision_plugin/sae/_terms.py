@@ -51,9 +51,11 @@ def revive_dead(sae: Any) -> None:
             return None
         chosen = dead.nonzero().squeeze(1)
         bias = sae.b_enc if hasattr(sae, "b_enc") else sae.b_gate
+        d_in = sae.cfg.d_in
         return auxiliary_loss(
-            step_input.sae_in[:, : sae.cfg.d_in],
+            step_input.sae_in[..., :d_in].reshape(-1, d_in),
             (output.sae_in - output.sae_out).detach(),
+            wanted=d_in // 2,
             W_enc=sae.W_enc.index_select(1, chosen),
             b_enc=bias.index_select(0, chosen),
             W_dec=sae.W_dec.index_select(0, chosen),

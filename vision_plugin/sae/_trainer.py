@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.optim import Adam
+
+from vision_plugin.sae._archetypal import MIXING, MIXING_LR_RATIO, ArchetypalDecoder
 
 _ENCODER = ("W_enc", "b_enc", "r_mag", "b_mag", "b_gate")
 _STEERING, _DAMPING, _MOST_DAMPING = 0.05, 1.0, 0.2
@@ -61,6 +64,7 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
         before_step: Callable[[], None] | None = None,
         encoder_lr_ratio: float = 1.0,
         target_l0: float | None = None,
+        archetypal: ArchetypalDecoder | None = None,
         **kwargs: Any,
     ) -> None:
         """Make SAELens's trainer.
@@ -71,13 +75,25 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             encoder_lr_ratio: Learning rate of the encoder, as a multiple of ``lr``.
             target_l0: Mean number of active latents per vector to aim at; None leaves the penalty's
                 weight alone.
+            archetypal: Keeps the decoder near the hull of data points; None leaves it free.
             **kwargs: Arguments of SAELens's trainer.
         """
         super().__init__(*args, **kwargs)
         self.before_step, self.target_l0 = before_step, target_l0
         self.l0_excess: float | None = None
-        if encoder_lr_ratio != 1:
-            self._slow_encoder(encoder_lr_ratio)
+        self.archetypal = archetypal
+        if encoder_lr_ratio != 1 or archetypal is not None:
+            self._regroup(encoder_lr_ratio)
+        if archetypal is not None:
+            archetypal.attach(self.optimizer)
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that the optimiser moves, by name."""
+        found = dict(self.sae.named_parameters())
+        if self.archetypal is not None:
+            del found["W_dec"]
+            found |= self.archetypal.parameters()
+        return found
 
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         """Call ``before_step``: SAELens calls this method first in every step."""
@@ -108,12 +124,17 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             scheduler.final_value *= math.exp(by)
             scheduler.current_value = scheduler.final_value
 
-    def _slow_encoder(self, ratio: float) -> None:
-        """Give the encoder its own learning rate, under SAELens's schedule."""
-        cfg = self.cfg
-        encoder = [p for name, p in self.sae.named_parameters() if name in _ENCODER]
-        others = [p for name, p in self.sae.named_parameters() if name not in _ENCODER]
-        groups = [{"params": others}, {"params": encoder, "lr": cfg.lr * ratio}]
+    def _regroup(self, ratio: float) -> None:
+        """Give the encoder and the mixing their own learning rates, under SAELens's schedule."""
+        cfg, named = self.cfg, self.named_parameters()
+        encoder = [p for name, p in named.items() if name in _ENCODER]
+        mixing = [p for name, p in named.items() if name == MIXING]
+        others = [p for name, p in named.items() if name not in (*_ENCODER, MIXING)]
+        groups = [
+            {"params": others},
+            {"params": encoder, "lr": cfg.lr * ratio},
+            {"params": mixing, "lr": cfg.lr * MIXING_LR_RATIO},
+        ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = Adam(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
         self.lr_scheduler = get_lr_scheduler(
@@ -156,9 +177,9 @@ def _within(value: float, bound: float) -> float:
     return max(-bound, min(bound, value))
 
 
-def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
+def trainer_state(trainer: SteppedTrainer) -> dict[str, Any]:
     """Return the state of a trainer: weights, optimiser, schedules, scaler and statistics."""
-    names = {parameter: name for name, parameter in trainer.sae.named_parameters()}
+    names = {parameter: name for name, parameter in trainer.named_parameters().items()}
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in trainer.optimizer.param_groups
@@ -167,6 +188,7 @@ def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
     whitening = None if scaler.whitening is None else dict(vars(scaler.whitening))
     return {
         "sae": dict(trainer.sae.state_dict()),
+        "archetypal": None if trainer.archetypal is None else trainer.archetypal.state(),
         "optimizer": {names[p]: dict(state) for p, state in trainer.optimizer.state.items()},
         "parameter_groups": groups,
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
@@ -182,7 +204,7 @@ def trainer_state(trainer: SAETrainer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_trainer_state(trainer: SAETrainer, state: dict[str, Any]) -> None:
+def load_trainer_state(trainer: SteppedTrainer, state: dict[str, Any]) -> None:
     """Restore the state that :func:`trainer_state` returned.
 
     The function copies into the existing tensors, because their strides decide the order of
@@ -190,7 +212,9 @@ def load_trainer_state(trainer: SAETrainer, state: dict[str, Any]) -> None:
     """
     for name, tensor in trainer.sae.state_dict().items():
         tensor.copy_(state["sae"][name])
-    for name, parameter in trainer.sae.named_parameters():
+    if trainer.archetypal is not None:
+        trainer.archetypal.load_state(state["archetypal"])
+    for name, parameter in trainer.named_parameters().items():
         if name in state["optimizer"]:
             trainer.optimizer.state[parameter] = {
                 key: _like(parameter, value) for key, value in state["optimizer"][name].items()
@@ -239,6 +263,20 @@ def load_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Train as in a process of its own.
+
+    Gradients are on whatever the caller's mode, and the caller's random state is as before.
+    """
+    before = random_state()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        load_random_state(before)
 
 
 def check_finite(trainer: SAETrainer, what: str) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from vision_plugin import metrics
 from vision_plugin._disk import whole_file
+from vision_plugin._inputs import check_template, sentences
 from vision_plugin.evaluation import Facts, ImageBatch, Loop, Place, Subject, embed
 from vision_plugin.images import read_batches
 from vision_plugin.metrics import to_json
 from vision_plugin.models import TokenSelection, VisionBridge
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.models.site import Site
+from vision_plugin.models.site import Site, in_eval_mode
 from vision_plugin.sae._saving import inference_sae
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class Validator:
     def __post_init__(self) -> None:
         self.tokens = "all" if self.tokens.startswith("random:") else self.tokens
         TokenSelection.parse(self.tokens)
+        check_template(self.template, argument="validation_template")
         self.facts = Facts(self.images)
         self._shared: list[HeldOut] = []
         self._ablated: Tensor | None = None
@@ -154,7 +156,7 @@ class Validator:
         loop = Loop([subject], class_texts=held.texts)
         pooled, ablated = [], []
         for place, pixels in self._batches(held.pixels):
-            [offer] = loop.feed(
+            offer = loop.feed(
                 ImageBatch(
                     held.indices[place],
                     pixels,
@@ -224,10 +226,11 @@ class Validator:
             raise ValueError("none of the validation images can be read: mend validation_images=")
         every, texts, logits = torch.cat(pixels), self._class_texts(), None
         if texts is not None:
-            parts = [
-                self.model.zero_shot_logits(self.model.encode_image(part), texts)
-                for _, part in self._batches(every)
-            ]
+            with in_eval_mode(self.model):
+                parts = [
+                    self.model.zero_shot_logits(self.model.encode_image(part), texts)
+                    for _, part in self._batches(every)
+                ]
             logits = torch.cat(parts).cpu()
         return HeldOut(every, indices, torch.cat(embeddings), texts, logits)
 
@@ -238,7 +241,9 @@ class Validator:
             return None
         if len(facts.class_names) < 2:
             return None
-        return model.encode_text([self.template.format(name) for name in facts.class_names])
+        return model.encode_text(
+            sentences(self.template, facts.class_names, argument="validation_template")
+        )
 
     def _batches(self, pixels: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(pixels), self.batch_size):

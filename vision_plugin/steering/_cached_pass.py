@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_plugin.models.site import Site, hooked
+from vision_plugin.models.site import Site, hooked, in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class CachedPass:
         Raises:
             ValueError: a hook of the site does not fire.
         """
+        with in_eval_mode(self.model):
+            return self._prepare(pixels, keep_final)
+
+    def _prepare(self, pixels: Tensor, keep_final: bool) -> Prepared:
         entry = pixels if self.start is None else self.model(pixels, stop_at_layer=self.start)
         if self.is_stream:
             return Prepared(entry, entry, entry, entry, self.finish(entry))
@@ -125,7 +129,8 @@ class CachedPass:
     def finish(self, entry: Tensor) -> Tensor:
         """Return embeddings ``[n, d_embed]``, not normalised, of a run from ``entry`` on."""
         kwargs = {} if self.start is None else {"start_at_layer": self.start}
-        embedding: Tensor = self.model.encode_image(entry, normalize=False, **kwargs)
+        with in_eval_mode(self.model):
+            embedding: Tensor = self.model.encode_image(entry, normalize=False, **kwargs)
         return embedding
 
     def finish_edited(self, entry: Tensor, edited: Tensor) -> Tensor:
@@ -168,6 +173,15 @@ class CachedPass:
 def repeat(tensor: Tensor, times: int) -> Tensor:
     """Return ``times`` copies of a batch, one after the other."""
     return tensor.expand(times, *tensor.shape).flatten(0, 1)
+
+
+def check_texts_differ(texts: Tensor) -> None:
+    """Raise ValueError if all text embeddings ``[concepts, d_embed]`` are one."""
+    if len(texts) > 1 and bool(((texts - texts[:1]).abs() <= 1e-6 * texts[:1].abs().max()).all()):
+        raise ValueError(
+            f"all {len(texts)} concepts have the same text embedding, so nothing can move the "
+            "answer from one to another; check the sentences that were embedded"
+        )
 
 
 def check_images(pixels: Tensor) -> None:

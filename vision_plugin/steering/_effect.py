@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vision_plugin.models.dictionary import Dictionary, join_heads
 from vision_plugin.models.site import Site
-from vision_plugin.steering._cached_pass import CachedPass
+from vision_plugin.steering._cached_pass import CachedPass, check_texts_differ
 from vision_plugin.steering._steer import latent_change, read_targets
 
 
@@ -73,6 +73,7 @@ class EffectPass:
             raise ValueError(
                 f"concepts= has {len(concepts)} names for {len(text_embeddings)} text embeddings"
             )
+        check_texts_differ(text_embeddings)
         self.model, self.sae, self.concepts = model, sae, list(concepts)
         self.text_embeddings = text_embeddings
         self.cached_pass = CachedPass(Site.of(model, sae, tokens=tokens))

@@ -11,8 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from vision_plugin.models.dictionary import Dictionary, join_heads
-from vision_plugin.models.site import Site
-from vision_plugin.steering._cached_pass import CachedPass, Prepared, check_images, repeat
+from vision_plugin.models.site import Site, in_eval_mode
+from vision_plugin.steering._cached_pass import (
+    CachedPass,
+    Prepared,
+    check_images,
+    check_texts_differ,
+    repeat,
+)
 from vision_plugin.steering._editor import LatentEditor, Reading
 from vision_plugin.steering._head import ClassTokenHead
 
@@ -128,7 +134,9 @@ class Steering:
         check_images(pixels)
         pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
         for batch in torch.split(pixels, self._images_at_once()):
-            yield self._prepare(batch)
+            with in_eval_mode(self.model):
+                prepared = self._prepare(batch)
+            yield prepared
 
     @torch.no_grad()
     def _prepare(self, batch: Tensor) -> Prepared:
@@ -327,5 +335,6 @@ def _unit_texts(texts: Tensor) -> Tensor:
         raise ValueError(
             f"the text embedding of concept {row} is zero: it has no direction; leave it out"
         )
+    check_texts_differ(texts)
     unit: Tensor = texts.detach().double() / norms
     return unit.float()

@@ -37,21 +37,17 @@ def steer(
     """
     site = Site.of(model, sae, tokens=tokens)
     index, values = read_targets(latents, int(sae.cfg.d_sae))
-    captured: list[Tensor] = []
-
-    def capture(activation: Tensor, hook: Any) -> None:
-        del hook
-        captured[:] = [activation]
+    capture = site.capture()
 
     def overwrite(activation: Tensor, hook: Any) -> Tensor:
         del hook
-        source = captured.pop() if captured else activation
-        change = latent_change(sae, join_heads(source, int(sae.cfg.d_in)), index, values)
+        source = join_heads(capture.source(activation), int(sae.cfg.d_in))
+        change = latent_change(sae, source, index, values)
         change = change.to(activation.dtype).reshape(activation.shape)
         mask = site.mask(activation)
         return activation + (change if mask is None else change * mask)
 
-    reads = {} if len(site.hook_names) == 1 else {site.hook_name: capture}
+    reads = {site.hook_name: capture.keep} if capture.is_needed else {}
     with hooked(model, {**reads, site.hook_name_out: overwrite}):
         yield
 
