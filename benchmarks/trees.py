@@ -27,6 +27,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 from benchmarks._machine import machine
 
 logger = logging.getLogger("benchmarks.trees")

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 from benchmarks._machine import machine
 from benchmarks._quality_score import DENSE_ABOVE, at_k, explained_variance
 from benchmarks.quality import RESULTS, SETS, SHARED, VectorSet, scored_of, store_of

@@ -59,8 +59,11 @@ SAE_FOLDER = Kind(
     noun="an SAE of vision_plugin",
     marker="cfg.json",
     is_marked=lambda content: (
-        isinstance(metadata := content.get("metadata"), dict)
-        and not {"model_signature", "input_normalization"}.isdisjoint(metadata)
+        isinstance(content.get("sha256"), dict)  # the seal of whatever is saved here
+        or (
+            isinstance(metadata := content.get("metadata"), dict)
+            and not {"model_signature", "input_normalization"}.isdisjoint(metadata)
+        )
     ),
     contents=re.compile(
         r"cfg\.json|runner_cfg\.json|evaluation\.json|validation\.jsonl"

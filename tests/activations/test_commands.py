@@ -49,7 +49,7 @@ def test_verify_fails_and_names_each_damaged_shard(
 def test_what_is_no_store_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert main([command, str(tmp_path)]) == 1
+    assert main([command, str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "no activation store" in said
     assert len(said.splitlines()) == 1

@@ -14,6 +14,7 @@ import torch
 
 from tests.activations._stores import make_store
 from vision_plugin.cli import main
+from vision_plugin.cli._console import console
 
 HOOK = "blocks.1.hook_resid_post"
 IMAGES = "--images {images}"
@@ -176,9 +177,6 @@ def test_a_pipe_in_place_of_a_file(refused: Any, tmp_path: Path) -> None:
     assert "a named pipe" in refused(LINES["report"], "--evaluation", str(pipe))
     steer = LINES["steer"].replace("--concepts labels", f"--concepts {pipe}")
     assert str(pipe) in refused(steer)
-    (tmp_path / "sae").mkdir()
-    os.mkfifo(tmp_path / "sae" / "cfg.json")
-    assert "a named pipe" in refused("info {tmp}/sae")
 
 
 def test_a_sound_evaluation_is_shown(tiny_clip: str, images: str, sae: str, tmp_path: Path) -> None:
@@ -232,16 +230,16 @@ def test_info_on_a_configuration_of_no_sae(case: str, refused: Any, tmp_path: Pa
 
 def test_info_on_a_folder_of_neither_kind(refused: Any) -> None:
     said = refused("info {images}")
-    assert "no activation store, and no SAE, since it has no cfg.json: name the folder of" in said
-    assert "is not a folder that exists" in refused("info {tmp}/nowhere")
-    assert "is not a folder that exists" in refused("info {images}/../nowhere/~")
+    assert "is no activation store, for want of a manifest.json or plan.json, and no SAE:" in said
+    assert "does not exist: name the folder of an SAE or of a store" in refused("info {tmp}/none")
+    assert "there is no user 'nosuch'" in refused("info ~nosuch/x")
+    assert "there is no user 'nosuch'" in refused("verify ~nosuch/x")
 
 
 def test_names_in_files_are_shown_and_not_read_as_markup(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "cfg.json").write_text('{"[/red]": "[bold]:smile:[/nothing]", "metadata": {}}')
-    assert main(["info", str(tmp_path)]) == 0
+    console().print("[/red]: [bold]:smile:[/nothing]")
     assert capsys.readouterr().out == "[/red]: [bold]:smile:[/nothing]\n"
 
 

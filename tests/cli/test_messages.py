@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -12,6 +11,9 @@ import pytest
 
 from vision_plugin import _progress
 from vision_plugin.cli import main
+from vision_plugin.demo import SHAPES, concept_vocabulary
+from vision_plugin.evaluation import read_concepts
+from vision_plugin.images import open_images
 
 HOOK = "blocks.1.hook_resid_post"
 LINES = {
@@ -101,19 +103,17 @@ def test_a_flag_takes_no_effect_on_an_sae_in_hand(sae: str) -> None:
 
 
 def test_the_concepts_of_drawn_images(
-    sae: str, tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str], caplog: Any
+    images: str, sae: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vision_plugin.demo import SHAPES, concept_vocabulary
-
-    out = tmp_path / "steered.json"
-    line = f"steer --sae {sae} --latents 1 --n-images 2 --output-path {out} --images"
-    assert main([*line.split(), "demo:4", "--concepts", "demo"]) == 0
-    concepts = json.loads(out.read_text())["concepts"]
-    assert concepts == [concept.text for concept in concept_vocabulary()]
-    assert main([*line.split(), "demo:40", "--concepts", "labels"]) == 0
-    assert set(json.loads(out.read_text())["concepts"]) <= set(SHAPES)
+    drawn = open_images("demo:40")
+    everything = [concept.text for concept in concept_vocabulary()]
+    assert read_concepts("demo", drawn) == everything
+    assert len(everything) > 100
+    with caplog.at_level(logging.INFO, "vision_plugin"):
+        assert set(read_concepts("labels", drawn)) <= set(SHAPES)
     assert any("concepts=demo has every factor" in line for line in caplog.messages)
-    assert main([*line.split(), images, "--concepts", "demo"]) == 2
+    line = f"steer --sae {sae} --latents 1 --images {images} --concepts demo"
+    assert main(line.split()) == 2
     assert "--concepts 'demo' needs the drawn images of --images demo:N" in capsys.readouterr().err
 
 

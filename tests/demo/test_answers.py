@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -30,14 +28,12 @@ def test_latents_are_chosen_where_name_and_steering_agree() -> None:
     concepts = (*COLOURS, *SHAPES)
     naming = Naming(concepts, [0, 0, 1, 2, 3, 0, 3])
     n_active = torch.tensor([30, 30, 30, 30, 30, 3, 30])
-    steered: Any = SimpleNamespace(  # latent 6 is named after a circle, but steers to a star
-        score=torch.tensor([0.1, 0.5, 0.4, math.nan, 0.3, 0.9, 0.8]),
-        top_concept=torch.tensor([0, 0, 1, 2, 3, 0, 2]),
-    )
-    assert choose_latents(naming, steered, n_active, 2) == [1, 2]
-    assert choose_latents(naming, steered, n_active, 9) == [1, 2, 4, 3]
-    of_one_question = Naming((*COLOURS, *COLOURS), [0, 0, 1, 2, 3, 0, 3])
-    assert choose_latents(of_one_question, steered, n_active, 9) == [1, 2]
+    score = torch.tensor([0.1, 0.5, 0.4, math.nan, 0.3, 0.9, 0.8])
+    top = torch.tensor([0, 0, 1, 2, 3, 0, 2])  # latent 6 is named a circle, but steers to a star
+    assert choose_latents(naming, top, score, n_active, 2) == [1, 2]
+    assert choose_latents(naming, top, score, n_active, 9) == [1, 2, 4]
+    of_one_question = Naming((*COLOURS, *COLOURS), naming.names)
+    assert choose_latents(of_one_question, top, score, n_active, 9) == [1, 2]
 
 
 def test_a_direction_of_red_objects_changes_the_answer_about_colour_alone() -> None:

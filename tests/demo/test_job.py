@@ -82,6 +82,7 @@ def test_the_whole_job_runs_and_orders_truth_above_sae_above_neurons_above_noise
     for found in result.answers.values():
         assert found.before < 0.2
         assert found.after > found.before + 0.3
-    again = run_demo(dataclasses.replace(cfg, training_images=400, images=200), lines.append)
+    smaller = dataclasses.replace(cfg, training_images=400, training_tokens=6_000, images=200)
+    again = run_demo(smaller, lines.append)
     assert again.report == result.report
     assert len(ActivationStore(tmp_path / "demo" / "activations")) == 400

@@ -254,7 +254,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     line = ["sparsity", "--images", "demo:2", "--output-path", str(tmp_path), "--saes"]
-    assert main([*line, *world.saes]) == 1
+    assert main([*line, *world.saes]) == 2
     assert "'thesis.txt'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -274,7 +274,7 @@ def test_an_sae_of_another_model_or_hook_is_one_clear_error(
     other.cfg.metadata.model_name = "another/clip"
     other.save_model(str(tmp_path / "other"))
     line = ["sparsity", "--images", "demo:2", "--output-path", str(tmp_path / "out"), "--saes"]
-    assert main([*line, *world.saes, str(tmp_path / "other")]) == 1
+    assert main([*line, *world.saes, str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert "was trained on another/clip, but" in error[-1]
     assert not (tmp_path / "out").exists()

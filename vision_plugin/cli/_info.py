@@ -122,4 +122,14 @@ def inside(path: str) -> Iterator[tuple[str, Any]]:
     folder = local_path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{path} does not exist: name the folder of an SAE or of a store")
-    yield from (activations if is_store(folder) else formats).info(folder).items()
+    if is_store(folder):
+        yield from activations.info(folder).items()
+        return
+    try:
+        facts = formats.info(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is no activation store, for want of a manifest.json or plan.json, and no "
+            f"SAE: {error}"
+        ) from None
+    yield from facts.items()

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from vision_plugin.demo import Concept, Scene
-from vision_plugin.metrics import SteerabilityResult
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import steering_effect
 
@@ -63,7 +62,7 @@ def name_latents(
 
 
 def choose_latents(
-    naming: Naming, steered: SteerabilityResult, n_active: Tensor, n: int
+    naming: Naming, top_concept: Tensor, score: Tensor, n_active: Tensor, n: int
 ) -> list[int]:
     """Return the most steerable latents whose names agree with what steering makes of them.
 
@@ -72,17 +71,19 @@ def choose_latents(
 
     Args:
         naming: Names of the latents.
-        steered: What steering makes of each latent, on a few images.
+        top_concept: Concept that steering each latent moves most, on a few images; -1 for none.
+        score: Steerability of each latent on these, NaN where it is undefined.
         n_active: Number of images that each latent fires on.
         n: Number of latents to choose.
     """
-    top, counts = steered.top_concept.tolist(), n_active.tolist()
+    top, counts = top_concept.tolist(), n_active.tolist()
     chosen: dict[int, int] = {}
     asked: Counter[str] = Counter()
-    for latent in steered.score.nan_to_num(-1).argsort(descending=True).tolist():
+    for latent in score.nan_to_num(-1).argsort(descending=True).tolist():
         name = naming.names[latent]
         factor = naming.concepts[name].factor
-        if counts[latent] < LEAST_IMAGES or top[latent] != name or name in chosen:
+        agrees = top[latent] == name and float(score[latent]) > 0
+        if not agrees or counts[latent] < LEAST_IMAGES or name in chosen:
             continue
         if asked[factor] < PER_QUESTION and len(chosen) < n:
             chosen[name] = latent

@@ -261,6 +261,9 @@ def _steer(
     """Return the answers while latents are held whose names agree with what steering makes."""
     n_active = evaluation.monosemanticity["sae"].n_active
     steered = evaluation.steerability["sae"]
+    chosen = choose_latents(
+        naming, steered.top_concept, steered.score, n_active, cfg.steered_latents
+    )
     return {
         latent: ask(
             model,
@@ -272,7 +275,7 @@ def _steer(
             scenes=scenes,
             texts=texts,
         )
-        for latent in choose_latents(naming, steered, n_active, cfg.steered_latents)
+        for latent in chosen
     }
 
 
