@@ -54,7 +54,7 @@ _PENALTIES = {
     "skip_transcoder": "l1_coefficient",
 }
 """Field with the weight of the sparsity penalty, by architecture, for SAEs without a k."""
-_REVIVED = ("standard", "gated", "transcoder", "skip_transcoder")
+_REVIVED = ("standard", "gated", "jumprelu", "transcoder", "skip_transcoder")
 _SCALE = "expected_average_only_in"
 _LEARNING_RATES = (6e-4, 2**14)
 """A learning rate and the width it is for; it falls with 1/sqrt(width) (Gao et al. 2024)."""
