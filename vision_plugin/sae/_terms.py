@@ -41,7 +41,7 @@ def revive_dead(sae: Any) -> None:
     no gradient either, and gets one here in the same way.
 
     Args:
-        sae: Standard or gated SAE or transcoder in training.
+        sae: Standard, gated or JumpReLU SAE or transcoder in training.
     """
     b_in = None if hasattr(sae.cfg, "d_out") else sae.b_dec
 
