@@ -160,8 +160,8 @@ class VisionSAERunnerConfig:
     the width of the activations, or None if you set the penalty's weight. In Python, None leaves
     the weight alone."""
     revive_dead: bool | Auto = AUTO
-    """Train the dead latents of a standard, gated or JumpReLU SAE or a transcoder to reconstruct the
-    error of the others, as SAELens does for TopK SAEs; ``auto`` does."""
+    """Train the dead latents of a standard, gated or JumpReLU SAE or a transcoder to reconstruct
+    the error of the others, as SAELens does for TopK SAEs; ``auto`` does."""
     fit_threshold: bool | Auto = AUTO
     """At the end of the run, set the threshold of a BatchTopK or Matryoshka SAE so that k latents
     are active on average; ``auto`` does. If False, the SAE keeps the moving average of training."""
