@@ -82,11 +82,8 @@ class Weights:
 
         So it is a checkpoint of the native library: ``module.load_state_dict`` takes it.
         """
-        state: dict[str, Any] = self.native.state_dict(
-            destination=destination,  # type: ignore[type-var]
-            prefix=prefix,
-            keep_vars=keep_vars,
-        )
+        into = {} if destination is None else {"destination": destination}
+        state: dict[str, Any] = self.native.state_dict(prefix=prefix, keep_vars=keep_vars, **into)
         return state
 
     def load_state_dict(
