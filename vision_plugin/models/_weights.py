@@ -71,20 +71,13 @@ class Weights:
 
     # ------------------------------------------------------------------ names
 
-    def state_dict(
-        self,
-        *,
-        destination: dict[str, Any] | None = None,
-        prefix: str = "",
-        keep_vars: bool = False,
-    ) -> dict[str, Any]:
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the native module's state, under the native module's names.
 
         So it is a checkpoint of the native library: ``module.load_state_dict`` takes it.
         """
         into = {} if destination is None else {"destination": destination}
-        state: dict[str, Any] = self.native.state_dict(prefix=prefix, keep_vars=keep_vars, **into)
-        return state
+        return self.native.state_dict(prefix=prefix, keep_vars=keep_vars, **into)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
