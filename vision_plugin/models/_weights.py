@@ -71,16 +71,13 @@ class Weights:
 
     # ------------------------------------------------------------------ names
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the native module's state, under the native module's names.
 
         So it is a checkpoint of the native library: ``module.load_state_dict`` takes it.
-
-        Args:
-            *args: As torch's ``Module.state_dict`` takes them.
-            **kwargs: Likewise.
         """
-        return self.native.state_dict(*args, **kwargs)
+        into = {} if destination is None else {"destination": destination}
+        return self.native.state_dict(prefix=prefix, keep_vars=keep_vars, **into)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
