@@ -18,7 +18,7 @@ _MAX_DEPTH = 32
 _MAX_NUMBER = 64
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
     """PyYAML's safe loader, without merging and without long numbers."""
 
     def flatten_mapping(self, node: Any) -> None:
