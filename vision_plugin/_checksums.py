@@ -43,11 +43,11 @@ class Verification:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a regular file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open_regular(path) as stream:
-        digest = hashlib.sha256()
         while block := stream.read(_BLOCK):
             digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()
 
 
 def record(folder: Path, *, without: Collection[str] = ()) -> dict[str, str]:
