@@ -52,7 +52,8 @@ def test_training_learns_and_saves_what_stock_saelens_loads(cfg) -> None:
     sae = train(cfg)
     assert type(sae).__module__.startswith("sae_lens.")
     model = vp.load_model(cfg.model_name)
-    x = model.harvest(torch.randn(16, 3, 32, 32), HOOK)[HOOK].flatten(0, 1)
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(42))
+    x = model.harvest(pixels, HOOK)[HOOK].flatten(0, 1)
 
     def unexplained(dictionary: SAE) -> float:
         with torch.no_grad():
@@ -92,7 +93,8 @@ def test_activation_scaling_folds_without_changing_the_function(cfg) -> None:
         )
     )
     model = vp.load_model(cfg.model_name)
-    x = model.harvest(torch.randn(16, 3, 32, 32), HOOK)[HOOK].flatten(0, 1)
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(42))
+    x = model.harvest(pixels, HOOK)[HOOK].flatten(0, 1)
     assert sae.cfg.normalize_activations == "none"
     with torch.no_grad():
         error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()

@@ -248,6 +248,8 @@ class SparseTopKTrainingSAE(_SparseStep, TopKTrainingSAE):  # type: ignore[misc]
 class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ignore[misc]
     """SAELens's `BatchTopKTrainingSAE` on the sparse kernel. Saves as stock ``jumprelu``."""
 
+    topk_threshold: Tensor
+
     def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
         return kernels.batch_topk_encode(
             x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
