@@ -66,10 +66,15 @@ def read_regular(path: Path, limit: int) -> bytes:
             )
         try:
             return stream.read(size)
-        except OSError as error:  # it does not say of which file
-            raise ValueError(
-                f"{path} cannot be read ({error.strerror}): copy it again, or name another file"
-            ) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """Return the error that names the file, for one from a stream, which does not know its file."""
+    return ValueError(
+        f"{path} cannot be read ({error.strerror}): copy it again, or name another file"
+    )
 
 
 def read_json(

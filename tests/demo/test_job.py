@@ -6,6 +6,7 @@ import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,20 @@ def test_the_whole_job_runs_and_orders_truth_above_sae_above_neurons_above_noise
     again = run_demo(smaller, lines.append)
     assert again.report == result.report
     assert len(ActivationStore(tmp_path / "demo" / "activations")) == 400
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"training_images": 0}, {"images": 0}, {"steered_latents": -1}, {"seed": -1}),
+        *({"d_sae": 0}, {"k": 0}, {"k": 999}, {"training_tokens": 100}, {"tokens": "nosuch"}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name.replace("tokens", "token")):
+        run_demo(DemoConfig(output_path=str(tmp_path / "demo"), **wrong), print)
+    assert not list(tmp_path.iterdir())

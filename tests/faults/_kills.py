@@ -65,7 +65,7 @@ JOBS = (
     Job(("convert", "--sae", "foreign", "--output-path", OUT)),
     Job(
         (
-            *("demo", "--output-path", OUT, "--training-images", "24", "--training-tokens", "1024"),
+            *("demo", "--output-path", OUT, "--training-images", "32", "--training-tokens", "1088"),
             *("--images", "24", "--d-sae", "16", "--k", "2", "--steered-latents", "1"),
         ),
         grows=True,

@@ -228,6 +228,7 @@ CONFIGS = {
     "a number of base 60": "k: 1" + ":59" * 20_000,
     "a hexadecimal number": "k: 0x" + "f" * 60_000,
     "many brackets": "k: " + "[" * 60_000,
+    "nothing but brackets": "[" * 6_000,
     "many dashes": "- " * 30_000,
     "many short values": "[" + "1," * 30_000 + "]",
     "a megabyte": "k: 1\n" + "#" * 1_000_000,
@@ -432,6 +433,15 @@ def test_a_native_configuration_of_the_wrong_kind_is_refused(
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         load_sae(tmp_path / "sae")
     assert str(tmp_path / "sae") in str(caught.value)
+
+
+def test_the_k_of_a_configuration_without_one_fits_too(tmp_path: Path) -> None:
+    path = native(tmp_path / "sae") / "cfg.json"
+    config = json.loads(path.read_text())
+    del config["k"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CorruptCheckpointError, match=r"k is 100; expected 1 to d_sae=96"):
+        load_sae(tmp_path / "sae")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ class DemoConfig:
     seed: int = 0
     """Seed of everything random."""
 
+    def __post_init__(self) -> None:
+        least = {"training_images": 1, "images": 1, "steered_latents": 0, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}")
+
 
 @dataclass(frozen=True)
 class TruthTest:
@@ -108,22 +114,25 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     """
     seconds: dict[str, float] = {}
     out = local_path(cfg.output_path)
+    # Each checks itself, before anything is written.
+    extraction, training = _extraction(cfg, out), _training(cfg, out)
+    scoring = _evaluation(cfg, out)
     for part, kind in ((out / "sae", SAE_FOLDER), (out / "report", REPORT)):
         check_replaceable(part, kind)
     check_replaceable_file(out / "results.json", KIND)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
     with _stage(f"Extracting activations of {cfg.training_images} images", seconds, announce):
-        extract(_extraction(cfg, out), model=model)
+        extract(extraction, model=model)
     with _stage(f"Training a BatchTopK SAE at {cfg.hook_name}", seconds, announce):
-        sae = VisionSAETrainingRunner(_training(cfg, out), model=model).run()
+        sae = VisionSAETrainingRunner(training, model=model).run()
     with _stage(f"Scoring it on {cfg.images} new images, neurons beside it", seconds, announce):
         world = draw(cfg.images, seed=cfg.seed + 1)
         images = open_images(f"demo:{cfg.images}@{cfg.seed + 1}")
         vocabulary = concept_vocabulary()
         concepts = [concept.text for concept in vocabulary]
         evaluation = evaluate_config(
-            _evaluation(cfg, out),
+            scoring,
             sae=sae,
             model=model,
             images=images,
@@ -218,7 +227,8 @@ def _extraction(cfg: DemoConfig, out: Path) -> ExtractionConfig:
 
 
 def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
-    steps = cfg.training_tokens // TRAINING_BATCH
+    batch_size = min(TRAINING_BATCH, cfg.training_images)
+    steps = cfg.training_tokens // batch_size
     return VisionSAERunnerConfig(
         model_name="demo",
         images=str(out / "activations"),
@@ -227,7 +237,7 @@ def _training(cfg: DemoConfig, out: Path) -> VisionSAERunnerConfig:
         sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
         defaults="saelens",  # a narrow SAE on sparse neurons, whose settings were found by hand
         training_tokens=cfg.training_tokens,
-        train_batch_size_tokens=TRAINING_BATCH,
+        train_batch_size_tokens=batch_size,
         n_batches_in_buffer=4,
         lr=1e-3,
         lr_decay_steps=steps // 4,

@@ -121,7 +121,7 @@ def _from_disk(
     overrides = None if dtype is None else {"dtype": dtype}
     loaded = disk_converter(**options)(path, device, overrides)
     try:
-        return SAE.load_from_disk(
+        built = SAE.load_from_disk(
             path,
             device=device,
             dtype=dtype,
@@ -135,3 +135,10 @@ def _from_disk(
         raise CorruptCheckpointError(
             f"Cannot load {path}: SAELens cannot build an SAE from it ({reason_of(error)})."
         ) from error
+    k = getattr(built.cfg, "k", 1)  # SAELens has a default for a config that does not say
+    if not 1 <= k <= built.cfg.d_sae:
+        raise CorruptCheckpointError(
+            f"Cannot load {path}: k is {k}; expected 1 to d_sae={built.cfg.d_sae}. Say it in the "
+            "config."
+        )
+    return built

@@ -19,7 +19,22 @@ _MAX_NUMBER = 64
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
-    """PyYAML's safe loader, without merging and without long numbers."""
+    """PyYAML's safe loader, without merging, without long numbers, and not deep.
+
+    Its scanner looks at every open bracket again for each one more.
+    """
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Open a bracket, where not too many are open."""
+        if self.flow_level >= _MAX_DEPTH:
+            raise _too_deep()
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """Indent a block, where not too many are indented."""
+        if len(self.indents) >= _MAX_DEPTH:
+            raise _too_deep()
+        return bool(super().add_indent(column))
 
     def flatten_mapping(self, node: Any) -> None:
         """Refuse `<<`, whose copies of copies grow without limit."""

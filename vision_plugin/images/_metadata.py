@@ -10,9 +10,9 @@ import logging
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from vision_plugin._untrusted import open_regular, parse_json
+from vision_plugin._untrusted import open_regular, parse_json, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _decoded(path: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[bytes]:
     with open_regular(path) as stream:
         number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
+        while line := _line(stream, path):
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(
@@ -174,6 +174,13 @@ def _lines(path: Path) -> Iterator[bytes]:
                     "bytes: shorten it"
                 )
             yield line
+
+
+def _line(stream: BinaryIO, path: Path) -> bytes:
+    try:
+        return stream.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _check_columns(where: str, n_columns: int) -> None:

@@ -41,7 +41,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "steer": (*_ON_IMAGES, "--sae", SAE, "--latents", "1", "--concepts", f"{HERE}/concepts.txt"),
     "report": (*_ON_IMAGES, "--sae", SAE, "--output-path", OUT, "--features", "0", "1"),
     "demo": (
-        *("--output-path", OUT, "--training-images", "16", "--training-tokens", "512"),
+        *("--output-path", OUT, "--training-images", "32", "--training-tokens", "544"),
         *("--images", "16", "--d-sae", "16", "--k", "2", "--steered-latents", "1"),
     ),
 }
