@@ -21,7 +21,7 @@ PUBLIC = {
     "images": 7,
     "models": 16,
     "sae": 22,
-    "steering": 11,
+    "steering": 19,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

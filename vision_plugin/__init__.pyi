@@ -21,5 +21,6 @@ from .sae import VisionSAERunnerConfig as VisionSAERunnerConfig
 from .sae import VisionSAETrainingRunner as VisionSAETrainingRunner
 from .sae import train as train
 from .sae import train_many as train_many
+from .steering import Edit as Edit
 
 __version__: str

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vision_plugin as vp
 from vision_plugin.cli import COMMANDS, main
 
 SCRIPT = str(Path(sys.executable).with_name("vision-plugin"))
@@ -67,6 +68,24 @@ def test_steer_says_what_is_seen_before_and_while(sae: str, images: str, tmp_pat
     steered = json.loads(out.read_text())
     assert np.allclose(np.sum(steered["after"], axis=1), 1, atol=1e-5)
     assert not np.allclose(steered["before"], steered["after"], atol=1e-4)
+
+
+def test_steer_makes_an_edit_that_was_saved(sae: str, images: str, tmp_path, capsys) -> None:
+    edit = vp.Edit.clamp(vp.load_sae(sae), {3: 60.0, 7: 60.0}, tokens="all")
+    edit.save(tmp_path / "edit.json", sae=sae)
+    line = ["steer", "--images", images, "--n-images", "2", "--concepts", "labels"]
+    clamped, edited = tmp_path / "clamped.json", tmp_path / "edited.json"
+    by_hand = ["--sae", sae, "--latents", "3", "7", "--strength", "60"]
+    assert main([*line, *by_hand, "--output-path", str(clamped)]) == 0
+    assert main([*line, "--edit", str(tmp_path / "edit.json"), "--output-path", str(edited)]) == 0
+    first, second = json.loads(clamped.read_text()), json.loads(edited.read_text())
+    assert np.allclose(first["after"], second["after"], atol=1e-6)
+    assert first["edit"]["changes"][0]["targets"] == second["edit"]["changes"][0]["targets"]
+    capsys.readouterr()
+    assert main([*line, "--edit", str(tmp_path / "edit.json"), "--latents", "3"]) == 2
+    assert "--edit names its latents itself" in capsys.readouterr().err
+    assert main(line) == 2
+    assert "--edit FILE" in capsys.readouterr().err
 
 
 BAD = {

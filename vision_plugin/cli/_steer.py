@@ -24,10 +24,13 @@ BATCH = 32
 class SteerConfig(Inputs):
     """Latents to steer, images to steer on, and concepts to look for."""
 
-    sae: str
+    sae: str | None = None
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    latents: tuple[int, ...]
+    latents: tuple[int, ...] = ()
     """Numbers of the latents to hold, one or several."""
+    edit: str | None = None
+    """JSON file of an edit to make in place of ``latents``; ``Edit.save`` and ``tasks`` write it.
+    It names its SAE, or ``sae`` does."""
     strength: float = 150.0
     """Activation to hold the latents at; 0 suppresses them."""
     concepts: str
@@ -38,14 +41,18 @@ class SteerConfig(Inputs):
     n_images: int = 8
     """Number of images to steer on, spread evenly over the source."""
     tokens: str = "all"
-    """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``."""
+    """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``; an edit names its own."""
     output_path: str | None = None
     """JSON file for the probabilities; None writes none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.latents:
-            raise ValueError("name at least one latent: --latents 12")
+        if self.edit is not None and self.latents:
+            raise ValueError("edit= names its latents itself: give no latents= beside it")
+        if self.edit is None and not self.latents:
+            raise ValueError("name at least one latent: --latents 12, or an edit: --edit FILE")
+        if self.edit is None and self.sae is None:
+            raise ValueError("give the SAE whose latents are held: sae=")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
         check_template(self.concept_template, argument="concept_template")
@@ -63,7 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     place = None if cfg.output_path is None else local_path(cfg.output_path)
     if place is not None:
         check_replaceable_file(place, KIND)
-    ids, effect = compute(cfg)
+    edit, ids, effect = compute(cfg)
     out = console()
     out.print(effect_table(cfg, ids, effect))
     gains = ", ".join(f"{name} {gain:+.3f}" for name, gain in effect.gains())
@@ -76,6 +83,7 @@ def run(arguments: Sequence[str]) -> None:
             "schema": f"{KIND}1",
             "latents": list(cfg.latents),
             "strength": cfg.strength,
+            "edit": edit.to_dict(sae=cfg.sae),
             "ids": ids,
             "concepts": effect.concepts,
             "before": effect.before.tolist(),
@@ -84,16 +92,15 @@ def run(arguments: Sequence[str]) -> None:
         write_json(content, place)
 
 
-def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
-    """Return the ids of the images, and the effect on them."""
+def compute(cfg: SteerConfig) -> tuple[Any, list[str], Any]:
+    """Return the edit, the ids of the images, and the effect on them."""
     import torch
 
     from vision_plugin.evaluation import read_concepts
     from vision_plugin.images import read_spread
-    from vision_plugin.steering import SteeringEffect, steering_effect
+    from vision_plugin.steering import SteeringEffect, edit_effect
 
-    sae = cfg.open_sae(cfg.sae)
-    model = cfg.open_model(sae, where=cfg.sae)
+    edit, model = open_edit(cfg)
     images = cfg.open_images()
     concepts = read_concepts(cfg.concepts, images)
     template = cfg.concept_template
@@ -104,26 +111,41 @@ def compute(cfg: SteerConfig) -> tuple[list[str], Any]:
     with Progress(len(read), "steering") as shown:
         for start in range(0, len(read), BATCH):
             some = read[start : start + BATCH]
-            effect = steering_effect(
-                model,
-                sae,
-                model.preprocess(some),
-                texts,
-                dict.fromkeys(cfg.latents, cfg.strength),
-                concepts=concepts,
-                tokens=cfg.tokens,
+            pixels = model.preprocess(some)
+            effect = edit_effect(
+                model, edit, pixels, texts, concepts=concepts, check_model=cfg.check_model
             )
             effects.append(effect)
             shown.advance(len(some))
     before = torch.cat([effect.before for effect in effects])
     after = torch.cat([effect.after for effect in effects])
-    return [images.ids[i] for i in places], SteeringEffect(concepts, before, after)
+    return edit, [images.ids[i] for i in places], SteeringEffect(concepts, before, after)
+
+
+def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
+    """Return the edit that the flags describe, and the model.
+
+    Raises:
+        ValueError: nothing names a model, or the edit is of another SAE.
+    """
+    from vision_plugin.steering import Edit
+
+    sae = None if cfg.sae is None else cfg.open_sae(cfg.sae)
+    if cfg.edit is None:
+        edit = Edit.clamp(sae, dict.fromkeys(cfg.latents, cfg.strength), tokens=cfg.tokens)
+        return edit, cfg.open_model(sae, where=str(cfg.sae))
+    edit = Edit.load(cfg.edit, sae=sae)
+    of = next(iter(edit.dictionaries), None)
+    if of is None and cfg.model_name is None:
+        raise ValueError(f"{cfg.edit} names no SAE that would name the model: give model_name=")
+    return edit, cfg.open_model(of, where=cfg.edit)
 
 
 def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:
     """Return a table with one row per image."""
     latents = ", ".join(map(str, cfg.latents))
-    table = Table(title=f"latent {latents} held at {cfg.strength:g}")
+    title = f"latent {latents} held at {cfg.strength:g}" if cfg.edit is None else cfg.edit
+    table = Table(title=title)
     for heading in ("image", "seen before", "", "seen while steered", ""):
         table.add_column(heading, justify="left" if heading else "right")
     rows = zip(ids, effect.top(effect.before), effect.top(effect.after), strict=True)

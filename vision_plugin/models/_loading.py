@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    edit: str | Path | None = None,
 ) -> VisionBridge:
     """Load a vision transformer as a TransformerLens bridge, with its own preprocessing.
 
@@ -38,6 +41,8 @@ def load_model(
         device: Device of the weights; the CPU by default.
         dtype: Type of the weights.
         revision: Branch, tag or commit on the hub.
+        edit: JSON file of an edit that the model makes from then on, as ``vision-plugin tasks``
+            writes it: a mended model.
 
     Raises:
         ValueError: nothing is found under that name, its kind of model is not supported, or this
@@ -52,4 +57,6 @@ def load_model(
     model.eval()
     if model.dtype != dtype or device is not None:
         model.to(device=device or model.device, dtype=dtype)
+    if edit is not None:  # ``steering`` is above this folder: it is found by name
+        model.add_edit(import_module("vision_plugin.steering").Edit.load(edit))
     return model

@@ -7,7 +7,7 @@ aliases stay, and removing the SAE leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Splicing:
 
     def _setup_splicing(self) -> None:
         self._splices: dict[str, Splice] = {}
+        self._standing_edits = ExitStack()
 
     def _spliced(self) -> list[tuple[Dictionary, str, bool]]:
         """Return what it takes to attach the same SAEs to another bridge, in order."""
@@ -241,12 +242,32 @@ class Splicing:
             return self.run_with_hooks(*args, **kwargs)
 
     def steer(
-        self, sae: Dictionary, latents: Mapping[int, float], *, tokens: str = "all"
+        self,
+        sae: Dictionary | Any,
+        latents: Mapping[int, float] | None = None,
+        *,
+        tokens: str = "all",
+        check_model: bool = True,
     ) -> AbstractContextManager[None]:
-        """Clamp latents within a ``with`` block; see :func:`vision_plugin.steering.steer`."""
+        """Clamp latents, or make an Edit; see :func:`vision_plugin.steering.steer`."""
         steering = import_module("vision_plugin.steering")
-        steered: AbstractContextManager[None] = steering.steer(self, sae, latents, tokens=tokens)
+        steered: AbstractContextManager[None] = steering.steer(
+            self, sae, latents, tokens=tokens, check_model=check_model
+        )
         return steered
+
+    def edit(self, edit: Any, *, check_model: bool = True) -> AbstractContextManager[None]:
+        """Make the changes of a :class:`vision_plugin.Edit` within a ``with`` block."""
+        edited: AbstractContextManager[None] = edit.on(self, check_model=check_model)
+        return edited
+
+    def add_edit(self, edit: Any, *, check_model: bool = True) -> None:
+        """Make the changes of a :class:`vision_plugin.Edit` until :meth:`reset_edits`."""
+        self._standing_edits.enter_context(self.edit(edit, check_model=check_model))
+
+    def reset_edits(self) -> None:
+        """Undo every edit of :meth:`add_edit`."""
+        self._standing_edits.close()
 
 
 class Splice:

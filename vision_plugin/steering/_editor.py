@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vision_plugin.kernels import SparseLatents
 from vision_plugin.models.dictionary import Dictionary, bare, encode
-from vision_plugin.steering._steer import latent_change
+from vision_plugin.steering._latent_change import latent_change
 
 logger = logging.getLogger(__name__)
 

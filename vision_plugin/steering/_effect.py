@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vision_plugin.models.dictionary import Dictionary, join_heads
+from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
+from vision_plugin.steering._attach import Worker
 from vision_plugin.steering._cached_pass import CachedPass, check_texts_differ
-from vision_plugin.steering._steer import latent_change, read_targets
+from vision_plugin.steering._edit import Edit
+from vision_plugin.steering._edit_pass import EditPass
+from vision_plugin.steering._editor import LatentEditor
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,13 @@ class EffectPass:
         concepts: Sequence[str],
         tokens: str = "all",
     ) -> None:
-        if len(concepts) != len(text_embeddings):
-            raise ValueError(
-                f"concepts= has {len(concepts)} names for {len(text_embeddings)} text embeddings"
-            )
-        check_texts_differ(text_embeddings)
+        _check_concepts(concepts, text_embeddings)
         self.model, self.sae, self.concepts = model, sae, list(concepts)
         self.text_embeddings = text_embeddings
         self.cached_pass = CachedPass(Site.of(model, sae, tokens=tokens))
         self.prepared = self.cached_pass.prepare(pixels)
-        self.before = self._probabilities(self.prepared.embedding)
+        self._editor = LatentEditor(sae)
+        self.before = _probabilities(model, self.prepared.embedding, text_embeddings)
 
     @torch.no_grad()
     def effect(self, latents: Mapping[int, float]) -> SteeringEffect:
@@ -90,19 +90,12 @@ class EffectPass:
         Raises:
             ValueError: a latent is out of range, or its value is not finite.
         """
-        index, values = read_targets(latents, int(self.sae.cfg.d_sae))
-        source, target = self.prepared.source, self.prepared.target
-        change = latent_change(self.sae, join_heads(source, int(self.sae.cfg.d_in)), index, values)
-        change = change.to(target.dtype).reshape(target.shape)
-        mask = self.cached_pass.site.mask(target)
-        edited = target + (change if mask is None else change * mask)
+        (change,) = Edit.clamp(self.sae, latents, tokens=self.cached_pass.site.tokens).changes
+        worker = Worker(self.model, change, check_model=False, editor=self._editor)
+        edited = worker(self.prepared.source, self.prepared.target)
         embedding = self.cached_pass.finish_edited(self.prepared.entry, edited)
-        return SteeringEffect(self.concepts, self.before, self._probabilities(embedding))
-
-    def _probabilities(self, embedding: Tensor) -> Tensor:
-        unit = nn.functional.normalize(embedding, dim=-1)
-        logits = self.model.zero_shot_logits(unit, self.text_embeddings)
-        return torch.softmax(logits, dim=-1).float().cpu()
+        after = _probabilities(self.model, embedding, self.text_embeddings)
+        return SteeringEffect(self.concepts, self.before, after)
 
 
 def steering_effect(
@@ -131,3 +124,47 @@ def steering_effect(
     """
     images = EffectPass(model, sae, pixels, text_embeddings, concepts=concepts, tokens=tokens)
     return images.effect(latents)
+
+
+@torch.no_grad()
+def edit_effect(
+    model: Any,
+    edit: Edit,
+    pixels: Float[Tensor, "n channels height width"],
+    text_embeddings: Float[Tensor, "c d_embed"],
+    *,
+    concepts: Sequence[str],
+    check_model: bool = True,
+) -> SteeringEffect:
+    """Run images with and without an edit, and return the concepts' probabilities.
+
+    Args:
+        model: A VisionBridge with a space shared with text.
+        edit: What changes.
+        pixels: Images prepared by ``model.preprocess``.
+        text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
+        concepts: Names of the concepts, one per embedding.
+        check_model: Refuse an SAE that was trained on another model.
+
+    Raises:
+        ValueError: the edit does not fit the model, or concepts and embeddings differ in number.
+    """
+    _check_concepts(concepts, text_embeddings)
+    images = EditPass(model, pixels)
+    before, after = images.embed(), images.embed(edit, check_model=check_model)
+    return SteeringEffect(
+        list(concepts),
+        _probabilities(model, before, text_embeddings),
+        _probabilities(model, after, text_embeddings),
+    )
+
+
+def _check_concepts(concepts: Sequence[str], texts: Tensor) -> None:
+    if len(concepts) != len(texts):
+        raise ValueError(f"concepts= has {len(concepts)} names for {len(texts)} text embeddings")
+    check_texts_differ(texts)
+
+
+def _probabilities(model: Any, embedding: Tensor, texts: Tensor) -> Tensor:
+    unit = nn.functional.normalize(embedding, dim=-1)
+    return torch.softmax(model.zero_shot_logits(unit, texts), dim=-1).float().cpu()

@@ -1,0 +1,114 @@
+"""Edits at work: the hook functions that make changes while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_plugin.models.site import Site, hooked
+from vision_plugin.steering._change import Change
+from vision_plugin.steering._editor import LatentEditor
+
+
+class Worker:
+    """A change in one model, checked once and ready to be made.
+
+    Args:
+        model: A VisionBridge.
+        change: The change.
+        check_model: Refuse an SAE that was trained on another model.
+        editor: What knows the directions of the change's SAE already; None finds them out.
+
+    Raises:
+        UnknownHookError: the model has no such hook.
+        ValueError: the change does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        change: Change,
+        *,
+        check_model: bool = True,
+        editor: LatentEditor | None = None,
+    ) -> None:
+        self.change = change
+        self.site: Site = change.basis.site(model, change.tokens, check_model=check_model)
+        self._capture = self.site.capture()
+        self._editor: Any = editor or change.basis.editor()
+        self._targets = torch.tensor(change.targets, dtype=torch.long)
+        n_patches = int(model.token_layout().n_patches)
+        bad = [patch for patch in change.patches or () if not 0 <= patch < n_patches]
+        if bad:
+            raise ValueError(f"patch {bad[0]} is out of range: there are {n_patches}, from 0")
+
+    def hooks(self) -> dict[str, Callable[[Tensor, Any], Tensor | None]]:
+        """Return the hook functions by hook name."""
+        reads = {self.site.hook_name: self._capture.keep} if self._capture.is_needed else {}
+        return {**reads, self.site.hook_name_out: self._run}
+
+    def _run(self, activation: Tensor, hook: Any) -> Tensor:
+        del hook
+        return self(self._capture.source(activation), activation)
+
+    def __call__(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the changed activation.
+
+        Args:
+            source: What the basis reads.
+            target: What is changed; the same tensor except for a transcoder.
+        """
+        change = self.change
+        new = change.basis.edited(
+            self._editor, source, target, self._targets, change.operate, change.include_error
+        )
+        if change.keep_norm:
+            size = target.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(
+                min=1e-30
+            )
+            new = new * size
+        mask = self._mask(target)
+        return new if mask is None else torch.where(mask, new, target)
+
+    def _mask(self, activation: Tensor) -> Tensor | None:
+        mask = self.site.mask(activation)
+        if self.change.patches is None:
+            return mask
+        layout = self.site.model.token_layout()
+        if activation.ndim < 3 or activation.shape[1] != layout.n_tokens:
+            raise ValueError(
+                f"patches= need the model's {layout.n_tokens} tokens in the second dimension, but "
+                f"{self.site.hook_name_out} gives {list(activation.shape)}"
+            )
+        chosen = torch.zeros(layout.n_tokens, dtype=torch.bool)
+        chosen[layout.indices("patch")[list(self.change.patches)]] = True
+        return chosen.to(activation.device).view(1, -1, *[1] * (activation.ndim - 2))
+
+
+@contextmanager
+def edited(model: Any, changes: Sequence[Change], *, check_model: bool = True) -> Iterator[None]:
+    """Make changes while a model runs, within a ``with`` block.
+
+    The hook functions of each block are its own: blocks nest, overlap and end in any order.
+
+    Args:
+        model: A VisionBridge.
+        changes: The changes, made in this order where they meet at one hook.
+        check_model: Refuse an SAE that was trained on another model.
+    """
+    workers = [Worker(model, change, check_model=check_model) for change in changes]
+    with running(model, workers):
+        yield
+
+
+@contextmanager
+def running(model: Any, workers: Sequence[Worker]) -> Iterator[None]:
+    """Run the hook functions of workers within a ``with`` block."""
+    with ExitStack() as stack:
+        for worker in workers:
+            stack.enter_context(hooked(model, worker.hooks()))
+        yield

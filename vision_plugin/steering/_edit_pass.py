@@ -1,0 +1,92 @@
+"""Images that run once up to where an edit begins, and from there once per edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin.models.site import in_eval_mode
+from vision_plugin.steering._attach import Worker, running
+from vision_plugin.steering._cached_pass import CachedPass, check_images
+from vision_plugin.steering._edit import Edit
+
+
+class EditPass:
+    """Images ready to be embedded with any edit.
+
+    The residual stream before the first edited block is computed once for each block that an edit
+    begins at. With hooks of a user's on the model, every pass begins at the pixels.
+
+    Args:
+        model: A VisionBridge with a space shared with text.
+        pixels: Images prepared by ``model.preprocess``.
+        batch_size: Images that run at once.
+        cache: Whether to keep the streams; False runs the whole model for each edit.
+
+    Raises:
+        ValueError: the images are not a batch of finite pixels.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pixels: Float[Tensor, "n channels height width"],
+        *,
+        batch_size: int = 64,
+        cache: bool = True,
+    ) -> None:
+        check_images(pixels)
+        self.model, self.batch_size, self.cache = model, batch_size, cache
+        self.pixels = pixels.to(device=model.device, dtype=model.dtype)
+        self._streams: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def stream(self, block: int) -> Float[Tensor, "n tokens d_model"]:
+        """Return the residual stream that enters a block; the number of blocks gives the last."""
+        if block not in self._streams:
+            with torch.no_grad(), in_eval_mode(self.model):
+                parts = [
+                    self.model(batch, stop_at_layer=block)
+                    for batch in self.pixels.split(self.batch_size)
+                ]
+            self._streams[block] = torch.cat(parts)
+        return self._streams[block]
+
+    @torch.no_grad()
+    def embed(
+        self, edit: Edit | None = None, *, check_model: bool = True
+    ) -> Float[Tensor, "n d_embed"]:
+        """Return image embeddings under an edit, not normalised.
+
+        Args:
+            edit: What changes; None changes nothing.
+            check_model: Refuse an SAE that was trained on another model.
+
+        Raises:
+            ValueError: the edit does not fit the model.
+        """
+        edit = edit or Edit()
+        workers = [Worker(self.model, one, check_model=check_model) for one in edit.changes]
+        begins = [CachedPass(worker.site) for worker in workers]
+        starts = [begin.start for begin in begins if begin.start is not None]
+        start = min(starts) if self.cache and starts and len(starts) == len(begins) else None
+        # The stream that enters the first edited block is edited here: no hook fires before it.
+        here = [b.is_stream and b.start == start for b in begins]
+        first = [worker for worker, is_here in zip(workers, here, strict=True) if is_here]
+        rest = [worker for worker, is_here in zip(workers, here, strict=True) if not is_here]
+        entry = self.pixels if start is None else self.stream(start)
+        kwargs = {} if start is None else {"start_at_layer": start}
+        if start is None:
+            first, rest = [], workers
+        parts = []
+        with in_eval_mode(self.model), running(self.model, rest):
+            for batch in entry.split(self.batch_size):
+                for worker in first:
+                    batch = worker(batch, batch)
+                parts.append(self.model.encode_image(batch, normalize=False, **kwargs))
+        return torch.cat(parts)
