@@ -327,7 +327,7 @@ def test_a_file_that_is_no_sae_gives_a_named_error(content: Any, tmp_path: Path)
         ('{"activation": "topk", "k": "8"}', "'k' = '8'"),
         ('{"activation": "topk", "k": 0}', "k is 0"),
         ('{"activation": "topk", "k": 97}', "k is 97"),
-        ('{"activation": "topk", "k": true}', "whole number"),
+        ('{"activation": "topk", "k": true}', "'k' = True"),
         ('{"activation": "topk"}', "whole number"),
         ('{"activation": ["topk"], "k": 8}', "activation"),
         ('{"activation": "softmax", "k": 8}', "softmax"),
