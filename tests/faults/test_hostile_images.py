@@ -116,6 +116,12 @@ class TestOtherThanFiles:
         (tmp_path / "a.png").symlink_to(f"/proc/{name}")
         refused(tmp_path)
 
+    @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+    def test_what_the_system_cannot_read(self, name: str, tmp_path: Path) -> None:
+        photo_folder(tmp_path)
+        (tmp_path / name).symlink_to("/proc/self/mem")
+        assert f"{name} cannot be read (Input/output error)" in refused(tmp_path).error
+
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
     """The header of a member of a tar, with its size as it is to stand there."""
@@ -488,6 +494,21 @@ def test_a_tile_as_large_as_its_image_needs_is_read() -> None:
     assert open_images([Image.new("L", (16, 16))])[0].tobytes() == bytes(768)
     with Image.open(io.BytesIO(tiled(64))) as small:
         assert open_images([small])[0].tobytes() == bytes(768)
+
+
+def test_a_jpeg_of_very_many_scans(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    image(0, (64, 64)).save(content, "JPEG", progressive=True)
+    start = content.getvalue().index(b"\xff\xda")
+    head, scans = content.getvalue()[:start], content.getvalue()[start:-2]
+    (tmp_path / "sound.jpg").write_bytes(content.getvalue())
+    (tmp_path / "hostile.jpg").write_bytes(head + scans * 20_000 + b"\xff\xd9")
+    source = open_images(tmp_path)
+    assert source[1].size == (64, 64)
+    cost = cost_of(lambda: source[0])
+    assert "hostile.jpg" in cost.error
+    assert "scans are too many, above the limit of 500" in cost.error
+    assert cost.is_small
 
 
 def test_the_commands_say_it_in_a_sentence(

@@ -20,6 +20,8 @@ from PIL import (
 from vision_plugin._untrusted import read_regular
 from vision_plugin.models import as_rgb
 
+MAX_SCANS = 500
+"""JPEG files with more scans are refused: each goes over all pixels again, and ten are usual."""
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused before they are decoded."""
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -105,6 +107,8 @@ def _open(raw: bytes | Path, id: str) -> ImageFile.ImageFile:
         raw = read_regular(raw, MAX_FILE_BYTES)
     if not raw:
         raise BadImageError(id, "empty")
+    if raw.startswith(b"\xff\xd8") and (n_scans := raw.count(b"\xff\xda")) > MAX_SCANS:
+        raise BadImageError(id, f"{n_scans:,} scans are too many, above the limit of {MAX_SCANS}")
     try:
         return Image.open(io.BytesIO(raw), formats=_FORMATS)
     except Image.DecompressionBombError as error:

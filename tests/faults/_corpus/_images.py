@@ -7,7 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -38,14 +38,20 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
+@cache
+def zeros_in(size: int) -> bytes:
+    """Return so many zeros, compressed."""
+    return zlib.compress(bytes(size), 9)
+
+
 def png(folder: Path, rng: random.Random) -> Path:
     """A PNG of right checksums and wrong content."""
     width, height = rng.choice(HUGE), rng.choice(HUGE)
     sizes = (width, height) if rng.random() < 0.5 else (24, 20)
     depth, colour = rng.choice(((8, 2), (16, 2), (8, 3), (1, 0), (8, 6), (7, 2), (8, 9), (16, 3)))
     head = struct.pack(">IIBBBBB", *sizes, depth, colour, 0, 0, rng.choice((0, 0, 1, 9)))
-    pixels = zlib.compress(bytes(rng.choice((0, 100, 20 * (24 * 3 + 1), 40 << 20))), 9)
-    zeros = zlib.compress(bytes(rng.choice((1 << 16, 40 << 20))), 9)
+    pixels = zeros_in(rng.choice((0, 100, 20 * (24 * 3 + 1), 40 << 20)))
+    zeros = zeros_in(rng.choice((1 << 16, 40 << 20)))
     extra = rng.choice(
         (
             lambda: b"",
