@@ -17,6 +17,8 @@ import pytest
 import sae_lens
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 
 def swap() -> None:
     """Put the sparse classes where SAELens's tests find SAELens's; configurations stay theirs."""

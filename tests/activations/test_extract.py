@@ -406,7 +406,7 @@ def test_an_error_in_a_worker_comes_as_it_is(tmp_path: Path, n_workers: int) -> 
     short = datasets.Dataset.from_dict(
         {"image": [None]}, features=datasets.Features(image=datasets.Image())
     ).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"^the stream IterableDataset ends before row 1 of the 3"):
+    with pytest.raises(ValueError, match=r"^the stream IterableDataset ends after 1 of the 3 rows"):
         extract(
             config(tmp_path / "s", n_images=3, n_workers=n_workers),
             model=tiny_model(),
