@@ -1,6 +1,6 @@
 """Read every hostile input and run every hostile command line, and say what became of each.
 
-``python -m benchmarks.hostile`` takes about an hour on one core. It writes ``hostile.json`` and the table
+``python -m benchmarks.hostile`` takes an hour on one core. It writes ``hostile.json`` and the table
 ``hostile.md`` to ``benchmarks/results/``, and exits with 1 if anything was not read or refused in
 one sentence, within two seconds and a gigabyte, with everything beside it untouched.
 ``python -m tests.faults._hostile NAME`` reads one input again, by the name that stands there.
