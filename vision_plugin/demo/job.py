@@ -68,7 +68,14 @@ class DemoConfig:
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        least = {"training_images": 1, "images": 1, "steered_latents": 0, "seed": 0}
+        least = {
+            "training_images": 1,
+            "images": 1,
+            "d_sae": 1,
+            "k": 1,
+            "steered_latents": 0,
+            "seed": 0,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}")
