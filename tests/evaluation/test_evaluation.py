@@ -103,7 +103,7 @@ def test_every_control_stands_beside_the_sae_in_one_table(
     scores = [result.results["monosemanticity"][key].score for key in ("neurons", "random_model")]
     assert not torch.allclose(*scores, equal_nan=True)
     table = scores_table(result)
-    headings = [str(column.header) for column in table.columns]
+    headings = [" ".join(str(column.header).split()) for column in table.columns]
     assert headings[1:] == ["SAE", "neurons", "PCA", "random directions", "random model's neurons"]
     assert all(len(list(column.cells)) == table.row_count for column in table.columns)
 
