@@ -59,7 +59,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
             for i in range(10_001)
         ],
     ),
-    "a deep source": put("images", "path", value=json.loads("[" * 60 + "]" * 60)),
+    "a deep source": put("images", "path", value=json.loads("[" * 70 + "]" * 70)),
     "a long source": put("images", "path", value=[[]] * 700_000),
     "a source of texts": put("images", "path", value=["abc"] * 500_000),
     "an id of megabytes": put("images", "ids_sha256", value="a" * 20_000_000),

@@ -10,6 +10,7 @@ import json
 import sys
 
 import torch
+from sae_lens.saes.sae import TrainStepInput  # first: importing SAELens imports what follows
 
 from vision_plugin.sae._sparse_register import CLASSES
 
@@ -17,8 +18,6 @@ D_IN, D_SAE = 8, 64
 
 
 def _step(architecture: int) -> str:
-    from sae_lens.saes.sae import TrainStepInput
-
     sae_class, config_class = CLASSES[architecture]
     more = {"matryoshka_widths": [16, D_SAE]} if "matryoshka" in config_class.architecture() else {}
     saes = []

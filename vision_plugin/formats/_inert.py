@@ -17,7 +17,7 @@ import torch
 from vision_plugin.formats._errors import CorruptCheckpointError, UnsafeCheckpointError
 from vision_plugin.formats._shown import shown
 
-MAX_STEPS = 100_000
+MAX_STEPS = 30_000
 """Steps that reading one file may take; an SAE's takes some hundreds, a large config thousands."""
 MAX_NAME = 1_000
 """Characters of a name: of a class, of a key, of a storage."""

@@ -7,7 +7,6 @@ native module's; the bridge then takes them from there, so that the two never pa
 from __future__ import annotations
 
 import copy
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -217,11 +216,11 @@ class Weights:
         """Pickle a bridge as its native module and the hooks that users added.
 
         Raises:
-            PicklingError: an SAE is attached.
+            TypeError: an SAE is attached.
         """
         kept = self._belongings()
         if kept["splices"]:
-            raise pickle.PicklingError(
+            raise TypeError(
                 f"{self.cfg.model_name} has SAEs attached, which SAELens does not let pickle: "
                 "detach them with reset_saes() and save each with sae.save_model(path)"
             )

@@ -1,4 +1,24 @@
-"""How this package's own training classes are called in SAELens's registry."""
+"""How this package's own training classes are called in SAELens's registry, and in saved SAEs."""
+
+from __future__ import annotations
+
+from typing import Any
 
 PREFIX = "vision_plugin_"
 """Begins their names; what follows is SAELens's name of the architecture."""
+
+
+class NamedAsStock:
+    """Metadata that name SAELens's architecture: what was trained is one of its SAEs."""
+
+    def add_training_info_to_metadata(self) -> None:
+        super().add_training_info_to_metadata()  # type: ignore[misc]
+        self.metadata.training_architecture = self._stock_name()  # type: ignore[attr-defined]
+
+    def _metadata_with_training_info(self) -> dict[str, Any]:
+        found: dict[str, Any] = super()._metadata_with_training_info()  # type: ignore[misc]
+        return {**found, "training_architecture": self._stock_name()}
+
+    def _stock_name(self) -> str:
+        name: str = self.architecture()  # type: ignore[attr-defined]
+        return name.removeprefix(PREFIX)

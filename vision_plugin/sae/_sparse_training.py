@@ -26,31 +26,15 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.kernels import SparseLatents
 
-from ._prefix import PREFIX
+from ._prefix import NamedAsStock
 from ._sparse_activations import SparseActivations
 from ._sparse_auxiliary import auxiliary_loss
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
 
-class _NamedAsStock:
-    """Metadata that name SAELens's architecture: what was trained is one of its SAEs."""
-
-    def add_training_info_to_metadata(self) -> None:
-        super().add_training_info_to_metadata()  # type: ignore[misc]
-        self.metadata.training_architecture = self._stock_name()  # type: ignore[attr-defined]
-
-    def _metadata_with_training_info(self) -> dict[str, Any]:
-        found: dict[str, Any] = super()._metadata_with_training_info()  # type: ignore[misc]
-        return {**found, "training_architecture": self._stock_name()}
-
-    def _stock_name(self) -> str:
-        name: str = self.architecture()  # type: ignore[attr-defined]
-        return name.removeprefix(PREFIX)
-
-
 @dataclass
-class SparseTopKTrainingSAEConfig(_NamedAsStock, TopKTrainingSAEConfig):  # type: ignore[misc]
+class SparseTopKTrainingSAEConfig(NamedAsStock, TopKTrainingSAEConfig):  # type: ignore[misc]
     """SAELens's `TopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
@@ -65,7 +49,7 @@ class SparseTopKTrainingSAEConfig(_NamedAsStock, TopKTrainingSAEConfig):  # type
 
 
 @dataclass
-class SparseBatchTopKTrainingSAEConfig(_NamedAsStock, BatchTopKTrainingSAEConfig):  # type: ignore[misc]
+class SparseBatchTopKTrainingSAEConfig(NamedAsStock, BatchTopKTrainingSAEConfig):  # type: ignore[misc]
     """SAELens's `BatchTopKTrainingSAEConfig` for training on the sparse kernel."""
 
     @classmethod
@@ -81,7 +65,7 @@ class SparseBatchTopKTrainingSAEConfig(_NamedAsStock, BatchTopKTrainingSAEConfig
 
 @dataclass
 class SparseMatryoshkaBatchTopKTrainingSAEConfig(
-    _NamedAsStock,
+    NamedAsStock,
     MatryoshkaBatchTopKTrainingSAEConfig,  # type: ignore[misc]
 ):
     """SAELens's `MatryoshkaBatchTopKTrainingSAEConfig` for training on the sparse kernel."""

@@ -26,11 +26,13 @@ from sae_lens.saes.sae import (
 from sae_lens.saes.transcoder import SkipTranscoderConfig, TranscoderConfig
 from torch import Tensor, nn
 
+from vision_plugin.sae._prefix import NamedAsStock
+
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
 
 @dataclass
-class TranscoderTrainingConfig(TrainingSAEConfig):  # type: ignore[misc]
+class TranscoderTrainingConfig(NamedAsStock, TrainingSAEConfig):  # type: ignore[misc]
     """A ReLU transcoder with an L1 penalty."""
 
     d_out: int = 0
