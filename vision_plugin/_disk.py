@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -269,7 +270,7 @@ class Written:
 
 
 def write_tensors(
-    stream: BinaryIO,
+    stream: BinaryIO | BytesIO,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> Written:

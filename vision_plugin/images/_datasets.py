@@ -109,7 +109,7 @@ class StreamedImages(ImageCollection):
         self.dataset = _undecoded(dataset, self.image_column)
         self._names = {n: _class_names(dataset, n) for n in columns}
         self._rows: Iterator[dict[str, Any]] | None = None
-        self._next = 0
+        self._next = self._began = 0
         self._row: dict[str, Any] = {}
 
     def raw(self, index: int) -> Raw:
@@ -120,13 +120,15 @@ class StreamedImages(ImageCollection):
         if index == self._next - 1:
             return self._row
         if self._rows is None or index < self._next:
-            self._rows, self._next = iter(self.dataset.skip(index)), index
+            self._rows, self._next, self._began = iter(self.dataset.skip(index)), index, index
         while self._next <= index:
             row = next(self._rows, None)
             if row is None:
+                # Rows that were skipped need not have been there.
+                n = self._next if self._next > self._began else sum(1 for _ in self.dataset)
                 raise ValueError(
-                    f"the stream {self._name} ends after {self._next} of the {len(self)} rows that "
-                    f"were expected: use n_images={self._next}"
+                    f"the stream {self._name} ends after {n} of the {len(self)} rows that were "
+                    f"expected: use n_images={n}"
                 )
             self._row, self._next = row, self._next + 1
         return self._row

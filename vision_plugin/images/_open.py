@@ -208,6 +208,7 @@ def _open_text(
         _refuse(f"{source} is drawn", column=column, split=split)
         return _open_demo(source)
     if prefix == "imagefolder" and rest:
+        _refuse(f"{source} is a folder of image files", column=column)
         return FolderImages(_existing_folder(rest), split=split, labelled=True)
     path = local_path(source)
     if path.is_dir():
