@@ -172,6 +172,9 @@ def test_neurons_and_random_latents_stand_beside(world) -> None:
     assert found.best(2).latents == found.latents[:2]
     assert found.best(2).neurons.latents == found.neurons.latents[:2]
     assert found.table().row_count == 5
+    most = found_by(world, "difference").best(128)
+    many = FoundLatents("list", tuple(range(100)), most.scores, "cls", most.active, most.clean_mean)
+    assert len(set(many.random(seed=0))) == 100  # only 28 others are there
 
 
 def test_latents_are_named_or_listed(world) -> None:

@@ -39,7 +39,7 @@ class TypographicConfig:
     """Pairs that are reported on."""
     cap: float = 0.02
     """Largest loss of clean accuracy on validation."""
-    sizes: tuple[int, ...] = (10, 20, 50, 100)
+    sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
     """Numbers of latents to try."""
     unseen_words: bool = True
     """Leave half of the words out, too, and report on them."""

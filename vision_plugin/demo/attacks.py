@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from vision_plugin.demo import FACTORS, Scene, draw, render, zero_shot_prompts
+from vision_plugin.demo import FACTORS, draw, render, zero_shot_prompts
 from vision_plugin.tasks import Attack, TypographicData
 
 OTHERS = ("shape", "colour", "texture", "background")
@@ -52,11 +52,3 @@ def attack(model: Any, kind: Kind, n: int, *, seed: int) -> Attack:
         labels=torch.tensor([values.index(scene.value(kind)) for scene in drawn.scenes]),
         printed=torch.tensor([values.index(word) for word in words]),
     )
-
-
-def training_scenes(n: int, *, seed: int) -> tuple[Scene, ...]:
-    """Return scenes of which half carry a word: what an SAE for this task is trained on.
-
-    An SAE that never saw print has no latents for it.
-    """
-    return draw(n, seed=seed, words=0.5).scenes

@@ -86,13 +86,28 @@ class TypographicData:
             words of the other half, which nothing was found or chosen on.
         """
         every = torch.arange(len(self.classes))
-        sides = every[0::2], every[1::2]
-        return (self._seeing(*sides), self._seeing(*reversed(sides)))
+        sides = (every[0::2], every[1::2]), (every[1::2], every[0::2])
+        first, second = (
+            (self.with_words(seen, seen), self.test.printing(unseen)) for seen, unseen in sides
+        )
+        return first, second
 
-    def _seeing(self, seen: Tensor, unseen: Tensor) -> tuple[TypographicData, Attack]:
-        rest = (self.train, self.validation, self.test)
-        known = TypographicData(
-            self.kind, self.classes, self.prompts, *(split.printing(seen) for split in rest),
+    def apart(self) -> TypographicData:
+        """Return the data with other words in validation than in training.
+
+        What is chosen on it does well on words that it was not found with.
+        """
+        words = self.train.printed.unique()
+        return self.with_words(words[0::2], words[1::2])
+
+    def with_words(self, train: Tensor, validation: Tensor) -> TypographicData:
+        """Return the data with some words in training and some in validation and test."""
+        return TypographicData(
+            self.kind,
+            self.classes,
+            self.prompts,
+            self.train.printing(train),
+            self.validation.printing(validation),
+            self.test.printing(validation),
             others=self.others,
-        )  # fmt: skip
-        return known, self.test.printing(unseen)
+        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from vision_plugin.tasks._found import FoundLatents
 
 TOKENS = ("cls", "all")
 RANKS = (5, 20)
+CUTS: Mapping[str, tuple[float, ...]] = MappingProxyType({"unused": (0.99, 0.97, 0.95, 0.9)})
+"""Scores from which on latents are taken, for rules that many latents meet equally well."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,7 @@ class Candidate:
         layer: Block behind which it is made.
         how: Rule and kind of token, for tables.
         found: Latents of the edit; None for other methods.
+        fixed: Whether the size is part of the recipe, and does not follow from scores or words.
     """
 
     method: str
@@ -43,6 +47,12 @@ class Candidate:
     layer: int | None
     how: str
     found: FoundLatents | None = None
+    fixed: bool = False
+
+    @property
+    def recipe(self) -> tuple[str, int | None, int | None, str]:
+        """What stays when it is found again on other pairs."""
+        return self.method, self.size if self.fixed else None, self.layer, self.how
 
 
 def latent_candidates(
@@ -64,14 +74,21 @@ def latent_candidates(
             site, sae, train.attacked, present=None, clean=train.clean, labels=train.labels,
             wrong=train.printed, texts=texts, with_gradients=True, batch_size=batch_size,
         )  # fmt: skip
+        layer = layer_of(site)
         for rule in rules:
-            every = choose(evidence, rule, max(sizes))
-            for size in sizes:
+            every = choose(evidence, rule, int(sae.cfg.d_sae))
+            for least in CUTS.get(rule, ()):
+                latents = (every.scores >= least).nonzero().flatten().tolist()
+                found = replace(every, latents=tuple(latents))
+                if latents:
+                    how = f"{rule} {least:.0%}, {kind}"
+                    edit = suppressed(sae, found)
+                    yield Candidate(method, edit, len(latents), layer, how, found)
+            for size in () if rule in CUTS else sizes:
                 found = every.best(size)
-                if len(found) < size:
-                    continue
-                edit = suppressed(sae, found)
-                yield Candidate(method, edit, size, layer_of(site), f"{rule}, {kind}", found)
+                if len(found) == size:
+                    edit = suppressed(sae, found)
+                    yield Candidate(method, edit, size, layer, f"{rule}, {kind}", found, True)
 
 
 def suppressed(sae: Dictionary, found: FoundLatents, latents: Sequence[int] | None = None) -> Edit:
@@ -93,7 +110,7 @@ def control_dictionaries(
     site = Site.of(model, sae)
     with torch.no_grad():
         _, cache = model.run_with_cache(
-            train.clean[:200], names_filter=site.hook_name, return_cache_object=False
+            train.clean[:64], names_filter=site.hook_name, return_cache_object=False
         )
     activations = site.read({**cache, site.hook_name_out: cache[site.hook_name]}).source
     width, tokens = int(sae.cfg.d_in), site.tokens
@@ -139,8 +156,8 @@ def _directions(
     yield projected("diff_mean", mean[None], tokens)
     each = torch.stack([moved[printed == word].mean(0) for word in printed.unique()])
     basis = torch.linalg.svd(each, full_matrices=False).Vh
-    for rank in sorted({min(rank, len(basis)) for rank in RANKS}):
-        yield projected("difference_subspace", basis[:rank], f"rank {rank}, {tokens}")
+    for rank in RANKS:
+        yield projected("difference_subspace", basis[:rank], f"rank up to {rank}, {tokens}")
     both = torch.cat([without.flatten(0, 1), with_word.flatten(0, 1)])
     n_tokens = without.shape[1]
     word = torch.cat([torch.zeros(len(printed)).long(), printed + 1]).repeat_interleave(n_tokens)

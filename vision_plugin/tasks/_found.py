@@ -46,21 +46,18 @@ class FoundLatents:
     def random(self, seed: int, *, active: bool = False) -> tuple[int, ...]:
         """Return as many random latents, none of which was chosen.
 
+        Where fewer others are there than were chosen, chosen ones are drawn too.
+
         Args:
             seed: Seed of the draw.
-            active: Whether to draw from the latents that are active on some image.
-
-        Raises:
-            ValueError: there are too few others.
+            active: Whether to draw from the latents that are active on some image, as long as
+                there are enough.
         """
-        others = self.active.clone() if active else torch.ones_like(self.active)
+        everything = torch.ones_like(self.active)
+        others = self.active.clone() if active else everything.clone()
         others[list(self.latents)] = False
-        pool = others.nonzero().flatten()
-        if len(pool) < len(self):
-            raise ValueError(
-                f"{len(self)} {self.noun}s were chosen and {len(pool)} others are there: choose "
-                "fewer, so that as many random ones can stand beside them"
-            )
+        pools = [others, self.active if active else everything, everything]
+        pool = next(p for p in pools if int(p.sum()) >= len(self)).nonzero().flatten()
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         drawn: list[int] = pool[order[: len(self)]].tolist()
         return tuple(drawn)

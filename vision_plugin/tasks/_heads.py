@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vision_plugin.models.site import in_eval_mode
 from vision_plugin.steering import Edit
@@ -94,5 +93,5 @@ def choose_heads(
 
 def has_heads(model: Any) -> bool:
     """Return whether the model has a class token and separate heads."""
-    hooks: Tensor | Any = model.hook_dict
-    return model.token_layout().n_cls > 0 and "blocks.0.attn.hook_z" in hooks
+    has_class_token = int(model.token_layout().n_cls) > 0
+    return has_class_token and "blocks.0.attn.hook_z" in model.hook_dict

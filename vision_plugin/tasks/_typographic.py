@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -47,9 +48,9 @@ Announce = Callable[[str], None]
 class TypographicSettings:
     """What a typographic task searches through."""
 
-    rules: tuple[str, ...] = ("attribution", "net_attribution")
+    rules: tuple[str, ...] = ("attribution", "net_attribution", "unused")
     """Rules that find latents."""
-    sizes: tuple[int, ...] = (10, 20, 50, 100)
+    sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
     """Numbers of latents to try."""
     tokens: tuple[str, ...] = TOKENS
     """Kinds of token to edit."""
@@ -168,34 +169,56 @@ class _Run:
         methods = self.settings.methods
         found = {"none": Candidate("none", Edit(), 0, None, "")}
         if "sae" in methods:
-            each = (self._latents("sae", sae, self.settings.rules) for sae in self.saes)
-            found["sae"] = self._best("sae", chain.from_iterable(each))
-        controls = [method for method in methods if method in CONTROLS]
-        if controls:
-            made = control_dictionaries(
-                self.model, self.saes[0], self.data.train, seed=self.settings.seed
-            )
-            for method in controls:
-                dictionary = made[method]
-                found[method] = self._best(
-                    method, self._latents(method, dictionary, ("attribution",))
-                )
-        directions = [method for method in methods if method in DIRECTIONS]
-        if directions:
-            proposed = list(
-                direction_candidates(
-                    self.model, self.data.train, layers=range(int(self.model.cfg.n_layers)),
-                    tokens=self.settings.tokens, batch_size=self.settings.batch_size,
-                )
-            )  # fmt: skip
-            for method in directions:
-                found[method] = self._best(method, [c for c in proposed if c.method == method])
+            found["sae"] = self._best("sae", self._proposed("sae"))
+        for method in (m for m in methods if m in (*CONTROLS, *DIRECTIONS)):
+            found[method] = self._best(method, self._proposed(method))
         if "heads" in methods and has_heads(self.model):
             found["heads"] = choose_heads(
                 self.model, self.data.train, self.validation, cap=self.settings.cap,
                 batch_size=self.settings.batch_size,
             )  # fmt: skip
         return {method: found[method] for method in METHODS if method in found}
+
+    def found_again(self, chosen: dict[str, Candidate]) -> dict[str, Candidate]:
+        """Return candidates of the same recipes, found on this run's training pairs.
+
+        Heads are the same ones. What chose no edit, or is not found here, stays without.
+        """
+        again = dict(chosen)
+        for method, candidate in chosen.items():
+            if method in ("none", "heads") or not len(candidate.edit):
+                continue
+            same = (c for c in self._proposed(method) if c.recipe == candidate.recipe)
+            nothing = replace(candidate, edit=Edit(), size=0, found=None)
+            again[method] = next(same, nothing)
+        return again
+
+    def _proposed(self, method: str) -> Iterable[Candidate]:
+        """Return the candidates of a method, found on the training pairs."""
+        if method == "sae":
+            each = (self._latents("sae", sae, self.settings.rules) for sae in self.saes)
+            return chain.from_iterable(each)
+        if method in CONTROLS:
+            return self._latents(method, self._controls[method], ("attribution",))
+        return [candidate for candidate in self._directions if candidate.method == method]
+
+    @cached_property
+    def _controls(self) -> dict[str, Dictionary]:
+        return control_dictionaries(
+            self.model, self.saes[0], self.data.train, seed=self.settings.seed
+        )
+
+    @cached_property
+    def _directions(self) -> list[Candidate]:
+        return list(
+            direction_candidates(
+                self.model,
+                self.data.train,
+                layers=range(int(self.model.cfg.n_layers)),
+                tokens=self.settings.tokens,
+                batch_size=self.settings.batch_size,
+            )
+        )
 
     def rows(
         self,
@@ -219,10 +242,7 @@ class _Run:
         for method, active in (("random_latents", False), ("random_active_latents", True)):
             if method not in self.settings.methods:
                 continue
-            try:
-                draws = [found.random(s, active=active) for s in range(self.settings.random_seeds)]
-            except ValueError:
-                continue  # fewer others are there than were chosen
+            draws = [found.random(s, active=active) for s in range(self.settings.random_seeds)]
             edits = [suppressed(sae, found, draw) for draw in draws]
             values = averaged([judge.values(judge.answers(edit)) for edit in edits])
             drawn = replace(candidate, method=method, how=f"{len(edits)} draws", edit=edits[0])
@@ -276,13 +296,18 @@ def _unseen(
     data: TypographicData,
     settings: TypographicSettings,
 ) -> list[Row]:
-    """Return rows on words that nothing was found or chosen on, both halves taken together."""
+    """Return rows on words that nothing was found or chosen on, both halves taken together.
+
+    Rule, size, layer and token are chosen on words of the known half that the edit was not found
+    with; then the edit is found again with all words of that half.
+    """
     methods = tuple(method for method in settings.methods if method in UNSEEN)
     fewer = replace(settings, methods=methods)
     parts: list[tuple[Judge, dict[str, Candidate]]] = []
     for known, unseen in data.halves():
+        chosen = _Run(model, saes, known.apart(), fewer).chosen()
         run = _Run(model, saes, known, fewer)
-        parts.append((run.judge(unseen), run.chosen()))
+        parts.append((run.judge(unseen), run.found_again(chosen)))
     return run.rows(parts[0][1], parts, "unseen_words")
 
 
