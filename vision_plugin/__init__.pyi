@@ -8,6 +8,7 @@ from . import metrics as metrics
 from . import models as models
 from . import sae as sae
 from . import steering as steering
+from . import tasks as tasks
 from .activations import extract as extract
 from .evaluation import evaluate as evaluate
 from .formats import load_sae as load_sae
@@ -22,5 +23,6 @@ from .sae import VisionSAETrainingRunner as VisionSAETrainingRunner
 from .sae import train as train
 from .sae import train_many as train_many
 from .steering import Edit as Edit
+from .tasks import find_latents as find_latents
 
 __version__: str

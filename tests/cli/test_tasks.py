@@ -1,0 +1,55 @@
+"""``vision-plugin tasks``: from flags to a folder whose edit can be applied again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vision_plugin as vp
+from vision_plugin.cli import main
+
+SMALL = [
+    *("--train-pairs", "40", "--validation-pairs", "30", "--test-pairs", "30", "--sizes", "5"),
+    *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
+    *("--kinds", "shape", "--no-unseen-words"),
+]
+
+
+def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["tasks", "typographic", "--output-path", str(out), *SMALL]) == 0
+    assert "difference_subspace" in capsys.readouterr().out
+    content = json.loads((out / "results.json").read_text())
+    assert content["settings"]["pairs"] == {"shape": {"train": 40, "validation": 30, "test": 30}}
+    methods = [row["method"] for row in content["rows"]]
+    assert methods[0] == "none"
+    assert {"sae", "neurons", "diff_mean", "leace", "heads", "probe", "pca"} <= set(methods)
+    edit = vp.Edit.load(out / "edit.json")  # the SAE lies beside it
+    mended = vp.load_model("demo", edit=out / "edit.json")
+    assert any(hook.fwd_hooks for hook in mended.hook_dict.values()) == (len(edit) > 0)
+    for file in (out / "edits").iterdir():
+        vp.Edit.load(file)
+    capsys.readouterr()
+    again = ["tasks", "typographic", "--sae", str(out / "sae"), "--output-path", str(out)]
+    (out / "notes.txt").write_text("mine")
+    assert main([*again, *SMALL]) == 2
+    assert "notes.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tasks", "name a task: typographic"),
+        ("tasks juggling", "there is no task 'juggling': use typographic"),
+        ("tasks typographic --output-path {out} --kinds size", "must be shape, colour, or both"),
+        ("tasks typographic --output-path {out} --test-pairs 3", "--test-pairs 3 is too few"),
+        ("tasks typographic --output-path {out} --sae {out}/none", "none"),
+    ],
+)
+def test_a_bad_line_is_refused_in_a_sentence(tmp_path: Path, capsys, line, message) -> None:
+    assert main(line.format(out=tmp_path / "out").split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Tests of ``vision_plugin.tasks``."""

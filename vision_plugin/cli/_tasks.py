@@ -1,0 +1,167 @@
+"""``vision-plugin tasks``: the experiments that repair a model, with their baselines."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vision_plugin._device import check_device
+from vision_plugin._ours import check_replaceable
+from vision_plugin._paths import local_path
+from vision_plugin.cli._console import console
+from vision_plugin.cli._flags import parse
+
+TASKS = {"typographic": "printed words that fool a model, and what mends that"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypographicConfig:
+    """A model, an SAE, and the drawn images of a typographic attack."""
+
+    output_path: str
+    """Folder of the results; earlier results of a task in it are replaced."""
+    model_name: str = "demo"
+    """Model, as ``vp.load_model`` takes it, with a text tower."""
+    sae: str | None = None
+    """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads. By default one is trained on
+    drawn images of which half carry a word: an SAE that never saw print has no latents for it."""
+    kinds: tuple[str, ...] = ("shape", "colour")
+    """What the printed words name: ``shape``, ``colour``, or both."""
+    train_pairs: int = 600
+    """Pairs of images in which latents, directions and heads are found."""
+    validation_pairs: int = 400
+    """Pairs on which rule, size and layer are chosen."""
+    test_pairs: int = 1000
+    """Pairs that are reported on."""
+    cap: float = 0.02
+    """Largest loss of clean accuracy on validation."""
+    sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
+    """Numbers of latents to try."""
+    unseen_words: bool = True
+    """Leave half of the words out, too, and report on them."""
+    hook_name: str = "blocks.1.hook_resid_post"
+    """Hook of the SAE that is trained."""
+    d_sae: int = 1024
+    """Latents of the SAE that is trained."""
+    k: int = 16
+    """Mean number of active latents per token of the SAE that is trained."""
+    training_images: int = 6000
+    """Images that the SAE is trained on."""
+    training_tokens: int = 1_200_000
+    """Activations that the SAE is trained on, with repetition."""
+    device: str = "cpu"
+    """Device that the model and the SAE run on."""
+    seed: int = 0
+    """Seed of the images, the SAE and the random latents."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if not self.kinds or not set(self.kinds) <= {"shape", "colour"}:
+            raise ValueError(f"kinds={self.kinds} must be shape, colour, or both")
+        for name in ("train_pairs", "validation_pairs", "test_pairs"):
+            if getattr(self, name) < 30:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is too few for an interval: at least 30"
+                )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a task from flags, print its table and write its folder."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        raise SystemExit(0)
+    if not arguments:
+        raise ValueError(f"name a task: {', '.join(TASKS)}")
+    if arguments[0] not in TASKS:
+        raise ValueError(f"there is no task {arguments[0]!r}: use {', '.join(TASKS)}")
+    cfg = parse(
+        TypographicConfig,
+        arguments[1:],
+        command="tasks typographic",
+        description="Repair a model that printed words fool: suppress latents, and every baseline "
+        "beside it, on drawn images.",
+    )
+    from vision_plugin.tasks import TASK
+
+    check_replaceable(local_path(cfg.output_path), TASK)
+    result, sae = compute(cfg)
+    result.save(cfg.output_path, sae=sae)
+    out = console()
+    out.print(result.table())
+    out.print(f"In {cfg.output_path}: results.json, edit.json, edits/, figures", soft_wrap=True)
+
+
+def usage() -> str:
+    """Return the list of tasks."""
+    listed = "\n".join(f"  {name}  {summary}" for name, summary in TASKS.items())
+    return (
+        f"usage: vision-plugin tasks TASK [FLAGS]\n\n{listed}\n\n"
+        "vision-plugin tasks TASK --help lists the options of a task.\n"
+    )
+
+
+def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
+    """Return the result, and the SAE or where it lies."""
+    from vision_plugin.demo.attacks import typographic_data
+    from vision_plugin.formats import load_sae
+    from vision_plugin.models import load_model
+    from vision_plugin.tasks import TypographicSettings, typographic
+
+    out = console()
+    model = load_model(cfg.model_name, device=cfg.device)
+    if cfg.sae is None:
+        out.print(f"Training an SAE at {cfg.hook_name} on {cfg.training_images} drawn images")
+        sae, kept = train_sae(cfg, model), None
+    else:
+        sae, kept = load_sae(cfg.sae, device=cfg.device), str(local_path(cfg.sae).absolute())
+    out.print("Drawing pairs of images with and without a word")
+    images = [
+        typographic_data(
+            model,
+            "shape" if kind == "shape" else "colour",
+            train=cfg.train_pairs,
+            validation=cfg.validation_pairs,
+            test=cfg.test_pairs,
+            seed=1000 + 10 * cfg.seed,
+        )
+        for kind in cfg.kinds
+    ]
+    settings = TypographicSettings(
+        sizes=cfg.sizes, cap=cfg.cap, unseen_words=cfg.unseen_words, seed=cfg.seed
+    )
+    result = typographic(
+        model, sae, images, settings=settings, name=cfg.sae or "sae", announce=out.print
+    )
+    return result, kept or sae
+
+
+def train_sae(cfg: TypographicConfig, model: Any) -> Any:
+    """Return an SAE trained on drawn images of which half carry a word."""
+    from sae_lens import BatchTopKTrainingSAEConfig
+
+    from vision_plugin.demo import draw
+    from vision_plugin.formats import load_sae
+    from vision_plugin.images import open_images
+    from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(Path(folder) / "sae")
+        training = VisionSAERunnerConfig(
+            model_name=cfg.model_name,
+            images="drawn images, half of them with a word",
+            hook_name=cfg.hook_name,
+            tokens="all",
+            sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
+            training_tokens=cfg.training_tokens,
+            seed=cfg.seed,
+            device=cfg.device,
+            output_path=place,
+        )
+        world = draw(cfg.training_images, seed=11 + cfg.seed, words=0.5)
+        drawn = open_images(list(world.images))
+        VisionSAETrainingRunner(training, model=model, images=drawn).run()
+        return load_sae(place, device=cfg.device)

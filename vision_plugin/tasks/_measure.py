@@ -1,0 +1,183 @@
+"""What a model answers under an edit, as values per image, and figures with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vision_plugin.steering import Edit, EditPass
+from vision_plugin.tasks._attack import Attack
+
+RESAMPLES = 1000
+COVERED = 0.95
+LEAST = 30
+"""Fewest images of which an interval is given."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the number and its interval ready for JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Questions:
+    """What is asked about images: the classes, and other questions whose answers should stay."""
+
+    def __init__(
+        self, model: Any, prompts: Sequence[str], others: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.model = model
+        self.texts: Tensor = model.encode_text(list(prompts))
+        self.others = {name: model.encode_text(list(texts)) for name, texts in others.items()}
+
+    def logits(self, embedding: Tensor, texts: Tensor) -> Tensor:
+        """Return logits of unit embeddings."""
+        found: Tensor = self.model.zero_shot_logits(embedding, texts)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What the model says about one split under one edit.
+
+    Attributes:
+        attacked: Answer to the attacked images.
+        clean: Unit embeddings of the clean images.
+    """
+
+    attacked: Tensor
+    clean: Tensor
+
+
+class Judge:
+    """One split of pairs, run once as it is, and then under any edit."""
+
+    def __init__(self, model: Any, attack: Attack, questions: Questions, batch_size: int) -> None:
+        self.attack, self.questions = attack, questions
+        self._clean = EditPass(model, attack.clean, batch_size=batch_size)
+        self._attacked = EditPass(model, attack.attacked, batch_size=batch_size)
+        self.before = self.answers(Edit())
+
+    def answers(self, edit: Edit) -> Answers:
+        """Return what the model says under an edit."""
+        return Answers(self.attacked_answers(edit), _unit(self._clean.embed(edit)))
+
+    def attacked_answers(self, edit: Edit) -> Tensor:
+        """Return the answers to the attacked images alone."""
+        return self._answer(_unit(self._attacked.embed(edit)))
+
+    def accuracy(self, edit: Edit) -> float:
+        """Return the share of attacked images that are answered right."""
+        right = self.attacked_answers(edit) == self.attack.labels
+        return float(right.double().mean())
+
+    def clean_accuracy(self, edit: Edit | None = None) -> float:
+        """Return the share of clean images that are answered right."""
+        unit = self.before.clean if edit is None else _unit(self._clean.embed(edit))
+        return float((self._answer(unit) == self.attack.labels).double().mean())
+
+    def values(self, answers: Answers) -> dict[str, Tensor]:
+        """Return each figure as a value per image, ``[n]`` float64."""
+        attack, before = self.attack, self.before
+        right = (answers.attacked == attack.labels).double()
+        clean = (self._answer(answers.clean) == attack.labels).double()
+        was = self._log_probabilities(before.clean)
+        now = self._log_probabilities(answers.clean)
+        return {
+            "fooled": (answers.attacked == attack.printed).double(),
+            "accuracy": right,
+            "clean_accuracy": clean,
+            "accuracy_gain": right - (before.attacked == attack.labels).double(),
+            "clean_change": clean - (self._answer(before.clean) == attack.labels).double(),
+            "collateral": self._changed(before.clean, answers.clean),
+            "kl": (was.exp() * (was - now)).sum(1),
+            "moved": (answers.clean - before.clean).norm(dim=1).double(),
+            "group": attack.labels.double(),
+        }
+
+    def _changed(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the share of answers to other questions that change; to this one if none is."""
+        every = list(self.questions.others.values()) or [self.questions.texts]
+        changed = [
+            self.questions.logits(before, texts).argmax(1)
+            != self.questions.logits(after, texts).argmax(1)
+            for texts in every
+        ]
+        return torch.stack(changed).double().mean(0)
+
+    def _log_probabilities(self, unit: Tensor) -> Tensor:
+        logits = self.questions.logits(unit, self.questions.texts)
+        return torch.log_softmax(logits.double(), dim=1)
+
+    def _answer(self, unit: Tensor) -> Tensor:
+        return self.questions.logits(unit, self.questions.texts).argmax(1)
+
+
+def pooled(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return values of several sets of images as one set."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def averaged(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of several values of each image, as of several random draws."""
+    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+
+
+def figures(values: dict[str, Tensor], *, seed: int = 0) -> dict[str, Figure]:
+    """Return means over images with 95% bootstrap intervals, and the worst class's accuracy.
+
+    Raises:
+        ValueError: there are too few images for an interval.
+    """
+    group = values["group"].long()
+    n = len(group)
+    if n < LEAST:
+        raise ValueError(
+            f"{n} images are too few for an interval, which needs {LEAST}: make the split larger"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones(RESAMPLES, n, dtype=torch.float64))
+    found = {
+        name: _figure(float(value.mean()), counts @ value / n)
+        for name, value in values.items()
+        if name != "group"
+    }
+    member = nn.functional.one_hot(group).double()
+    right = values["accuracy"]
+    worst = _worst(torch.ones(1, n, dtype=torch.float64), right, member)
+    found["worst_group"] = _figure(float(worst[0]), _worst(counts, right, member))
+    return found
+
+
+def _worst(counts: Float[Tensor, "r n"], right: Tensor, member: Tensor) -> Float[Tensor, " r"]:
+    """Return the accuracy of the worst class in each resample; an absent class does not count."""
+    size = counts @ member
+    share = torch.where(size > 0, counts @ (member * right[:, None]) / size.clamp(min=1), torch.inf)
+    return share.amin(1)
+
+
+def _figure(value: float, resampled: Tensor) -> Figure:
+    tail = (1 - COVERED) / 2
+    low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Figure(value, float(low), float(high))
+
+
+def _unit(embedding: Tensor) -> Tensor:
+    return nn.functional.normalize(embedding, dim=-1)

@@ -1,0 +1,143 @@
+"""The result of a task: rows of figures, the edits that were chosen, tables, figures and files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vision_plugin._disk import whole_folder, write_json
+from vision_plugin._ours import Kind
+from vision_plugin._paths import local_path
+from vision_plugin.steering import Edit
+from vision_plugin.tasks._measure import Figure
+from vision_plugin.tasks._plot import plots
+from vision_plugin.tasks._row import Row
+
+SCHEMA = 1
+TASK = Kind(
+    noun="the results of a task",
+    marker="results.json",
+    is_marked=lambda content: isinstance(content.get("task"), str) and "rows" in content,
+    contents=re.compile(
+        r"results\.json|edit\.json|table\.txt|[\w-]+\.png|edits(/[\w-]+\.json)?"
+        r"|sae(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
+    ),
+)
+_SHOWN = ("fooled", "accuracy", "clean_accuracy", "worst_group", "collateral", "moved")
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """Rows, edits and the search on validation.
+
+    Attributes:
+        task: Name of the task.
+        model: Name of the model.
+        sae: Name or place of the SAE.
+        settings: What the run was made with.
+        rows: Figures on pairs that nothing was chosen on.
+        edit: The SAE's edits of all kinds together, as chosen on validation.
+        edits: The chosen edit of each method, by kind and method.
+        search: What validation saw of each candidate.
+    """
+
+    task: str
+    model: str
+    sae: str
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    edit: Edit
+    edits: Mapping[tuple[str, str], Edit]
+    search: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+    def row(self, method: str, *, kind: str, split: str = "test") -> Row:
+        """Return one row.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if (row.method, row.kind, row.split) == (method, kind, split):
+                return row
+        raise KeyError(f"no row of {method!r} for {kind!r} on {split!r}")
+
+    def table(self) -> Table:
+        """Return the rows for ``rich`` to print."""
+        table = Table(title=f"{self.task}: {self.model}")
+        for heading in ("kind", "split", "method", "size", "layer"):
+            table.add_column(heading, justify="right" if heading in ("size", "layer") else "left")
+        for name in _SHOWN:
+            table.add_column(name.replace("_", " "), justify="right")
+        last = None
+        for row in self.rows:
+            if last not in (None, (row.kind, row.split)):
+                table.add_section()
+            last = (row.kind, row.split)
+            layer = "" if row.layer is None else str(row.layer)
+            cells = [_cell(row.figures.get(name)) for name in _SHOWN]
+            table.add_row(row.kind, row.split, row.method, str(row.size or ""), layer, *cells)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            "task": self.task,
+            "model": self.model,
+            "sae": self.sae,
+            "settings": dict(self.settings),
+            "rows": [row.to_dict() for row in self.rows],
+            "search": [dict(entry) for entry in self.search],
+        }
+
+    def plot(self) -> dict[str, Any]:
+        """Return matplotlib figures by name: the methods beside each other, and the search."""
+        return plots(self.rows, self.search)
+
+    def save(self, folder: str | Path, *, sae: Any = None) -> Path:
+        """Write results.json, edit.json, the edits of every method, a table and figures.
+
+        Args:
+            folder: Folder to make; earlier results of a task in it are replaced.
+            sae: Where the SAE lies, for the edits; or an SAE itself, which is then saved beside
+                them.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: something else has the name.
+        """
+        place = local_path(folder)
+        with whole_folder(place, replaces=TASK) as made:
+            where = sae
+            if sae is not None and not isinstance(sae, (str, Path)):
+                sae.save_model(str(made / "sae"))
+                where = "sae"
+            deeper = f"../{where}" if where == "sae" else where
+            write_json(self.to_dict(), made / "results.json")
+            self.edit.save(made / "edit.json", sae=where)
+            (made / "edits").mkdir()
+            for (kind, method), edit in self.edits.items():
+                edit.save(made / "edits" / f"{kind}-{method}.json", sae=deeper)
+            (made / "table.txt").write_text(_text(self.table()), encoding="utf-8")
+            for name, figure in self.plot().items():
+                figure.savefig(made / f"{name}.png", dpi=120, bbox_inches="tight")
+        return place
+
+
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(width=160, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -1,0 +1,323 @@
+"""Typographic attacks: a printed word that names something else fools a model; what mends that.
+
+Every method proposes edits on the training pairs. Validation chooses one for each method, within a
+cap on the loss of clean accuracy. The test pairs are reported, and so are words that nothing was
+found or chosen on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.steering import Edit
+from vision_plugin.tasks._attack import Attack, TypographicData
+from vision_plugin.tasks._candidates import (
+    TOKENS,
+    Candidate,
+    control_dictionaries,
+    direction_candidates,
+    latent_candidates,
+    suppressed,
+)
+from vision_plugin.tasks._heads import choose_heads, has_heads
+from vision_plugin.tasks._measure import Judge, Questions, averaged, figures, pooled
+from vision_plugin.tasks._result import TaskResult
+from vision_plugin.tasks._row import Row
+
+logger = logging.getLogger(__name__)
+
+METHODS = (
+    "none", "sae", "random_latents", "random_active_latents", "neurons", "random_dictionary",
+    "pca", "diff_mean", "difference_subspace", "leace", "probe", "heads",
+)  # fmt: skip
+DIRECTIONS = ("diff_mean", "difference_subspace", "leace", "probe")
+CONTROLS = ("neurons", "random_dictionary", "pca")
+UNSEEN = ("none", "sae", "diff_mean", "difference_subspace", "leace", "heads")
+"""Methods that are also run with half of the words left out."""
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypographicSettings:
+    """What a typographic task searches through."""
+
+    rules: tuple[str, ...] = ("attribution", "net_attribution", "unused")
+    """Rules that find latents."""
+    sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
+    """Numbers of latents to try."""
+    tokens: tuple[str, ...] = TOKENS
+    """Kinds of token to edit."""
+    methods: tuple[str, ...] = METHODS
+    """Methods to run."""
+    cap: float = 0.02
+    """Largest loss of clean accuracy on validation."""
+    random_seeds: int = 3
+    """Draws of random latents, whose figures are averaged."""
+    unseen_words: bool = True
+    """Whether to leave half of the words out, too, and report on them."""
+    batch_size: int = 100
+    """Images that run at once."""
+    seed: int = 0
+    """Seed of random latents and of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown:
+            raise ValueError(f"methods= has {unknown[0]!r}: use some of {', '.join(METHODS)}")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes={self.sizes} must be numbers of latents from 1 up")
+        if not 0 <= self.cap < 1:
+            raise ValueError(f"cap={self.cap} is a share of the clean images: from 0 to 1")
+
+
+def typographic(
+    model: Any,
+    sae: Dictionary | Sequence[Dictionary],
+    images: TypographicData | Sequence[TypographicData],
+    *,
+    settings: TypographicSettings | None = None,
+    name: str = "",
+    announce: Announce = logger.info,
+) -> TaskResult:
+    """Repair a model that printed words fool, with latents and with every baseline.
+
+    Args:
+        model: A VisionBridge with a space shared with text.
+        sae: An SAE, or several at different layers, among which validation chooses too.
+        images: One kind of attack, or several.
+        settings: What is searched through.
+        name: Name of the SAE, for records.
+        announce: Called with one line per stage.
+
+    Raises:
+        ValueError: the model has no text tower, an SAE belongs to another model, or a split is too
+            small for an interval.
+    """
+    if not model.adapter.has_joint_space:
+        raise ValueError(
+            f"{model.cfg.model_name} has no space shared with text, so a printed word cannot fool "
+            "it in zero-shot classification: use a model with a text tower (CLIP)"
+        )
+    saes = [sae] if isinstance(sae, Dictionary) else list(sae)
+    kinds = [images] if isinstance(images, TypographicData) else list(images)
+    settings = settings or TypographicSettings()
+    rows: list[Row] = []
+    edits: dict[tuple[str, str], Edit] = {}
+    search: list[dict[str, Any]] = []
+    judges: list[Judge] = []
+    for data in kinds:
+        announce(f"{data.kind}: finding on {len(data.train)} pairs, choosing on validation")
+        run = _Run(model, saes, data, settings)
+        chosen = run.chosen()
+        search += run.search
+        announce(f"{data.kind}: reporting on {len(data.test)} test pairs")
+        judge = run.judge(data.test)
+        judges.append(judge)
+        rows += run.rows(chosen, [(judge, chosen)], "test")
+        edits.update({(data.kind, found.method): found.edit for found in chosen.values()})
+        if settings.unseen_words:
+            announce(f"{data.kind}: the same with half of the words left out, twice")
+            rows += _unseen(model, saes, data, settings)
+    mended = Edit()
+    for data in kinds:
+        mended += edits.get((data.kind, "sae"), Edit())
+    if len(kinds) > 1 and "sae" in settings.methods:
+        for data, judge in zip(kinds, judges, strict=True):
+            found = figures(judge.values(judge.answers(mended)), seed=settings.seed)
+            size = sum(len(change.targets) for change in mended.changes)
+            rows.append(Row("sae_all_kinds", data.kind, "test", size, None, "", str(mended), found))
+    return TaskResult(
+        task="typographic",
+        model=str(model.cfg.model_name),
+        sae=name or ", ".join(str(one.cfg.metadata.get("hook_name")) for one in saes),
+        settings=_settings(settings, kinds),
+        rows=rows,
+        edit=mended,
+        edits=edits,
+        search=search,
+    )
+
+
+class _Run:
+    """One kind of attack: candidates, the choice among them, and rows."""
+
+    def __init__(
+        self,
+        model: Any,
+        saes: Sequence[Dictionary],
+        data: TypographicData,
+        settings: TypographicSettings,
+    ) -> None:
+        self.model, self.saes, self.data, self.settings = model, saes, data, settings
+        self.questions = Questions(model, data.prompts, data.others)
+        self.validation = self.judge(data.validation)
+        self.search: list[dict[str, Any]] = []
+
+    def judge(self, attack: Attack) -> Judge:
+        """Return the judge of a split."""
+        return Judge(self.model, attack, self.questions, self.settings.batch_size)
+
+    def chosen(self) -> dict[str, Candidate]:
+        """Return the candidate that validation chooses for each method."""
+        methods = self.settings.methods
+        found = {"none": Candidate("none", Edit(), 0, None, "")}
+        if "sae" in methods:
+            found["sae"] = self._best("sae", self._proposed("sae"))
+        for method in (m for m in methods if m in (*CONTROLS, *DIRECTIONS)):
+            found[method] = self._best(method, self._proposed(method))
+        if "heads" in methods and has_heads(self.model):
+            found["heads"] = choose_heads(
+                self.model, self.data.train, self.validation, cap=self.settings.cap,
+                batch_size=self.settings.batch_size,
+            )  # fmt: skip
+        return {method: found[method] for method in METHODS if method in found}
+
+    def found_again(self, chosen: dict[str, Candidate]) -> dict[str, Candidate]:
+        """Return candidates of the same recipes, found on this run's training pairs.
+
+        Heads are the same ones. What chose no edit, or is not found here, stays without.
+        """
+        again = dict(chosen)
+        for method, candidate in chosen.items():
+            if method in ("none", "heads") or not len(candidate.edit):
+                continue
+            same = (c for c in self._proposed(method) if c.recipe == candidate.recipe)
+            nothing = replace(candidate, edit=Edit(), size=0, found=None)
+            again[method] = next(same, nothing)
+        return again
+
+    def _proposed(self, method: str) -> Iterable[Candidate]:
+        """Return the candidates of a method, found on the training pairs."""
+        if method == "sae":
+            each = (self._latents("sae", sae, self.settings.rules) for sae in self.saes)
+            return chain.from_iterable(each)
+        if method in CONTROLS:
+            return self._latents(method, self._controls[method], ("attribution",))
+        return [candidate for candidate in self._directions if candidate.method == method]
+
+    @cached_property
+    def _controls(self) -> dict[str, Dictionary]:
+        return control_dictionaries(
+            self.model, self.saes[0], self.data.train, seed=self.settings.seed
+        )
+
+    @cached_property
+    def _directions(self) -> list[Candidate]:
+        return list(
+            direction_candidates(
+                self.model,
+                self.data.train,
+                layers=range(int(self.model.cfg.n_layers)),
+                tokens=self.settings.tokens,
+                batch_size=self.settings.batch_size,
+            )
+        )
+
+    def rows(
+        self,
+        chosen: dict[str, Candidate],
+        parts: Sequence[tuple[Judge, dict[str, Candidate]]],
+        split: str,
+    ) -> list[Row]:
+        """Return a row per method, the pairs of several parts taken together."""
+        rows = []
+        for method, candidate in chosen.items():
+            values = pooled([judge.values(judge.answers(of[method].edit)) for judge, of in parts])
+            rows.append(self._row(candidate, split, figures(values, seed=self.settings.seed)))
+            if method == "sae" and candidate.found is not None and len(parts) == 1:
+                rows += self._random_rows(candidate, parts[0][0], split)
+        return rows
+
+    def _random_rows(self, candidate: Candidate, judge: Judge, split: str) -> list[Row]:
+        found, rows = candidate.found, []
+        assert found is not None
+        sae = candidate.edit.dictionaries[0]
+        for method, active in (("random_latents", False), ("random_active_latents", True)):
+            if method not in self.settings.methods:
+                continue
+            draws = [found.random(s, active=active) for s in range(self.settings.random_seeds)]
+            edits = [suppressed(sae, found, draw) for draw in draws]
+            values = averaged([judge.values(judge.answers(edit)) for edit in edits])
+            drawn = replace(candidate, method=method, how=f"{len(edits)} draws", edit=edits[0])
+            rows.append(self._row(drawn, split, figures(values, seed=self.settings.seed)))
+        return rows
+
+    def _row(self, candidate: Candidate, split: str, found: Any) -> Row:
+        return Row(
+            candidate.method, self.data.kind, split, candidate.size, candidate.layer,
+            candidate.how, str(candidate.edit), found,
+        )  # fmt: skip
+
+    def _latents(
+        self, method: str, dictionary: Dictionary, rules: Sequence[str]
+    ) -> Iterable[Candidate]:
+        width = int(dictionary.cfg.d_sae)
+        return latent_candidates(
+            method, self.model, dictionary, self.data.train, self.questions.texts, rules=rules,
+            sizes=[size for size in self.settings.sizes if size < width] or [width // 2],
+            tokens=self.settings.tokens, batch_size=self.settings.batch_size,
+        )  # fmt: skip
+
+    def _best(self, method: str, candidates: Iterable[Candidate]) -> Candidate:
+        """Return the candidate with the highest accuracy on attacked images under the cap.
+
+        No edit is always among them, so a method that only does harm changes nothing.
+        """
+        best = Candidate(method, Edit(), 0, None, "no edit stays within the cap")
+        most = self.validation.accuracy(best.edit)
+        floor = self.validation.clean_accuracy() - self.settings.cap
+        for candidate in candidates:
+            accuracy = self.validation.accuracy(candidate.edit)
+            clean = None
+            if accuracy > most or method == "sae":
+                clean = self.validation.clean_accuracy(candidate.edit)
+                if accuracy > most and clean >= floor:
+                    best, most = candidate, accuracy
+            self.search.append(
+                {
+                    "kind": self.data.kind, "method": method, "size": candidate.size,
+                    "layer": candidate.layer, "how": candidate.how, "accuracy": accuracy,
+                    "clean_accuracy": clean,
+                }
+            )  # fmt: skip
+        return best
+
+
+def _unseen(
+    model: Any,
+    saes: Sequence[Dictionary],
+    data: TypographicData,
+    settings: TypographicSettings,
+) -> list[Row]:
+    """Return rows on words that nothing was found or chosen on, both halves taken together.
+
+    Rule, size, layer and token are chosen on words of the known half that the edit was not found
+    with; then the edit is found again with all words of that half.
+    """
+    methods = tuple(method for method in settings.methods if method in UNSEEN)
+    fewer = replace(settings, methods=methods)
+    parts: list[tuple[Judge, dict[str, Candidate]]] = []
+    for known, unseen in data.halves():
+        chosen = _Run(model, saes, known.apart(), fewer).chosen()
+        run = _Run(model, saes, known, fewer)
+        parts.append((run.judge(unseen), run.found_again(chosen)))
+    return run.rows(parts[0][1], parts, "unseen_words")
+
+
+def _settings(settings: TypographicSettings, kinds: Sequence[TypographicData]) -> dict[str, Any]:
+    numbers = {
+        data.kind: {
+            "train": len(data.train), "validation": len(data.validation), "test": len(data.test)
+        }
+        for data in kinds
+    }  # fmt: skip
+    named = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in named.items()}
+    return {**listed, "pairs": numbers}
