@@ -132,6 +132,7 @@ def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
 
     sae = None if cfg.sae is None else cfg.open_sae(cfg.sae)
     if cfg.edit is None:
+        assert sae is not None  # the configuration has checked it
         edit = Edit.clamp(sae, dict.fromkeys(cfg.latents, cfg.strength), tokens=cfg.tokens)
         return edit, cfg.open_model(sae, where=str(cfg.sae))
     edit = Edit.load(cfg.edit, sae=sae)

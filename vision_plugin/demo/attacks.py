@@ -35,9 +35,15 @@ def typographic_data(
     """
     prompts, classes = zero_shot_prompts(kind)
     others = {name: zero_shot_prompts(name)[0] for name in OTHERS if name != kind}
-    sizes = (train, validation, test)
-    splits = [attack(model, kind, n, seed=seed + i) for i, n in enumerate(sizes)]
-    return TypographicData(kind, classes, prompts, *splits, others=others)
+    return TypographicData(
+        kind,
+        classes,
+        prompts,
+        train=attack(model, kind, train, seed=seed),
+        validation=attack(model, kind, validation, seed=seed + 1),
+        test=attack(model, kind, test, seed=seed + 2),
+        others=others,
+    )
 
 
 def attack(model: Any, kind: Kind, n: int, *, seed: int) -> Attack:

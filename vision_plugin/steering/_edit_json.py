@@ -174,7 +174,7 @@ class _Known:
     def __init__(self, place: Path, sae: Any) -> None:
         self._place = place
         given = sae if isinstance(sae, (list, tuple)) else [] if sae is None else [sae]
-        self._saes = [_opened(one) for one in given]
+        self._saes: list[Dictionary] = [_opened(one) for one in given]
         self._may_load = not self._saes
 
     def dictionary(self, entry: dict[str, Any]) -> Dictionary:
@@ -203,11 +203,12 @@ class _Known:
         )
 
 
-def _opened(sae: Any) -> Any:
+def _opened(sae: Dictionary | str | Path) -> Dictionary:
     if not isinstance(sae, (str, Path)):
         return sae
     # ``formats`` knows more than this folder may: it is found by name, as a checkpoint is.
-    return import_module("vision_plugin.formats").load_sae(str(sae))
+    opened: Dictionary = import_module("vision_plugin.formats").load_sae(str(sae))
+    return opened
 
 
 def _tensor(values: Any) -> Tensor | None:
