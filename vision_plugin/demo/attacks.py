@@ -36,8 +36,8 @@ def typographic_data(
     prompts, classes = zero_shot_prompts(kind)
     others = {name: zero_shot_prompts(name)[0] for name in OTHERS if name != kind}
     sizes = (train, validation, test)
-    splits = [attack(model, kind, n, seed=seed + i) for i, n in enumerate(sizes)]
-    return TypographicData(kind, classes, prompts, *splits, others=others)
+    found, chosen, reported = (attack(model, kind, n, seed=seed + i) for i, n in enumerate(sizes))
+    return TypographicData(kind, classes, prompts, found, chosen, reported, others)
 
 
 def attack(model: Any, kind: Kind, n: int, *, seed: int) -> Attack:

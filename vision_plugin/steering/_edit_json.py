@@ -174,7 +174,7 @@ class _Known:
     def __init__(self, place: Path, sae: Any) -> None:
         self._place = place
         given = sae if isinstance(sae, (list, tuple)) else [] if sae is None else [sae]
-        self._saes = [_opened(one) for one in given]
+        self._saes: list[Dictionary] = [_opened(one) for one in given]
         self._may_load = not self._saes
 
     def dictionary(self, entry: dict[str, Any]) -> Dictionary:
@@ -192,7 +192,7 @@ class _Known:
         if self._may_load:
             where = local_path(str(entry["sae"]))
             beside = self._place.parent / where
-            sae = _opened(str(beside if beside.exists() else where))
+            sae: Dictionary = _opened(str(beside if beside.exists() else where))
             if same_dictionary(wanted, fingerprint(sae)):
                 self._saes.append(sae)
                 return sae
