@@ -192,7 +192,7 @@ class _Known:
         if self._may_load:
             where = local_path(str(entry["sae"]))
             beside = self._place.parent / where
-            sae: Dictionary = _opened(str(beside if beside.exists() else where))
+            sae = _opened(str(beside if beside.exists() else where))
             if same_dictionary(wanted, fingerprint(sae)):
                 self._saes.append(sae)
                 return sae
