@@ -81,11 +81,17 @@ def test_steer_makes_an_edit_that_was_saved(sae: str, images: str, tmp_path, cap
     first, second = json.loads(clamped.read_text()), json.loads(edited.read_text())
     assert np.allclose(first["after"], second["after"], atol=1e-6)
     assert first["edit"]["changes"][0]["targets"] == second["edit"]["changes"][0]["targets"]
-    capsys.readouterr()
-    assert main([*line, "--edit", str(tmp_path / "edit.json"), "--latents", "3"]) == 2
-    assert "--edit names its latents itself" in capsys.readouterr().err
-    assert main(line) == 2
-    assert "--edit FILE" in capsys.readouterr().err
+    for more, message in (
+        (["--edit", "edit.json", "--latents", "3"], "leave out --latents or --edit"),
+        ([], "--edit FILE"),
+        (["--latents", "3"], "--sae FOLDER"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*line, *more])
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert message in " ".join((printed.out + printed.err).replace("│", " ").split())
 
 
 BAD = {

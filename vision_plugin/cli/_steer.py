@@ -48,11 +48,11 @@ class SteerConfig(Inputs):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.edit is not None and self.latents:
-            raise ValueError("edit= names its latents itself: give no latents= beside it")
+            raise ValueError("an edit names its latents itself: leave out --latents or --edit")
         if self.edit is None and not self.latents:
             raise ValueError("name at least one latent: --latents 12, or an edit: --edit FILE")
         if self.edit is None and self.sae is None:
-            raise ValueError("give the SAE whose latents are held: sae=")
+            raise ValueError("name the SAE whose latents are held: --sae FOLDER")
         if self.n_images < 1:
             raise ValueError(f"n_images={self.n_images} must be at least 1")
         check_template(self.concept_template, argument="concept_template")
@@ -130,7 +130,7 @@ def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
     """
     from vision_plugin.steering import Edit
 
-    sae = None if cfg.sae is None else cfg.open_sae(cfg.sae)
+    sae: Any = None if cfg.sae is None else cfg.open_sae(cfg.sae)
     if cfg.edit is None:
         assert sae is not None  # the configuration has checked it
         edit = Edit.clamp(sae, dict.fromkeys(cfg.latents, cfg.strength), tokens=cfg.tokens)

@@ -61,12 +61,11 @@ class TypographicConfig:
     def __post_init__(self) -> None:
         check_device(self.device)
         if not self.kinds or not set(self.kinds) <= {"shape", "colour"}:
-            raise ValueError(f"kinds={self.kinds} must be shape, colour, or both")
+            raise ValueError("--kinds must be shape, colour, or both")
         for name in ("train_pairs", "validation_pairs", "test_pairs"):
             if getattr(self, name) < 30:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is too few for an interval: at least 30"
-                )
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{flag} is too few for an interval: at least 30")
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -35,15 +35,9 @@ def typographic_data(
     """
     prompts, classes = zero_shot_prompts(kind)
     others = {name: zero_shot_prompts(name)[0] for name in OTHERS if name != kind}
-    return TypographicData(
-        kind,
-        classes,
-        prompts,
-        train=attack(model, kind, train, seed=seed),
-        validation=attack(model, kind, validation, seed=seed + 1),
-        test=attack(model, kind, test, seed=seed + 2),
-        others=others,
-    )
+    sizes = (train, validation, test)
+    found, chosen, reported = (attack(model, kind, n, seed=seed + i) for i, n in enumerate(sizes))
+    return TypographicData(kind, classes, prompts, found, chosen, reported, others)
 
 
 def attack(model: Any, kind: Kind, n: int, *, seed: int) -> Attack:

@@ -29,7 +29,7 @@ TASK = Kind(
         r"|sae(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
     ),
 )
-_SHOWN = ("fooled", "accuracy", "clean_accuracy", "worst_group", "collateral", "moved")
+_SHOWN = ("fooled", "accuracy", "clean_accuracy", "collateral")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,11 @@ class TaskResult:
     def table(self) -> Table:
         """Return the rows for ``rich`` to print."""
         table = Table(title=f"{self.task}: {self.model}")
-        for heading in ("kind", "split", "method", "size", "layer"):
-            table.add_column(heading, justify="right" if heading in ("size", "layer") else "left")
+        for heading in ("kind", "split"):
+            table.add_column(heading)
+        table.add_column("method", no_wrap=True, min_width=21)
+        for heading in ("size", "layer"):
+            table.add_column(heading, justify="right")
         for name in _SHOWN:
             table.add_column(name.replace("_", " "), justify="right")
         last = None
