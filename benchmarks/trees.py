@@ -1,7 +1,7 @@
 """The same commands in two checkouts of this project, in turn: their time and memory as ratios.
 
     python -m benchmarks.trees --before ../vision_plugin-before            # twenty minutes
-    python -m benchmarks.trees --before ../vision_plugin-before --small    # a look
+    python -m benchmarks.trees --before ../vision_plugin-before --images 100 --repetitions 1
 
 Both checkouts need their ``.venv`` (``make setup``). Each has a process of its own that imports its
 tree once and then runs the commands it is given, so that starting is not part of the time. Every
@@ -98,9 +98,8 @@ class Tree:
         return dict(json.loads(answer))
 
 
-def commands(*, is_small: bool) -> dict[str, str]:
+def commands(tokens: int = 0) -> dict[str, str]:
     """The commands to time, by what they measure, in the order in which they need each other."""
-    tokens = 20_000 if is_small else 100_000
     at = "--model-name {shared}/models/emoji-clip --images {images}"
     scored = "--sae {out}/sae --images {images}"
     return {
@@ -117,11 +116,11 @@ def commands(*, is_small: bool) -> dict[str, str]:
 
 
 def compare(
-    trees: dict[str, Tree], timed: Sequence[str], repetitions: int, *, is_small: bool
+    trees: dict[str, Tree], timed: Sequence[str], repetitions: int, tokens: int
 ) -> dict[str, Any]:
     """Time commands in both trees by turns; those that are not timed run once."""
     rows: dict[str, Any] = {}
-    for what, line in commands(is_small=is_small).items():
+    for what, line in commands(tokens).items():
         if what not in timed:
             if what == "training":  # the others need its SAE
                 for tree in trees.values():
@@ -208,21 +207,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--parts", nargs="*", default=list(commands(is_small=True)))
+    parser.add_argument("--tokens", type=int, default=100_000, help="vectors to train on")
+    parser.add_argument("--images", type=int, default=600, help="images of the data set")
+    parser.add_argument("--parts", nargs="*", default=list(commands()))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         roots = {"before": arguments.before.resolve(), "after": Path(__file__).parents[1]}
         images = Path(folder) / "images.parquet"
         table = pq.read_table(SHARED / "data/noto.parquet")
-        pq.write_table(table.slice(0, 100 if arguments.small else 600), images)
+        pq.write_table(table.slice(0, arguments.images), images)
         trees = {name: Tree(root, Path(folder) / name, images) for name, root in roots.items()}
-        rows = compare(trees, arguments.parts, arguments.repetitions, is_small=arguments.small)
+        rows = compare(trees, arguments.parts, arguments.repetitions, arguments.tokens)
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
+    size = {"images": arguments.images, "tokens": arguments.tokens}
+    for row in rows.values():
+        row |= size
     found = {"environment": machine("sae-lens", "transformer-lens"), "rows": kept | rows}
-    if not arguments.small:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

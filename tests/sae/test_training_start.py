@@ -161,3 +161,8 @@ def test_what_has_no_splits_and_columns_refuses_them(part: str, tmp_path: Path) 
         runner(cfg)
     with pytest.raises(ValueError, match=f"a store of activations, .*: leave out {part}="):
         runner(cfg, images=store_of(tmp_path / "store"))
+
+
+def test_images_in_hand_are_no_name() -> None:
+    with pytest.raises(ValueError, match="images= is a list: a configuration names images by a"):
+        config(None, images=[object()])

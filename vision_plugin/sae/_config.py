@@ -208,6 +208,11 @@ class VisionSAERunnerConfig:
     """Settings of Weights & Biases; off by default."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, str):
+            raise ValueError(
+                f"images= is a {type(self.images).__name__}: a configuration names images by a "
+                "text; give images in hand to the runner or vp.train(cfg, images=...)"
+            )
         TokenSelection.parse(self.tokens)
         check_device(self.device)
         for name in (
