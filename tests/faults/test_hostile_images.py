@@ -507,7 +507,7 @@ def test_a_jpeg_of_very_many_scans(tmp_path: Path) -> None:
     assert source[1].size == (64, 64)
     cost = cost_of(lambda: source[0])
     assert "hostile.jpg" in cost.error
-    assert "scans are too many, above the limit of 500" in cost.error
+    assert "scans are too many, above the limit of 150" in cost.error
     assert cost.is_small
 
 

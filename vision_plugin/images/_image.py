@@ -20,7 +20,7 @@ from PIL import (
 from vision_plugin._untrusted import read_regular
 from vision_plugin.models import as_rgb
 
-MAX_SCANS = 500
+MAX_SCANS = 150
 """JPEG files with more scans are refused: each goes over all pixels again, and ten are usual."""
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused before they are decoded."""
