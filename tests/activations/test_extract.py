@@ -422,3 +422,9 @@ def test_shards_are_an_eighth_of_a_small_store_and_128_mib_of_a_large_one(
     n_images: int, expected: int
 ) -> None:
     assert _images_per_shard(32 * 1024, 32, n_images) == expected
+
+
+@pytest.mark.parametrize("name", ["batch_size", "images_per_shard"])
+def test_more_images_than_a_shard_can_hold_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name}=99999999: use at most 10,000,000"):
+        config(tmp_path / "s", **{name: 99_999_999})

@@ -13,7 +13,7 @@ import yaml
 from vision_plugin.formats._errors import CorruptCheckpointError
 
 MAX_YAML_BYTES = 1 << 16
-_MAX_NODES = 5_000
+_MAX_NODES = 2_000
 _MAX_DEPTH = 32
 _MAX_NUMBER = 64
 
