@@ -164,5 +164,7 @@ def test_what_has_no_splits_and_columns_refuses_them(part: str, tmp_path: Path) 
 
 
 def test_images_in_hand_are_no_name() -> None:
+    cfg = config(None)
+    object.__setattr__(cfg, "images", [object()])  # the annotations are enforced in tests alone
     with pytest.raises(ValueError, match="images= is a list: a configuration names images by a"):
-        config(None, images=[object()])
+        cfg.__post_init__()

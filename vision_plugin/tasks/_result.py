@@ -32,6 +32,10 @@ TASK = Kind(
 _SHOWN = ("fooled", "accuracy", "clean_accuracy", "collateral")
 
 
+CONTROLS = ("neurons", "random_dictionary", "pca")
+"""Methods that edit latents of a control dictionary in place of the SAE."""
+
+
 @dataclass(frozen=True, eq=False)
 class TaskResult:
     """Rows, edits and the search on validation.
@@ -106,6 +110,8 @@ class TaskResult:
     def save(self, folder: str | Path, *, sae: Any = None) -> Path:
         """Write results.json, edit.json, the edits of every method, a table and figures.
 
+        The edits of control dictionaries are left out: no file holds those dictionaries.
+
         Args:
             folder: Folder to make; earlier results of a task in it are replaced.
             sae: Where the SAE lies, for the edits; or an SAE itself, which is then saved beside
@@ -128,6 +134,8 @@ class TaskResult:
             self.edit.save(made / "edit.json", sae=where)
             (made / "edits").mkdir()
             for (kind, method), edit in self.edits.items():
+                if method in CONTROLS:
+                    continue  # it edits latents of a dictionary that is nowhere to be loaded from
                 edit.save(made / "edits" / f"{kind}-{method}.json", sae=deeper)
             (made / "table.txt").write_text(_text(self.table()), encoding="utf-8")
             for name, figure in self.plot().items():

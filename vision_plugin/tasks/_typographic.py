@@ -27,7 +27,7 @@ from vision_plugin.tasks._candidates import (
 )
 from vision_plugin.tasks._heads import choose_heads, has_heads
 from vision_plugin.tasks._measure import Judge, Questions, averaged, figures, pooled
-from vision_plugin.tasks._result import TaskResult
+from vision_plugin.tasks._result import CONTROLS, TaskResult
 from vision_plugin.tasks._row import Row
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ METHODS = (
     "pca", "diff_mean", "difference_subspace", "leace", "probe", "heads",
 )  # fmt: skip
 DIRECTIONS = ("diff_mean", "difference_subspace", "leace", "probe")
-CONTROLS = ("neurons", "random_dictionary", "pca")
 UNSEEN = ("none", "sae", "diff_mean", "difference_subspace", "leace", "heads")
 """Methods that are also run with half of the words left out."""
 
