@@ -168,3 +168,8 @@ def test_images_in_hand_are_no_name() -> None:
     object.__setattr__(cfg, "images", [object()])  # the annotations are enforced in tests alone
     with pytest.raises(ValueError, match="images= is a list: a configuration names images by a"):
         cfg.__post_init__()
+
+
+def test_a_buffer_that_would_never_be_full_is_refused() -> None:
+    with pytest.raises(ValueError, match="n_batches_in_buffer=99999999: use at most 3,125,000 bat"):
+        config(None, n_batches_in_buffer=99_999_999)

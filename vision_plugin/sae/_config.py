@@ -30,6 +30,8 @@ NOT_OF_THE_RESULT = (
 )
 """Fields that do not change the trained weights."""
 
+_LARGEST_BUFFER = 100_000_000
+"""Vectors; a larger buffer would not be full for days."""
 _SAELENS_BATCH, _BATCH_RANGE, _LEAST_STEPS = 4096, (256, 4096), 1000
 
 
@@ -248,6 +250,11 @@ class VisionSAERunnerConfig:
                 f"explicit names {unknown[0]!r}, but {self.sae.architecture()} has no such field"
             )
         check_latents(self)
+        if self.n_batches_in_buffer > (most := _LARGEST_BUFFER // self.batch_size):
+            raise ValueError(
+                f"n_batches_in_buffer={self.n_batches_in_buffer}: use at most {most:,} batches of "
+                f"{self.batch_size:,} vectors"
+            )
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch of "
