@@ -40,7 +40,7 @@ def main() -> int:
 
     from benchmarks._machine import machine
     from tests.faults import _corpus as corpus
-    from tests.faults._hostile import import_everything, run
+    from tests.faults._hostile import MEGABYTES, SECONDS, import_everything, run
 
     every = corpus.RULES if cfg.files else corpus.every_rule()
     rules = [rule for rule in every if any(text in f"{rule.kind}/{rule.name}" for text in cfg.only)]
@@ -54,7 +54,7 @@ def main() -> int:
     content = {
         "machine": setting,
         "seconds": round(time.time() - began),
-        "limits": {"seconds": 2, "megabytes": 1000},
+        "limits": {"seconds": SECONDS, "megabytes": MEGABYTES},
         "table": rows,
         "slowest": _largest(outcomes, "seconds"),
         "largest": _largest(outcomes, "megabytes"),

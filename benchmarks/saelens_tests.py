@@ -25,7 +25,7 @@ def swap() -> None:
     from vision_plugin.sae._sparse_register import CLASSES
 
     for sparse, sparse_config in CLASSES:
-        stock_config = sparse_config.__mro__[1]
+        stock_config = sparse_config.__bases__[-1]
         architecture = stock_config.architecture()
         stock, _ = SAE_TRAINING_CLASS_REGISTRY[architecture]
         SAE_TRAINING_CLASS_REGISTRY[architecture] = (sparse, stock_config)

@@ -20,5 +20,4 @@ def __getattr__(name: str) -> Any:
     return import_module("vision_plugin.report") if name == "report" else _get(name)
 
 
-_hosts.keep_random_numbers()
 _hosts.register()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard
@@ -35,10 +35,15 @@ class Verification:
     def __str__(self) -> str:
         """Return a summary, and a line per problem."""
         head = f"{self.path}: {self.n_files:,} files, {self.n_bytes / 1e9:.2f} GB checked"
-        found = [f"DAMAGED {problem}" for problem in self.problems[:_MOST_SHOWN]]
-        n = len(self.problems)
-        end = "no problem" if not n else "1 problem" if n == 1 else f"{n:,} problems"
-        return "\n".join([head, *found, end])
+        return told(head, self.problems)
+
+
+def told(head: str, problems: Sequence[str]) -> str:
+    """Return a summary of a check, and a line for each of the first problems."""
+    found = [f"DAMAGED {problem}" for problem in problems[:_MOST_SHOWN]]
+    n = len(problems)
+    end = "no problem" if not n else "1 problem" if n == 1 else f"{n:,} problems"
+    return "\n".join([head, *found, end])
 
 
 def sha256_of(path: Path) -> str:
@@ -53,7 +58,7 @@ def sha256_of(path: Path) -> str:
 def record(folder: Path, *, without: Collection[str] = ()) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder and below it, by its path from there.
 
-    Hidden files are left out: they are of whoever is writing the folder.
+    Hidden files are left out: a process that still writes the folder made them.
 
     Args:
         folder: Where to look.

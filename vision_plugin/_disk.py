@@ -157,9 +157,9 @@ def remove_unfinished(parent: Path, name: str | None = None) -> None:
             with suppress(OSError):
                 staging.rmdir()  # the process was killed before it made the lock
             continue
-        if not {path.name for path in staging.iterdir()} <= {_LOCK, _NEW, _REPLACED}:
-            continue  # somebody's own
         with suppress(BlockingIOError, FileNotFoundError), locked(lock, BlockingIOError()):
+            if not {path.name for path in staging.iterdir()} <= {_LOCK, _NEW, _REPLACED}:
+                continue  # somebody's own
             logger.info("removing %s, which a killed process left", staging)
             _remove(staging, parent / made_for[1:])
 
@@ -169,6 +169,8 @@ def _remove(staging: Path, folder: Path) -> None:
     replaced = staging / _REPLACED
     if replaced.exists() and not folder.exists():
         replaced.replace(folder)
+    for name in (_NEW, _REPLACED):  # the lock last: without it nobody would remove the rest
+        shutil.rmtree(staging / name, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
 
 

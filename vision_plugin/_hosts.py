@@ -6,26 +6,11 @@ replaces an entry of the host's own.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-import random
 from importlib.metadata import entry_points
 from types import ModuleType
 
 logger = logging.getLogger(__name__)
-
-
-def keep_random_numbers() -> None:
-    """Import what draws one of Python's random numbers when it is first imported, and undo that.
-
-    A program that seeds ``random`` gets the numbers that it would get without this package,
-    whichever of its names it reads first.
-    """
-    before = random.getstate()
-    with contextlib.suppress(ModuleNotFoundError):  # the kernels run with torch alone
-        importlib.import_module("rich.style")
-    random.setstate(before)
 
 
 def register() -> None:

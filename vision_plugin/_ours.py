@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,15 @@ STUDY = Kind(
     is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.sparsity/"),
     contents=re.compile(r"sparsity\.(json|png|txt)"),
 )
+TASK = Kind(
+    noun="the results of a task",
+    marker="results.json",
+    is_marked=lambda content: isinstance(content.get("task"), str) and "rows" in content,
+    contents=re.compile(
+        r"results\.json|edit\.json|table\.txt|[\w-]+\.png|edits(/[\w-]+\.json)?"
+        r"|sae(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
+    ),
+)
 
 
 def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_path") -> None:
@@ -108,6 +118,25 @@ def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_pa
         ValueError: links lead round in a circle.
     """
     folder = local_path(folder)
+    while True:
+        before = _identity(folder)
+        try:
+            _check_replaceable(folder, kind, name)
+        except OSError:
+            if _identity(folder) == before:
+                raise
+            continue  # another process put its own folder there while this one was looking
+        return
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _check_replaceable(folder: Path, kind: Kind | None, name: str) -> None:
     if not os.path.lexists(folder):
         check_parent(folder, name=name)
         return

@@ -7,14 +7,14 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
+from vision_plugin._rich import (
+    Bar,
     BarColumn,
+    Console,
     MofNCompleteColumn,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as Bar
 
 logger = logging.getLogger(__name__)
 

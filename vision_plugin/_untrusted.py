@@ -99,6 +99,7 @@ def parse_json(
     *,
     max_values: int = MAX_JSON_VALUES,
     strict: bool = False,
+    unique: bool = False,
 ) -> Any:
     """Return the value of JSON text in UTF-8, in time and memory bounded by its size.
 
@@ -107,6 +108,7 @@ def parse_json(
         where: Name of the text in errors.
         max_values: Number of values above which the text is refused.
         strict: Whether to refuse NaN, infinities and repeated keys.
+        unique: Whether to refuse repeated keys.
 
     Raises:
         ValueError: it is not JSON, or holds too many values or too deep ones.
@@ -118,8 +120,10 @@ def parse_json(
             "JSON: split it, or leave out what is not needed"
         )
     hooks: dict[str, Any] = {}
+    if strict or unique:
+        hooks["object_pairs_hook"] = _without_doubles
     if strict:
-        hooks = {"object_pairs_hook": _without_doubles, "parse_constant": _no_constant}
+        hooks["parse_constant"] = _no_constant
     try:
         value = json.loads(content.decode("utf-8-sig"), **hooks)
     except RecursionError:

@@ -43,10 +43,7 @@ def refused(
         places = {"clip": tiny_clip, "images": images, "sae": sae, "tmp": str(tmp_path)}
         places["out"] = out or str(tmp_path / "out")
         start = time.process_time()
-        try:
-            status: Any = main([*line.format(**places).split(), *more])
-        except SystemExit as stop:  # of the reader of flags
-            status = stop.code
+        status = main([*line.format(**places).split(), *more])
         seconds = time.process_time() - start
         said = capsys.readouterr()
         assert status == 2, said.err

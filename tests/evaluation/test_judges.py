@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,3 +155,23 @@ def test_the_command_says_whether_the_sae_is_above_random_directions(
     assert "own embeddings favour random directions" in said
     assert written["seen_in_training"] is True
     assert "trained on these images" in said
+
+
+def test_images_without_a_class_are_no_centre(world: SimpleNamespace, tmp_path: Path) -> None:
+    """Of 600 images every second one is looked at for the centre, and has no class."""
+    some = [world.images[0], world.images[1]]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+    held = datasets.Dataset.from_dict(
+        {"image": some * 300, "label": ["", "a", "", "b"] * 150}, features=features
+    )
+    cfg = EvaluationConfig(
+        sae="sae",
+        images="held",
+        metrics=("monosemanticity",),
+        controls=(),
+        embedder=("labels",),
+        centre_embeddings=True,
+        output_path=str(tmp_path / "scores.json"),
+    )
+    with pytest.raises(ValueError, match="'labels' are centred on could be read, or has a class"):
+        evaluate_config(cfg, model=world.model, sae=world.sae, images=open_images(held))

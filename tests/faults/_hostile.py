@@ -195,14 +195,24 @@ class _Watch:
         return self.killed
 
     def _state(self) -> tuple[bool, float]:
-        """Return whether any thread of the process runs, and the processor time it has taken."""
+        """Return whether any thread runs, and the processor time taken, workers included."""
         states, ticks = set[str](), 0
-        for thread in Path(f"/proc/{self.child}/task").glob("*/stat"):
-            with contextlib.suppress(OSError):  # it may have ended meanwhile
-                fields = thread.read_text().rpartition(")")[2].split()
-                states.add(fields[0])
-                ticks += int(fields[11]) + int(fields[12])
+        for process in _family(self.child):
+            for thread in Path(f"/proc/{process}/task").glob("*/stat"):
+                with contextlib.suppress(OSError):  # it may have ended meanwhile
+                    fields = thread.read_text().rpartition(")")[2].split()
+                    states.add(fields[0])
+                    ticks += int(fields[11]) + int(fields[12])
         return not states <= {"S"}, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family(process: int) -> Iterator[int]:
+    """Yield a process and those that it has started."""
+    yield process
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in listed.read_text().split():
+                yield from _family(int(child))
 
 
 def _work(cases: Sequence[Case], sandbox: Sandbox, writer: int) -> None:

@@ -63,6 +63,13 @@ JOBS = (
     Job(_REPORT),
     Job(_REPORT, earlier=(*_REPORT, "--title", "an earlier one")),
     Job(("convert", "--sae", "foreign", "--output-path", OUT)),
+    Job(("sparsity", *_MODEL, "--saes", "sae", "--output-path", OUT)),
+    Job(
+        (
+            *("steer", *_MODEL, "--sae", "sae", "--latents", "1", "--concepts", "concepts.txt"),
+            *("--output-path", f"{OUT}/steered.json"),
+        )
+    ),
     Job(
         (
             *("demo", "--output-path", OUT, "--training-images", "32", "--training-tokens", "1088"),

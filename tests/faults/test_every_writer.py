@@ -119,13 +119,15 @@ def test_a_command_that_is_killed_at_some_moment_and_run_again(
     assert main(line) == 0
     seconds = time.monotonic() - start
     whole = content(tmp_path / "a")
+    ends = []
     for moment in (0.3, 0.7, 0.9, 0.97):
         child = in_child(lambda: main(line))
         time.sleep(seconds * moment)
         os.kill(child, signal.SIGKILL)
-        ended(child)
+        ends.append(ended(child))
         found = {n: t for n, t in content(tmp_path / "a").items() if not n.startswith(".")}
         assert found == whole
+    assert -signal.SIGKILL in ends, "no kill came before the end"
     assert main(line) == 0
     assert content(tmp_path / "a") == whole
 

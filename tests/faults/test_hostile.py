@@ -14,6 +14,7 @@ from tests.faults import _corpus as corpus
 from tests.faults._corpus import Case
 from tests.faults._corpus._samples import files_of
 from tests.faults._hostile import import_everything, run
+from vision_plugin.cli import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +32,7 @@ def test_the_corpus_is_large() -> None:
     lines = [rule for rule in rules if rule.kind.startswith("vision-plugin ")]
     assert sum(rule.count for rule in rules) - len(lines) >= 10_000
     assert len(lines) >= 300
+    assert {rule.kind.removeprefix("vision-plugin ") for rule in lines} == set(COMMANDS)
     assert len({(rule.kind, rule.name) for rule in rules}) == len(rules)
     assert len(FIXED) >= 300
 

@@ -30,6 +30,7 @@ from vision_plugin.formats import (
     RefusedCheckpointError,
     UnknownFormatError,
     UnsafeCheckpointError,
+    disk_converter,
     load_sae,
 )
 
@@ -381,3 +382,17 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         load_sae("no-such-release")
     with pytest.raises(RefusedCheckpointError, match="leads out of"):
         load_sae(tmp_path, "../elsewhere")
+
+
+def test_a_set_of_either_kind_reads_as_a_list(tmp_path: Path) -> None:
+    """``torch.save`` names them after Python 2's module."""
+    content = patchsae()
+    content["cfg"]["layers"], content["cfg"]["heads"] = frozenset({1}), {2}
+    write_torch(content, tmp_path / "sae.pt")
+    assert load_sae(tmp_path / "sae.pt").cfg.d_in == 4
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at .*/sub/none"):
+        disk_converter()(tmp_path / "sub" / "none")

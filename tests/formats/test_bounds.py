@@ -301,21 +301,19 @@ MADE = [pipe, device, memory, circle, huge, Path.mkdir]
 
 @pytest.mark.parametrize("make", MADE, ids=lambda made: made.__name__)
 @pytest.mark.parametrize(
-    ("sample", "file"),
+    ("sample", "file", "opened"),
     [
-        ("patchsae-relu-pt", "sae.pt"),
-        ("visaebench-topk", "config.json"),
-        ("visaebench-oc-topk", "config.yaml"),
-        ("native", "cfg.json"),
-        ("native", "sae_weights.safetensors"),
+        ("patchsae-relu-pt", "sae.pt", "the file"),
+        ("patchsae-relu-pt", "sae.pt", "the folder"),
+        ("visaebench-topk", "config.json", "the folder"),
+        ("visaebench-oc-topk", "config.yaml", "the folder"),
+        ("native", "cfg.json", "the folder"),
+        ("native", "sae_weights.safetensors", "the folder"),
     ],
 )
-@pytest.mark.parametrize("opened", ["the folder", "the file"])
 def test_only_regular_files_are_read(
     make: Callable[[Path], None], sample: str, file: str, opened: str, tmp_path: Path
 ) -> None:
-    if opened == "the file" and file != "sae.pt":
-        return
     folder = tmp_path / "sae"
     if sample == "native":
         load_sae(DATA / "visaebench-topk").save_model(folder)

@@ -109,6 +109,7 @@ def test_info_says_what_is_checked(saved: Path, tmp_path: Path) -> None:
     assert facts["architecture"] == "topk"
     assert facts["checksums"] == "SHA-256 of 2 files; vision-plugin verify compares them"
     assert "sha256" not in facts
+    assert info(saved / "sae_weights.safetensors") == facts
     load_sae(saved).save_model(tmp_path / "foreign")
     for foreign in (tmp_path / "foreign", DATA / SAMPLE, DATA / SAMPLE / "ae.pt"):
         facts = info(foreign)

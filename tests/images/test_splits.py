@@ -193,7 +193,7 @@ def test_a_data_set_in_memory_knows_its_split() -> None:
 def test_a_source_that_is_open_may_be_named_as_it_was_opened() -> None:
     source = open_images(datasets.DatasetDict(train=dataset(2), test=dataset(3)), split="test")
     assert open_images(source, split="test", column="image") is source
-    with pytest.raises(ValueError, match=r"is open already and has no splits: leave out split='tr"):
+    with pytest.raises(ValueError, match=r"is open already: leave out split='tr"):
         open_images(source, split="train")
 
 
@@ -205,3 +205,17 @@ def test_a_part_of_a_source_that_is_open(folder: Path) -> None:
     assert open_images(open_images(folder, n_images=2), n_images=5).ids == whole.ids[:2]
     with pytest.raises(ValueError, match="no column 'breed'"):
         open_images(whole, label_column="breed")
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar"])
+def test_a_folder_that_is_open_may_be_named_as_it_was_opened(suffix: str, tmp_path: Path) -> None:
+    for split, n in (("train", 2), ("test", 3)):
+        if suffix:
+            write(tmp_path / f"{split}-0{suffix}", n)
+        else:
+            photo_folder(tmp_path / split)
+    source = open_images(tmp_path, split="test")
+    assert open_images(source, split="test") is source
+    assert open_images(open_images(source, n_images=1), split="test").ids == source.ids[:1]
+    with pytest.raises(ValueError, match=r"is open already: leave out split='tr"):
+        open_images(source, split="train")

@@ -7,9 +7,10 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
 from torch import Tensor
 
-import vision_plugin as vp
+from tests._clip import make_sae, model, pixels
 from vision_plugin.models import UnknownHookError, VisionBridge
 
+__all__ = ["model", "pixels"]
 HOOKS = {
     "hook_embed": 32,
     "blocks.1.hook_resid_post": 32,
@@ -18,23 +19,6 @@ HOOKS = {
     "blocks.1.mlp.hook_post": 64,
     "ln_final.hook_out": 32,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tiny_clip: str) -> VisionBridge:
-    return vp.load_model(tiny_clip)
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def make_sae(hook_name: str = "blocks.1.hook_resid_post", d_in: int = 32) -> StandardSAE:
-    torch.manual_seed(0)
-    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=48))
-    sae.cfg.metadata.hook_name = hook_name
-    return sae
 
 
 def by_hand(model: VisionBridge, pixels: Tensor, hook_name: str, function) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from sae_lens import SAE
 from scipy.optimize import linprog
 
-from tests.activations._stores import D_MODEL
+from tests.activations._stores import D_MODEL, tiny_model
 from tests.activations.conftest import one_thread
-from tests.sae._runs import Killed, config, kill, runner, stop_at, weights
+from tests.sae._runs import Killed, config, images, kill, runner, stop_at, weights
+from vision_plugin.images import open_images
+from vision_plugin.sae import train_many
 from vision_plugin.sae._archetypal import ArchetypalDecoder, archetypes
 
 __all__ = ["one_thread"]
@@ -131,3 +133,13 @@ def test_more_points_than_activations_are_refused() -> None:
 def test_a_decoder_that_is_the_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="archetypal_points=8: a matching_pursuit SAE"):
         runner(config(None, "matching_pursuit", archetypal_points=8)).run()
+
+
+def test_runs_that_share_a_pass_may_differ_in_it(tmp_path: Path) -> None:
+    cfgs = {"near": config(None, archetypal_points=20), "free": config(None)}
+    made = train_many(
+        cfgs, model=tiny_model(), images=open_images(images()), output_path=str(tmp_path)
+    )
+    alone = runner(config(None, archetypal_points=20)).run()
+    assert torch.allclose(made["near"].W_dec, alone.W_dec, atol=1e-6)
+    assert not torch.allclose(made["free"].W_dec, alone.W_dec, atol=1e-3)

@@ -19,6 +19,7 @@ from tests.activations._stores import RESID, tiny_model
 from tests.activations.conftest import one_thread
 from tests.sae import _runs
 from tests.sae._runs import ARCHITECTURES, STEPS, Killed, config, kill, runner, stop_at, weights
+from vision_plugin.cli import _told
 from vision_plugin.images import open_images
 from vision_plugin.sae import VisionSAERunnerConfig
 from vision_plugin.sae._checkpoint import CheckpointFolder
@@ -128,6 +129,32 @@ def interrupted(tmp_path: Path, monkeypatch) -> VisionSAERunnerConfig:
     return cfg
 
 
+def test_a_kill_while_checkpoints_are_removed_leaves_nothing_in_the_way(
+    interrupted: VisionSAERunnerConfig, tmp_path: Path
+) -> None:
+    """The marker goes last: what is left of a checkpoint is still known for one."""
+    folder = checkpoints_of(interrupted)
+
+    def work() -> None:
+        unlink = os.unlink
+
+        def killing(path: Any, **options: Any) -> None:
+            if str(path).endswith("state.json"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(path, **options)
+
+        os.unlink = killing  # type: ignore[assignment]
+        folder.clear()
+
+    assert ended(in_child(work)) == -signal.SIGKILL
+    left = folder.path / "step-000000016"
+    assert [path.name for path in left.iterdir()] == ["state.json"]
+    assert folder.last() is not None  # of step 20, which was not reached
+    with folder.locked():
+        folder.save(16, {"x": torch.ones(2)})
+    assert folder.load(16)["x"].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("file", ["state.json", "tensors.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_passed_over(
@@ -215,8 +242,9 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(
     monkeypatch.setattr(
         run.sae, "mse_loss_fn", lambda a, b: (a - b).square() * torch.tensor(float("nan"))
     )
-    with pytest.raises(ValueError, match=r"not finite after step 24.*Lower lr"):
+    with pytest.raises(ValueError, match=r"not finite after step 24.*Lower lr") as failed:
         run.run()
+    assert _told(failed.value)[0] == 1  # the command's run failed; it was not refused
     assert checkpoints_of(interrupted).steps() == [16, 20]
     assert not Path(str(interrupted.output_path)).exists()
 

@@ -15,7 +15,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from scipy.optimize import minimize
 
 from tests.activations.conftest import one_thread
-from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, runner, store_of
+from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, images, runner, store_of
+from vision_plugin.images import open_images
 from vision_plugin.sae._initialise import geometric_median
 
 __all__ = ["one_thread"]
@@ -157,7 +158,7 @@ def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: st
 @pytest.mark.parametrize("part", ["split", "image_column"])
 def test_what_has_no_splits_and_columns_refuses_them(part: str, tmp_path: Path) -> None:
     cfg = config(None, **{part: "train"})
-    with pytest.raises(ValueError, match="is open already and has no"):
+    with pytest.raises(ValueError, match="is open already: leave out"):
         runner(cfg)
     with pytest.raises(ValueError, match=f"a store of activations, .*: leave out {part}="):
         runner(cfg, images=store_of(tmp_path / "store"))
@@ -173,3 +174,9 @@ def test_images_in_hand_are_no_name() -> None:
 def test_a_buffer_that_would_never_be_full_is_refused() -> None:
     with pytest.raises(ValueError, match="n_batches_in_buffer=99999999: use at most 3,125,000 bat"):
         config(None, n_batches_in_buffer=99_999_999)
+
+
+def test_a_list_of_images_in_hand_is_opened(tmp_path: Path) -> None:
+    held = runner(config(tmp_path / "a"), images=images()).run()
+    opened = runner(config(tmp_path / "b"), images=open_images(images())).run()
+    assert torch.equal(held.W_dec, opened.W_dec)

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
+from sae_lens import StandardSAE, Transcoder, TranscoderConfig
 from torch import Tensor
 
 import vision_plugin as vp
+from tests._clip import RESID, make_sae, model, pixels
 from vision_plugin import Edit
 from vision_plugin.metrics import random_dictionary
-from vision_plugin.models import VisionBridge
 from vision_plugin.steering import Directions, EditPass, edit_effect
 
-HOOK = "blocks.1.hook_resid_post"
+__all__ = ["model", "pixels"]
+HOOK = RESID
 Z = "blocks.1.attn.hook_z"
 MLP = "blocks.2.mlp.hook_post"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_clip: str) -> VisionBridge:
-    return vp.load_model(tiny_clip)
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
 def sae() -> StandardSAE:
     return make_sae()
-
-
-def make_sae(seed: int = 0, **options: str) -> StandardSAE:
-    torch.manual_seed(seed)
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48, **options))
-    sae.cfg.metadata.hook_name = HOOK
-    return sae
 
 
 def vectors(n: int, seed: int = 2) -> Tensor:
@@ -491,3 +477,64 @@ def test_a_mended_model_is_a_file(tiny_clip, pixels, sae, tmp_path) -> None:
     torch.testing.assert_close(mended(pixels), expected, rtol=0, atol=1e-6)
     mended.reset_edits()
     assert torch.equal(mended(pixels), plain(pixels))
+
+
+@torch.no_grad()
+def test_a_standing_edit_comes_along_with_a_copy_and_goes_with_a_reset(
+    tiny_clip: str, pixels: Tensor, sae: StandardSAE
+) -> None:
+    model = vp.load_model(tiny_clip)
+    plain = model(pixels)
+    model.add_edit(Edit.clamp(MLP, {3: 5.0}))
+    expected = model(pixels)
+    again = copy.deepcopy(model)
+    sent = pickle.loads(pickle.dumps(model))  # noqa: S301  # our own bytes
+    for one in (again, sent):
+        assert torch.equal(one(pixels), expected)
+        one.reset_edits()
+        assert torch.equal(one(pixels), plain)
+    assert torch.equal(model(pixels), expected)
+    model.add_edit(Edit.clamp(sae, {5: 5.0}))
+    with pytest.raises(TypeError, match=r"reset_edits\(\)"):
+        pickle.dumps(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hook_name", [HOOK, Z])
+def test_a_token_keeps_its_norm_with_all_its_heads(model, pixels, hook_name: str) -> None:
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: object) -> None:
+        seen.append(activation.flatten(2).clone())
+
+    with model.hooks(fwd_hooks=[(hook_name, keep)]):
+        model(pixels)
+        with model.edit(Edit.clamp(hook_name, {1: 9.0}, keep_norm=True)):
+            model(pixels)
+    # The second pass is seen before the edit: hooks run in the order in which they were added.
+    with (
+        model.edit(Edit.clamp(hook_name, {1: 9.0}, keep_norm=True)),
+        model.hooks(fwd_hooks=[(hook_name, keep)]),
+    ):
+        model(pixels)
+    before, _, after = seen
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    others = torch.arange(32) != 1
+    share = after[..., others] / before[..., others]
+    assert torch.allclose(share, share[..., :1].expand_as(share), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_edit_pass_keeps_the_order_in_which_a_model_runs(model, pixels) -> None:
+    clamp = Edit.clamp("blocks.1.hook_resid_pre", {4: 3.0})
+    scale = Edit.scale("blocks.0.hook_resid_post", {4: 5.0})
+    for edit in (clamp + scale, scale + clamp):
+        with model.edit(edit):
+            expected = model.encode_image(pixels, normalize=False)
+        found = EditPass(model, pixels).embed(edit)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_names_its_tokens_itself(model, sae) -> None:
+    with pytest.raises(ValueError, match=r"names its tokens itself: edit.with_tokens"):
+        model.steer(Edit.clamp(sae, {5: 1.0}), tokens="cls")

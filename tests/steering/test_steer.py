@@ -6,31 +6,14 @@ import math
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
+from sae_lens import Transcoder, TranscoderConfig
 from torch import Tensor
 
-import vision_plugin as vp
-from vision_plugin.models import VisionBridge
+from tests._clip import RESID, make_sae, model, pixels
 from vision_plugin.steering import steer_neurons, steering_effect
 
-HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_clip: str) -> VisionBridge:
-    return vp.load_model(tiny_clip)
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def make_sae(**options: str) -> StandardSAE:
-    torch.manual_seed(0)
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48, **options))
-    sae.cfg.metadata.hook_name = HOOK
-    return sae
+__all__ = ["model", "pixels"]
+HOOK = RESID
 
 
 @torch.no_grad()

@@ -42,11 +42,9 @@ def test_leace_moves_less_than_projecting_the_means_out() -> None:
     span = torch.linalg.svd(means, full_matrices=False).Vh[:3]
     centred = x - x.mean(0)
     projected = centred - centred @ span.T @ span
-    whitened = torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)))
     ours = (erased(x, labels) - x).norm(dim=1).square().mean()
     theirs = (projected - centred).norm(dim=1).square().mean()
     assert ours <= theirs * (1 + 1e-6)
-    assert whitened.isfinite().all()
 
 
 def test_the_probe_separates_better_than_the_difference_of_means() -> None:

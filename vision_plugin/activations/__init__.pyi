@@ -12,5 +12,6 @@ from ._extract import extract as extract
 from ._store import ActivationStore as ActivationStore
 from ._stream import ActivationStream as ActivationStream
 from ._verify import VerificationReport as VerificationReport
+from ._verify import holds_store as holds_store
 from ._verify import info as info
 from ._verify import verify as verify

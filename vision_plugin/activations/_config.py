@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vision_plugin._device import check_device
-from vision_plugin.activations._plan import MAX_IMAGES_PER_SHARD
+from vision_plugin.activations._plan import MAX_IMAGES_WRITTEN
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ class ExtractionConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: use a whole number from {least} up")
             of_a_shard = name in ("batch_size", "images_per_shard")
-            if of_a_shard and value is not None and value > MAX_IMAGES_PER_SHARD:
-                raise ValueError(f"{name}={value}: use at most {MAX_IMAGES_PER_SHARD:,}")
+            if of_a_shard and value is not None and value > MAX_IMAGES_WRITTEN:
+                raise ValueError(f"{name}={value}: use at most {MAX_IMAGES_WRITTEN:,}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,8 @@ from vision_plugin.activations._records import BadImage
 from vision_plugin.images import BadImageError, ImageSource
 
 _WATCH_SECONDS = 1.0
+_LONGEST_TEMPORARY_FOLDER = 70
+"""Bytes in the path of the temporary folder that leave room for a socket's name (of 104 in all)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def decode(
 def _batches(
     batches: PixelBatches, n_workers: int, yielding: bool
 ) -> Iterable[DecodedBatch | Exception]:
-    if n_workers == 0 or len(batches) == 0:
+    if n_workers == 0 or len(batches) == 0 or not _workers_can_send():
         return (batches[number] for number in range(len(batches)))
     if not batches.source.sequential:
         batches.source.labels  # noqa: B018  # read once here, not once per worker
@@ -135,6 +139,25 @@ def _batches(
         multiprocessing_context=start,
         worker_init_fn=partial(_begin, os.getpid(), yielding),
     )
+
+
+def _workers_can_send() -> bool:
+    """Whether workers can pass tensors on; where not, this warns.
+
+    They do it over a socket in the temporary folder. Where its path is too long for a socket,
+    Python drops the tensor with a message on stderr, and whoever waits for it waits for ever.
+    """
+    folder = tempfile.gettempdir()
+    fits = len(os.fsencode(folder)) <= _LONGEST_TEMPORARY_FOLDER
+    if not fits:
+        warnings.warn(
+            f"Images are decoded without worker processes, which is slower: the path of the "
+            f"temporary folder, {folder}, is too long for them. Set the environment variable "
+            "TMPDIR to a folder with a shorter path.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return fits
 
 
 def _begin(parent: int, yielding: bool, worker: int) -> None:

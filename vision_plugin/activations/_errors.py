@@ -34,6 +34,9 @@ class StoreLockedError(StoreError):
 class TooManyBadImagesError(ValueError):
     """More images are unreadable than the configuration allows."""
 
+    exit_status = 1
+    """Of the command: the run failed, and was not refused."""
+
 
 class StoreFullError(OSError):
     """The disk has no room for the next file; finished files are kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from vision_plugin.activations._config import ExtractionConfig
 from vision_plugin.activations._decoding import probe_pixels
-from vision_plugin.activations._plan import DTYPES, HookSpec, ModelSpec, StorePlan, TokenSpec
+from vision_plugin.activations._plan import (
+    DTYPES,
+    MAX_IMAGES_WRITTEN,
+    HookSpec,
+    ModelSpec,
+    StorePlan,
+    TokenSpec,
+)
 from vision_plugin.images import ImageSource
 from vision_plugin.models import Harvester, TokenLayout, TokenSelection
 from vision_plugin.models.site import signature
@@ -45,7 +53,7 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
     hooks = [_hook(name, tensor, layout, n_selected) for name, tensor in harvested.items()]
     value_bytes = DTYPES[config.dtype].itemsize
     per_image = [spec.rows_per_image * spec.d_in * value_bytes for spec in hooks]
-    return StorePlan(
+    plan = StorePlan(
         model=ModelSpec(
             name=str(model.cfg.model_name),
             revision=model.revision,
@@ -66,6 +74,8 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
         or _images_per_shard(sum(per_image), config.batch_size, len(source)),
         images_per_chunk=max(1, -(-CHUNK_BYTES // max(per_image))),
     )
+    # What no reader would take is refused before the first image.
+    return StorePlan.from_json(plan.to_json(), Path(config.output_path) / "plan.json")
 
 
 def _hook(name: str, tensor: Tensor, layout: TokenLayout, n_selected: int) -> HookSpec:
@@ -91,7 +101,8 @@ def _images_per_shard(image_bytes: int, batch_size: int, n_images: int) -> int:
     """Return as many full batches as make a shard of the usual size, at least one."""
     share = image_bytes * n_images // SHARDS_OF_A_SMALL_STORE
     size = min(SHARD_BYTES, max(MIN_SHARD_BYTES, share))
-    return max(1, size // (image_bytes * batch_size)) * batch_size
+    batches = min(size // (image_bytes * batch_size), MAX_IMAGES_WRITTEN // batch_size)
+    return max(1, batches) * batch_size
 
 
 @torch.no_grad()

@@ -23,7 +23,10 @@ MAJOR, MINOR = 1, 0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_IMAGES_PER_SHARD = 10_000_000
 MAX_WIDTH = 10_000_000
-MAX_SHARDS = 1_000_000
+MAX_SHARDS = 150_000
+"""As many as a manifest can list within the limits of JSON that is read."""
+MAX_IMAGES_WRITTEN = 500_000
+"""Images of a shard that is written: its marker, with ids and labels, has to be readable."""
 MAX_HOOKS = 10_000
 MAX_SOURCE_BYTES = 2**20
 """Size of what a plan says of the images, as JSON."""

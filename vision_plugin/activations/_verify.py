@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._checksums import told
 from vision_plugin._paths import local_path
 from vision_plugin.activations._errors import ManifestError, ShardError, StoreError
 from vision_plugin.activations._files import read_capped
@@ -53,8 +54,13 @@ class VerificationReport:
             f"{self.path}: {state}, {self.n_shards:,} shards, {self.n_images:,} images, "
             f"{self.n_bytes / 1e9:.2f} GB checked"
         )
-        found = [f"DAMAGED {problem.file}: {problem.message}" for problem in self.problems]
-        return "\n".join([head, *found, f"{len(found)} problems" if found else "no problem"])
+        return told(head, [f"{problem.file}: {problem.message}" for problem in self.problems])
+
+
+def holds_store(path: str | Path) -> bool:
+    """Return whether a folder is an activation store, finished or not."""
+    folder = local_path(path)
+    return any((folder / name).is_file() for name in (MANIFEST, PLAN))
 
 
 def verify(path: str | Path) -> VerificationReport:

@@ -105,7 +105,7 @@ def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 1, text
     if isinstance(error, (ValueError, OSError, ImportError)) and text:
-        return 2, text
+        return getattr(error, "exit_status", 2), text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, f"there is not enough memory ({text or 'none is left'}): take fewer at once"
     return 1, (

@@ -30,7 +30,8 @@ def run(arguments: Sequence[str]) -> None:
     out.print(scores_table(result.evaluation))
     out.print(truth_table(result))
     out.print(ladder_table(result))
-    out.print(steering_table(result))
+    if result.answers:
+        out.print(steering_table(result))
     for note in notes(result.evaluation):
         out.print(note, soft_wrap=True)
     total = sum(result.seconds.values())
@@ -64,7 +65,7 @@ def ladder_table(result: Any) -> Table:
 
 def steering_table(result: Any) -> Table:
     """Return what the model answers before and while latents are held, as a table."""
-    n_images = max((found.n_images for found in result.answers.values()), default=0)
+    n_images = max(found.n_images for found in result.answers.values())
     table = Table(title=f"Steering: {n_images} images that lack what a latent is named after")
     for heading in ("latent", "named", "asked for"):
         table.add_column(heading)

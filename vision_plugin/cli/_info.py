@@ -14,8 +14,6 @@ from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
-MAX_CONFIG_BYTES = 2**20
-
 
 @dataclass(frozen=True)
 class InfoConfig:
@@ -103,9 +101,9 @@ def preset_table() -> Iterator[Any]:
     for (kind, source), names in sources.items():
         yield f"{kind}, {', '.join(names)}: {source}."
     yield (
-        "Latents and k are those of --architecture batchtopk. Every other architecture, and every "
-        "setting that is not in a source, is by rule: it follows from the data and the run, and "
-        "the training says what it became."
+        "The table shows latents and k for --architecture batchtopk. Every other architecture, and "
+        "every setting that is not in a source, is by rule: it follows from the data and the run, "
+        "and the training says what it became."
     )
 
 
@@ -117,12 +115,11 @@ def inside(path: str) -> Iterator[tuple[str, Any]]:
         ValueError: what is there is damaged.
     """
     from vision_plugin import activations, formats
-    from vision_plugin.sae import is_store
 
     folder = local_path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{path} does not exist: name the folder of an SAE or of a store")
-    if is_store(folder):
+    if activations.holds_store(folder):
         yield from activations.info(folder).items()
         return
     try:

@@ -16,6 +16,7 @@ from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
 KIND = "vision_plugin.steering/"
+STRENGTH = 150.0
 BATCH = 32
 """Images that are steered at once."""
 
@@ -31,7 +32,7 @@ class SteerConfig(Inputs):
     edit: str | None = None
     """JSON file of an edit to make in place of ``latents``; ``Edit.save`` and ``tasks`` write it.
     It names its SAE, or ``sae`` does."""
-    strength: float = 150.0
+    strength: float = STRENGTH
     """Activation to hold the latents at; 0 suppresses them."""
     concepts: str
     """Concepts to look for: ``labels`` or ``column:NAME`` of the images; a text file, one a line;
@@ -49,6 +50,10 @@ class SteerConfig(Inputs):
         super().__post_init__()
         if self.edit is not None and self.latents:
             raise ValueError("an edit names its latents itself: leave out --latents or --edit")
+        if self.edit is not None and (self.strength, self.tokens) != (STRENGTH, "all"):
+            raise ValueError(
+                "an edit says how much and on which tokens: leave out --strength and --tokens"
+            )
         if self.edit is None and not self.latents:
             raise ValueError("name at least one latent: --latents 12, or an edit: --edit FILE")
         if self.edit is None and self.sae is None:
@@ -81,8 +86,7 @@ def run(arguments: Sequence[str]) -> None:
         check_replaceable_file(place, KIND)
         content = {
             "schema": f"{KIND}1",
-            "latents": list(cfg.latents),
-            "strength": cfg.strength,
+            **({} if cfg.edit else {"latents": list(cfg.latents), "strength": cfg.strength}),
             "edit": edit.to_dict(sae=cfg.sae),
             "ids": ids,
             "concepts": effect.concepts,
@@ -135,8 +139,8 @@ def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
         assert sae is not None  # the configuration has checked it
         edit = Edit.clamp(sae, dict.fromkeys(cfg.latents, cfg.strength), tokens=cfg.tokens)
         return edit, cfg.open_model(sae, where=str(cfg.sae))
-    edit = Edit.load(cfg.edit, sae=sae)
-    of = next(iter(edit.dictionaries), None)
+    edit = Edit.load(cfg.edit, sae=sae, device=cfg.device)
+    of = next(iter(edit.dictionaries), sae)
     if of is None and cfg.model_name is None:
         raise ValueError(f"{cfg.edit} names no SAE that would name the model: give model_name=")
     return edit, cfg.open_model(of, where=cfg.edit)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._device import check_device
-from vision_plugin._ours import check_replaceable
+from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
@@ -84,8 +84,6 @@ def run(arguments: Sequence[str]) -> None:
         description="Repair a model that printed words fool: suppress latents, and every baseline "
         "beside it, on drawn images.",
     )
-    from vision_plugin.tasks import TASK
-
     check_replaceable(local_path(cfg.output_path), TASK)
     result, sae = compute(cfg)
     result.save(cfg.output_path, sae=sae)
@@ -108,10 +106,14 @@ def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
     from vision_plugin.demo.attacks import typographic_data
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_model
-    from vision_plugin.tasks import TypographicSettings, typographic
+    from vision_plugin.tasks import TypographicSettings, check_reads_text, typographic
 
     out = console()
+    settings = TypographicSettings(
+        sizes=cfg.sizes, cap=cfg.cap, unseen_words=cfg.unseen_words, seed=cfg.seed
+    )
     model = load_model(cfg.model_name, device=cfg.device)
+    check_reads_text(model)
     if cfg.sae is None:
         out.print(f"Training an SAE at {cfg.hook_name} on {cfg.training_images} drawn images")
         sae, kept = train_sae(cfg, model), None
@@ -129,9 +131,6 @@ def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
         )
         for kind in cfg.kinds
     ]
-    settings = TypographicSettings(
-        sizes=cfg.sizes, cap=cfg.cap, unseen_words=cfg.unseen_words, seed=cfg.seed
-    )
     result = typographic(
         model, sae, images, settings=settings, name=cfg.sae or "sae", announce=out.print
     )

@@ -17,7 +17,7 @@ _NOT_FLAGS = ("metadata", "reshape_activations")
 
 def run(arguments: Sequence[str]) -> None:
     """Train an SAE from flags, and print what was decided, what came out and where it is."""
-    from vision_plugin.sae import VisionSAETrainingRunner
+    from vision_plugin.sae import VisionSAETrainingRunner, architecture_of
 
     cfg = read_config(arguments)
     runner = VisionSAETrainingRunner(cfg)
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     metadata = sae.cfg.metadata
     assert runner.quality is not None
     lines = [
-        f"Trained a {_name(cfg.sae)} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
+        f"Trained a {architecture_of(cfg.sae)} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
         f"of {metadata.model_name}:",
         f"{runner.quality.sentence()}.",
         runner.quality.advice(runner.cfg),
@@ -170,7 +170,3 @@ def _items(flag: str, value: str) -> list[str]:
         return [str(item) for item in ast.literal_eval(value)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"{flag}={value[:60]} is no list: write [8, 16], or {flag} 8 16") from None
-
-
-def _name(sae: Any) -> str:
-    return str(sae.architecture()).removeprefix("vision_plugin_")

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from vision_plugin._ours import REPORT, SAE_FOLDER
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
@@ -22,7 +23,7 @@ class VerifyConfig:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check a store; return 1, after a line on stderr for each fault, where it is damaged."""
+    """Check a store, an SAE or a report; return 1, after a line for each fault, where damaged."""
     cfg = parse(
         VerifyConfig,
         arguments,
@@ -35,18 +36,17 @@ def run(arguments: Sequence[str]) -> int:
     if not report.ok:
         console(stderr=True).print(f"{cfg.path} is damaged. {report}", soft_wrap=True)
         return 1
-    console().print(str(report))
+    console().print(str(report), soft_wrap=True)
     return 0
 
 
 def checker(path: str) -> Callable[[str], Any]:
     """Return the function that checks what is in a folder; a store's where nothing tells."""
-    from vision_plugin import activations, formats
-    from vision_plugin.report import verify as verify_report
-
     folder = local_path(path)
-    if (folder / "report.json").exists():
-        return verify_report
-    if (folder / "cfg.json").exists():
-        return formats.verify
-    return activations.verify
+    if (folder / REPORT.marker).exists():
+        from vision_plugin.report import verify
+
+        return verify
+    from vision_plugin import activations, formats
+
+    return formats.verify if (folder / SAE_FOLDER.marker).exists() else activations.verify

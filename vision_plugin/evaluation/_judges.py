@@ -95,7 +95,7 @@ class Judges:
         """Take the mean embedding over images spread over the source, to subtract from now on.
 
         Raises:
-            ValueError: none of those images could be read.
+            ValueError: none of those images could be read, or has a class.
         """
         source = self.facts.images
         few = min(CENTRE_IMAGES, len(source))
@@ -106,8 +106,12 @@ class Judges:
             pixels = self.model.preprocess(list(images.values()))
             for name, embedded in self.embed(images, pixels).items():
                 parts[name].append(embedded[embedded.any(dim=1)])
-        if not all(parts.values()):
-            raise ValueError("none of the images that embeddings are centred on could be read")
+        for name, found in parts.items():
+            if not sum(map(len, found)):
+                raise ValueError(
+                    f"none of the images that embeddings of {name!r} are centred on could be read, "
+                    "or has a class: leave out centre_embeddings="
+                )
         self.centres = {name: torch.cat(found).mean(0) for name, found in parts.items()}
 
 

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from vision_plugin._rich import Console, Table
 from vision_plugin.evaluation._sparsity_result import SAEStudy, SparsityStudy
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ library into a `CorruptCheckpointError` that names the file.
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import zlib
@@ -41,12 +40,10 @@ class WeightsFile:
     """Content of one weights file.
 
     Attributes:
-        path: The file.
         content: Tensors, plain containers and inert objects, nested as the file nests them.
         header: The JSON object that precedes the weights (saev), or None.
     """
 
-    path: Path
     content: Any
     header: dict[str, Any] | None = field(default=None)
 
@@ -69,14 +66,14 @@ def read_weights(path: Path) -> WeightsFile:
                 "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
             )
         if start[8:9] == b"{" and not start.startswith(b"{"):
-            return WeightsFile(path, _safetensors(path, file, size))
+            return WeightsFile(_safetensors(path, file, size))
         if start.startswith(b"\x1f\x8b"):
             file = io.BytesIO(_gunzip(file))
             size = len(file.getbuffer())
             start = file.read(1)
             file.seek(0)
         header = _saev_header(file) if start.startswith(b"{") else None
-        return WeightsFile(path, read_pickled(file, size - file.tell()), header)
+        return WeightsFile(read_pickled(file, size - file.tell()), header)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -138,8 +135,9 @@ def _refusal_is_corrupt(where: Path | str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        subject = where if isinstance(where, str) else "it"  # a part of the file has a name
         reason = str(error).removeprefix(f"{where} ")
-        raise CorruptCheckpointError(f"it {reason}.") from error
+        raise CorruptCheckpointError(f"{subject} {reason}.") from error
 
 
 @contextmanager
@@ -178,15 +176,8 @@ def _safetensors(path: Path, file: Stream, size: int) -> dict[str, Tensor]:
 
 def _json(content: bytes, where: Path | str) -> Any:
     """Return the value of JSON of bounded size and depth, without repeated keys."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> None:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise CorruptCheckpointError("a key appears twice in one of its objects.")
-
     with _refusal_is_corrupt(where):
-        value = parse_json(content, where)
-    json.loads(content.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
-    return value
+        return parse_json(content, where, unique=True)
 
 
 def _gunzip(file: Stream) -> bytes:

@@ -317,6 +317,7 @@ def _permitted_names() -> Mapping[tuple[str, str], object]:
         ("builtins", "set"): Permitted(_list),
         ("__builtin__", "set"): Permitted(_list),
         ("builtins", "frozenset"): Permitted(_list),
+        ("__builtin__", "frozenset"): Permitted(_list),
     }
     for name, dtype in _DTYPES.items():
         names["torch", name] = StorageType(dtype)

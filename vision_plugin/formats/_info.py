@@ -9,7 +9,7 @@ from vision_plugin._paths import local_path
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import read_config
 from vision_plugin.formats._loaders import disk_converter
-from vision_plugin.formats._locate import NATIVE_CONFIG, is_native
+from vision_plugin.formats._locate import NATIVE_CONFIG, native_folder
 from vision_plugin.formats._seal import KEY, recorded_in
 from vision_plugin.formats._shown import shown
 
@@ -27,9 +27,11 @@ def info(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no SAE.
         CheckpointError: It cannot be read; see `load_sae`.
     """
-    folder = local_path(path)
+    named = local_path(path)
+    native = native_folder(named)
+    folder = native or named
     checksums = "none: another program wrote it, and its bytes cannot be checked"
-    if is_native(folder):
+    if native is not None:
         config = read_config(folder / NATIVE_CONFIG)
         recorded = recorded_in(folder, config)
         if recorded is not None:

@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vision_plugin._paths import local_path
 from vision_plugin.formats._checkpoint import ReadOptions
 from vision_plugin.formats._formats import read_stock
-from vision_plugin.formats._locate import NATIVE_WEIGHTS, download, is_native, weights_in
+from vision_plugin.formats._locate import download, native_folder, weights_in
 from vision_plugin.formats._native import read_native
 
 State = dict[str, Tensor]
@@ -55,7 +56,7 @@ def disk_converter(*, format: str = "auto", **options: Any) -> DiskConverter:
     def convert(
         path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], State]:
-        return _read(Path(path), device, cfg_overrides, format, chosen)
+        return _read(local_path(path), device, cfg_overrides, format, chosen)
 
     return convert
 
@@ -102,10 +103,9 @@ def _read(
     options: ReadOptions,
 ) -> tuple[dict[str, Any], State]:
     overrides = dict(overrides or {})
-    if path.name == NATIVE_WEIGHTS and is_native(path.parent):
-        path = path.parent
-    if format in ("auto", "sae_lens") and is_native(path):
-        return read_native(path, device, overrides)
+    native = native_folder(path)
+    if format in ("auto", "sae_lens") and native is not None:
+        return read_native(native, device, overrides)
     stock = read_stock(weights_in(path), format=format, options=options)
     config, state = stock.to_sae_lens(device=device, dtype=overrides.pop("dtype", None))
     config["metadata"] |= overrides.pop("metadata", {})

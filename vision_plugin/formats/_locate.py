@@ -35,6 +35,12 @@ def is_native(path: Path) -> bool:
     return all(os.path.lexists(path / name) for name in (NATIVE_CONFIG, NATIVE_WEIGHTS))
 
 
+def native_folder(path: Path) -> Path | None:
+    """Return the folder that SAELens wrote, for that folder or its weights file; else None."""
+    folder = path.parent if path.name == NATIVE_WEIGHTS else path
+    return folder if is_native(folder) else None
+
+
 def weights_in(path: Path) -> Path:
     """Return the one weights file that `path` names or holds.
 
@@ -43,6 +49,10 @@ def weights_in(path: Path) -> Path:
         UnknownFormatError: There are several.
     """
     if not path.is_dir():
+        if not os.path.lexists(path):
+            raise FileNotFoundError(
+                f"There is no checkpoint at {path}: name its folder or its weights file."
+            )
         return path
     # What has the name of a weights file and is no regular file is refused when it is opened.
     known = [path / name for name in _WEIGHT_NAMES if os.path.lexists(path / name)]

@@ -28,7 +28,7 @@ def seal(folder: str | Path) -> None:
     Args:
         folder: Folder that SAELens wrote, with whatever else belongs to the SAE.
     """
-    path = Path(folder) / NATIVE_CONFIG
+    path = local_path(folder) / NATIVE_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop(KEY, None)
     digests = record(path.parent, without=[NATIVE_CONFIG])

@@ -235,7 +235,7 @@ def _check_saved(folder: Path) -> None:
 
 
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise ValueError(f"it names {name!r}, which is no file or folder in it")
     return name
 

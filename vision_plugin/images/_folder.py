@@ -100,17 +100,17 @@ class FolderImages(ImageCollection):
 
 
 def _say_what_is_not_read(root: Path, names: list[str]) -> None:
-    if not names:
-        return
-    unread = [name for name in names if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]
+    unread: list[str] = []
+    others: list[str] = []
+    for name in names:
+        is_unread = PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES
+        (unread if is_unread else others).append(name)
     if unread:
         kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in unread}))
         message = "%s: %d images are not read, as %s: convert those that end in " + kinds
         logger.warning(message, root, len(unread), unread[0])
-    n_others = len(names) - len(unread)
-    if n_others:
-        example = next(name for name in names if name not in unread)
-        logger.info("%s: %d other files are not read, as %s", root, n_others, example)
+    if others:
+        logger.info("%s: %d other files are not read, as %s", root, len(others), others[0])
 
 
 def _of_split(

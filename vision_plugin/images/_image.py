@@ -104,7 +104,12 @@ def _decode(raw: Raw, id: str) -> Image.Image:
 
 def _open(raw: bytes | Path, id: str) -> ImageFile.ImageFile:
     if isinstance(raw, Path):
-        raw = read_regular(raw, MAX_FILE_BYTES)
+        path = raw
+        try:
+            raw = read_regular(path, MAX_FILE_BYTES)
+        except ValueError as error:
+            # A reason is the same wherever the folder lies: manifests record it.
+            raise BadImageError(id, f"it {str(error).removeprefix(f'{path} ')}") from error
     if not raw:
         raise BadImageError(id, "empty")
     if raw.startswith(b"\xff\xd8") and (n_scans := raw.count(b"\xff\xda")) > MAX_SCANS:

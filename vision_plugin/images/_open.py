@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ class ImageSource:
         *,
         label_column: str | None = None,
         n_images: int | None = None,
+        asked: Mapping[str, str | None] | None = None,
     ) -> None:
         if n_images is not None and n_images < 1:
             raise ValueError(f"n_images={n_images}: use a whole number from 1 up, or leave it out")
         if label_column is not None and label_column not in images.column_names:
             raise ValueError(no_column(label_column, images.column_names, images.where))
         self._images = images
+        self._asked = dict(asked or {})
         self._n = len(images) if n_images is None else min(n_images, len(images))
         self.label_column = label_column or images.default_label
 
@@ -165,7 +167,8 @@ def open_images(
         if isinstance(source, str)
         else _open_object(source, column, split, n_images)
     )
-    return ImageSource(images, label_column=label_column, n_images=n_images)
+    asked = {"column": column, "split": split}
+    return ImageSource(images, label_column=label_column, n_images=n_images, asked=asked)
 
 
 def _again(
@@ -176,17 +179,20 @@ def _again(
     n_images: int | None,
 ) -> ImageSource:
     """Return a source that is open already, or a part of it, or with other labels."""
-    opened = source._images.details
-    _refuse(
-        f"{source._images.where} is open already",
-        column=None if column == opened.get("column") else column,
-        split=None if split == opened.get("split") else split,
-    )
+    for name, wanted in (("column", column), ("split", split)):
+        opened = (None, source._images.details.get(name), source._asked.get(name))
+        if wanted not in opened:
+            if name == "column" and set(opened) == {None}:
+                _refuse(f"{source._images.where} is open already", column=column)
+            raise ValueError(
+                f"{source._images.where} is open already: leave out {name}={wanted!r}, or give it "
+                "where the images are opened"
+            )
     if label_column is None and n_images is None:
         return source
     n_images = len(source) if n_images is None else min(n_images, len(source))
     labels = label_column or source.label_column
-    return ImageSource(source._images, label_column=labels, n_images=n_images)
+    return ImageSource(source._images, label_column=labels, n_images=n_images, asked=source._asked)
 
 
 def _refuse(what: str, *, column: str | None = None, split: str | None = None) -> None:

@@ -47,7 +47,7 @@ class ParquetImages(ImageCollection):
         split: str | None = None,
     ) -> None:
         self._where, self._split = where, split
-        self.files = [Path(file) for file in files]
+        self.files = list(files)
         schema = None
         self._groups: list[tuple[int, int]] = []
         sizes: list[int] = []

@@ -71,5 +71,8 @@ def read_spread(images: Any, n: int) -> dict[int, Image.Image]:
     for reason in bad.values():
         logger.warning("left out: %s", reason)
     if not found:
-        raise ValueError(f"none of {len(places)} images can be read: {next(iter(bad.values()))}")
+        reason = next(iter(bad.values()))
+        raise ValueError(
+            f"none of {len(places)} images can be read: {reason}. Mend them, or name other images"
+        )
     return found

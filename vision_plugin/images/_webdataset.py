@@ -44,7 +44,7 @@ class WebDatasetImages(ImageCollection):
         split: str | None = None,
     ) -> None:
         self._where, self._split = where, split
-        self.tars = [Path(tar) for tar in tars]
+        self.tars = list(tars)
         self.suffix = None if column is None else "." + column.lstrip(".").lower()
         self._names = [tar.name for tar in self.tars]
         if len(set(self._names)) < len(self.tars):

@@ -30,7 +30,7 @@ class MetricResult:
     headline: ClassVar[tuple[str, ...]] = ()
     """Entries of the summary that a table with many metrics shows; all of them by default."""
     main: ClassVar[str] = ""
-    """Entry that the metric's ``higher_is_better`` is about; by default the first of the others."""
+    """Entry of ``headline`` that ``higher_is_better`` is about; by default its first."""
 
     @classmethod
     def __torch_function__(

@@ -41,8 +41,9 @@ def load_model(
         device: Device of the weights; the CPU by default.
         dtype: Type of the weights.
         revision: Branch, tag or commit on the hub.
-        edit: JSON file of an edit that the model makes from then on, as ``vision-plugin tasks``
-            writes it: a mended model.
+        edit: JSON file of an edit that the model makes in its forward passes from then on, as
+            ``vision-plugin tasks`` writes it: a mended model. Extraction, training and
+            ``Harvester`` read the native module, which no edit reaches.
 
     Raises:
         ValueError: nothing is found under that name, its kind of model is not supported, or this
@@ -58,5 +59,5 @@ def load_model(
     if model.dtype != dtype or device is not None:
         model.to(device=device or model.device, dtype=dtype)
     if edit is not None:  # ``steering`` is above this folder: it is found by name
-        model.add_edit(import_module("vision_plugin.steering").Edit.load(edit))
+        model.add_edit(import_module("vision_plugin.steering").Edit.load(edit, device=model.device))
     return model

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from vision_plugin.models._own_hooks import permanent_hook, remove_hook
 from vision_plugin.models._tokens import TokenLayout
 from vision_plugin.models.dictionary import (
     Dictionary,
@@ -23,7 +24,7 @@ from vision_plugin.models.dictionary import (
     reconstruct,
     silent_hooks,
 )
-from vision_plugin.models.site import Site, permanent_hook, remove_hook
+from vision_plugin.models.site import Site
 
 
 class Splicing:
@@ -40,6 +41,8 @@ class Splicing:
     def _setup_splicing(self) -> None:
         self._splices: dict[str, Splice] = {}
         self._standing_edits = ExitStack()
+        self._edits: list[Any] = []
+        self._edit_handles: set[int] = set()
 
     def _spliced(self) -> list[tuple[Dictionary, str, bool]]:
         """Return what it takes to attach the same SAEs to another bridge, in order."""
@@ -47,11 +50,12 @@ class Splicing:
         return [(splice.sae, splice.site.tokens, splice.use_error_term) for splice in splices]
 
     def _user_hooks(self) -> list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]]:
-        """Return the hooks on the model's own points, except those of the splices.
+        """Return the hooks on the model's own points, except those of splices and standing edits.
 
         Hooks on an attached SAE's points are the SAE's.
         """
         ours = {id(handle) for splice in self._splices.values() for _, handle in splice.handles}
+        ours |= self._edit_handles
         found: list[tuple[str, Literal["fwd", "bwd"], Callable[..., Any], bool]] = []
         inner = {id(point) for point in self.splice_hooks().values()}
         named = [pair for pair in self.hook_dict.items() if id(pair[1]) not in inner]
@@ -246,7 +250,7 @@ class Splicing:
         sae: Dictionary | Any,
         latents: Mapping[int, float] | None = None,
         *,
-        tokens: str = "all",
+        tokens: str | None = None,
         check_model: bool = True,
     ) -> AbstractContextManager[None]:
         """Clamp latents, or make an Edit; see :func:`vision_plugin.steering.steer`."""
@@ -263,11 +267,19 @@ class Splicing:
 
     def add_edit(self, edit: Any, *, check_model: bool = True) -> None:
         """Make the changes of a :class:`vision_plugin.Edit` until :meth:`reset_edits`."""
+        before = self._forward_handles()
         self._standing_edits.enter_context(self.edit(edit, check_model=check_model))
+        self._edits.append(edit)
+        self._edit_handles |= self._forward_handles() - before
 
     def reset_edits(self) -> None:
         """Undo every edit of :meth:`add_edit`."""
         self._standing_edits.close()
+        self._edits.clear()
+        self._edit_handles.clear()
+
+    def _forward_handles(self) -> set[int]:
+        return {id(handle) for point in self.hook_points() for handle in point.fwd_hooks}
 
 
 class Splice:

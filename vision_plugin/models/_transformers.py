@@ -10,7 +10,7 @@ from torch import nn
 
 from vision_plugin._paths import local_path
 from vision_plugin.models._bridge import VisionBridge
-from vision_plugin.models._errors import UnsupportedModelError, not_found
+from vision_plugin.models._errors import HOW_TO_ADD, UnsupportedModelError, not_found
 from vision_plugin.models._wrapping import adapters, inner_tower, wrap
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ def _module(config: Any, path: str, revision: str | None) -> nn.Module:
         return module
     raise UnsupportedModelError(
         f"{path} holds a {config.architectures or config.model_type}, for which there is no "
-        f"adapter. Supported: {', '.join(sorted(adapters()))}. CONTRIBUTING.md shows how to add "
-        "a family."
+        f"adapter. Supported: {', '.join(sorted(adapters()))}. {HOW_TO_ADD}."
     )
 
 
@@ -96,7 +95,7 @@ def _tower_alone(config: Any, path: str, revision: str | None) -> nn.Module:
     if architecture not in adapters():
         raise UnsupportedModelError(
             f"{path}: its vision tower is a {architecture or config.vision_config.model_type}, for "
-            "which there is no adapter. CONTRIBUTING.md shows how to add a family."
+            f"which there is no adapter. {HOW_TO_ADD}."
         )
     tower_class = getattr(transformers, architecture)
     module, found = tower_class.from_pretrained(

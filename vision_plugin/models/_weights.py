@@ -127,6 +127,7 @@ class Weights:
 
     def _lens_names(self) -> dict[str, set[str]]:
         """Return the tensors, by their native names, that TransformerLens's names may mean."""
+        self._renew_loans()  # somebody may have assigned other tensors to the native module
         native = {id(t): name for name, t in self.native.state_dict(keep_vars=True).items()}
         structure = self.original_model.state_dict(keep_vars=True)
         names: dict[str, set[str]] = {}
@@ -219,10 +220,11 @@ class Weights:
             TypeError: an SAE is attached.
         """
         kept = self._belongings()
-        if kept["splices"]:
+        if kept["splices"] or any(edit.dictionaries for edit in kept["edits"]):
             raise TypeError(
                 f"{self.cfg.model_name} has SAEs attached, which SAELens does not let pickle: "
-                "detach them with reset_saes() and save each with sae.save_model(path)"
+                "detach them with reset_saes() and reset_edits(), and save each with "
+                "sae.save_model(path)"
             )
         return bridge_again, (type(self), self.native, kept)
 
@@ -238,6 +240,7 @@ class Weights:
             "revision": self.revision,
             "flags": [flag for flag in _FLAGS if getattr(self.cfg, flag, False)],
             "splices": self._spliced(),  # type: ignore[attr-defined]
+            "edits": list(self._edits),  # type: ignore[attr-defined]
             "hooks": self._user_hooks(),  # type: ignore[attr-defined]
         }
 
@@ -259,6 +262,8 @@ def bridge_again(bridge_class: Any, native: nn.Module, kept: dict[str, Any]) -> 
         getattr(bridge, f"set_{flag}")(True)
     for sae, tokens, use_error_term in kept["splices"]:
         bridge.add_sae(sae, use_error_term, tokens=tokens, check_model=False)
+    for edit in kept["edits"]:
+        bridge.add_edit(edit, check_model=False)
     for hook_name, direction, function, is_permanent in kept["hooks"]:
         bridge.hook_dict[hook_name].add_hook(function, dir=direction, is_permanent=is_permanent)
     return bridge

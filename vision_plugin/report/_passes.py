@@ -124,7 +124,7 @@ def map_heat(
     Returns:
         None where the activation has no patches.
     """
-    n_patches = encoder.layout.n_patches
+    n_patches = encoder.layout.n_patches if encoder.has_patches else 0
     values = _mapped(scratch, (*shown.shape, n_patches))
     elsewhere = np.zeros(shown.shape, dtype=bool)
     places = _places_by_image(shown)

@@ -7,6 +7,7 @@ from ._config import VisionSAERunnerConfig as VisionSAERunnerConfig
 from ._field_help import DECIDED_IN_SAE as DECIDED_IN_SAE
 from ._field_help import SAE_FIELDS as SAE_FIELDS
 from ._monosemantic import monosemanticity_loss as monosemanticity_loss
+from ._prefix import architecture_of as architecture_of
 from ._presets import Preset as Preset
 from ._presets import preset as preset
 from ._presets import presets as presets
@@ -15,7 +16,6 @@ from ._runner import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunne
 from ._runner import VisionSAETrainingRunner as VisionSAETrainingRunner
 from ._runner import train as train
 from ._runner import train_many as train_many
-from ._sources import is_store as is_store
 from ._sparse_register import register as register
 from ._transcoder import SkipTranscoderTrainingConfig as SkipTranscoderTrainingConfig
 from ._transcoder import TranscoderTrainingConfig as TranscoderTrainingConfig

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vision_plugin._checksums import sha256_of
 from vision_plugin._disk import NO_ROOM, locked, remove_unfinished, whole_folder, write_tensors
 from vision_plugin._ours import CHECKPOINT
 
@@ -117,7 +118,7 @@ class CheckpointFolder:
                 raise self._no_room(step, error) from error
             raise
         for old in self.steps()[:-KEPT]:
-            shutil.rmtree(self._folder(old), ignore_errors=True)
+            self._remove(old)
 
     def last(self) -> tuple[int, dict[str, Any]] | None:
         """Return step and state of the newest good checkpoint, or None if there is none.
@@ -165,7 +166,12 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Remove every checkpoint, after the run has finished or before it begins anew."""
         for step in self.steps():
-            shutil.rmtree(self._folder(step), ignore_errors=True)
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        folder = self._folder(step)
+        (folder / TENSORS).unlink(missing_ok=True)  # the marker last, so that the rest stays ours
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, step: int) -> Path:
         return self.path / f"{_STEP}{step:09d}"
@@ -187,9 +193,7 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

@@ -143,8 +143,8 @@ class VisionSAERunnerConfig:
     device: str = "cpu"
     """Device of the model and the SAE, for example ``cuda``."""
     dtype: str = "float32"
-    """Type of the model's weights and of the activations: ``float32``, ``bfloat16`` or
-    ``float16``."""
+    """Type of the model's weights and of the activations: ``float32``, ``bfloat16``, ``float16``
+    or ``float64``."""
     autocast: bool = False
     """Train with PyTorch's autocast, which computes in bfloat16 where that is safe."""
     seed: int = 42
@@ -192,7 +192,7 @@ class VisionSAERunnerConfig:
     """Held-out images that score the SAE while it trains, given like ``images``; none by default.
     The scores go to ``validation.jsonl`` in the SAE's folder, and to wandb if that is on."""
     validation_split: str | None = None
-    """Split of the dataset of held-out images; by default its only one, or ``train``."""
+    """Split of the held-out images, like ``split``; by default the only one."""
     n_validation_images: int = 256
     """Number of held-out images to use, from the front."""
     n_validations: int = 10

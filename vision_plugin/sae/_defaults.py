@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from vision_plugin.sae._auto import AUTO, D_IN_OF_MODEL, D_SAE_AUTO
+from vision_plugin.sae._prefix import architecture_of
 
 _Config = TypeVar("_Config")
 
@@ -59,11 +60,6 @@ _SCALE = "expected_average_only_in"
 _LEARNING_RATES = (6e-4, 2**14)
 """A learning rate and the width it is for; it falls with 1/sqrt(width) (Gao et al. 2024)."""
 _LARGEST_RATE, _TOO_FAST = 4e-3, 50
-
-
-def kind_of(sae: Any) -> str:
-    """Return the architecture of an SAE's configuration, without this package's prefix."""
-    return str(sae.architecture()).removeprefix("vision_plugin_")
 
 
 def k_for(d_in: int) -> int:
@@ -202,7 +198,7 @@ def check_fits(cfg: Any, *, fitting_rate: float) -> None:
                 f"{name}={rising} does not fit into a run of {steps} steps, because the penalty "
                 f"would never reach its weight: use {round(steps * WARM_UP)}"
             )
-    if cfg.archetypal_points and kind_of(cfg.sae) == "matching_pursuit":
+    if cfg.archetypal_points and architecture_of(cfg.sae) == "matching_pursuit":
         raise ValueError(
             f"archetypal_points={cfg.archetypal_points}: a matching_pursuit SAE encodes with its "
             "decoder, which has to have unit rows. Use another architecture, or 0"
@@ -228,7 +224,7 @@ def _window(steps: int) -> int:
 
 def _of_run(cfg: Any, width: int, steps: int) -> dict[str, Any]:
     """Return a value for each field of the run that can be ``auto``."""
-    kind = kind_of(cfg.sae)
+    kind = architecture_of(cfg.sae)
     is_tied = kind == "matching_pursuit"
     warm_up, decay = round(steps * WARM_UP), round(steps * DECAY)
     if cfg.lr_warm_up_steps != AUTO:
@@ -267,7 +263,7 @@ def _aims_itself(sae: Any) -> bool:
 
 def _inside_sae(cfg: Any, width: int, steps: int) -> dict[str, Any]:
     """Return values for the fields of the SAE that nobody set."""
-    kind, sae = kind_of(cfg.sae), cfg.sae
+    kind, sae = architecture_of(cfg.sae), cfg.sae
     assert sae.d_in != D_IN_OF_MODEL
     is_transcoder = hasattr(sae, "d_out")
     wanted: dict[str, Any] = {"decoder_init_norm": DECODER_NORM}

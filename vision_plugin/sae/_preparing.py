@@ -28,7 +28,7 @@ def open_inputs(
     Args:
         cfg: Configuration of the run.
         model: A loaded model; None loads ``cfg.model_name``.
-        images: An opened image source or store; None opens ``cfg.images``.
+        images: Anything that ``open_images`` takes, or a store; None opens ``cfg.images``.
 
     Raises:
         ValueError: there are no images, or the model is unknown.
@@ -49,7 +49,7 @@ def open_inputs(
         return model, open_store(source)
     torch.manual_seed(cfg.seed)
     model = model or load_model(cfg.model_name, device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    if images is None or isinstance(images, ImageSource):
+    if isinstance(source, ImageSource) or not hasattr(source, "ids"):
         images = open_images(source, column=cfg.image_column, split=cfg.split)
     return model, images
 

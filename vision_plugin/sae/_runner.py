@@ -40,6 +40,7 @@ MAY_DIFFER = frozenset(
         *("n_restart_cycles", "adam_beta1", "adam_beta2", "dead_feature_window"),
         *("feature_sampling_window", "b_dec_init_method", "decoder_init_method", "defaults"),
         *("explicit", "encoder_lr_ratio", "target_l0", "fit_threshold", "mono_coefficient"),
+        *("archetypal_points", "archetypal_relaxation", "revive_dead"),
     }
 )
 """Fields in which runs that share a pass over the images may differ."""
@@ -59,7 +60,7 @@ class VisionMultiSAETrainingRunner:
         output_path: Folder for the SAEs' folders; None saves nothing. Checkpoints go into
             ``<output_path>.checkpoints``.
         model: A loaded model, to use instead of ``cfg.model_name``.
-        images: An opened image source or store, to use instead of ``cfg.images``.
+        images: Anything that ``open_images`` takes, or a store, instead of ``cfg.images``.
         saes: SAEs to train further, by name; the others start anew.
         validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
 
@@ -191,7 +192,7 @@ class VisionSAETrainingRunner:
     Args:
         cfg: Configuration of the run.
         model: A loaded model, to use instead of ``cfg.model_name``.
-        images: An opened image source or store, to use instead of ``cfg.images``.
+        images: Anything that ``open_images`` takes, or a store, instead of ``cfg.images``.
         sae: An SAE to train further; by default a new one.
         validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vision_plugin._disk import whole_folder, write_tensors
@@ -68,24 +64,13 @@ def save(
         OSError: the disk has no room.
     """
     with whole_folder(out, replaces=SAE_FOLDER if overwrite else None) as folder:
-        _save_weights(sae, folder, out)
+        sae.save_inference_model(str(folder))
         with (folder / SPARSITY_FILENAME).open("wb") as stream:
             write_tensors(stream, {"sparsity": log_sparsity})
         cfg.save(folder / RUNNER_CFG_FILENAME)
         for name, text in (more or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         seal(folder)
-
-
-def _save_weights(sae: TrainingSAE[Any], folder: Path, out: Path) -> None:
-    """Let SAELens write an SAE; its error hides the system's number, which tells a full disk."""
-    try:
-        sae.save_inference_model(str(folder))
-    except SafetensorError as error:
-        if shutil.disk_usage(folder).free > sum(t.nbytes for t in sae.state_dict().values()):
-            raise
-        reason = f"no room to write the SAE ({os.strerror(errno.ENOSPC)})"
-        raise OSError(errno.ENOSPC, reason, str(out)) from error
 
 
 @torch.no_grad()

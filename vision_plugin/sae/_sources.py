@@ -11,14 +11,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vision_plugin._paths import local_path
-from vision_plugin.activations import ActivationStore, ActivationStream, ShuffledBatches
+from vision_plugin.activations import (
+    ActivationStore,
+    ActivationStream,
+    ShuffledBatches,
+    holds_store,
+)
 from vision_plugin.models import VisionBridge, load_model
 from vision_plugin.models.site import hook_width, signature
 from vision_plugin.sae._auto import D_IN_OF_MODEL
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
-_STORE_FILES = ("manifest.json", "plan.json")
 _METADATA_OF_STORE = (
     *("model_name", "model_revision", "model_signature", "tokens"),
     *("preprocessing", "dataset_path", "n_images", "context_size"),
@@ -100,8 +103,7 @@ def is_store(images: Any) -> bool:
         return True
     if not isinstance(images, str | Path):
         return False
-    folder = local_path(images)
-    return any((folder / name).is_file() for name in _STORE_FILES)
+    return holds_store(images)
 
 
 def open_batches(

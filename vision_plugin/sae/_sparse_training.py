@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vision_plugin import kernels
 from vision_plugin.kernels import SparseLatents
 
-from ._prefix import NamedAsStock
+from ._prefix import PREFIX, NamedAsStock
 from ._sparse_activations import SparseActivations
 from ._sparse_auxiliary import auxiliary_loss
 
@@ -40,7 +40,7 @@ class SparseTopKTrainingSAEConfig(NamedAsStock, TopKTrainingSAEConfig):  # type:
     @classmethod
     def architecture(cls) -> str:
         """Return the name in SAELens's registry of training classes."""
-        return "vision_plugin_topk"
+        return f"{PREFIX}topk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         """Return the configuration of SAELens's ``topk``, which the SAE is saved as."""
@@ -55,7 +55,7 @@ class SparseBatchTopKTrainingSAEConfig(NamedAsStock, BatchTopKTrainingSAEConfig)
     @classmethod
     def architecture(cls) -> str:
         """Return the name in SAELens's registry of training classes."""
-        return "vision_plugin_batchtopk"
+        return f"{PREFIX}batchtopk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         """Return the configuration of SAELens's ``jumprelu``, which the SAE is saved as."""
@@ -73,7 +73,7 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
     @classmethod
     def architecture(cls) -> str:
         """Return the name in SAELens's registry of training classes."""
-        return "vision_plugin_matryoshka_batchtopk"
+        return f"{PREFIX}matryoshka_batchtopk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         """Return the configuration of SAELens's ``jumprelu``, which the SAE is saved as."""
@@ -89,7 +89,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         """Set SAELens's initial weights; store W_enc latent-major (same shape, other strides)."""
         super().initialize_weights()
-        self.loss_terms: dict[str, Callable[[Tensor, SparseLatents], Tensor]] = {}
+        self.loss_terms: dict[str, Callable[[Tensor, SparseLatents | Tensor], Tensor]] = {}
         in_host_layout: Tensor = self.W_enc.data
         self.W_enc = nn.Parameter(_latent_major(in_host_layout))
 
@@ -111,7 +111,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         autograd graph. ``hidden_pre`` holds the selected latents only.
         """
         if any(_is_live(hook) for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)):
-            return super().training_forward_pass(step_input)
+            return self._with_terms(super().training_forward_pass(step_input), step_input)
         shaped = self._sparse_input(step_input.sae_in)
         lead, x = shaped.shape[:-1], shaped.reshape(-1, shaped.shape[-1])
         scale = self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
@@ -138,6 +138,15 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
             losses=losses,
         )
         self._after_step(reported.values, output)
+        return output
+
+    def _with_terms(self, output: TrainStepOutput, step_input: TrainStepInput) -> TrainStepOutput:
+        """Add the terms to the losses of SAELens's own step, which hooks on the latents ask for."""
+        x = step_input.sae_in.reshape(-1, step_input.sae_in.shape[-1])
+        latents = output.feature_acts.reshape(-1, self.cfg.d_sae)
+        for name, term in self.loss_terms.items():
+            output.losses[name] = term(x, latents)
+            output.loss = output.loss + output.losses[name]
         return output
 
     def _sparse_input(self, sae_in: Tensor) -> Tensor:

@@ -299,3 +299,6 @@ def check_finite(trainer: SAETrainer, what: str) -> None:
 
 class DivergedError(ValueError):
     """Training produced a weight that is not finite."""
+
+    exit_status = 1
+    """Of the command: the run failed, and was not refused."""

@@ -26,7 +26,7 @@ from sae_lens.saes.sae import (
 from sae_lens.saes.transcoder import SkipTranscoderConfig, TranscoderConfig
 from torch import Tensor, nn
 
-from vision_plugin.sae._prefix import NamedAsStock
+from vision_plugin.sae._prefix import PREFIX, NamedAsStock
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
@@ -57,7 +57,7 @@ class TranscoderTrainingConfig(NamedAsStock, TrainingSAEConfig):  # type: ignore
     @classmethod
     def architecture(cls) -> str:
         """Return the name in SAELens's registry of training classes."""
-        return "vision_plugin_transcoder"
+        return f"{PREFIX}transcoder"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         """Return the configuration of SAELens's ``transcoder``, which it is saved as."""
@@ -72,7 +72,7 @@ class SkipTranscoderTrainingConfig(TranscoderTrainingConfig):
     @classmethod
     def architecture(cls) -> str:
         """Return the name in SAELens's registry of training classes."""
-        return "vision_plugin_skip_transcoder"
+        return f"{PREFIX}skip_transcoder"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         """Return the configuration of SAELens's ``skip_transcoder``, which it is saved as."""

@@ -39,7 +39,7 @@ class Worker:
         self.change = change
         self.site: Site = change.basis.site(model, change.tokens, check_model=check_model)
         self._capture = self.site.capture()
-        self._editor: Any = editor or change.basis.editor()
+        self.editor: Any = editor or change.basis.editor()
         self._targets = torch.tensor(change.targets, dtype=torch.long)
         n_patches = int(model.token_layout().n_patches)
         bad = [patch for patch in change.patches or () if not 0 <= patch < n_patches]
@@ -64,13 +64,12 @@ class Worker:
         """
         change = self.change
         new = change.basis.edited(
-            self._editor, source, target, self._targets, change.operate, change.include_error
+            self.editor, source, target, self._targets, change.operate, change.include_error
         )
         if change.keep_norm:
-            size = target.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(
-                min=1e-30
-            )
-            new = new * size
+            axes = tuple(range(2, target.ndim)) or (-1,)  # a token's heads belong together
+            old, now = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (target, new))
+            new = new * (old / now.clamp(min=torch.finfo(now.dtype).tiny))
         mask = self._mask(target)
         return new if mask is None else torch.where(mask, new, target)
 

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vision_plugin.models.dictionary import Dictionary, bare, d_out, join_heads, reconstruct
+from vision_plugin.models import TokenSelection
+from vision_plugin.models.dictionary import Dictionary, d_out, join_heads, reconstruct
 from vision_plugin.models.site import Site, hook_names, hook_width, trained_tokens
 from vision_plugin.steering._editor import LatentEditor
+from vision_plugin.steering._latent_change import latent_change
 
 Operate: TypeAlias = Callable[[Tensor], Tensor]
 """Returns new coefficients ``[..., m]`` of old ones."""
@@ -84,18 +86,43 @@ class Latents:
                 amount = operate(values) - values
                 amount = amount if reading.gain is None else amount * reading.gain
                 return amount @ editor.directions[targets].to(amount.dtype)
-        with bare(self.dictionary):
-            # Some SAEs keep the input's scale from encode to decode: encode before every decode.
-            before = self.dictionary.decode(self.dictionary.encode(source))
-            latents = self.dictionary.encode(source)
-            targets = targets.to(latents.device)
-            new = latents.index_copy(-1, targets, operate(latents[..., targets]))
-            after = self.dictionary.decode(new)
-        return after - before
+        return latent_change(self.dictionary, source, targets, operate)
+
+
+class _Plain:
+    """A basis that reads the activation it changes: nothing to prepare, and no error to keep."""
+
+    hook_name: str
+
+    def site(self, model: Any, tokens: str, *, check_model: bool = True) -> Site:
+        """Return the hook's site."""
+        del check_model
+        model.check_hook_names([self.hook_name])
+        TokenSelection.parse(tokens)
+        return Site(model, self.hook_name, self.hook_name, tokens)
+
+    def editor(self) -> None:
+        """Return nothing: there is nothing to prepare."""
+
+    def edited(
+        self,
+        editor: None,
+        source: Tensor,
+        target: Tensor,
+        targets: Tensor,
+        operate: Operate,
+        include_error: bool,
+    ) -> Tensor:
+        """Return the activation with new coefficients."""
+        del editor, source, include_error
+        return self._changed(target, targets, operate)
+
+    def _changed(self, target: Tensor, targets: Tensor, operate: Operate) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class Neurons:
+class Neurons(_Plain):
     """The single dimensions of the activation at a hook; heads count as joined."""
 
     hook_name: str
@@ -107,25 +134,7 @@ class Neurons:
     def __str__(self) -> str:
         return "neurons"
 
-    def site(self, model: Any, tokens: str, *, check_model: bool = True) -> Site:
-        """Return the hook's site."""
-        del check_model
-        return _plain_site(model, self.hook_name, tokens)
-
-    def editor(self) -> None:
-        """Return nothing: neurons need no preparation."""
-
-    def edited(
-        self,
-        editor: None,
-        source: Tensor,
-        target: Tensor,
-        targets: Tensor,
-        operate: Operate,
-        include_error: bool,
-    ) -> Tensor:
-        """Return the activation with new values in some dimensions."""
-        del editor, source, include_error
+    def _changed(self, target: Tensor, targets: Tensor, operate: Operate) -> Tensor:
         flat = target
         if target.ndim == 4 and _has_heads(self.hook_name):
             flat = target.flatten(-2)
@@ -136,7 +145,7 @@ class Neurons:
 
 
 @dataclass(frozen=True, eq=False)
-class Directions:
+class Directions(_Plain):
     """Directions in the activation at a hook, with the coefficients that are read along them.
 
     An activation ``x`` has the coefficients ``c = (x - offset) @ readers.T``. An edit that makes
@@ -196,8 +205,7 @@ class Directions:
 
     def site(self, model: Any, tokens: str, *, check_model: bool = True) -> Site:
         """Return the hook's site; raise ValueError if the directions have another width."""
-        del check_model
-        site = _plain_site(model, self.hook_name, tokens)
+        site = super().site(model, tokens, check_model=check_model)
         width = hook_width(model, self.hook_name)
         if width is not None and width != self.vectors.shape[1]:
             raise ValueError(
@@ -207,20 +215,7 @@ class Directions:
             )
         return site
 
-    def editor(self) -> None:
-        """Return nothing: directions need no preparation."""
-
-    def edited(
-        self,
-        editor: None,
-        source: Tensor,
-        target: Tensor,
-        targets: Tensor,
-        operate: Operate,
-        include_error: bool,
-    ) -> Tensor:
-        """Return the activation with new coefficients along some directions."""
-        del editor, source, include_error
+    def _changed(self, target: Tensor, targets: Tensor, operate: Operate) -> Tensor:
         flat = join_heads(target, self.vectors.shape[1])
         places = targets.to(self.vectors.device)
         readers, vectors = self.reading[places].to(flat), self.vectors[places].to(flat)
@@ -264,10 +259,3 @@ def check_targets(targets: Sequence[int], size: int | None, noun: str, where: st
 def _has_heads(hook_name: str) -> bool:
     """Return whether a hook's last two axes are heads and their dimensions."""
     return hook_name.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"))
-
-
-def _plain_site(model: Any, hook_name: str, tokens: str) -> Site:
-    model.check_hook_names([hook_name])
-    site = Site(model, hook_name, hook_name, tokens)
-    site.selection  # noqa: B018  # raises for an unknown kind
-    return site

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
@@ -234,19 +235,20 @@ class Edit:
         write_changes(self.changes, path, sae=None if sae is None else str(sae))
 
     @classmethod
-    def load(cls, path: str | Path, *, sae: Any = None) -> Edit:
+    def load(cls, path: str | Path, *, sae: Any = None, device: str | torch.device = "cpu") -> Edit:
         """Read an edit that :meth:`save` wrote.
 
         Args:
             path: The JSON file.
             sae: The SAE, or several where the edit has latents of several; None loads it from where
                 the file says that it lies.
+            device: Device to load SAEs onto.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not an edit, or the SAE is another one than the edit's.
         """
-        return cls(read_changes(path, sae=sae))
+        return cls(read_changes(path, sae=sae, device=device))
 
 
 def _all_or(targets: Iterable[int] | None, basis: Basis) -> list[int]:

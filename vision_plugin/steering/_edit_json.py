@@ -45,7 +45,9 @@ def write_changes(changes: Sequence[Change], path: str | Path, *, sae: str | Non
     write_json(to_dict(changes, sae=sae), place)
 
 
-def read_changes(path: str | Path, *, sae: Any = None) -> tuple[Change, ...]:
+def read_changes(
+    path: str | Path, *, sae: Any = None, device: str | torch.device = "cpu"
+) -> tuple[Change, ...]:
     """Return the changes of a JSON file; see :meth:`Edit.load`."""
     place = local_path(path)
     content = read_json(place, strict=True)
@@ -56,7 +58,7 @@ def read_changes(path: str | Path, *, sae: Any = None) -> tuple[Change, ...]:
             f"{place} has the schema {content['schema']!r}, and this version reads {SCHEMA!r}: "
             "update vision_plugin"
         )
-    known = _Known(place, sae)
+    known = _Known(place, sae, device)
     try:
         return tuple(_change_from_dict(entry, known) for entry in content["changes"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -171,10 +173,10 @@ def same_dictionary(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 class _Known:
     """The SAEs that a file's latents may belong to."""
 
-    def __init__(self, place: Path, sae: Any) -> None:
-        self._place = place
+    def __init__(self, place: Path, sae: Any, device: str | torch.device) -> None:
+        self._place, self._device = place, device
         given = sae if isinstance(sae, (list, tuple)) else [] if sae is None else [sae]
-        self._saes: list[Dictionary] = [_opened(one) for one in given]
+        self._saes: list[Dictionary] = [_opened(one, device) for one in given]
         self._may_load = not self._saes
 
     def dictionary(self, entry: dict[str, Any]) -> Dictionary:
@@ -192,7 +194,7 @@ class _Known:
         if self._may_load:
             where = local_path(str(entry["sae"]))
             beside = self._place.parent / where
-            sae = _opened(str(beside if beside.exists() else where))
+            sae = _opened(str(beside if beside.exists() else where), self._device)
             if same_dictionary(wanted, fingerprint(sae)):
                 self._saes.append(sae)
                 return sae
@@ -203,11 +205,13 @@ class _Known:
         )
 
 
-def _opened(sae: Dictionary | str | Path) -> Dictionary:
+def _opened(sae: Dictionary | str | Path, device: str | torch.device) -> Dictionary:
     if not isinstance(sae, (str, Path)):
         return sae
     # ``formats`` knows more than this folder may: it is found by name, as a checkpoint is.
-    opened: Dictionary = import_module("vision_plugin.formats").load_sae(str(sae))
+    opened: Dictionary = import_module("vision_plugin.formats").load_sae(
+        str(sae), device=str(device)
+    )
     return opened
 
 

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from vision_plugin.models.site import in_eval_mode
 from vision_plugin.steering._attach import Worker, running
+from vision_plugin.steering._basis import Latents
 from vision_plugin.steering._cached_pass import CachedPass, check_images
+from vision_plugin.steering._change import Change
 from vision_plugin.steering._edit import Edit
+from vision_plugin.steering._editor import LatentEditor
 
 
 class EditPass:
@@ -24,7 +27,6 @@ class EditPass:
         model: A VisionBridge with a space shared with text.
         pixels: Images prepared by ``model.preprocess``.
         batch_size: Images that run at once.
-        cache: Whether to keep the streams; False runs the whole model for each edit.
 
     Raises:
         ValueError: the images are not a batch of finite pixels.
@@ -36,12 +38,12 @@ class EditPass:
         pixels: Float[Tensor, "n channels height width"],
         *,
         batch_size: int = 64,
-        cache: bool = True,
     ) -> None:
         check_images(pixels)
-        self.model, self.batch_size, self.cache = model, batch_size, cache
+        self.model, self.batch_size = model, batch_size
         self.pixels = pixels.to(device=model.device, dtype=model.dtype)
         self._streams: dict[int, Tensor] = {}
+        self._editors: dict[int, LatentEditor] = {}
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -57,6 +59,18 @@ class EditPass:
             self._streams[block] = torch.cat(parts)
         return self._streams[block]
 
+    def _worker(self, change: Change, *, check_model: bool) -> Worker:
+        """Return what makes a change; an SAE is checked and examined once for all edits."""
+        basis = change.basis
+        if not isinstance(basis, Latents):
+            return Worker(self.model, change, check_model=check_model)
+        editor = self._editors.get(id(basis.dictionary))
+        worker = Worker(
+            self.model, change, check_model=check_model and editor is None, editor=editor
+        )
+        self._editors[id(basis.dictionary)] = worker.editor
+        return worker
+
     @torch.no_grad()
     def embed(
         self, edit: Edit | None = None, *, check_model: bool = True
@@ -71,14 +85,17 @@ class EditPass:
             ValueError: the edit does not fit the model.
         """
         edit = edit or Edit()
-        workers = [Worker(self.model, one, check_model=check_model) for one in edit.changes]
+        workers = [self._worker(change, check_model=check_model) for change in edit.changes]
         begins = [CachedPass(worker.site) for worker in workers]
         starts = [begin.start for begin in begins if begin.start is not None]
-        start = min(starts) if self.cache and starts and len(starts) == len(begins) else None
+        start = min(starts) if starts and len(starts) == len(begins) else None
         # The stream that enters the first edited block is edited here: no hook fires before it.
         here = [b.is_stream and b.start == start for b in begins]
         first = [worker for worker, is_here in zip(workers, here, strict=True) if is_here]
         rest = [worker for worker, is_here in zip(workers, here, strict=True) if not is_here]
+        # One block's exit and the next one's entry are one stream at two hooks, in this order.
+        entering = self.model.hook_dict.get(f"blocks.{start}.hook_resid_pre")
+        first.sort(key=lambda one: self.model.hook_dict[one.site.hook_name_out] is entering)
         entry = self.pixels if start is None else self.stream(start)
         kwargs = {} if start is None else {"start_at_layer": start}
         if start is None:

@@ -10,6 +10,7 @@ output, one latent at a time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +84,7 @@ class LatentEditor:
     @torch.no_grad()
     def change_by_decoding(self, reading: Reading, latent: int, strength: float) -> Tensor:
         """Return the change ``[..., d_out]`` for a decoder that is not affine."""
-        index, value = torch.tensor([latent]), torch.tensor([strength])
-        return latent_change(self.sae, reading.source, index, value)
+        return latent_change(self.sae, reading.source, torch.tensor([latent]), _set_to(strength))
 
     def _latents(self, source: Tensor) -> SparseLatents | Tensor:
         """Return the latents of every token: compressed rows where few are active, else dense."""
@@ -141,8 +141,7 @@ class LatentEditor:
         strongest = values.abs().sum(0).topk(min(_N_PROBES, d_sae)).indices.tolist()
         strength = 1.0 + float(values.abs().max())
         for latent in {*spread, *strongest}:
-            index, value = torch.tensor([latent]), torch.tensor([strength])
-            exact = latent_change(self.sae, probe, index, value)
+            exact = latent_change(self.sae, probe, torch.tensor([latent]), _set_to(strength))
             predicted = gain * (strength - values[:, latent, None]) * directions[latent]
             size = float(exact.abs().max()) + float(probe.abs().max()) * 1e-2
             if predicted.shape != exact.shape or float((predicted - exact).abs().max()) > (
@@ -150,6 +149,10 @@ class LatentEditor:
             ):
                 return False
         return True
+
+
+def _set_to(strength: float) -> Callable[[Tensor], Tensor]:
+    return lambda old: torch.full_like(old, strength)
 
 
 def _candidates(sae: Dictionary) -> list[Tensor]:

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
-from vision_plugin.steering._attach import Worker
-from vision_plugin.steering._cached_pass import CachedPass, check_texts_differ
+from vision_plugin.steering._cached_pass import check_texts_differ
 from vision_plugin.steering._edit import Edit
 from vision_plugin.steering._edit_pass import EditPass
-from vision_plugin.steering._editor import LatentEditor
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,10 @@ class EffectPass:
         _check_concepts(concepts, text_embeddings)
         self.model, self.sae, self.concepts = model, sae, list(concepts)
         self.text_embeddings = text_embeddings
-        self.cached_pass = CachedPass(Site.of(model, sae, tokens=tokens))
-        self.prepared = self.cached_pass.prepare(pixels)
-        self._editor = LatentEditor(sae)
-        self.before = _probabilities(model, self.prepared.embedding, text_embeddings)
+        self.tokens = tokens
+        Site.of(model, sae, tokens=tokens)  # raises where the two do not fit together
+        self.images = EditPass(model, pixels)
+        self.before = _probabilities(model, self.images.embed(), text_embeddings)
 
     @torch.no_grad()
     def effect(self, latents: Mapping[int, float]) -> SteeringEffect:
@@ -90,10 +88,8 @@ class EffectPass:
         Raises:
             ValueError: a latent is out of range, or its value is not finite.
         """
-        (change,) = Edit.clamp(self.sae, latents, tokens=self.cached_pass.site.tokens).changes
-        worker = Worker(self.model, change, check_model=False, editor=self._editor)
-        edited = worker(self.prepared.source, self.prepared.target)
-        embedding = self.cached_pass.finish_edited(self.prepared.entry, edited)
+        edit = Edit.clamp(self.sae, latents, tokens=self.tokens)
+        embedding = self.images.embed(edit, check_model=False)
         after = _probabilities(self.model, embedding, self.text_embeddings)
         return SteeringEffect(self.concepts, self.before, after)
 

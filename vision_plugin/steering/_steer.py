@@ -15,7 +15,7 @@ def steer(
     sae: Dictionary | Edit,
     latents: Mapping[int, float] | None = None,
     *,
-    tokens: str = "all",
+    tokens: str | None = None,
     check_model: bool = True,
 ) -> AbstractContextManager[None]:
     """Set latents of an SAE to fixed values, or make any edit, within a ``with`` block.
@@ -29,7 +29,8 @@ def steer(
         sae: A ``sae_lens.SAE`` whose metadata names a hook of the model; or an :class:`Edit`, which
             says everything itself.
         latents: Value per latent; 0 suppresses it.
-        tokens: Tokens to steer: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``.
+        tokens: Tokens to steer: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``; None steers
+            all, and leaves an Edit its own.
         check_model: Refuse an SAE that was trained on another model.
 
     Raises:
@@ -39,10 +40,12 @@ def steer(
     if isinstance(sae, Edit):
         if latents is not None:
             raise ValueError("an Edit names its latents itself: give no latents= beside it")
+        if tokens is not None:
+            raise ValueError("an Edit names its tokens itself: edit.with_tokens() changes them")
         return sae.on(model, check_model=check_model)
     if latents is None:
         raise ValueError("latents= is missing: give a value for each latent, as {123: 50.0}")
-    return Edit.clamp(sae, latents, tokens=tokens).on(model, check_model=check_model)
+    return Edit.clamp(sae, latents, tokens=tokens or "all").on(model, check_model=check_model)
 
 
 def steer_neurons(

@@ -4,8 +4,8 @@ from ._find import RULES as RULES
 from ._find import find_latents as find_latents
 from ._found import FoundLatents as FoundLatents
 from ._measure import Figure as Figure
-from ._result import TASK as TASK
 from ._result import TaskResult as TaskResult
 from ._row import Row as Row
 from ._typographic import TypographicSettings as TypographicSettings
+from ._typographic import check_reads_text as check_reads_text
 from ._typographic import typographic as typographic

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vision_plugin.metrics import neuron_dictionary, pca_dictionary, random_dictionary
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.models.site import Site
+from vision_plugin.models.site import Site, in_eval_mode
 from vision_plugin.steering import Directions, Edit, EditPass
 from vision_plugin.tasks._attack import Attack
 from vision_plugin.tasks._erase import leace, probe_direction
 from vision_plugin.tasks._evidence import gather
-from vision_plugin.tasks._find import choose
+from vision_plugin.tasks._find import GRADIENT_RULES, choose
 from vision_plugin.tasks._found import FoundLatents
 
 TOKENS = ("cls", "all")
@@ -72,7 +72,8 @@ def latent_candidates(
         site = Site.of(model, sae, tokens=kind)
         evidence = gather(
             site, sae, train.attacked, present=None, clean=train.clean, labels=train.labels,
-            wrong=train.printed, texts=texts, with_gradients=True, batch_size=batch_size,
+            wrong=train.printed, texts=texts, batch_size=batch_size,
+            with_gradients=not GRADIENT_RULES.isdisjoint(rules),
         )  # fmt: skip
         layer = layer_of(site)
         for rule in rules:
@@ -108,7 +109,7 @@ def control_dictionaries(
 ) -> dict[str, Dictionary]:
     """Return neurons, random directions and principal components at an SAE's hook."""
     site = Site.of(model, sae)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(model):
         _, cache = model.run_with_cache(
             train.clean[:64], names_filter=site.hook_name, return_cache_object=False
         )
@@ -131,8 +132,8 @@ def direction_candidates(
     for layer in layers:
         for kind in tokens:
             rows = model.token_layout().indices(kind)
-            without = clean.stream(layer + 1)[:, rows].double()
-            with_word = attacked.stream(layer + 1)[:, rows].double()
+            without = clean.stream(layer + 1)[:, rows].cpu().double()
+            with_word = attacked.stream(layer + 1)[:, rows].cpu().double()
             yield from _directions(layer, kind, without, with_word, train.printed)
 
 

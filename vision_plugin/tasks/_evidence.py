@@ -121,23 +121,27 @@ def gather(
             raise ValueError("present= has one value only: give images of both kinds")
         pixels, without = pixels[has], pixels[~has]
         pairs = None if classes is None else (classes[has], classes[~has])
+    asked = None
+    if with_gradients:
+        if clean is None or classes is None or wrong is None or texts is None:
+            raise ValueError(f"attribution {_NEEDS}")
+        misleads = _classes(wrong, len(pixels), "wrong")
+        for name, given in (("labels", classes), ("wrong", misleads)):
+            if int(given.max()) >= len(texts) or int(given.min()) < 0:
+                raise ValueError(
+                    f"{name}= names a class that texts= has no row for: {len(texts)} rows"
+                )
+        asked = classes, misleads, texts
     reader = _Reader(site, sae, batch_size)
     have, lack = reader.means(pixels), reader.means(without)
-    evidence = Evidence(have, lack, reader.active, site.tokens, pairs)
-    if not with_gradients:
-        return evidence
-    if clean is None or classes is None or wrong is None or texts is None:
-        raise ValueError(f"attribution {_NEEDS}")
-    misleads = _classes(wrong, len(pixels), "wrong")
-    for name, found in (("labels", classes), ("wrong", misleads)):
-        if int(found.max()) >= len(texts) or int(found.min()) < 0:
-            raise ValueError(f"{name}= names a class that texts= has no row for: {len(texts)} rows")
-    mean = lack.mean(0)
-    blame, to_mean = reader.blame(pixels, without, classes, misleads, texts, mean)
-    return Evidence(
-        have, lack, reader.active, site.tokens, pairs, blame, to_mean,
-        reader.merit(without, classes, texts, mean),
-    )  # fmt: skip
+    gradients: dict[str, Tensor] = {}
+    if asked is not None:
+        right, false, answers = asked
+        mean = lack.mean(0)
+        blame, to_mean = reader.blame(pixels, without, right, false, answers, mean)
+        merit = reader.merit(without, right, answers, mean)
+        gradients = {"blame": blame.cpu(), "to_mean": to_mean.cpu(), "merit": merit.cpu()}
+    return Evidence(have.cpu(), lack.cpu(), reader.active.cpu(), site.tokens, pairs, **gradients)
 
 
 class _Reader:
@@ -151,7 +155,7 @@ class _Reader:
             )
         self.site, self.sae = site, sae
         self.batch_size = site.images_at_once(int(sae.cfg.d_sae), batch_size)
-        self.active = torch.zeros(int(sae.cfg.d_sae), dtype=torch.bool)
+        self.active = torch.zeros(int(sae.cfg.d_sae), dtype=torch.bool, device=site.model.device)
         self._editor = LatentEditor(sae)
 
     @torch.no_grad()
@@ -174,7 +178,7 @@ class _Reader:
         mean: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the latents' shares in the wrong answer's lead: by change, and to the mean."""
-        by_change, to_mean = torch.zeros(len(mean)), torch.zeros(len(mean))
+        by_change, to_mean = torch.zeros_like(mean), torch.zeros_like(mean)
         batches = zip(
             *(every.split(self.batch_size) for every in (pixels, clean, classes, wrong)),
             strict=True,
@@ -193,7 +197,7 @@ class _Reader:
 
     def merit(self, clean: Tensor, classes: Tensor, texts: Tensor, mean: Tensor) -> Tensor:
         """Return the latents' shares in the right answer's lead over the next one."""
-        total = torch.zeros(len(mean))
+        total = torch.zeros_like(mean)
         for plain, right in zip(
             clean.split(self.batch_size), classes.split(self.batch_size), strict=True
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from vision_plugin.metrics import neuron_dictionary
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
-from vision_plugin.tasks._evidence import Evidence, gather
+from vision_plugin.tasks._evidence import Evidence, as_pixels, gather
 from vision_plugin.tasks._found import FoundLatents, ranking
 
 Rule = Callable[[Evidence], Tensor]
@@ -91,6 +92,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 """Rules by name; ``"name"`` and ``"list"`` choose latents that you know."""
 
+GRADIENT_RULES = frozenset({"attribution", "net_attribution"})
+"""Rules that follow gradients from answers to latents."""
+
 
 def find_latents(
     model: Any,
@@ -124,7 +128,7 @@ def find_latents(
         images: Images, or pixels ``[n, channels, height, width]``: those that have it, or both
             kinds with ``present``.
         rule: Name of a rule.
-        n: Largest number of latents to choose.
+        n: Largest number of latents to choose, for rules that score.
         present: Which of the images have it; None where ``clean`` holds those without.
         clean: The same images without it, in the same order.
         labels: True class of each image, for rules that look at classes or answers.
@@ -134,7 +138,8 @@ def find_latents(
         names: Names of all latents, for the rule ``"name"``.
         words: Words of which a name must contain one.
         tokens: Kind of token to read at; None takes the kind that the SAE was trained on.
-        neurons: Whether to choose as many neurons of the same activation by the same rule.
+        neurons: Whether to choose as many neurons of the same activation by the same rule, for
+            rules that score.
         batch_size: Images that run at once.
         check_model: Refuse an SAE that was trained on another model.
 
@@ -153,9 +158,11 @@ def find_latents(
         return _without_scores(rule, chosen, size, site.tokens)
     if images is None:
         raise ValueError(f"rule={rule!r} looks at images: give images=")
+    images = as_pixels(model, images)
+    clean = None if clean is None else as_pixels(model, clean)
     evidence = gather(
         site, sae, images, present=present, clean=clean, labels=labels, wrong=wrong, texts=texts,
-        with_gradients=rule in ("attribution", "net_attribution"), batch_size=batch_size,
+        with_gradients=rule in GRADIENT_RULES, batch_size=batch_size,
     )  # fmt: skip
     found = choose(evidence, rule, n)
     if not neurons:
@@ -165,13 +172,8 @@ def find_latents(
         model, identity, images, rule=rule, n=max(1, len(found)), present=present, clean=clean,
         labels=labels, wrong=wrong, texts=texts, tokens=site.tokens, batch_size=batch_size,
     )  # fmt: skip
-    return FoundLatents(
-        found.rule, found.latents, found.scores, found.tokens, found.active, found.clean_mean,
-        neurons=FoundLatents(
-            rule, beside.latents[: len(found)], beside.scores, beside.tokens, beside.active,
-            beside.clean_mean, noun="neuron",
-        ),
-    )  # fmt: skip
+    beside = replace(beside, latents=beside.latents[: len(found)], noun="neuron")
+    return replace(found, neurons=beside)
 
 
 def choose(evidence: Evidence, rule: str, n: int) -> FoundLatents:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from rich.table import Table
 from torch import Tensor
+
+from vision_plugin._rich import Table
 
 
 @dataclass(frozen=True, eq=False)

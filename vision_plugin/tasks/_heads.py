@@ -45,8 +45,9 @@ def heads_by_attention(
             _, cache = model.run_with_cache(attacked, names_filter=names, return_cache_object=False)
         for row, name in enumerate(names):
             to_patches = cache[name][:, :, 0][:, :, patches].double()
-            share = (to_patches * word[:, None]).sum(-1) / to_patches.sum(-1).clamp(min=1e-12)
-            total[row] += share.sum(0)
+            to_word = (to_patches * word[:, None].to(to_patches)).sum(-1)
+            share = to_word / to_patches.sum(-1).clamp(min=1e-12)
+            total[row] += share.sum(0).cpu()
         n += len(clean)
     scores = (total / n).flatten()
     order = torch.sort(scores, descending=True, stable=True).indices.tolist()

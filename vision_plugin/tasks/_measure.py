@@ -42,8 +42,11 @@ class Questions:
         self, model: Any, prompts: Sequence[str], others: Mapping[str, Sequence[str]]
     ) -> None:
         self.model = model
-        self.texts: Tensor = model.encode_text(list(prompts))
-        self.others = {name: model.encode_text(list(texts)) for name, texts in others.items()}
+        # Figures are computed on the CPU, wherever the model runs.
+        self.texts: Tensor = model.encode_text(list(prompts)).float().cpu()
+        self.others = {
+            name: model.encode_text(list(texts)).float().cpu() for name, texts in others.items()
+        }
 
     def logits(self, embedding: Tensor, texts: Tensor) -> Tensor:
         """Return logits of unit embeddings."""
@@ -180,4 +183,4 @@ def _figure(value: float, resampled: Tensor) -> Figure:
 
 
 def _unit(embedding: Tensor) -> Tensor:
-    return nn.functional.normalize(embedding, dim=-1)
+    return nn.functional.normalize(embedding.float(), dim=-1).cpu()

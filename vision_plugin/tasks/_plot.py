@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure as Canvas
+from typing import TYPE_CHECKING, Any
 
 from vision_plugin.tasks._row import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 
 def plots(rows: Sequence[Row], search: Sequence[Mapping[str, Any]]) -> dict[str, Canvas]:
@@ -17,6 +18,8 @@ def plots(rows: Sequence[Row], search: Sequence[Mapping[str, Any]]) -> dict[str,
 
 def _methods(rows: Sequence[Row]) -> Canvas:
     groups = list(dict.fromkeys((row.kind, row.split) for row in rows))
+    from matplotlib.figure import Figure as Canvas
+
     canvas = Canvas(figsize=(4.2 * max(1, len(groups)), 4.0), layout="constrained")
     for place, (kind, split) in enumerate(groups):
         axes = canvas.add_subplot(1, len(groups), place + 1)
@@ -42,6 +45,8 @@ def _methods(rows: Sequence[Row]) -> Canvas:
 
 def _search(search: Sequence[Mapping[str, Any]]) -> Canvas:
     kinds = list(dict.fromkeys(entry["kind"] for entry in search))
+    from matplotlib.figure import Figure as Canvas
+
     canvas = Canvas(figsize=(4.6 * max(1, len(kinds)), 3.6), layout="constrained")
     for place, kind in enumerate(kinds):
         axes = canvas.add_subplot(1, len(kinds), place + 1)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vision_plugin._disk import whole_folder, write_json
-from vision_plugin._ours import Kind
+from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
+from vision_plugin._rich import Console, Table
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._measure import Figure
 from vision_plugin.tasks._plot import plots
 from vision_plugin.tasks._row import Row
 
 SCHEMA = 1
-TASK = Kind(
-    noun="the results of a task",
-    marker="results.json",
-    is_marked=lambda content: isinstance(content.get("task"), str) and "rows" in content,
-    contents=re.compile(
-        r"results\.json|edit\.json|table\.txt|[\w-]+\.png|edits(/[\w-]+\.json)?"
-        r"|sae(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
-    ),
-)
 _SHOWN = ("fooled", "accuracy", "clean_accuracy", "collateral")
-
-
 CONTROLS = ("neurons", "random_dictionary", "pca")
 """Methods that edit latents of a control dictionary in place of the SAE."""
 

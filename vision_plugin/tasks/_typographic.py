@@ -25,6 +25,7 @@ from vision_plugin.tasks._candidates import (
     latent_candidates,
     suppressed,
 )
+from vision_plugin.tasks._find import RULES
 from vision_plugin.tasks._heads import choose_heads, has_heads
 from vision_plugin.tasks._measure import Judge, Questions, averaged, figures, pooled
 from vision_plugin.tasks._result import CONTROLS, TaskResult
@@ -70,10 +71,22 @@ class TypographicSettings:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown:
             raise ValueError(f"methods= has {unknown[0]!r}: use some of {', '.join(METHODS)}")
+        bad = [rule for rule in self.rules if rule not in RULES]
+        if bad:
+            raise ValueError(f"rules= has {bad[0]!r}: use some of {', '.join(RULES)}")
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes={self.sizes} must be numbers of latents from 1 up")
         if not 0 <= self.cap < 1:
             raise ValueError(f"cap={self.cap} is a share of the clean images: from 0 to 1")
+
+
+def check_reads_text(model: Any) -> None:
+    """Raise ValueError unless a model compares images with texts."""
+    if not model.adapter.has_joint_space:
+        raise ValueError(
+            f"{model.cfg.model_name} has no space shared with text, so a printed word cannot fool "
+            "it in zero-shot classification: use a model with a text tower (CLIP)"
+        )
 
 
 def typographic(
@@ -99,11 +112,7 @@ def typographic(
         ValueError: the model has no text tower, an SAE belongs to another model, or a split is too
             small for an interval.
     """
-    if not model.adapter.has_joint_space:
-        raise ValueError(
-            f"{model.cfg.model_name} has no space shared with text, so a printed word cannot fool "
-            "it in zero-shot classification: use a model with a text tower (CLIP)"
-        )
+    check_reads_text(model)
     saes = [sae] if isinstance(sae, Dictionary) else list(sae)
     kinds = [images] if isinstance(images, TypographicData) else list(images)
     settings = settings or TypographicSettings()

@@ -40,6 +40,11 @@ BASES: dict[str, tuple[str, ...]] = {
     "sparsity": (*_ON_IMAGES, "--saes", SAE, "--output-path", OUT),
     "steer": (*_ON_IMAGES, "--sae", SAE, "--latents", "1", "--concepts", f"{HERE}/concepts.txt"),
     "report": (*_ON_IMAGES, "--sae", SAE, "--output-path", OUT, "--features", "0", "1"),
+    "tasks": (
+        *("typographic", "--output-path", OUT, "--train-pairs", "30", "--validation-pairs", "30"),
+        *("--test-pairs", "30", "--training-images", "32", "--training-tokens", "8192"),
+        *("--d-sae", "16", "--k", "2", "--sizes", "2", "--kinds", "shape", "--no-unseen-words"),
+    ),
     "demo": (
         *("--output-path", OUT, "--training-images", "32", "--training-tokens", "544"),
         *("--images", "16", "--d-sae", "16", "--k", "2", "--steered-latents", "1"),
@@ -178,6 +183,8 @@ def _classes(command: str) -> list[type]:
         return [getattr(evaluation, name)]
     if command == "extract":
         return [import_module("vision_plugin.activations").ExtractionConfig]
+    if command == "tasks":
+        return [import_module("vision_plugin.cli._tasks").TypographicConfig]
     if command == "demo":
         return [import_module("vision_plugin.demo.job").DemoConfig]
     module = import_module(f"vision_plugin.cli._{command}")

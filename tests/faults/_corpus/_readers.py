@@ -11,6 +11,7 @@ from vision_plugin.activations import ActivationStore, info, verify
 from vision_plugin.evaluation import Facts, read_concepts
 from vision_plugin.formats import load_sae
 from vision_plugin.images import open_images
+from vision_plugin.steering import Edit
 
 AT_MOST = 30
 """Images that are decoded of a source."""
@@ -52,6 +53,11 @@ def store_check(path: Path) -> None:
     report = verify(path)
     if not report.ok:
         raise ValueError(f"{path} is damaged. {report}")
+
+
+def edit(path: Path) -> None:
+    """Load a saved edit."""
+    Edit.load(path)
 
 
 def concepts(path: Path) -> None:

@@ -148,6 +148,22 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+@cache
+def _edit() -> str:
+    from vision_plugin.steering import Directions, Edit
+
+    vectors = torch.eye(4, 32)
+    changes = Edit.clamp("blocks.1.hook_resid_post", {3: 1.5, 7: -2.0}, tokens="cls")
+    changes += Edit.suppress(Directions("blocks.0.hook_resid_post", vectors))
+    return json.dumps(changes.to_dict())
+
+
+def edit() -> dict[str, Any]:
+    """Return what ``Edit.save`` writes of neurons and directions."""
+    found: dict[str, Any] = json.loads(_edit())
+    return found
+
+
 def json_of(files: dict[str, bytes], name: str) -> Any:
     """Return a JSON file's content."""
     return json.loads(files[name])

@@ -143,16 +143,22 @@ def mask_folder(folder: Path, rng: random.Random) -> Path:
     return samples.put(made, folder)
 
 
-def evaluation(how: str, folder: Path, rng: random.Random) -> Path:
-    """A hostile evaluation."""
-    valid = samples.evaluation()
+def document(
+    name: str, valid: Callable[[], Any], how: str, folder: Path, rng: random.Random
+) -> Path:
+    """A hostile JSON document that this package writes."""
+    tree = valid()
     if how == "edited":
-        data = as_json(edited(valid, rng, times=rng.choice((1, 1, 2, 4))))
+        data = as_json(edited(tree, rng, times=rng.choice((1, 1, 2, 4))))
     elif how == "bombs":
-        data = json_bomb(as_json(valid), rng)
+        data = json_bomb(as_json(tree), rng)
     else:
-        data = rng.choice(tuple(BYTES.values()))(as_json(valid), rng)
-    return samples.put({"evaluation.json": data}, folder) / "evaluation.json"
+        data = rng.choice(tuple(BYTES.values()))(as_json(tree), rng)
+    return samples.put({name: data}, folder) / name
+
+
+evaluation = partial(document, "evaluation.json", samples.evaluation)
+edit = partial(document, "edit.json", samples.edit)
 
 
 def deep_evaluation(folder: Path, rng: random.Random) -> Path:
@@ -210,5 +216,8 @@ RULES = (
     Rule("evaluation", "JSON edited", 400, partial(evaluation, "edited"), readers.scores),
     Rule("evaluation", "JSON bombs", 80, partial(evaluation, "bombs"), readers.scores),
     Rule("evaluation", "JSON damaged", 120, partial(evaluation, "bytes"), readers.scores),
+    Rule("edit", "JSON edited", 400, partial(edit, "edited"), readers.edit),
+    Rule("edit", "JSON bombs", 80, partial(edit, "bombs"), readers.edit),
+    Rule("edit", "JSON damaged", 120, partial(edit, "bytes"), readers.edit),
     Rule("evaluation", "columns", 120, deep_evaluation, readers.scores),
 )
