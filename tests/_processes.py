@@ -6,15 +6,20 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def in_child(work: Callable[[], object]) -> int:
     """Do something in a forked process; its number."""
     child = os.fork()
     if child == 0:
+        # tqdm's own lock is shared by all forked processes: one that is killed would keep it.
+        tqdm.set_lock(threading.RLock())
         try:
             work()
         except BaseException:  # nothing may leave the child but its exit status, and the reason

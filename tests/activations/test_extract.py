@@ -10,6 +10,7 @@ import os
 import random
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import datasets
 import pytest
 import torch
 
+from tests._processes import ended, in_child, kill_at_change
 from tests.activations._stores import (
     D_MLP,
     D_MODEL,
@@ -47,6 +49,8 @@ from vision_plugin.activations._plan import ShardTask
 from vision_plugin.activations._running import run_tasks
 from vision_plugin.images import open_images
 from vision_plugin.models import TokenLayout, UnknownHookError
+
+IMAGE = datasets.Features(image=datasets.Image())
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +198,65 @@ class TestSameBytes:
         assert torch.equal(streamed.activations(RESID), plain.activations(RESID))
         assert streamed.ids == plain.ids
         assert streamed.labels == plain.labels == ["0", "1", "2"] * 3
+
+    def test_a_stream_that_ends_early_keeps_its_shards(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Run again with the number that the error gives, it makes a straight run's bytes."""
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for i in range(20):
+                stream = io.BytesIO()
+                images(20)[i].save(stream, "PNG")
+                yield {"image": {"bytes": stream.getvalue(), "path": None}, "label": i % 3}
+
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+
+        def made(folder: str, n_images: int) -> None:
+            stream = datasets.IterableDataset.from_generator(rows, features=features)
+            extract(config(tmp_path / folder, n_images=n_images), model=tiny_model(), images=stream)
+
+        made("plain", 20)
+        with pytest.raises(ValueError, match=r"ends after 20 of the 50 .* use n_images=20, which"):
+            made("a", 50)
+        assert {"shard-00000.json", "shard-00001.json"} <= content(tmp_path / "a").keys()
+        damaged = tmp_path / "a" / "shard-00001.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        with pytest.raises(StoreMismatchError, match=r"another extraction"):
+            made("a", 60)
+        caplog.set_level(logging.INFO)
+        made("a", 20)
+        assert "was planned for 50 images and has 20 now: 1 shards are kept" in caplog.text
+        assert "shard-00001.safetensors will be made again" in caplog.text
+        assert content(tmp_path / "a") == content(tmp_path / "plain")
+        with pytest.raises(StoreMismatchError, match=r"another extraction"):
+            made("a", 8)  # a complete store is not shortened
+
+    def test_shards_are_kept_whenever_the_shortening_is_killed(self, tmp_path: Path) -> None:
+        def stream() -> Any:
+            whole = datasets.Dataset.from_dict({"image": images(20)}, features=IMAGE)
+            return whole.to_iterable_dataset()
+
+        def made(folder: Path, n_images: int) -> None:
+            extract(config(folder, n_images=n_images), model=tiny_model(), images=stream())
+
+        made(tmp_path / "plain", 20)
+        for change in range(2, 200, 5):
+            folder = tmp_path / str(change)
+            with pytest.raises(ValueError, match="ends after 20"):
+                made(folder, 50)
+
+            def killed(folder: Path = folder, change: int = change) -> None:
+                kill_at_change(change)
+                made(folder, 20)
+
+            done = ended(in_child(killed)) == 0
+            made(folder, 20)
+            assert content(folder) == content(tmp_path / "plain")
+            if done:
+                break
+        assert done
+        assert change > 20
 
     @pytest.mark.parametrize("kind", ["folder", "parquet", "tars"])
     def test_from_whatever_holds_the_images(self, tmp_path: Path, kind: str) -> None:

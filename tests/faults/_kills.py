@@ -17,7 +17,7 @@ from tests.faults._corpus import _lines as lines
 from tests.faults._corpus import _samples as samples
 
 OUT = "out"
-READ = ("model/", "images/", "sae/", "foreign/")
+READ = ("model/", "images/", "sae/", "foreign/", "concepts.txt")
 TIMES = ("seconds", "created", "date")
 """Fields of JSON files that say when, or how long, and so differ from run to run."""
 

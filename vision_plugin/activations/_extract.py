@@ -43,6 +43,7 @@ from vision_plugin.activations._records import (
     read_plan,
 )
 from vision_plugin.activations._running import run_tasks
+from vision_plugin.activations._shortening import is_longer, shorten
 from vision_plugin.activations._store import ActivationStore
 from vision_plugin.images import ImageSource, open_images
 
@@ -125,6 +126,9 @@ def check_folder(folder: Path) -> None:
 def settle_plan(folder: Path, plan: StorePlan, *, overwrite: bool = False) -> StorePlan:
     """Write the plan into a new store, or check that the store's plan is the same.
 
+    An incomplete store of a stream may have been planned for more images than the stream has; what
+    is there is kept.
+
     Args:
         folder: Folder of the store, whose lock is held.
         plan: Plan of this extraction.
@@ -141,6 +145,9 @@ def settle_plan(folder: Path, plan: StorePlan, *, overwrite: bool = False) -> St
             stream.write(to_json(plan.to_json()))
         return plan
     there = read_plan(folder)
+    if is_longer(there, plan, folder):
+        shorten(folder, there, plan)
+        return plan
     differences = there.differences(plan)
     if differences:
         raise StoreMismatchError(

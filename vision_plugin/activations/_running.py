@@ -14,11 +14,10 @@ from torch import Tensor
 
 from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.activations._decoding import DecodedBatch, batch_tasks, decode
-from vision_plugin.activations._files import to_json, whole_file
 from vision_plugin.activations._making import by_rows, selected_rows
 from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import TOKEN_ROWS, BadImage, ShardRecord, tensor_shapes
-from vision_plugin.activations._shards import write_shard
+from vision_plugin.activations._shards import complete_shard
 from vision_plugin.images import ImageSource
 from vision_plugin.models import Harvester
 
@@ -152,18 +151,12 @@ class _ShardBuffers:
     def write(self, folder: Path, task: ShardTask, ids: list[str]) -> ShardRecord:
         """Write the shard, then its marker."""
         n_images = len(self._indices)
-        tensors = {name: tensor[:n_images] for name, tensor in self._room.items()}
-        written, checksums = write_shard(folder, self.plan, task, tensors, n_images)
-        record = ShardRecord(
-            index=task.index,
-            n_images=n_images,
-            bytes=written.bytes,
-            sha256=written.sha256,
-            ids=tuple(ids[index] for index in self._indices),
-            labels=None if self._labels is None else tuple(self._labels),
-            bad_images=tuple(self._bad),
-            checksums=checksums,
+        return complete_shard(
+            folder,
+            self.plan,
+            task,
+            {name: tensor[:n_images] for name, tensor in self._room.items()},
+            ids=[ids[index] for index in self._indices],
+            labels=self._labels,
+            bad=self._bad,
         )
-        with whole_file(folder / task.marker) as stream:
-            stream.write(to_json(record.to_json(self.plan)))
-        return record

@@ -6,7 +6,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,9 +18,15 @@ from torch import Tensor
 
 from vision_plugin._disk import DTYPES, Written, tensor_bytes, tensors_header, write_tensors
 from vision_plugin.activations._errors import ManifestError, ShardError
-from vision_plugin.activations._files import open_regular, parse_json, whole_file
+from vision_plugin.activations._files import open_regular, parse_json, to_json, whole_file
 from vision_plugin.activations._plan import FORMAT, ShardTask, StorePlan
-from vision_plugin.activations._records import ShardEntry, ShardRecord, read_marker, tensor_shapes
+from vision_plugin.activations._records import (
+    BadImage,
+    ShardEntry,
+    ShardRecord,
+    read_marker,
+    tensor_shapes,
+)
 
 
 def header(plan: StorePlan, index: int, n_images: int) -> dict[str, Any]:
@@ -58,6 +64,46 @@ def write_shard(
         for name, tensor in tensors.items()
     }
     return written, checksums
+
+
+def complete_shard(
+    folder: Path,
+    plan: StorePlan,
+    task: ShardTask,
+    tensors: Mapping[str, Tensor],
+    *,
+    ids: Sequence[str],
+    labels: Sequence[str] | None,
+    bad: Sequence[BadImage],
+) -> ShardRecord:
+    """Write a shard, then its marker.
+
+    Args:
+        folder: Folder of the store.
+        plan: Plan of the store.
+        task: Shard to write.
+        tensors: Contiguous tensors of the names and shapes in the plan.
+        ids: Names of the images in the shard.
+        labels: Labels of the images in the shard, if there are labels.
+        bad: Images of the task that could not be read.
+
+    Raises:
+        StoreFullError: there is no room for the shard.
+    """
+    written, checksums = write_shard(folder, plan, task, tensors, len(ids))
+    record = ShardRecord(
+        index=task.index,
+        n_images=len(ids),
+        bytes=written.bytes,
+        sha256=written.sha256,
+        ids=tuple(ids),
+        labels=None if labels is None else tuple(labels),
+        bad_images=tuple(bad),
+        checksums=checksums,
+    )
+    with whole_file(folder / task.marker) as stream:
+        stream.write(to_json(record.to_json(plan)))
+    return record
 
 
 def checksum(content: bytes | memoryview) -> str:

@@ -24,6 +24,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
     Its scanner looks at every open bracket again for each one more.
     """
 
+    n_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Read a value, where there are not too many before it."""
+        self.n_nodes += 1
+        if self.n_nodes > _MAX_NODES:
+            raise _too_many()
+        return super().compose_node(parent, index)
+
     def fetch_flow_collection_start(self, token: Any) -> None:
         """Open a bracket, where not too many are open."""
         if self.flow_level >= _MAX_DEPTH:
@@ -81,9 +90,7 @@ def _check_growth(root: Any) -> None:
     for _ in range(_MAX_DEPTH):
         n_nodes += sum(len(node.value) for node in level if isinstance(node, yaml.CollectionNode))
         if n_nodes > _MAX_NODES:
-            raise CorruptCheckpointError(
-                f"it grows to more than {_MAX_NODES:,} values when its aliases are followed."
-            )
+            raise _too_many()
         level = [inner for node in level for inner in _inside(node)]
         if not level:
             return
@@ -94,6 +101,10 @@ def _inside(node: Any) -> list[Any]:
     if isinstance(node, yaml.MappingNode):
         return [inner for pair in node.value for inner in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _too_many() -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"it has more than {_MAX_NODES:,} values, aliases followed.")
 
 
 def _too_deep() -> CorruptCheckpointError:

@@ -128,7 +128,7 @@ class StreamedImages(ImageCollection):
                 n = self._next if self._next > self._began else sum(1 for _ in self.dataset)
                 raise ValueError(
                     f"the stream {self._name} ends after {n} of the {len(self)} rows that were "
-                    f"expected: use n_images={n}"
+                    f"expected: use n_images={n}, which keeps the shards of an extraction"
                 )
             self._row, self._next = row, self._next + 1
         return self._row
