@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test hostile check exports quality clean
+.PHONY: setup demo test test-slow hostile check exports quality clean
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The longer proofs: more cases of the same matrices, real models, a browser, whole jobs.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The whole hostile corpus, and a thousand kills: two hours on two cores.
 hostile: $(READY)

@@ -41,6 +41,7 @@ def test_importing_is_quick_and_brings_no_torch() -> None:
     assert float(seconds) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["vision_plugin, sae_lens", "sae_lens, vision_plugin"])
 def test_sae_lens_knows_us_in_either_order(order: str) -> None:
     code = f"""

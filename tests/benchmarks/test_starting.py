@@ -30,6 +30,7 @@ def test_each_finds_the_checkout_whatever_it_imports_later() -> None:
         assert "sys.path.insert(0, str(Path(__file__).parents[" in Path(script).read_text(), script
 
 
+@pytest.mark.slow
 def test_each_starts_as_a_file(tmp_path: Path) -> None:
     assert len(scripts()) >= 12
     done = subprocess.run(

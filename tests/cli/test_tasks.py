@@ -17,6 +17,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main(["tasks", "typographic", "--output-path", str(out), *SMALL]) == 0

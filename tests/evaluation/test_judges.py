@@ -98,6 +98,7 @@ def test_classes_judge_as_the_share_of_pairs_of_one_class(
         assert float(found.score[latent]) == pytest.approx(alike / total, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_centred_embeddings_lose_their_mean_and_nothing_else_changes(
     world: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,19 @@ from tests.faults._kills import JOBS, Job, content, kill_often
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.command + "-again" * bool(job.earlier))
+def cases() -> list[Any]:
+    """Every job; those that take longest are slow tests."""
+    return [
+        pytest.param(
+            job,
+            id=job.command + "-again" * (job.earlier is not None),
+            marks=[pytest.mark.slow] * (job.command == "demo" or job.earlier is not None),
+        )
+        for job in JOBS
+    ]
+
+
+@pytest.mark.parametrize("job", cases())
 def test_killed_at_random_moments(job: Job, tmp_path: Path) -> None:
     import_everything()
     figures = kill_often(job, tmp_path, 3, seed=1, in_a_row=3)

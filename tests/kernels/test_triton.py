@@ -54,6 +54,7 @@ def test_the_annotation_hook_leaves_the_kernels_source_to_triton():
         assert not hasattr(kernel.fn, "__wrapped__")
 
 
+@pytest.mark.slow
 def test_the_variable_length_functions_compile(tmp_path):
     assert _cases("eager", tmp_path) == {"batch topk": "ok"}
 

@@ -107,6 +107,7 @@ def test_a_score_that_follows_firing_alone_makes_no_difference_at_equal_firing()
     assert abs(found.difference) < 0.005
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(4)
     truth, covered, n_trials = 0.03, 0, 400

@@ -174,6 +174,7 @@ def test_an_sae_with_its_error_changes_nothing(family: tuple[Case, Any, torch.Te
 COMPILED = ("transformers: DINOv3ViTModel", "timm: eva02_base_patch14_224", "open_clip: ViT-B-32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", COMPILED)
 def test_the_plain_forward_compiles(label: str) -> None:
     case, model, pixels = bridged(label)

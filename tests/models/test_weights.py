@@ -51,7 +51,7 @@ KINDS = (
     "open_clip: coca_ViT-B-32",
     "open_clip: EVA02-B-16",
 )
-"""One case of each way to hold weights; the rest runs with the exhaustive tests."""
+"""One case of each way to hold weights; the rest runs with the slow or exhaustive tests."""
 
 
 @pytest.fixture(
@@ -66,7 +66,11 @@ def family(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, Tensor]:
     return CASES[request.param], module, pixels
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[
+        label if label in KINDS else pytest.param(label, marks=pytest.mark.slow) for label in CASES
+    ]
+)
 def any_family(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, Tensor]:
     """The same for every case of the matrix."""
     module, pixels = built(request.param)

@@ -10,6 +10,8 @@ import vision_plugin as vp
 from tests.report.conftest import topk_sae
 from tests.report.test_content import column, read_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def index(built, visit):
@@ -203,7 +205,6 @@ def test_a_report_works_wherever_it_is_moved(built, visit, tmp_path):
     assert page.evaluate("document.querySelector('.image').naturalWidth") > 0
 
 
-@pytest.mark.slow
 def test_real_features_of_a_real_model_are_shown(shared, emoji_clip, visit, tmp_path):
     parquet = shared / "data" / "noto.parquet"
     if not parquet.is_file():

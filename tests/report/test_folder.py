@@ -176,6 +176,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_the_earlier_report(tmp_path, tiny_clip, model, sae):
     out = tmp_path / "r"
     vp.report(sae, model, draw_images(12), out, features=[1, 2])

@@ -107,6 +107,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images():
     used = {}
     for n in (320, 6400):

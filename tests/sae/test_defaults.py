@@ -240,6 +240,7 @@ def test_a_penalty_that_never_has_its_weight_is_refused() -> None:
         runner(left_open(None, sae=sae))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -65,6 +65,7 @@ def test_every_architecture_goes_on_to_the_same_weights(
     assert not checkpoints_of(cfg).path.exists()
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_steps(tmp_path: Path, monkeypatch) -> None:
     """Processes that kill themselves with SIGKILL, one after another, in four runs."""
     runner(config(tmp_path / "straight", n_checkpoints=0)).run()
@@ -83,6 +84,7 @@ def test_twenty_kills_at_random_steps(tmp_path: Path, monkeypatch) -> None:
         assert weights(tmp_path / f"run{run}") == weights(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_killed_at_each_change_on_disk(tmp_path: Path) -> None:
     """Writing checkpoints, naming them, removing old ones, saving the SAE."""
     small = {"training_tokens": 5 * _runs.BATCH, "n_checkpoints": 3, "lr_decay_steps": 0}

@@ -112,6 +112,7 @@ def _largest_difference(first, second) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("rescale", "centre"), [(True, True), (False, False)])
 def test_200_steps_give_the_same_sae_with_dead_latents_revived(architecture, rescale, centre):

@@ -152,6 +152,7 @@ def test_dense_arithmetic_can_be_asked_for_and_is_the_same(name: str, tmp_path: 
         torch.testing.assert_close(saes[False][key], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transcoder", "skip_transcoder"])
 def test_a_transcoder_learns_what_the_mlp_does(
     name: str, x: dict[str, torch.Tensor], tmp_path: Path

@@ -151,6 +151,7 @@ def test_looking_changes_nothing_in_the_weights(folders, model, tmp_path: Path) 
     assert weights(tmp_path / "seen") == weights(tmp_path / "unseen")
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_each_line_once(folders, model, tmp_path: Path, monkeypatch) -> None:
     cfg = config(folders, tmp_path / "killed", n_checkpoints=2)
     with monkeypatch.context() as patched:
@@ -245,6 +246,7 @@ def test_other_kinds_of_token(folders, model, tmp_path: Path, tokens: str) -> No
     assert record["validation/accuracy_spliced"] is not None
 
 
+@pytest.mark.slow
 def test_several_saes_share_the_images(folders, model, tmp_path: Path) -> None:
     plain = dataclasses.replace(config(folders, tmp_path / "x"), validation_metrics=())
     cfgs = {
