@@ -70,6 +70,8 @@ class Answers:
 class Judge:
     """One split of pairs, run once as it is, and then under any edit."""
 
+    raised, kept = "accuracy", "clean_accuracy"
+
     def __init__(self, model: Any, attack: Attack, questions: Questions, batch_size: int) -> None:
         self.attack, self.questions = attack, questions
         self._clean = EditPass(model, attack.clean, batch_size=batch_size)
@@ -93,6 +95,18 @@ class Judge:
         """Return the share of clean images that are answered right."""
         unit = self.before.clean if edit is None else _unit(self._clean.embed(edit))
         return float((self._answer(unit) == self.attack.labels).double().mean())
+
+    def score(self, edit: Edit) -> float:
+        """Return the accuracy on attacked images."""
+        return self.accuracy(edit)
+
+    def upkeep(self, edit: Edit) -> float:
+        """Return the accuracy on clean images."""
+        return self.clean_accuracy(edit if len(edit) else None)
+
+    def under(self, edit: Edit) -> dict[str, Tensor]:
+        """Return each figure under an edit as a value per image."""
+        return self.values(self.answers(edit))
 
     def values(self, answers: Answers) -> dict[str, Tensor]:
         """Return each figure as a value per image, ``[n]`` float64."""
