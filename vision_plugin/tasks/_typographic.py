@@ -210,7 +210,7 @@ class _Run:
     @cached_property
     def _controls(self) -> dict[str, Dictionary]:
         return control_dictionaries(
-            self.model, self.saes[0], self.data.train, seed=self.settings.seed
+            self.model, self.saes[0], self.data.train.clean, seed=self.settings.seed
         )
 
     @cached_property
