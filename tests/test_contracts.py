@@ -18,11 +18,11 @@ PUBLIC = {
     "activations": 17,
     "evaluation": 31,
     "formats": 15,
-    "images": 7,
+    "images": 8,
     "models": 16,
     "sae": 22,
     "steering": 19,
-    "tasks": 11,
+    "tasks": 19,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

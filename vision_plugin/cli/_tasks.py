@@ -14,8 +14,21 @@ from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+from vision_plugin.cli._tasks_groups import GroupConfig, compute_groups
 
-TASKS = {"typographic": "printed words that fool a model, and what mends that"}
+TASKS = {
+    "typographic": "printed words that fool a model, and what mends that",
+    "background": "a probe that goes by the background, as in Waterbirds, and what mends that",
+    "attribute": "a probe that goes by another attribute, as in CelebA, and what mends that",
+}
+DESCRIPTIONS = {
+    "typographic": "Repair a model that printed words fool: suppress latents, and every baseline "
+    "beside it, on drawn images.",
+    "background": "Repair a probe that goes by the background in its worst group: suppress "
+    "latents, and every baseline beside it.",
+    "attribute": "Repair a probe of one attribute that goes by another in its worst group: "
+    "suppress latents, and every baseline beside it.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +90,11 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"name a task: {', '.join(TASKS)}")
     if arguments[0] not in TASKS:
         raise ValueError(f"there is no task {arguments[0]!r}: use {', '.join(TASKS)}")
-    cfg = parse(
-        TypographicConfig,
-        arguments[1:],
-        command="tasks typographic",
-        description="Repair a model that printed words fool: suppress latents, and every baseline "
-        "beside it, on drawn images.",
-    )
+    task = arguments[0]
+    config = TypographicConfig if task == "typographic" else GroupConfig
+    cfg: Any = parse(config, arguments[1:], command=f"tasks {task}", description=DESCRIPTIONS[task])
     check_replaceable(local_path(cfg.output_path), TASK)
-    result, sae = compute(cfg)
+    result, sae = compute(cfg) if task == "typographic" else compute_groups(cfg, task)
     result.save(cfg.output_path, sae=sae)
     out = console()
     out.print(result.table())
@@ -94,7 +103,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def usage() -> str:
     """Return the list of tasks."""
-    listed = "\n".join(f"  {name}  {summary}" for name, summary in TASKS.items())
+    listed = "\n".join(f"  {name:11}  {summary}" for name, summary in TASKS.items())
     return (
         f"usage: vision-plugin tasks TASK [FLAGS]\n\n{listed}\n\n"
         "vision-plugin tasks TASK --help lists the options of a task.\n"

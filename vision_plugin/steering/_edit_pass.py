@@ -24,7 +24,7 @@ class EditPass:
     begins at. With hooks of a user's on the model, every pass begins at the pixels.
 
     Args:
-        model: A VisionBridge with a space shared with text.
+        model: A VisionBridge.
         pixels: Images prepared by ``model.preprocess``.
         batch_size: Images that run at once.
 
@@ -77,6 +77,8 @@ class EditPass:
     ) -> Float[Tensor, "n d_embed"]:
         """Return image embeddings under an edit, not normalised.
 
+        A model without a space shared with text gives its pooled output.
+
         Args:
             edit: What changes; None changes nothing.
             check_model: Refuse an SAE that was trained on another model.
@@ -105,5 +107,5 @@ class EditPass:
             for batch in entry.split(self.batch_size):
                 for worker in first:
                     batch = worker(batch, batch)
-                parts.append(self.model.encode_image(batch, normalize=False, **kwargs))
+                parts.append(self.model.image_features(batch, normalize=False, **kwargs))
         return torch.cat(parts)

@@ -3,6 +3,14 @@ from ._attack import TypographicData as TypographicData
 from ._find import RULES as RULES
 from ._find import find_latents as find_latents
 from ._found import FoundLatents as FoundLatents
+from ._group_data import GroupData as GroupData
+from ._group_data import GroupSplit as GroupSplit
+from ._group_files import read_celeba as read_celeba
+from ._group_files import read_waterbirds as read_waterbirds
+from ._groups import GROUP_METHODS as GROUP_METHODS
+from ._groups import GroupSettings as GroupSettings
+from ._groups import attribute as attribute
+from ._groups import background as background
 from ._measure import Figure as Figure
 from ._result import TaskResult as TaskResult
 from ._row import Row as Row

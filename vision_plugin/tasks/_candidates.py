@@ -105,13 +105,13 @@ def suppressed(sae: Dictionary, found: FoundLatents, latents: Sequence[int] | No
 
 
 def control_dictionaries(
-    model: Any, sae: Dictionary, train: Attack, *, seed: int
+    model: Any, sae: Dictionary, pixels: Float[Tensor, "n channels height width"], *, seed: int
 ) -> dict[str, Dictionary]:
     """Return neurons, random directions and principal components at an SAE's hook."""
     site = Site.of(model, sae)
     with torch.no_grad(), in_eval_mode(model):
         _, cache = model.run_with_cache(
-            train.clean[:64], names_filter=site.hook_name, return_cache_object=False
+            pixels[:64], names_filter=site.hook_name, return_cache_object=False
         )
     activations = site.read({**cache, site.hook_name_out: cache[site.hook_name]}).source
     width, tokens = int(sae.cfg.d_in), site.tokens

@@ -132,7 +132,7 @@ def gather(
                     f"{name}= names a class that texts= has no row for: {len(texts)} rows"
                 )
         asked = classes, misleads, texts
-    reader = _Reader(site, sae, batch_size)
+    reader = Reader(site, sae, batch_size)
     have, lack = reader.means(pixels), reader.means(without)
     gradients: dict[str, Tensor] = {}
     if asked is not None:
@@ -144,8 +144,17 @@ def gather(
     return Evidence(have.cpu(), lack.cpu(), reader.active.cpu(), site.tokens, pairs, **gradients)
 
 
-class _Reader:
-    """Reads latents and gradients at a site, batch by batch."""
+class Reader:
+    """Reads latents and gradients at a site, batch by batch.
+
+    Args:
+        site: The site.
+        sae: The SAE whose latents are read.
+        batch_size: Images that run at once, fewer where they do not fit in memory.
+
+    Raises:
+        ValueError: the site has other tokens in every pass.
+    """
 
     def __init__(self, site: Site, sae: Dictionary, batch_size: int) -> None:
         if site.selection.n_random is not None:
@@ -185,11 +194,12 @@ class _Reader:
         )
         for misled, plain, right, false in batches:
 
-            def lead(logits: Tensor, right: Tensor = right, false: Tensor = false) -> Tensor:
+            def lead(embedding: Tensor, right: Tensor = right, false: Tensor = false) -> Tensor:
+                logits = self._logits(embedding, texts)
                 rows = torch.arange(len(logits))
                 return logits[rows, false] - logits[rows, right]
 
-            latents, slope = self._slopes(misled, texts, lead)
+            latents, slope = self.slopes(misled, lead)
             before = self._read(plain)
             by_change += (slope * (latents - before)).sum((0, 1))
             to_mean += (slope * (latents - mean)).sum((0, 1))
@@ -202,20 +212,30 @@ class _Reader:
             clean.split(self.batch_size), classes.split(self.batch_size), strict=True
         ):
 
-            def lead(logits: Tensor, right: Tensor = right) -> Tensor:
+            def lead(embedding: Tensor, right: Tensor = right) -> Tensor:
+                logits = self._logits(embedding, texts)
                 rows = torch.arange(len(logits))
                 others = logits.clone()
                 others[rows, right] = -torch.inf
                 return logits[rows, right] - others.amax(1)
 
-            latents, slope = self._slopes(plain, texts, lead)
+            latents, slope = self.slopes(plain, lead)
             total += (slope * (latents - mean)).sum((0, 1))
         return total
 
-    def _slopes(
-        self, pixels: Tensor, texts: Tensor, lead: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return latents ``[n, tokens, d_sae]``, and the gradient of a lead through each."""
+    def _logits(self, embedding: Tensor, texts: Tensor) -> Tensor:
+        logits: Tensor = self.site.model.zero_shot_logits(embedding, texts.to(embedding))
+        return logits
+
+    def slopes(
+        self, pixels: Tensor, lead: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "n tokens d_sae"], Float[Tensor, "n tokens d_sae"]]:
+        """Return latents, and the gradient through each of a number per image.
+
+        Args:
+            pixels: Images.
+            lead: Returns the number ``[n]`` from the images' unit embeddings.
+        """
         site, model = self.site, self.site.model
         seen: dict[str, Tensor] = {}
 
@@ -233,9 +253,8 @@ class _Reader:
         with torch.enable_grad(), in_eval_mode(model):
             functions = {site.hook_name: keep, site.hook_name_out: start_here}
             with hooked(model, functions):
-                embedding = model.encode_image(pixels)
-            logits = model.zero_shot_logits(embedding, texts.to(embedding))
-            (gradient,) = torch.autograd.grad(lead(logits).sum(), seen["leaf"])
+                embedding = model.image_features(pixels)
+            (gradient,) = torch.autograd.grad(lead(embedding).sum(), seen["leaf"])
         with torch.no_grad():
             read = site.read(seen)
             slope = site.read({**seen, site.hook_name_out: gradient}, read.rows).target

@@ -70,6 +70,8 @@ class Answers:
 class Judge:
     """One split of pairs, run once as it is, and then under any edit."""
 
+    raised, kept = "accuracy", "clean_accuracy"
+
     def __init__(self, model: Any, attack: Attack, questions: Questions, batch_size: int) -> None:
         self.attack, self.questions = attack, questions
         self._clean = EditPass(model, attack.clean, batch_size=batch_size)
@@ -78,11 +80,11 @@ class Judge:
 
     def answers(self, edit: Edit) -> Answers:
         """Return what the model says under an edit."""
-        return Answers(self.attacked_answers(edit), _unit(self._clean.embed(edit)))
+        return Answers(self.attacked_answers(edit), unit(self._clean.embed(edit)))
 
     def attacked_answers(self, edit: Edit) -> Tensor:
         """Return the answers to the attacked images alone."""
-        return self._answer(_unit(self._attacked.embed(edit)))
+        return self._answer(unit(self._attacked.embed(edit)))
 
     def accuracy(self, edit: Edit) -> float:
         """Return the share of attacked images that are answered right."""
@@ -91,8 +93,20 @@ class Judge:
 
     def clean_accuracy(self, edit: Edit | None = None) -> float:
         """Return the share of clean images that are answered right."""
-        unit = self.before.clean if edit is None else _unit(self._clean.embed(edit))
-        return float((self._answer(unit) == self.attack.labels).double().mean())
+        clean = self.before.clean if edit is None else unit(self._clean.embed(edit))
+        return float((self._answer(clean) == self.attack.labels).double().mean())
+
+    def score(self, edit: Edit) -> float:
+        """Return the accuracy on attacked images."""
+        return self.accuracy(edit)
+
+    def upkeep(self, edit: Edit) -> float:
+        """Return the accuracy on clean images."""
+        return self.clean_accuracy(edit if len(edit) else None)
+
+    def under(self, edit: Edit) -> dict[str, Tensor]:
+        """Return each figure under an edit as a value per image."""
+        return self.values(self.answers(edit))
 
     def values(self, answers: Answers) -> dict[str, Tensor]:
         """Return each figure as a value per image, ``[n]`` float64."""
@@ -158,14 +172,14 @@ def figures(values: dict[str, Tensor], *, seed: int = 0) -> dict[str, Figure]:
     counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones(RESAMPLES, n, dtype=torch.float64))
     found = {
-        name: _figure(float(value.mean()), counts @ value / n)
+        name: interval(float(value.mean()), counts @ value / n)
         for name, value in values.items()
         if name != "group"
     }
     member = nn.functional.one_hot(group).double()
     right = values["accuracy"]
     worst = _worst(torch.ones(1, n, dtype=torch.float64), right, member)
-    found["worst_group"] = _figure(float(worst[0]), _worst(counts, right, member))
+    found["worst_group"] = interval(float(worst[0]), _worst(counts, right, member))
     return found
 
 
@@ -176,11 +190,13 @@ def _worst(counts: Float[Tensor, "r n"], right: Tensor, member: Tensor) -> Float
     return share.amin(1)
 
 
-def _figure(value: float, resampled: Tensor) -> Figure:
+def interval(value: float, resampled: Tensor) -> Figure:
+    """Return a number with the interval that holds 95% of its resampled values."""
     tail = (1 - COVERED) / 2
     low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Figure(value, float(low), float(high))
 
 
-def _unit(embedding: Tensor) -> Tensor:
+def unit(embedding: Tensor) -> Tensor:
+    """Return embeddings of norm one, on the CPU."""
     return nn.functional.normalize(embedding.float(), dim=-1).cpu()

@@ -10,13 +10,29 @@ from vision_plugin.tasks._row import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-
-def plots(rows: Sequence[Row], search: Sequence[Mapping[str, Any]]) -> dict[str, Canvas]:
-    """Return the figures by name."""
-    return {"methods": _methods(rows), "search": _search(search)}
+CURVES = 8
+"""Most curves over numbers of latents that are drawn, the best ones."""
 
 
-def _methods(rows: Sequence[Row]) -> Canvas:
+def plots(
+    rows: Sequence[Row],
+    search: Sequence[Mapping[str, Any]],
+    *,
+    drawn: tuple[str, str],
+    raised: str,
+) -> dict[str, Canvas]:
+    """Return the figures by name.
+
+    Args:
+        rows: Rows of the table.
+        search: What validation saw of each candidate.
+        drawn: Names of the two figures to draw of each method.
+        raised: Name of the figure that validation chose by.
+    """
+    return {"methods": _methods(rows, drawn), "search": _search(search, raised)}
+
+
+def _methods(rows: Sequence[Row], drawn: tuple[str, str]) -> Canvas:
     groups = list(dict.fromkeys((row.kind, row.split) for row in rows))
     from matplotlib.figure import Figure as Canvas
 
@@ -25,7 +41,7 @@ def _methods(rows: Sequence[Row]) -> Canvas:
         axes = canvas.add_subplot(1, len(groups), place + 1)
         chosen = [row for row in rows if (row.kind, row.split) == (kind, split)]
         names = [row.method for row in chosen]
-        for figure, colour in (("fooled", "#c0392b"), ("clean_accuracy", "#2c7fb8")):
+        for figure, colour in zip(drawn, ("#c0392b", "#2c7fb8"), strict=True):
             found = [row.figures[figure] for row in chosen]
             low = [f.value - f.low for f in found]
             high = [f.high - f.value for f in found]
@@ -43,23 +59,55 @@ def _methods(rows: Sequence[Row]) -> Canvas:
     return canvas
 
 
-def _search(search: Sequence[Mapping[str, Any]]) -> Canvas:
+def _search(search: Sequence[Mapping[str, Any]], raised: str) -> Canvas:
+    """Return curves over numbers of latents above maps over layers, a column for each kind."""
     kinds = list(dict.fromkeys(entry["kind"] for entry in search))
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(4.6 * max(1, len(kinds)), 3.6), layout="constrained")
+    n = max(1, len(kinds))
+    canvas = Canvas(figsize=(4.6 * n, 7.0), layout="constrained")
     for place, kind in enumerate(kinds):
-        axes = canvas.add_subplot(1, len(kinds), place + 1)
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for entry in search:
-            if entry["kind"] == kind and entry["method"] == "sae":
-                name = f"layer {entry['layer']}: {entry['how']}"
-                lines.setdefault(name, []).append((entry["size"], entry["accuracy"]))
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
-        axes.set_xscale("symlog")
-        axes.set_xlabel("latents")
-        axes.set_ylabel("accuracy on attacked images, validation")
-        axes.set_title(kind, fontsize=10)
-        axes.legend(fontsize=7)
+        entries = [entry for entry in search if entry["kind"] == kind]
+        curves = canvas.add_subplot(2, n, place + 1)
+        lines: dict[str, dict[int, float]] = {}
+        for entry in entries:
+            if entry["method"] == "sae":
+                points = lines.setdefault(f"layer {entry['layer']}: {entry['how']}", {})
+                points[entry["size"]] = max(entry[raised], points.get(entry["size"], 0.0))
+        best = sorted(lines, key=lambda name: -max(lines[name].values()))[:CURVES]
+        for name in (name for name in lines if name in best):
+            curves.plot(*zip(*sorted(lines[name].items()), strict=True), marker="o", markersize=3,
+                        label=name)  # fmt: skip
+        curves.set_xscale("symlog")
+        curves.set_xlabel("latents")
+        curves.set_ylabel(f"{raised.replace('_', ' ')}, validation")
+        curves.set_title(kind, fontsize=10)
+        if best:
+            curves.legend(fontsize=7)
+        _map(canvas.add_subplot(2, n, n + place + 1), entries, raised)
     return canvas
+
+
+def _map(axes: Any, entries: Sequence[Mapping[str, Any]], raised: str) -> None:
+    """Draw the best that validation saw of each method at each layer."""
+    entries = [entry for entry in entries if entry["layer"] is not None]
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    layers = sorted({entry["layer"] for entry in entries})
+    best: dict[tuple[int, str], float] = {}
+    for entry in entries:
+        at = entry["layer"], entry["method"]
+        best[at] = max(entry[raised], best.get(at, 0.0))
+    nothing = float("nan")
+    values = [[best.get((layer, method), nothing) for layer in layers] for method in methods]
+    if not values:
+        axes.set_axis_off()
+        return
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for row, column in ((r, c) for r in range(len(methods)) for c in range(len(layers))):
+        if (layers[column], methods[row]) in best:
+            text = f"{values[row][column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color="#c0392b")
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_xlabel("layer")
+    axes.set_title(f"best {raised.replace('_', ' ')}, validation", fontsize=10)

@@ -17,7 +17,6 @@ from vision_plugin.tasks._plot import plots
 from vision_plugin.tasks._row import Row
 
 SCHEMA = 1
-_SHOWN = ("fooled", "accuracy", "clean_accuracy", "collateral")
 CONTROLS = ("neurons", "random_dictionary", "pca")
 """Methods that edit latents of a control dictionary in place of the SAE."""
 
@@ -35,6 +34,9 @@ class TaskResult:
         edit: The SAE's edits of all kinds together, as chosen on validation.
         edits: The chosen edit of each method, by kind and method.
         search: What validation saw of each candidate.
+        shown: Names of the figures in the table.
+        drawn: Names of the two figures in the plot.
+        raised: Name of the figure that validation chose by.
     """
 
     task: str
@@ -45,6 +47,9 @@ class TaskResult:
     edit: Edit
     edits: Mapping[tuple[str, str], Edit]
     search: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    shown: Sequence[str] = ("fooled", "accuracy", "clean_accuracy", "collateral")
+    drawn: tuple[str, str] = ("fooled", "clean_accuracy")
+    raised: str = "accuracy"
 
     def row(self, method: str, *, kind: str, split: str = "test") -> Row:
         """Return one row.
@@ -65,7 +70,7 @@ class TaskResult:
         table.add_column("method", no_wrap=True, min_width=21)
         for heading in ("size", "layer"):
             table.add_column(heading, justify="right")
-        for name in _SHOWN:
+        for name in self.shown:
             table.add_column(name.replace("_", " "), justify="right")
         last = None
         for row in self.rows:
@@ -73,7 +78,7 @@ class TaskResult:
                 table.add_section()
             last = (row.kind, row.split)
             layer = "" if row.layer is None else str(row.layer)
-            cells = [_cell(row.figures.get(name)) for name in _SHOWN]
+            cells = [_cell(row.figures.get(name)) for name in self.shown]
             table.add_row(row.kind, row.split, row.method, str(row.size or ""), layer, *cells)
         return table
 
@@ -91,7 +96,7 @@ class TaskResult:
 
     def plot(self) -> dict[str, Any]:
         """Return matplotlib figures by name: the methods beside each other, and the search."""
-        return plots(self.rows, self.search)
+        return plots(self.rows, self.search, drawn=self.drawn, raised=self.raised)
 
     def save(self, folder: str | Path, *, sae: Any = None) -> Path:
         """Write results.json, edit.json, the edits of every method, a table and figures.

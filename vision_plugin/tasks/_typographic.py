@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -23,13 +23,13 @@ from vision_plugin.tasks._candidates import (
     control_dictionaries,
     direction_candidates,
     latent_candidates,
-    suppressed,
 )
 from vision_plugin.tasks._find import RULES
 from vision_plugin.tasks._heads import choose_heads, has_heads
-from vision_plugin.tasks._measure import Judge, Questions, averaged, figures, pooled
+from vision_plugin.tasks._measure import Judge, Questions, figures
 from vision_plugin.tasks._result import CONTROLS, TaskResult
 from vision_plugin.tasks._row import Row
+from vision_plugin.tasks._search import Search, sizes_below
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ def typographic(
     for data in kinds:
         announce(f"{data.kind}: finding on {len(data.train)} pairs, choosing on validation")
         run = _Run(model, saes, data, settings)
-        chosen = run.chosen()
-        search += run.search
+        chosen = run.search.chosen()
+        search += run.search.entries
         announce(f"{data.kind}: reporting on {len(data.test)} test pairs")
         judge = run.judge(data.test)
         judges.append(judge)
@@ -154,7 +154,7 @@ def typographic(
 
 
 class _Run:
-    """One kind of attack: candidates, the choice among them, and rows."""
+    """One kind of attack: candidates of every method, and the search among them."""
 
     def __init__(
         self,
@@ -165,41 +165,38 @@ class _Run:
     ) -> None:
         self.model, self.saes, self.data, self.settings = model, saes, data, settings
         self.questions = Questions(model, data.prompts, data.others)
-        self.validation = self.judge(data.validation)
-        self.search: list[dict[str, Any]] = []
+        validation = self.judge(data.validation)
+        greedy = {}
+        if has_heads(model):
+            greedy["heads"] = partial(
+                choose_heads, model, data.train, validation, cap=settings.cap,
+                batch_size=settings.batch_size,
+            )  # fmt: skip
+        self.search = Search(
+            kind=data.kind,
+            methods=[m for m in METHODS if m in settings.methods and (m != "heads" or greedy)],
+            validation=validation,
+            proposed=self._proposed,
+            greedy=greedy,
+            cap=settings.cap,
+            random_seeds=settings.random_seeds,
+        )
 
     def judge(self, attack: Attack) -> Judge:
         """Return the judge of a split."""
         return Judge(self.model, attack, self.questions, self.settings.batch_size)
 
-    def chosen(self) -> dict[str, Candidate]:
-        """Return the candidate that validation chooses for each method."""
-        methods = self.settings.methods
-        found = {"none": Candidate("none", Edit(), 0, None, "")}
-        if "sae" in methods:
-            found["sae"] = self._best("sae", self._proposed("sae"))
-        for method in (m for m in methods if m in (*CONTROLS, *DIRECTIONS)):
-            found[method] = self._best(method, self._proposed(method))
-        if "heads" in methods and has_heads(self.model):
-            found["heads"] = choose_heads(
-                self.model, self.data.train, self.validation, cap=self.settings.cap,
-                batch_size=self.settings.batch_size,
-            )  # fmt: skip
-        return {method: found[method] for method in METHODS if method in found}
-
-    def found_again(self, chosen: dict[str, Candidate]) -> dict[str, Candidate]:
-        """Return candidates of the same recipes, found on this run's training pairs.
-
-        Heads are the same ones. What chose no edit, or is not found here, stays without.
-        """
-        again = dict(chosen)
-        for method, candidate in chosen.items():
-            if method in ("none", "heads") or not len(candidate.edit):
-                continue
-            same = (c for c in self._proposed(method) if c.recipe == candidate.recipe)
-            nothing = replace(candidate, edit=Edit(), size=0, found=None)
-            again[method] = next(same, nothing)
-        return again
+    def rows(
+        self,
+        chosen: dict[str, Candidate],
+        parts: Sequence[tuple[Judge, dict[str, Candidate]]],
+        split: str,
+    ) -> list[Row]:
+        """Return a row per method, the pairs of several parts taken together."""
+        return [
+            self.search.row(candidate, split, figures(values, seed=self.settings.seed))
+            for candidate, values in self.search.measured(chosen, parts)
+        ]
 
     def _proposed(self, method: str) -> Iterable[Candidate]:
         """Return the candidates of a method, found on the training pairs."""
@@ -213,7 +210,7 @@ class _Run:
     @cached_property
     def _controls(self) -> dict[str, Dictionary]:
         return control_dictionaries(
-            self.model, self.saes[0], self.data.train, seed=self.settings.seed
+            self.model, self.saes[0], self.data.train.clean, seed=self.settings.seed
         )
 
     @cached_property
@@ -228,74 +225,14 @@ class _Run:
             )
         )
 
-    def rows(
-        self,
-        chosen: dict[str, Candidate],
-        parts: Sequence[tuple[Judge, dict[str, Candidate]]],
-        split: str,
-    ) -> list[Row]:
-        """Return a row per method, the pairs of several parts taken together."""
-        rows = []
-        for method, candidate in chosen.items():
-            values = pooled([judge.values(judge.answers(of[method].edit)) for judge, of in parts])
-            rows.append(self._row(candidate, split, figures(values, seed=self.settings.seed)))
-            if method == "sae" and candidate.found is not None and len(parts) == 1:
-                rows += self._random_rows(candidate, parts[0][0], split)
-        return rows
-
-    def _random_rows(self, candidate: Candidate, judge: Judge, split: str) -> list[Row]:
-        found, rows = candidate.found, []
-        assert found is not None
-        sae = candidate.edit.dictionaries[0]
-        for method, active in (("random_latents", False), ("random_active_latents", True)):
-            if method not in self.settings.methods:
-                continue
-            draws = [found.random(s, active=active) for s in range(self.settings.random_seeds)]
-            edits = [suppressed(sae, found, draw) for draw in draws]
-            values = averaged([judge.values(judge.answers(edit)) for edit in edits])
-            drawn = replace(candidate, method=method, how=f"{len(edits)} draws", edit=edits[0])
-            rows.append(self._row(drawn, split, figures(values, seed=self.settings.seed)))
-        return rows
-
-    def _row(self, candidate: Candidate, split: str, found: Any) -> Row:
-        return Row(
-            candidate.method, self.data.kind, split, candidate.size, candidate.layer,
-            candidate.how, str(candidate.edit), found,
-        )  # fmt: skip
-
     def _latents(
         self, method: str, dictionary: Dictionary, rules: Sequence[str]
     ) -> Iterable[Candidate]:
-        width = int(dictionary.cfg.d_sae)
         return latent_candidates(
             method, self.model, dictionary, self.data.train, self.questions.texts, rules=rules,
-            sizes=[size for size in self.settings.sizes if size < width] or [width // 2],
-            tokens=self.settings.tokens, batch_size=self.settings.batch_size,
+            sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.settings.tokens,
+            batch_size=self.settings.batch_size,
         )  # fmt: skip
-
-    def _best(self, method: str, candidates: Iterable[Candidate]) -> Candidate:
-        """Return the candidate with the highest accuracy on attacked images under the cap.
-
-        No edit is always among them, so a method that only does harm changes nothing.
-        """
-        best = Candidate(method, Edit(), 0, None, "no edit stays within the cap")
-        most = self.validation.accuracy(best.edit)
-        floor = self.validation.clean_accuracy() - self.settings.cap
-        for candidate in candidates:
-            accuracy = self.validation.accuracy(candidate.edit)
-            clean = None
-            if accuracy > most or method == "sae":
-                clean = self.validation.clean_accuracy(candidate.edit)
-                if accuracy > most and clean >= floor:
-                    best, most = candidate, accuracy
-            self.search.append(
-                {
-                    "kind": self.data.kind, "method": method, "size": candidate.size,
-                    "layer": candidate.layer, "how": candidate.how, "accuracy": accuracy,
-                    "clean_accuracy": clean,
-                }
-            )  # fmt: skip
-        return best
 
 
 def _unseen(
@@ -313,9 +250,9 @@ def _unseen(
     fewer = replace(settings, methods=methods)
     parts: list[tuple[Judge, dict[str, Candidate]]] = []
     for known, unseen in data.halves():
-        chosen = _Run(model, saes, known.apart(), fewer).chosen()
+        chosen = _Run(model, saes, known.apart(), fewer).search.chosen()
         run = _Run(model, saes, known, fewer)
-        parts.append((run.judge(unseen), run.found_again(chosen)))
+        parts.append((run.judge(unseen), run.search.found_again(chosen)))
     return run.rows(parts[0][1], parts, "unseen_words")
 
 

@@ -1,0 +1,153 @@
+"""The search that every task makes: methods propose edits, validation chooses one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.steering import Edit
+from vision_plugin.tasks._candidates import Candidate, suppressed
+from vision_plugin.tasks._measure import Figure, averaged, pooled
+from vision_plugin.tasks._row import Row
+
+RANDOM = {"random_latents": False, "random_active_latents": True}
+"""Methods that draw as many latents as the SAE's edit has, and whether from active ones alone."""
+
+
+class Judged(Protocol):
+    """Images of one split, judged under any edit."""
+
+    raised: str
+    """Name of the figure that a repair raises."""
+    kept: str
+    """Name of the figure that may fall by the cap."""
+
+    def score(self, edit: Edit) -> float:
+        """Return the figure that a repair raises."""
+
+    def upkeep(self, edit: Edit) -> float:
+        """Return the figure that may fall by the cap."""
+
+    def under(self, edit: Edit) -> dict[str, Tensor]:
+        """Return every figure as a value per image."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One kind of task: the choice among candidates, and what the chosen ones do.
+
+    Attributes:
+        kind: What the task is about, such as ``"shape"``.
+        methods: Methods to run, in the order of the table.
+        validation: Judge of the split on which is chosen.
+        proposed: Returns the candidates of a method, found on the training images.
+        greedy: Methods that make their own search on validation.
+        cap: Largest loss of the figure that is kept.
+        random_seeds: Draws of random latents, whose figures are averaged.
+        entries: What validation saw of each candidate.
+    """
+
+    kind: str
+    methods: Sequence[str]
+    validation: Judged
+    proposed: Callable[[str], Iterable[Candidate]]
+    greedy: Mapping[str, Callable[[], Candidate]]
+    cap: float
+    random_seeds: int
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def chosen(self) -> dict[str, Candidate]:
+        """Return the candidate that validation chooses for each method."""
+        found: dict[str, Candidate] = {}
+        for method in self.methods:
+            if method == "none":
+                found[method] = Candidate("none", Edit(), 0, None, "")
+            elif method in self.greedy:
+                found[method] = self.greedy[method]()
+            elif method not in RANDOM:
+                found[method] = self._best(method)
+        return found
+
+    def found_again(self, chosen: Mapping[str, Candidate]) -> dict[str, Candidate]:
+        """Return candidates of the same recipes, found on this search's training images.
+
+        What a greedy method chose stays. What chose no edit, or is not found here, stays without.
+        """
+        again = dict(chosen)
+        for method, candidate in chosen.items():
+            if method in self.greedy or not len(candidate.edit):
+                continue
+            same = (c for c in self.proposed(method) if c.recipe == candidate.recipe)
+            nothing = replace(candidate, edit=Edit(), size=0, found=None)
+            again[method] = next(same, nothing)
+        return again
+
+    def measured(
+        self,
+        chosen: Mapping[str, Candidate],
+        parts: Sequence[tuple[Judged, Mapping[str, Candidate]]],
+    ) -> Iterator[tuple[Candidate, dict[str, Tensor]]]:
+        """Yield each method's candidate with values per image, those of several parts together.
+
+        Random latents stand beside the SAE's where there is one part.
+        """
+        for method, candidate in chosen.items():
+            yield candidate, pooled([judge.under(of[method].edit) for judge, of in parts])
+            if method == "sae" and candidate.found is not None and len(parts) == 1:
+                yield from self._random(candidate, parts[0][0])
+
+    def row(self, candidate: Candidate, split: str, figures: Mapping[str, Figure]) -> Row:
+        """Return a candidate's row."""
+        return Row(
+            candidate.method, self.kind, split, candidate.size, candidate.layer,
+            candidate.how, str(candidate.edit), figures,
+        )  # fmt: skip
+
+    def _random(
+        self, candidate: Candidate, judge: Judged
+    ) -> Iterator[tuple[Candidate, dict[str, Tensor]]]:
+        found = candidate.found
+        assert found is not None
+        (sae,) = candidate.edit.dictionaries
+        for method, active in RANDOM.items():
+            if method not in self.methods:
+                continue
+            draws = [found.random(s, active=active) for s in range(self.random_seeds)]
+            edits = [suppressed(sae, found, draw) for draw in draws]
+            drawn = replace(candidate, method=method, how=f"{len(edits)} draws", edit=edits[0])
+            yield drawn, averaged([judge.under(edit) for edit in edits])
+
+    def _best(self, method: str) -> Candidate:
+        """Return the candidate that raises its figure most under the cap.
+
+        No edit is always among them, so a method that only does harm changes nothing.
+        """
+        judge = self.validation
+        best = Candidate(method, Edit(), 0, None, "no edit stays within the cap")
+        most = judge.score(best.edit)
+        floor = judge.upkeep(best.edit) - self.cap
+        for candidate in self.proposed(method):
+            score = judge.score(candidate.edit)
+            upkeep = None
+            if score > most or method == "sae":
+                upkeep = judge.upkeep(candidate.edit)
+                if score > most and upkeep >= floor:
+                    best, most = candidate, score
+            self.entries.append(
+                {
+                    "kind": self.kind, "method": method, "size": candidate.size,
+                    "layer": candidate.layer, "how": candidate.how,
+                    judge.raised: score, judge.kept: upkeep,
+                }
+            )  # fmt: skip
+        return best
+
+
+def sizes_below(sizes: Sequence[int], dictionary: Dictionary) -> list[int]:
+    """Return the numbers of latents to try that a dictionary has; half of them where none is."""
+    width = int(dictionary.cfg.d_sae)
+    return [size for size in sizes if size < width] or [width // 2]
