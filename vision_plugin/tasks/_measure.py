@@ -78,11 +78,11 @@ class Judge:
 
     def answers(self, edit: Edit) -> Answers:
         """Return what the model says under an edit."""
-        return Answers(self.attacked_answers(edit), _unit(self._clean.embed(edit)))
+        return Answers(self.attacked_answers(edit), as_unit(self._clean.embed(edit)))
 
     def attacked_answers(self, edit: Edit) -> Tensor:
         """Return the answers to the attacked images alone."""
-        return self._answer(_unit(self._attacked.embed(edit)))
+        return self._answer(as_unit(self._attacked.embed(edit)))
 
     def accuracy(self, edit: Edit) -> float:
         """Return the share of attacked images that are answered right."""
@@ -91,7 +91,7 @@ class Judge:
 
     def clean_accuracy(self, edit: Edit | None = None) -> float:
         """Return the share of clean images that are answered right."""
-        unit = self.before.clean if edit is None else _unit(self._clean.embed(edit))
+        unit = self.before.clean if edit is None else as_unit(self._clean.embed(edit))
         return float((self._answer(unit) == self.attack.labels).double().mean())
 
     def values(self, answers: Answers) -> dict[str, Tensor]:
@@ -182,5 +182,6 @@ def _figure(value: float, resampled: Tensor) -> Figure:
     return Figure(value, float(low), float(high))
 
 
-def _unit(embedding: Tensor) -> Tensor:
+def as_unit(embedding: Tensor) -> Tensor:
+    """Return unit embeddings on the CPU, where figures are computed."""
     return nn.functional.normalize(embedding.float(), dim=-1).cpu()

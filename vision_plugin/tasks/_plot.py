@@ -26,7 +26,9 @@ def _methods(rows: Sequence[Row]) -> Canvas:
         chosen = [row for row in rows if (row.kind, row.split) == (kind, split)]
         names = [row.method for row in chosen]
         for figure, colour in (("fooled", "#c0392b"), ("clean_accuracy", "#2c7fb8")):
-            found = [row.figures[figure] for row in chosen]
+            found = [row.figures[figure] for row in chosen if figure in row.figures]
+            if not found:
+                continue
             low = [f.value - f.low for f in found]
             high = [f.high - f.value for f in found]
             axes.errorbar(
