@@ -463,6 +463,27 @@ def test_a_cached_pass_runs_only_the_blocks_that_remain(model, pixels, sae) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("options", "n"), [({"tokens": "cls"}, 1), ({"patches": [3, 0]}, 2)])
+def test_only_the_tokens_that_change_are_encoded(
+    model, pixels, options, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = random_dictionary(32, 48, k=None, seed=0).at(HOOK)
+    edit = Edit.suppress(sae, [5], **options)
+    images = EditPass(model, pixels)
+    expected = images.embed(edit)
+    seen: list[int] = []
+    encode = sae.encode
+
+    def counting(x: Tensor) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return encode(x)
+
+    monkeypatch.setattr(sae, "encode", counting)
+    torch.testing.assert_close(images.embed(edit), expected, rtol=0, atol=0)
+    assert seen == [n * len(pixels)]
+
+
+@torch.no_grad()
 def test_a_mended_model_is_a_file(tiny_clip, pixels, sae, tmp_path) -> None:
     sae.save_model(str(tmp_path / "sae"))
     edit = Edit.clamp(sae, {5: 7.0}) + Edit.scale(MLP, {3: 2.0})

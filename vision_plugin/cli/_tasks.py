@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vision_plugin._device import check_device
 from vision_plugin._ours import TASK, check_replaceable
@@ -23,7 +23,7 @@ TASKS = {
 }
 DESCRIPTIONS = {
     "typographic": "Repair a model that printed words fool: suppress latents, and every baseline "
-    "beside it, on drawn images.",
+    "beside it, on drawn images or on yours.",
     "background": "Repair a probe that goes by the background in its worst group: suppress "
     "latents, and every baseline beside it.",
     "attribute": "Repair a probe of one attribute that goes by another in its worst group: "
@@ -33,7 +33,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TypographicConfig:
-    """A model, an SAE, and the drawn images of a typographic attack."""
+    """A model, an SAE, and the images of a typographic attack."""
 
     output_path: str
     """Folder of the results; earlier results of a task in it are replaced."""
@@ -41,9 +41,19 @@ class TypographicConfig:
     """Model, as ``vp.load_model`` takes it, with a text tower."""
     sae: str | None = None
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads. By default one is trained on
-    drawn images of which half carry a word: an SAE that never saw print has no latents for it."""
+    images of which half carry a word: an SAE that never saw print has no latents for it."""
+    images: str | None = None
+    """Labelled images to print words on, as ``vp.open_images`` takes them; the word is the label of
+    other images. Or a local copy of SCAM, whose photographs have clean twins. By default images are
+    drawn."""
+    label_column: str | None = None
+    """Column of the labels; by default ``label``, or the names of sub-folders."""
+    template: str = "a photo of a {}."
+    """Sentence about a label, for images that are not drawn."""
+    published: tuple[str, ...] = ()
+    """Local copies of RTA-100, PAINT, Disentangling or SCAM to report on, too."""
     kinds: tuple[str, ...] = ("shape", "colour")
-    """What the printed words name: ``shape``, ``colour``, or both."""
+    """What the words on drawn images name: ``shape``, ``colour``, or both."""
     train_pairs: int = 600
     """Pairs of images in which latents, directions and heads are found."""
     validation_pairs: int = 400
@@ -63,7 +73,7 @@ class TypographicConfig:
     k: int = 16
     """Mean number of active latents per token of the SAE that is trained."""
     training_images: int = 6000
-    """Images that the SAE is trained on."""
+    """Images that the SAE is trained on; labelled ones come again with other words."""
     training_tokens: int = 1_200_000
     """Activations that the SAE is trained on, with repetition."""
     device: str = "cpu"
@@ -112,10 +122,14 @@ def usage() -> str:
 
 def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
     """Return the result, and the SAE or where it lies."""
-    from vision_plugin.demo.attacks import typographic_data
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_model
-    from vision_plugin.tasks import TypographicSettings, check_reads_text, typographic
+    from vision_plugin.tasks import (
+        TypographicSettings,
+        check_reads_text,
+        read_published,
+        typographic,
+    )
 
     out = console()
     settings = TypographicSettings(
@@ -123,34 +137,65 @@ def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
     )
     model = load_model(cfg.model_name, device=cfg.device)
     check_reads_text(model)
+    published = [
+        one for path in cfg.published for one in read_published(model, path, template=cfg.template)
+    ]
+    out.print("Making pairs of images with and without a word")
+    pairs, for_training = open_data(cfg, model)
     if cfg.sae is None:
-        out.print(f"Training an SAE at {cfg.hook_name} on {cfg.training_images} drawn images")
-        sae, kept = train_sae(cfg, model), None
+        images = for_training()
+        out.print(f"Training an SAE at {cfg.hook_name} on {len(images)} images, half with a word")
+        sae, kept = train_sae(cfg, model, images), None
     else:
         sae, kept = load_sae(cfg.sae, device=cfg.device), str(local_path(cfg.sae).absolute())
-    out.print("Drawing pairs of images with and without a word")
-    images = [
-        typographic_data(
-            model,
-            "shape" if kind == "shape" else "colour",
-            train=cfg.train_pairs,
-            validation=cfg.validation_pairs,
-            test=cfg.test_pairs,
-            seed=1000 + 10 * cfg.seed,
-        )
-        for kind in cfg.kinds
-    ]
     result = typographic(
-        model, sae, images, settings=settings, name=cfg.sae or "sae", announce=out.print
-    )
+        model, sae, pairs, settings=settings, published=published, name=cfg.sae or "sae",
+        announce=out.print,
+    )  # fmt: skip
+    for one in published:
+        if one.without_clean:
+            out.print(f"{one.name}: no figures on clean images, as {one.without_clean}")
     return result, kept or sae
 
 
-def train_sae(cfg: TypographicConfig, model: Any) -> Any:
-    """Return an SAE trained on drawn images of which half carry a word."""
+def open_data(cfg: TypographicConfig, model: Any) -> tuple[list[Any], Callable[[], list[Any]]]:
+    """Return the pairs of each kind, and what makes the images to train an SAE on.
+
+    Raises:
+        ValueError: the images have no labels, too few classes or no clean twins, or are too few.
+    """
+    from vision_plugin.demo import draw
+    from vision_plugin.demo.attacks import typographic_data
+    from vision_plugin.tasks import LabelledImages, is_published, read_published
+
+    sizes = {"train": cfg.train_pairs, "validation": cfg.validation_pairs, "test": cfg.test_pairs}
+    if cfg.images is None:
+        named: tuple[Literal["shape", "colour"], ...] = ("shape", "colour")
+        drawn = [
+            typographic_data(model, kind, **sizes, seed=1000 + 10 * cfg.seed)
+            for kind in named
+            if kind in cfg.kinds
+        ]
+        return drawn, lambda: list(draw(cfg.training_images, seed=11 + cfg.seed, words=0.5).images)
+    if is_published(cfg.images):
+        sets = read_published(model, cfg.images, template=cfg.template)
+        if cfg.sae is None:
+            raise ValueError(
+                f"{cfg.images} is a published attack, too few images to train an SAE on: name one "
+                "that has seen print with sae="
+            )
+        return [one.data(**sizes, seed=cfg.seed) for one in sets], list
+    labelled = LabelledImages(
+        model, cfg.images, label_column=cfg.label_column, template=cfg.template, **sizes,
+        seed=cfg.seed,
+    )  # fmt: skip
+    return [labelled.data()], lambda: labelled.for_training(cfg.training_images)
+
+
+def train_sae(cfg: TypographicConfig, model: Any, images: list[Any]) -> Any:
+    """Return an SAE trained on images of which half carry a word."""
     from sae_lens import BatchTopKTrainingSAEConfig
 
-    from vision_plugin.demo import draw
     from vision_plugin.formats import load_sae
     from vision_plugin.images import open_images
     from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
@@ -159,7 +204,7 @@ def train_sae(cfg: TypographicConfig, model: Any) -> Any:
         place = str(Path(folder) / "sae")
         training = VisionSAERunnerConfig(
             model_name=cfg.model_name,
-            images="drawn images, half of them with a word",
+            images=cfg.images or "drawn images, half of them with a word",
             hook_name=cfg.hook_name,
             tokens="all",
             sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
@@ -168,7 +213,5 @@ def train_sae(cfg: TypographicConfig, model: Any) -> Any:
             device=cfg.device,
             output_path=place,
         )
-        world = draw(cfg.training_images, seed=11 + cfg.seed, words=0.5)
-        drawn = open_images(list(world.images))
-        VisionSAETrainingRunner(training, model=model, images=drawn).run()
+        VisionSAETrainingRunner(training, model=model, images=open_images(images)).run()
         return load_sae(place, device=cfg.device)

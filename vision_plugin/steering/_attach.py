@@ -62,6 +62,16 @@ class Worker:
             source: What the basis reads.
             target: What is changed; the same tensor except for a transcoder.
         """
+        rows = self._rows(target)
+        if rows is not None:
+            some = self._changed(source.index_select(1, rows), target.index_select(1, rows))
+            return target.index_copy(1, rows, some)
+        new = self._changed(source, target)
+        mask = self.site.mask(target)
+        return new if mask is None else torch.where(mask, new, target)
+
+    def _changed(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the changed activation of tokens that all change."""
         change = self.change
         new = change.basis.edited(
             self.editor, source, target, self._targets, change.operate, change.include_error
@@ -70,22 +80,24 @@ class Worker:
             axes = tuple(range(2, target.ndim)) or (-1,)  # a token's heads belong together
             old, now = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (target, new))
             new = new * (old / now.clamp(min=torch.finfo(now.dtype).tiny))
-        mask = self._mask(target)
-        return new if mask is None else torch.where(mask, new, target)
+        return new
 
-    def _mask(self, activation: Tensor) -> Tensor | None:
-        mask = self.site.mask(activation)
-        if self.change.patches is None:
-            return mask
+    def _rows(self, activation: Tensor) -> Tensor | None:
+        """Return the places of the tokens that change; None for all of them, or random ones."""
         layout = self.site.model.token_layout()
-        if activation.ndim < 3 or activation.shape[1] != layout.n_tokens:
-            raise ValueError(
-                f"patches= need the model's {layout.n_tokens} tokens in the second dimension, but "
-                f"{self.site.hook_name_out} gives {list(activation.shape)}"
-            )
-        chosen = torch.zeros(layout.n_tokens, dtype=torch.bool)
-        chosen[layout.indices("patch")[list(self.change.patches)]] = True
-        return chosen.to(activation.device).view(1, -1, *[1] * (activation.ndim - 2))
+        has_tokens = activation.ndim >= 3 and activation.shape[1] == layout.n_tokens
+        if self.change.patches is not None:
+            if not has_tokens:
+                raise ValueError(
+                    f"patches= need the model's {layout.n_tokens} tokens in the second dimension, "
+                    f"but {self.site.hook_name_out} gives {list(activation.shape)}"
+                )
+            rows = layout.indices("patch")[list(self.change.patches)]
+        elif self.site.tokens in ("cls", "patch", "register") and has_tokens:
+            rows = layout.indices(self.site.tokens)
+        else:
+            return None
+        return rows.to(activation.device)
 
 
 @contextmanager

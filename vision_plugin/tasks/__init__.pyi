@@ -11,9 +11,15 @@ from ._groups import GROUP_METHODS as GROUP_METHODS
 from ._groups import GroupSettings as GroupSettings
 from ._groups import attribute as attribute
 from ._groups import background as background
+from ._labelled import LabelledImages as LabelledImages
 from ._measure import Figure as Figure
+from ._printing import PrintStyle as PrintStyle
+from ._published import PublishedSet as PublishedSet
+from ._published import is_published as is_published
+from ._published import read_published as read_published
 from ._result import TaskResult as TaskResult
 from ._row import Row as Row
 from ._typographic import TypographicSettings as TypographicSettings
 from ._typographic import check_reads_text as check_reads_text
 from ._typographic import typographic as typographic
+from ._unpaired import Unpaired as Unpaired

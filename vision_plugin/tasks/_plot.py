@@ -42,7 +42,9 @@ def _methods(rows: Sequence[Row], drawn: tuple[str, str]) -> Canvas:
         chosen = [row for row in rows if (row.kind, row.split) == (kind, split)]
         names = [row.method for row in chosen]
         for figure, colour in zip(drawn, ("#c0392b", "#2c7fb8"), strict=True):
-            found = [row.figures[figure] for row in chosen]
+            found = [row.figures[figure] for row in chosen if figure in row.figures]
+            if not found:
+                continue
             low = [f.value - f.low for f in found]
             high = [f.high - f.value for f in found]
             axes.errorbar(

@@ -27,9 +27,11 @@ from vision_plugin.tasks._candidates import (
 from vision_plugin.tasks._find import RULES
 from vision_plugin.tasks._heads import choose_heads, has_heads
 from vision_plugin.tasks._measure import Judge, Questions, figures
+from vision_plugin.tasks._published import PublishedSet
 from vision_plugin.tasks._result import CONTROLS, TaskResult
 from vision_plugin.tasks._row import Row
 from vision_plugin.tasks._search import Search, sizes_below
+from vision_plugin.tasks._unpaired import judge_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ def typographic(
     images: TypographicData | Sequence[TypographicData],
     *,
     settings: TypographicSettings | None = None,
+    published: Sequence[PublishedSet] = (),
     name: str = "",
     announce: Announce = logger.info,
 ) -> TaskResult:
@@ -105,6 +108,7 @@ def typographic(
         sae: An SAE, or several at different layers, among which validation chooses too.
         images: One kind of attack, or several.
         settings: What is searched through.
+        published: Published sets of attacked images to report on, too, with the chosen edits.
         name: Name of the SAE, for records.
         announce: Called with one line per stage.
 
@@ -130,6 +134,11 @@ def typographic(
         judges.append(judge)
         rows += run.rows(chosen, [(judge, chosen)], "test")
         edits.update({(data.kind, found.method): found.edit for found in chosen.values()})
+        for other in published:
+            announce(f"{data.kind}: reporting on {len(other.attack)} images of {other.name}")
+            asked = Questions(model, other.prompts, {})
+            beside = judge_of(model, other.attack, asked, settings.batch_size)
+            rows += run.rows(chosen, [(beside, chosen)], other.name)
         if settings.unseen_words:
             announce(f"{data.kind}: the same with half of the words left out, twice")
             rows += _unseen(model, saes, data, settings)
@@ -145,7 +154,7 @@ def typographic(
         task="typographic",
         model=str(model.cfg.model_name),
         sae=name or ", ".join(str(one.cfg.metadata.get("hook_name")) for one in saes),
-        settings=_settings(settings, kinds),
+        settings={**_settings(settings, kinds), "published": _published(published)},
         rows=rows,
         edit=mended,
         edits=edits,
@@ -254,6 +263,14 @@ def _unseen(
         run = _Run(model, saes, known, fewer)
         parts.append((run.judge(unseen), run.search.found_again(chosen)))
     return run.rows(parts[0][1], parts, "unseen_words")
+
+
+def _published(sets: Sequence[PublishedSet]) -> dict[str, Any]:
+    """Return the size of each published set, and why it has no figures on clean images."""
+    return {
+        one.name: {"images": len(one.attack), "without_clean": one.without_clean or None}
+        for one in sets
+    }
 
 
 def _settings(settings: TypographicSettings, kinds: Sequence[TypographicData]) -> dict[str, Any]:
