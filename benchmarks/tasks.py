@@ -2,6 +2,8 @@
 
     python -m benchmarks.tasks typographic          # the drawn world
     python -m benchmarks.tasks emoji                # words printed on emoji, of a CLIP beside us
+    python -m benchmarks.tasks background           # a probe that goes by the background
+    python -m benchmarks.tasks attribute            # a probe that goes by another attribute
     python -m benchmarks.tasks typographic --small  # a minute, to see that it works; writes no file
 
 Each is one command of ``vision-plugin tasks``, which the result names. The check loads
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
@@ -32,6 +35,7 @@ from benchmarks._machine import machine
 from vision_plugin.cli import main as vision_plugin
 from vision_plugin.demo import zero_shot_prompts
 from vision_plugin.demo.attacks import attack
+from vision_plugin.demo.groups import CONFOUNDS, group_data, group_split
 
 logger = logging.getLogger("benchmarks.tasks")
 
@@ -79,6 +83,55 @@ def check_typographic(folder: Path, result: dict[str, Any], n: int) -> list[dict
     return found
 
 
+@torch.no_grad()
+def check_groups(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Return the figures of the edit on fresh drawn images beside those on test."""
+    model, task = vp.load_model("demo"), result["task"]
+    train = group_data(model, task, validation=1, test=30).train  # as the command draws it
+    if sum(train.sizes) != sum(result["settings"]["images"]["train"].values()):
+        return []
+    fresh = group_split(model, CONFOUNDS[task], (n // 4,) * 4, seed=FRESH_SEED)
+    probe = LogisticRegression(max_iter=1000).fit(embedded(model, train.pixels), train.labels)
+    with model.edit(vp.Edit.load(folder / "edit.json")):
+        after = embedded(model, fresh.pixels)
+    right = torch.from_numpy(probe.predict(after)) == fresh.labels
+    (row,) = (row for row in result["rows"] if row["method"] == "sae")
+    each = [right[fresh.groups == group] for group in range(4)]
+    worst = min(each, key=lambda group: group.double().mean().item())
+    return [
+        {"kind": row["kind"], "figure": name, **compared(row[name], values, len(values))}
+        for name, values in (("worst_group", worst), ("accuracy", right))
+    ]
+
+
+def embedded(model: Any, pixels: torch.Tensor) -> Any:
+    """Return unit embeddings, by whole passes."""
+    return torch.cat([model.encode_image(part) for part in pixels.split(100)]).numpy()
+
+
+def gains(found: dict[str, Any]) -> list[str]:
+    """Return how far the SAE's worst group is above that of each other method, paired."""
+    prefix = "worst_group_over_"
+    over = {
+        name.removeprefix(prefix): figure
+        for row in found["rows"]
+        if row["method"] == "sae"
+        for name, figure in row.items()
+        if name.startswith(prefix)
+    }
+    if not over:
+        return []
+    return [
+        "",
+        "How far the worst group of `sae` is above that of the others on the same images:",
+        "",
+        "| over | difference |",
+        "|---|---|",
+        *(f"| {name} | {f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}] |"
+          for name, f in over.items()),
+    ]  # fmt: skip
+
+
 def compared(test: dict[str, float], values: torch.Tensor, n: int) -> dict[str, Any]:
     """Return a figure on test, the same on fresh images, and whether both agree.
 
@@ -101,7 +154,13 @@ SMALL = (
     *("--train-pairs", "40", "--validation-pairs", "30", "--test-pairs", "30", "--sizes", "5"),
     *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
 )
+SMALL_GROUPS = (
+    *("--usual", "40", "--unusual", "4", "--validation", "8", "--test", "30", "--sizes", "5"),
+    *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
+)
 TASKS = {
+    "background": Task(("background", "--model-name", "demo"), SMALL_GROUPS, check_groups),
+    "attribute": Task(("attribute", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "typographic": Task(("typographic", "--model-name", "demo"), SMALL, check_typographic),
     "emoji": Task(
         (
@@ -146,6 +205,7 @@ def markdown(found: dict[str, Any], table: str) -> str:
         table.rstrip(),
         "```",
     ]
+    lines += gains(found)
     if found["fresh"]:
         lines += [
             "",

@@ -40,6 +40,29 @@ def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, c
     assert "notes.txt" in capsys.readouterr().err
 
 
+GROUPS = [
+    *("--usual", "20", "--unusual", "4", "--validation", "5", "--test", "30", "--sizes", "4"),
+    *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
+    *("--rules", "difference", "--layers", "0", "1"),
+]
+
+
+def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["tasks", "attribute", "--output-path", str(out), *GROUPS]) == 0
+    assert "results.json, edit.json" in capsys.readouterr().out
+    content = json.loads((out / "results.json").read_text())
+    assert content["task"] == "attribute"
+    assert content["settings"]["label"] == "texture"
+    assert set(content["settings"]["images"]["test"].values()) == {30}
+    assert {e["layer"] for e in content["search"] if e["method"] == "sae"} == {0, 1}
+    methods = [row["method"] for row in content["rows"]]
+    assert {"none", "sae", "neurons", "pca", "leace", "reweighted", "balanced"} <= set(methods)
+    edit = vp.Edit.load(out / "edit.json")  # the SAE lies beside it
+    mended = vp.load_model("demo", edit=out / "edit.json")
+    assert any(hook.fwd_hooks for hook in mended.hook_dict.values()) == (len(edit) > 0)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -50,6 +73,10 @@ def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, c
         ("tasks typographic --output-path {out} --sae {out}/none", "is neither a file, a folder"),
         ("tasks typographic --output-path {out} --cap 2", "from 0 to 1"),
         ("tasks typographic --output-path {out} --sizes 0", "--sizes (0,) must be"),
+        ("tasks background --output-path {out} --test 3", "--test 3 is too few for an interval"),
+        ("tasks background --output-path {out} --rules magic", "--rules has 'magic': use some of"),
+        ("tasks background --output-path {out} --images {out}", "is not a folder that exists"),
+        ("tasks attribute --output-path {out} --images x --label Male", "name two attributes"),
     ],
 )
 def test_a_bad_line_is_refused_in_a_sentence(tmp_path: Path, capsys, line, message) -> None:

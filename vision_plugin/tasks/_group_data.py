@@ -28,9 +28,9 @@ class GroupSplit:
     """
 
     pixels: Float[Tensor, "n channels height width"]
-    labels: Int[Tensor, " n"]
-    nuisance: Int[Tensor, " n"]
-    others: Mapping[str, Int[Tensor, " n"]] = field(default_factory=lambda: MappingProxyType({}))
+    labels: Int[Tensor, " _"]
+    nuisance: Int[Tensor, " _"]
+    others: Mapping[str, Int[Tensor, " _"]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         n = len(self.pixels)

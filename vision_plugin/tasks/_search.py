@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ RANDOM = {"random_latents": False, "random_active_latents": True}
 """Methods that draw as many latents as the SAE's edit has, and whether from active ones alone."""
 
 
+@runtime_checkable
 class Judged(Protocol):
     """Images of one split, judged under any edit."""
 
