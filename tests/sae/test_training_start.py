@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scipy.optimize import minimize
 from tests.activations.conftest import one_thread
 from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, images, runner, store_of
 from vision_plugin.images import open_images
+from vision_plugin.sae import training_config_class
 from vision_plugin.sae._initialise import geometric_median
 
 __all__ = ["one_thread"]
@@ -148,11 +150,22 @@ def test_latents_are_dead_after_the_window_that_was_set(monkeypatch) -> None:
         ("decoder_init_method", "pca", "use auto, random, data"),
         ("n_checkpoints", -1, "use 0 or a larger number"),
         ("lr_warm_up_steps", -1, "use 0 or a larger number"),
+        ("training_tokens", 10**25, "training_tokens=1.*: use a finite number below 2.53"),
+        ("encoder_lr_ratio", math.inf, "encoder_lr_ratio=inf: use a finite number"),
+        ("mono_coefficient", math.nan, "mono_coefficient=nan: use a finite number"),
     ],
 )
 def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(None, **{field: value})
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**25])
+@pytest.mark.parametrize("name", ["aux_loss_coefficient", "decoder_init_norm"])
+def test_so_is_a_number_of_the_sae_that_is_not_finite(name: str, value: float) -> None:
+    sae = training_config_class("batchtopk")(d_in=32, d_sae=64, k=4, **{name: value})
+    with pytest.raises(ValueError, match=f"{name}=.*: use a finite number below 2.53"):
+        dataclasses.replace(config(None), sae=sae)
 
 
 @pytest.mark.parametrize(

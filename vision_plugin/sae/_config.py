@@ -30,6 +30,8 @@ NOT_OF_THE_RESULT = (
 )
 """Fields that do not change the trained weights."""
 
+_LARGEST = 2**53
+"""Up to here numbers of steps stay whole where schedules make floats of them."""
 _LARGEST_BUFFER = 100_000_000
 """Vectors; a larger buffer would not be full for days."""
 _SAELENS_BATCH, _BATCH_RANGE, _LEAST_STEPS = 4096, (256, 4096), 1000
@@ -217,6 +219,9 @@ class VisionSAERunnerConfig:
             )
         TokenSelection.parse(self.tokens)
         check_device(self.device)
+        for name, value in [*vars(self).items(), *vars(self.sae).items()]:
+            if isinstance(value, (int, float)) and not abs(value) < _LARGEST:
+                raise ValueError(f"{name}={value}: use a finite number below 2^53")
         for name in (
             *("training_tokens", "train_batch_size_tokens", "store_batch_size_images", "lr"),
             *("n_validation_images", "n_validations", "n_batches_for_norm_estimate", "target_l0"),
