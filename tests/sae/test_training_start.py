@@ -160,6 +160,20 @@ def test_nonsense_is_refused_when_it_is_said(field: str, value: Any, message: st
         config(None, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"d_sae": 10_000_001}, "d_sae=10000001: use at most 10,000,000 latents"),
+        ({"decoder_init_norm": 0.0}, "decoder_init_norm=0.0: use a number above 0, up to 1e.06"),
+        ({"decoder_init_norm": 1e9}, "decoder_init_norm=1000000000.0: use a number above 0"),
+    ],
+)
+def test_so_are_latents_that_are_too_many_or_too_long(changes: dict[str, Any], said: str) -> None:
+    sae = training_config_class("batchtopk")(**{"d_in": 32, "d_sae": 64, "k": 4, **changes})
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config(None), sae=sae)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**25])
 @pytest.mark.parametrize("name", ["aux_loss_coefficient", "decoder_init_norm"])
 def test_so_is_a_number_of_the_sae_that_is_not_finite(name: str, value: float) -> None:

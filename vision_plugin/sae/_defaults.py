@@ -42,6 +42,8 @@ EXPANSION = 8
 MATRYOSHKA = (1 / 16, 1 / 4, 11 / 16, 1)
 """Nested widths, as shares of the whole width."""
 DECODER_NORM = 1.0
+MAX_NORM, MAX_WIDTH = 1e6, 10_000_000
+"""Largest initial norm of a decoder direction, and largest number of latents."""
 ENCODER_LR_RATIO = 0.3
 """A slower encoder leaves more latents alive, at a cost in explained variance below 0.002."""
 AT_TARGET = -1.0
@@ -125,7 +127,7 @@ def _short(value: Any) -> str:
 
 
 def check_latents(cfg: Any) -> None:
-    """Raise where more latents are to be active, or to be nested, than the SAE has.
+    """Raise where the numbers of an SAE's latents, or their norm at first, do not fit.
 
     Args:
         cfg: A VisionSAERunnerConfig. An SAE whose width is still open has room for everything.
@@ -139,6 +141,11 @@ def check_latents(cfg: Any) -> None:
             f"d_sae={width}: it has to be above 0. Leave it out for {EXPANSION} times the width "
             "at the hook"
         )
+    if width > MAX_WIDTH:
+        raise ValueError(f"d_sae={width}: use at most {MAX_WIDTH:,} latents")
+    norm = getattr(sae, "decoder_init_norm", None)
+    if norm is not None and not 0 < norm <= MAX_NORM:
+        raise ValueError(f"decoder_init_norm={norm}: use a number above 0, up to {MAX_NORM:g}")
     active = {"target_l0": _number(cfg.target_l0)}
     if hasattr(sae, "k") and not (cfg.defaults == "auto" and _unset(cfg, "k")):
         active["k"] = sae.k

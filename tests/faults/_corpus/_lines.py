@@ -261,8 +261,10 @@ def command_line(words: Sequence[str], _: Path) -> None:
     *_, last = told.splitlines() or [""]
     if "fault of vision-plugin" in told:
         raise Failed(last)
-    if code != 2:
+    if code not in (1, 2):  # 1 where it was at work, and says why it could not go on
         raise ValueError(f"exit status {code}: {told}")
+    if code == 1:
+        raise ValueError(last)
     raise ValueError(last if last.startswith("vision-plugin ") else f"several lines: {told}")
 
 
