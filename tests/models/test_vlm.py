@@ -164,9 +164,9 @@ def test_a_text_model_in_bfloat16_writes_what_the_native_one_writes(parts) -> No
     cast = {**inputs, "pixel_values": inputs["pixel_values"].to(vlm.vision.dtype)}
     expected = module.generate(**cast, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(vlm.generate(inputs, return_type="tokens", **GREEDY), expected)
+    plain = vlm(inputs)
     with vlm.steer(make_sae(READ), {3: 500.0}):
-        steered = vlm.generate(inputs, return_type="tokens", **GREEDY)
-    assert not torch.equal(steered, expected)
+        assert (vlm(inputs) - plain).abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def test_a_signature_of_a_whole_clip_is_still_its_own(llava) -> None:
     matrices = [p for p in model.native.parameters() if p.ndim >= 2]
     chosen = matrices[:: len(matrices) // 8][:8]
     sae = make_sae(READ)
-    sae.cfg.metadata.model_signature = [round(float(p.norm()), 4) for p in chosen]
+    sae.cfg.metadata.model_signature = [round(p.norm().item(), 4) for p in chosen]
     model.add_sae(sae)
 
 

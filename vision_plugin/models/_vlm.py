@@ -49,12 +49,15 @@ class VisionLanguageBridge(VisionSplicing):
         language: TransformerBridge,
         reach: Reach,
         processor: Any = None,
+        *,
+        tower_path: str,
     ) -> None:
         self.native, self.vision, self.language = native, vision, language
-        self.reach, self.processor = reach, processor
+        self.reach, self.processor, self.tower_path = reach, processor, tower_path
         self.modes = Modes()
         structure = chain(self.original_model.modules(), language.modules())
         self._loans: list[Loan] = loans(native, structure)
+        self._renew_loans()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "language" not in self.__dict__:
@@ -114,6 +117,13 @@ class VisionLanguageBridge(VisionSplicing):
     def _renew_loans(self) -> None:
         for loan in self._loans:
             loan.renew()
+        # TransformerLens gives a head without bias one of zeros, of a type of its own.
+        model: Any = self.original_model
+        head = model.get_output_embeddings()
+        head = getattr(head, "original_component", head)
+        bias = getattr(head, "bias", None)
+        if isinstance(bias, nn.Parameter) and bias.dtype != head.weight.dtype:
+            bias.data = bias.data.to(head.weight)
         self.vision._renew_loans()
 
     # ------------------------------------------------------------------ inputs
@@ -271,6 +281,24 @@ class VisionLanguageBridge(VisionSplicing):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
+
+    @contextmanager
+    def from_stream(
+        self, stream: Float[Tensor, "images tokens d_model"], start_at_layer: int
+    ) -> Iterator[None]:
+        """Run the tower from a block on, with a residual stream of your own, in a ``with`` block.
+
+        Args:
+            stream: What enters that block, for each image of the inputs.
+            start_at_layer: First block to run.
+        """
+        tower: Any = self.original_model.get_submodule(self.tower_path)
+        before = tower.stream, tower.start
+        tower.stream, tower.start = stream, start_at_layer
+        try:
+            yield
+        finally:
+            tower.stream, tower.start = before
 
     # ------------------------------------------------------------------ hooks
 

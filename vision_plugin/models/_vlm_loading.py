@@ -120,7 +120,9 @@ def wrap_vlm(
         architecture=family.lens_architecture or architecture,
         name=name,
     )
-    return VisionLanguageBridge(module, vision, language, reach, processor)
+    return VisionLanguageBridge(
+        module, vision, language, reach, processor, tower_path=family.inner_path
+    )
 
 
 def towers() -> dict[str, Any]:

@@ -91,9 +91,12 @@ class BridgedTower(nn.Module):
         # Not as a submodule: the weights are the native tower's, and the hook names its own.
         self.__dict__["vision"] = vision
         self.reach = reach
+        self.stream: Tensor | None = None
+        """Residual stream in place of the pixels', for passes that begin behind ``start``."""
+        self.start: int | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("vision", "reach"):
+        if "vision" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["vision"].native, name)
 
@@ -108,7 +111,8 @@ class BridgedTower(nn.Module):
         others = {name: v for name, v in kwargs.items() if name not in _NOT_FOR_BLOCKS}
         vision = self.__dict__["vision"]
         with hidden_states(vision, wanted) as states:
-            output = vision._run(pixel_values, None, None, None, others)
+            data = pixel_values if self.stream is None else self.stream
+            output = vision._run(data, self.start, None, None, others)
         if states:
             output["hidden_states"] = tuple(states)
         return output

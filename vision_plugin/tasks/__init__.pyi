@@ -4,6 +4,12 @@ from ._find import RULES as RULES
 from ._find import find_latents as find_latents
 from ._found import FoundLatents as FoundLatents
 from ._measure import Figure as Figure
+from ._multimodal import MultimodalSettings as MultimodalSettings
+from ._multimodal import multimodal as multimodal
+from ._multimodal_data import AskedImages as AskedImages
+from ._multimodal_data import MultimodalData as MultimodalData
+from ._multimodal_result import Dialogue as Dialogue
+from ._multimodal_result import MultimodalResult as MultimodalResult
 from ._result import TaskResult as TaskResult
 from ._row import Row as Row
 from ._typographic import TypographicSettings as TypographicSettings
