@@ -8,6 +8,7 @@ softmax over texts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -54,6 +55,14 @@ class SiglipVisionAdapter(VisionArchitectureAdapter):
         """Return the attention pool's output, or the mean of the patches in a tower without one."""
         pooled: Tensor | None = output.get("pooler_output")
         return output.last_hidden_state.mean(dim=1) if pooled is None else pooled
+
+
+class Idefics3VisionAdapter(SiglipVisionAdapter):
+    """``Idefics3VisionTransformer``, the SigLIP tower in Idefics3 and SmolVLM, without a pool."""
+
+    def paths(self, module: nn.Module) -> Paths:
+        """Return the parts; the positions of an image depend on its own patches alone."""
+        return replace(super().paths(module), pos_embed=None)
 
 
 class SiglipAdapter(SiglipVisionAdapter):

@@ -22,7 +22,7 @@ PUBLIC = {
     "models": 16,
     "sae": 22,
     "steering": 19,
-    "tasks": 25,
+    "tasks": 31,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

@@ -14,8 +14,11 @@ from .evaluation import evaluate as evaluate
 from .formats import load_sae as load_sae
 from .images import open_images as open_images
 from .models import VisionBridge as VisionBridge
+from .models import VisionLanguageBridge as VisionLanguageBridge
 from .models import load_model as load_model
+from .models import load_vlm as load_vlm
 from .models import wrap as wrap
+from .models import wrap_vlm as wrap_vlm
 from .report import report as report
 from .sae import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
 from .sae import VisionSAERunnerConfig as VisionSAERunnerConfig

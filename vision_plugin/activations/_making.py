@@ -59,7 +59,7 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
             revision=model.revision,
             architecture=str(model.cfg.architecture),
             weights=weights_fingerprint(model.native),
-            signature=tuple(signature(model.native)),
+            signature=tuple(signature(model)),
             device=model.device.type,
         ),
         preprocessing=model.image_processor.fingerprint(),

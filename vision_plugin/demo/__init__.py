@@ -58,6 +58,7 @@ __all__ = [
     "concept_vocabulary",
     "draw",
     "factor_codes",
+    "llava_path",
     "object_mask",
     "phrase",
     "render",
@@ -72,10 +73,25 @@ def checkpoint_path() -> Path:
     Raises:
         FileNotFoundError: the installation lacks the checkpoint.
     """
-    folder = Path(__file__).parent / "checkpoint"
+    return _packaged("checkpoint", "train_clip")
+
+
+def llava_path() -> Path:
+    """Return the folder of the packaged `LlavaForConditionalGeneration` with its processor.
+
+    Its vision tower is the tower of the checkpoint in :func:`checkpoint_path`.
+
+    Raises:
+        FileNotFoundError: the installation lacks the checkpoint.
+    """
+    return _packaged("llava", "train_llava")
+
+
+def _packaged(name: str, script: str) -> Path:
+    folder = Path(__file__).parent / name
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"{folder} holds no model.safetensors. Install vision_plugin from its wheel, or train "
-            f"the checkpoint: python -m benchmarks.demo_checkpoint.train_clip --out {folder}"
+            f"the checkpoint: python -m benchmarks.demo_checkpoint.{script} --out {folder}"
         )
     return folder

@@ -12,5 +12,8 @@ from ._token_latents import TokenLatents as TokenLatents
 from ._token_latents import encode_tokens as encode_tokens
 from ._tokens import TokenLayout as TokenLayout
 from ._tokens import TokenSelection as TokenSelection
+from ._vlm import VisionLanguageBridge as VisionLanguageBridge
+from ._vlm_loading import load_vlm as load_vlm
+from ._vlm_loading import wrap_vlm as wrap_vlm
 from ._wrapping import adapters as adapters
 from ._wrapping import wrap as wrap

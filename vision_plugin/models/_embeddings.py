@@ -47,7 +47,7 @@ class Embeddings:
                 f"{self.cfg.model_name} was wrapped without its preprocessing: use "
                 "wrap(module, image_processor=...), or pass pixels that you prepared yourself"
             )
-        images = _check_images(images)
+        images = check_images(images)
         return self.image_processor(images).to(device=self.device, dtype=self.dtype)
 
     def encode_image(
@@ -145,7 +145,7 @@ class Embeddings:
         return str(self.adapter.score_function)
 
 
-def _check_images(images: object) -> list[Image]:
+def check_images(images: object) -> list[Image]:
     """Return images as a list.
 
     Raises:

@@ -54,7 +54,7 @@ def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -
     if hook_out:
         _check_width(d_out(dictionary), hook_out, model)
     trained_on = metadata.get("model_signature")
-    if check_model and trained_on and not same_signature(trained_on, signature(model.native)):
+    if check_model and trained_on and not has_signature(model, trained_on):
         raise ValueError(
             f"this SAE was trained on {metadata.get('model_name') or 'another model'}, whose "
             f"weights differ from the weights of {name}. Load that model, or use the SAE anyway "
@@ -62,12 +62,37 @@ def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -
         )
 
 
-def signature(module: nn.Module) -> list[float]:
-    """Return the norms of eight weight matrices spread over a model, to tell checkpoints apart.
+def signature(model: Any) -> list[float]:
+    """Return the norms of eight weight matrices spread over a model's tower, to tell checkpoints.
 
-    Norms survive a change of dtype or device, which hashes of the bytes would not.
+    The embedding and the blocks count, not heads or a text tower: a tower is the same one inside
+    a CLIP, inside a LLaVA and alone. Norms survive a change of dtype or device, which hashes of
+    the bytes would not.
+
+    Args:
+        model: A VisionBridge.
     """
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    adapter, module = model.adapter, model.native
+    paths = adapter.paths(model.original_model)
+    parts = tuple(adapter.native_path(f"{path}.") for path in (paths.embed, paths.blocks))
+    tower = [p for name, p in module.named_parameters() if p.ndim >= 2 and name.startswith(parts)]
+    return _norms(tower or _matrices(module))
+
+
+def has_signature(model: Any, trained_on: Sequence[float]) -> bool:
+    """Return whether a signature is the one of a model's tower.
+
+    Signatures were once made of a whole module, text tower included: those are recognised too.
+    """
+    whole = _norms(_matrices(model.native))
+    return any(same_signature(trained_on, here) for here in (signature(model), whole))
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.ndim >= 2]
+
+
+def _norms(matrices: list[nn.Parameter]) -> list[float]:
     step = max(1, len(matrices) // 8)
     with torch.no_grad():
         return [round(float(p.float().norm()), 4) for p in matrices[::step][:8]]

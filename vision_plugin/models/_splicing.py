@@ -186,12 +186,13 @@ class Splicing:
         use_error_term: bool | None = None,
         *,
         tokens: str | None = None,
+        check_model: bool = True,
     ) -> Iterator[Any]:
         """Attach SAEs within a ``with`` block, then restore the SAEs that were attached before."""
         before = dict(self._splices)
         try:
             for sae in [saes] if isinstance(saes, Dictionary) else saes:
-                self.add_sae(sae, use_error_term=use_error_term, tokens=tokens)
+                self.add_sae(sae, use_error_term, tokens=tokens, check_model=check_model)
             yield self
         finally:
             if reset_saes_end:
@@ -213,10 +214,12 @@ class Splicing:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
+        check_model: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Run the forward pass with SAEs attached."""
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        options = {"tokens": tokens, "check_model": check_model}
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
             return self(*args, **kwargs)  # type: ignore[operator]
 
     def run_with_cache_with_saes(
@@ -226,10 +229,12 @@ class Splicing:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
+        check_model: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Run ``run_with_cache`` with SAEs attached; the cache holds their latents too."""
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        options = {"tokens": tokens, "check_model": check_model}
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
             return self.run_with_cache(*args, **kwargs)
 
     def run_with_hooks_with_saes(
@@ -239,10 +244,12 @@ class Splicing:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         tokens: str | None = None,
+        check_model: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Run ``run_with_hooks`` with SAEs attached; their latents can be hooked by name."""
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, tokens=tokens):
+        options = {"tokens": tokens, "check_model": check_model}
+        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
             return self.run_with_hooks(*args, **kwargs)
 
     def steer(

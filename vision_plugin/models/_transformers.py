@@ -35,7 +35,10 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
             f"pretrained={pretrained!r} does not apply to {name!r}: a transformers checkpoint "
             "brings its own weights. Use it with 'open_clip:...' or 'timm:...'"
         )
-    path = _local_folder(name)
+    if name == "demo":
+        path = str(import_module("vision_plugin.demo").checkpoint_path())
+    else:
+        path = local_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -49,9 +52,12 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
     )
 
 
-def _local_folder(name: str) -> str:
-    if name == "demo":
-        return str(import_module("vision_plugin.demo").checkpoint_path())
+def local_checkpoint(name: str) -> str:
+    """Return the folder of a checkpoint, or the name where it stands for one on the hub.
+
+    Raises:
+        ValueError: there is such a file, or a folder that holds no checkpoint.
+    """
     folder = local_path(name)
     if folder.exists() and not folder.is_dir():
         raise ValueError(

@@ -48,19 +48,7 @@ class Weights:
     tokenizer: Any
 
     def _setup_weights(self) -> None:
-        places = {
-            id(tensor): (tensors, name)
-            for tensors in _tensors(self.native.modules())
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
-        borrowers = _tensors(chain(self.original_model.modules(), self.modules()))  # type: ignore[attr-defined]
-        self._loans = [
-            Loan(tensors, name, *places[id(tensor)])
-            for tensors in borrowers
-            for name, tensor in tensors.items()
-            if id(tensor) in places
-        ]
+        self._loans = loans(self.native, chain(self.original_model.modules(), self.modules()))  # type: ignore[attr-defined]
         self.register_load_state_dict_post_hook(_keep_own_names)  # type: ignore[attr-defined]
 
     def _renew_loans(self) -> None:
@@ -249,6 +237,22 @@ def share_weights(module: nn.Module) -> nn.Module:
     """Return a copy of a module's structure that shares the module's parameters and buffers."""
     shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(module, shared)
+
+
+def loans(native: nn.Module, borrowers: Iterator[nn.Module]) -> list[Loan]:
+    """Return every place in some modules that holds a tensor of the native module."""
+    places = {
+        id(tensor): (tensors, name)
+        for tensors in _tensors(native.modules())
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    return [
+        Loan(tensors, name, *places[id(tensor)])
+        for tensors in _tensors(borrowers)
+        for name, tensor in tensors.items()
+        if id(tensor) in places
+    ]
 
 
 def bridge_again(bridge_class: Any, native: nn.Module, kept: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def wrap(
     name = name or type(module).__name__
     architecture, adapter_class = find_adapter(module)
     if tower := inner_tower(adapter_class):
-        inner = _part(module, tower, name)
+        inner = part_of(module, tower, name)
         return wrap(
             inner,
             name=name,
@@ -117,7 +117,8 @@ def inner_tower(adapter_class: Any) -> str | None:
     return getattr(adapter_class, "inner_path", None)
 
 
-def _part(module: nn.Module, path: str, name: str) -> nn.Module:
+def part_of(module: nn.Module, path: str, name: str) -> nn.Module:
+    """Return a part of a model by its path; raise UnsupportedModelError if there is none."""
     try:
         return module.get_submodule(path)
     except AttributeError as error:

@@ -194,7 +194,7 @@ def check_store(
                 "d_in": width or None,
                 "tokens": cfg.tokens,
                 "model_name": cfg.model_name,
-                "model_signature": None if model is None else signature(model.native),
+                "model_signature": None if model is None else signature(model),
             }
         )
 
@@ -254,7 +254,7 @@ def origin(cfg: VisionSAERunnerConfig, model: VisionBridge | None, images: Any) 
     return {
         "model_name": cfg.model_name,
         "model_revision": model.revision,
-        "model_signature": signature(model.native),
+        "model_signature": signature(model),
         "tokens": cfg.tokens,
         "dataset_path": cfg.images,
         "n_images": len(images),

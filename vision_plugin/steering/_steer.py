@@ -30,7 +30,7 @@ def steer(
             says everything itself.
         latents: Value per latent; 0 suppresses it.
         tokens: Tokens to steer: ``"cls"``, ``"patch"``, ``"all"`` or ``"random:n"``; None steers
-            all, and leaves an Edit its own.
+            the kind that the SAE was trained on, and leaves an Edit its own.
         check_model: Refuse an SAE that was trained on another model.
 
     Raises:
@@ -45,7 +45,7 @@ def steer(
         return sae.on(model, check_model=check_model)
     if latents is None:
         raise ValueError("latents= is missing: give a value for each latent, as {123: 50.0}")
-    return Edit.clamp(sae, latents, tokens=tokens or "all").on(model, check_model=check_model)
+    return Edit.clamp(sae, latents, tokens=tokens).on(model, check_model=check_model)
 
 
 def steer_neurons(

@@ -13,6 +13,12 @@ from ._groups import attribute as attribute
 from ._groups import background as background
 from ._labelled import LabelledImages as LabelledImages
 from ._measure import Figure as Figure
+from ._multimodal import MultimodalSettings as MultimodalSettings
+from ._multimodal import multimodal as multimodal
+from ._multimodal_data import AskedImages as AskedImages
+from ._multimodal_data import MultimodalData as MultimodalData
+from ._multimodal_result import Dialogue as Dialogue
+from ._multimodal_result import MultimodalResult as MultimodalResult
 from ._printing import PrintStyle as PrintStyle
 from ._published import PublishedSet as PublishedSet
 from ._published import is_published as is_published

@@ -1,0 +1,170 @@
+"""The result of steering a vision-language model: rows, example dialogues, tables and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vision_plugin._disk import whole_folder, write_json
+from vision_plugin._ours import TASK
+from vision_plugin._paths import local_path
+from vision_plugin._rich import Console, Table
+from vision_plugin.tasks._measure import COVERED, LEAST, RESAMPLES, Figure
+from vision_plugin.tasks._row import Row
+
+SCHEMA = 1
+_SHOWN = ("accuracy", "inserted", "suppressed", "preserved")
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a model says about one image before and after a change.
+
+    Attributes:
+        goal: ``"insertion"`` or ``"suppression"``.
+        factor: Factor of the value.
+        value: Value that is put in or taken out.
+        image: Number of the test image.
+        recipe: What was changed.
+        answers: Answer before and after, by question.
+    """
+
+    goal: str
+    factor: str
+    value: str
+    image: int
+    recipe: str
+    answers: Mapping[str, tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.goal} of {self.factor} {self.value} (image {self.image}; {self.recipe})"]
+        for question, (before, after) in self.answers.items():
+            lines.append(f"  {question} {before}{'' if before == after else f' -> {after}'}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class MultimodalResult:
+    """Rows, the search on validation, and example dialogues.
+
+    Attributes:
+        model: Name of the model.
+        sae: Name or place of the SAE.
+        settings: What the run was made with.
+        rows: Figures on test images, on which nothing was chosen.
+        search: What validation saw of each candidate.
+        dialogues: What the model says before and after.
+    """
+
+    model: str
+    sae: str
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    search: Sequence[Mapping[str, Any]]
+    dialogues: Sequence[Dialogue]
+
+    def row(self, method: str, *, kind: str, how: str) -> Row:
+        """Return one row.
+
+        Args:
+            method: Name of the method.
+            kind: Factor.
+            how: Goal and choice, such as ``"insertion, best"``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if (row.method, row.kind, row.how) == (method, kind, how):
+                return row
+        raise KeyError(f"no row of {method!r} for {kind!r}, {how!r}")
+
+    def table(self) -> Table:
+        """Return the rows for ``rich`` to print."""
+        table = Table(title=f"llava: {self.model}")
+        for heading in ("factor", "what", "method"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("size", justify="right")
+        for name in _SHOWN:
+            table.add_column(name, justify="right")
+        last = None
+        for row in sorted(self.rows, key=lambda one: (one.how, one.kind)):
+            if last not in (None, (row.how, row.kind)):
+                table.add_section()
+            last = (row.how, row.kind)
+            found = [row.figures.get(name) for name in _SHOWN]
+            table.add_row(row.kind, row.how, row.method, str(row.size or ""), *map(_cell, found))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            "task": "llava",
+            "model": self.model,
+            "sae": self.sae,
+            "settings": dict(self.settings),
+            "rows": [row.to_dict() for row in self.rows],
+            "search": [dict(entry) for entry in self.search],
+            "dialogues": [asdict(dialogue) for dialogue in self.dialogues],
+        }
+
+    def save(self, folder: str | Path, *, sae: Any = None) -> Path:
+        """Write results.json and a table with the dialogues.
+
+        Args:
+            folder: Folder to make; earlier results of a task in it are replaced.
+            sae: An SAE to save beside them; None saves none.
+
+        Raises:
+            FileExistsError: something else has the name.
+        """
+        place = local_path(folder)
+        with whole_folder(place, replaces=TASK) as made:
+            if sae is not None and not isinstance(sae, (str, Path)):
+                sae.save_model(str(made / "sae"))
+            write_json(self.to_dict(), made / "results.json")
+            text = [_text(self.table()), *map(str, self.dialogues), ""]
+            (made / "table.txt").write_text("\n".join(text), encoding="utf-8")
+        return place
+
+
+def clustered(values: Float[Tensor, " m"], images: Int[Tensor, " m"], *, seed: int = 0) -> Figure:
+    """Return a mean with its 95% bootstrap interval, whole images drawn with all their values.
+
+    Raises:
+        ValueError: there are too few images for an interval.
+    """
+    names, cluster = torch.unique(images, return_inverse=True)
+    n = len(names)
+    if n < LEAST:
+        raise ValueError(
+            f"{n} images are too few for an interval, which needs {LEAST}: take more, or a model "
+            "that answers more of them right"
+        )
+    total = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, values.double())
+    count = torch.zeros(n, dtype=torch.float64).index_add_(
+        0, cluster, torch.ones_like(total[cluster])
+    )
+    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+    means = total[drawn].sum(1) / count[drawn].sum(1)
+    tail = (1 - COVERED) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Figure(float(values.double().mean()), float(low), float(high))
+
+
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(width=160, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -1,0 +1,159 @@
+"""Changes of what a language model reads of images: latents, neurons and directions, by patch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vision_plugin.models.dictionary import Dictionary, encode_and_decode
+from vision_plugin.steering import LatentEditor
+
+Operate = Callable[[Tensor], Tensor]
+
+
+class PatchReading:
+    """Patches of images as an SAE reads them, with changes of any of its latents.
+
+    Args:
+        stream: Residual stream, class token and patches ``[n, tokens, d_model]``.
+        first: Number of the first patch among the tokens.
+        sae: The SAE.
+        editor: What knows the SAE's directions; one serves several readings.
+    """
+
+    def __init__(
+        self, stream: Float[Tensor, "n tokens d"], first: int, sae: Dictionary, editor: LatentEditor
+    ) -> None:
+        self.stream, self.first, self.sae, self.editor = stream, first, sae, editor
+        self.reading: Any = editor.read(self.patches)
+        if editor.directions is None:
+            raise ValueError(
+                "the decoder of this SAE is not linear in its latents, which this task needs"
+            )
+        self.directions: Tensor = editor.directions
+
+    @property
+    def patches(self) -> Float[Tensor, "n patches d"]:
+        """The patches alone."""
+        return self.stream[:, self.first :]
+
+    def values(self, latents: Int[Tensor, " m"]) -> Float[Tensor, "n patches m"]:
+        """Return some latents of every patch."""
+        values: Tensor = self.reading.values(latents)
+        return values
+
+    def with_patches(self, patches: Tensor, rows: Tensor) -> Float[Tensor, "rows tokens d"]:
+        """Return the stream of some images with other patches."""
+        return torch.cat([self.stream[rows, : self.first], patches], dim=1)
+
+    def with_latents(
+        self, latents: Int[Tensor, " m"], operate: Operate, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows tokens d"]:
+        """Return the stream of some images with new values of latents; the SAE's error stays."""
+        old = self.values(latents)[rows]
+        amount = operate(old) - old
+        if self.reading.gain is not None:
+            amount = amount * self.reading.gain[rows]
+        change = amount @ self.directions[latents].to(amount.dtype)
+        return self.with_patches(self.patches[rows] + change, rows)
+
+    def without_error(self, stream: Float[Tensor, "rows tokens d"], rows: Tensor) -> Tensor:
+        """Return a changed stream less what the SAE does not reconstruct of the images' own."""
+        own = self.patches[rows]
+        lost = own - encode_and_decode(self.sae, own)[1].view_as(own)
+        return torch.cat([stream[:, : self.first], stream[:, self.first :] - lost], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """What is found on training images.
+
+    Attributes:
+        latents: Latents of each value, best first by average precision, by factor: ``[values,
+            most]``.
+        precision: Average precision of the best latent of each value, by factor.
+        natural: 99% quantile of each latent over the patches where it is active, ``[d_sae]``.
+        neurons: Dimensions of each value, by factor: ``[values, most]``.
+        means: Mean patch of each value, by factor: ``[values, d_model]``.
+        overall: Mean patch, by factor: ``[d_model]``.
+    """
+
+    latents: dict[str, Int[Tensor, "values most"]]
+    precision: dict[str, Float[Tensor, " values"]]
+    natural: Float[Tensor, " d_sae"]
+    neurons: dict[str, Int[Tensor, "values most"]]
+    means: dict[str, Float[Tensor, "values d"]]
+    overall: dict[str, Float[Tensor, " d"]]
+
+
+@torch.no_grad()
+def learn(
+    reading: PatchReading, labels: dict[str, Int[Tensor, " n"]], locator: str, on_rest: set[str],
+    most: int = 30,
+) -> Knowledge:  # fmt: skip
+    """Return what training images say about each value of each factor.
+
+    Args:
+        reading: The training images.
+        labels: Number of each image's value, by factor.
+        locator: Factor whose best latents show where the object is.
+        on_rest: Factors that are seen beside the object.
+        most: Latents and neurons to keep of each value.
+    """
+    every = torch.arange(int(reading.sae.cfg.d_sae))
+    dense = reading.values(every)
+    active = dense > 0
+    natural = torch.stack(
+        [
+            torch.quantile(column[fires].float(), 0.99) if bool(fires.any()) else torch.tensor(0.0)
+            for column, fires in zip(dense.flatten(0, 1).T, active.flatten(0, 1).T, strict=True)
+        ]
+    )
+    pooled = dense.amax(1)
+    latents, precision, neurons, means, overall = {}, {}, {}, {}, {}
+    for factor, label in labels.items():
+        scores = torch.stack(
+            [average_precision(pooled, label == value) for value in range(int(label.max()) + 1)]
+        )
+        scores[:, natural <= 0] = 0
+        best = scores.topk(most, dim=1)
+        latents[factor], precision[factor] = best.indices, best.values[:, 0]
+    knowledge = Knowledge(latents, precision, natural, neurons, means, overall)
+    here = object_patches(reading, knowledge, locator)
+    for factor, label in labels.items():
+        mask = (~here if factor in on_rest else here).unsqueeze(-1)
+        count = mask.sum(1).clamp(min=1)
+        each = (reading.patches * mask).sum(1) / count
+        overall[factor] = each.mean(0)
+        means[factor] = torch.stack(
+            [each[label == value].mean(0) for value in range(int(label.max()) + 1)]
+        )
+        spread = each.std(0).clamp(min=1e-6)
+        neurons[factor] = ((means[factor] - overall[factor]) / spread).abs().topk(most, 1).indices
+    return knowledge
+
+
+@torch.no_grad()
+def object_patches(
+    reading: PatchReading, knowledge: Knowledge, locator: str, share: float = 0.2
+) -> Bool[Tensor, "n patches"]:
+    """Return where a best latent of the locator's values is above a share of its natural value."""
+    chosen = knowledge.latents[locator][:, 0]
+    strength = reading.values(chosen) / knowledge.natural[chosen]
+    return (strength > share).any(-1)
+
+
+def average_precision(
+    scores: Float[Tensor, "n m"], is_member: Bool[Tensor, " n"]
+) -> Float[Tensor, " m"]:
+    """Return the average precision of each column for one class."""
+    order = scores.argsort(0, descending=True, stable=True)
+    hits = is_member[order].double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
+    found = (precision * hits).sum(0) / hits.sum(0).clamp(min=1)
+    return found.float()
