@@ -71,6 +71,8 @@ def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -
         ("tasks typographic --output-path {out} --kinds size", "must be shape, colour, or both"),
         ("tasks typographic --output-path {out} --test-pairs 3", "--test-pairs 3 is too few"),
         ("tasks typographic --output-path {out} --sae {out}/none", "is neither a file, a folder"),
+        ("tasks typographic --output-path {out} --train-pairs 50001", "at most 50,000"),
+        ("tasks attribute --output-path {out} --training-images 99999999999", "at most 50,000"),
         ("tasks typographic --output-path {out} --cap 2", "from 0 to 1"),
         ("tasks typographic --output-path {out} --sizes 0", "--sizes (0,) must be"),
         ("tasks background --output-path {out} --test 3", "--test 3 is too few for an interval"),

@@ -13,7 +13,7 @@ from vision_plugin._device import check_device
 from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import parse
+from vision_plugin.cli._flags import MAX_IMAGES, check_at_most, parse
 from vision_plugin.cli._tasks_groups import GroupConfig, compute_groups
 
 TASKS = {
@@ -21,6 +21,7 @@ TASKS = {
     "background": "a probe that goes by the background, as in Waterbirds, and what mends that",
     "attribute": "a probe that goes by another attribute, as in CelebA, and what mends that",
 }
+PAIRS = ("train_pairs", "validation_pairs", "test_pairs")
 DESCRIPTIONS = {
     "typographic": "Repair a model that printed words fool: suppress latents, and every baseline "
     "beside it, on drawn images or on yours.",
@@ -85,7 +86,8 @@ class TypographicConfig:
         check_device(self.device)
         if not self.kinds or not set(self.kinds) <= {"shape", "colour"}:
             raise ValueError("--kinds must be shape, colour, or both")
-        for name in ("train_pairs", "validation_pairs", "test_pairs"):
+        check_at_most(self, (*PAIRS, "training_images"), MAX_IMAGES)
+        for name in PAIRS:
             if getattr(self, name) < 30:
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise ValueError(f"{flag} is too few for an interval: at least 30")

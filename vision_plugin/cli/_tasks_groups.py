@@ -11,6 +11,7 @@ from typing import Any
 from vision_plugin._device import check_device
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
+from vision_plugin.cli._flags import MAX_IMAGES, check_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class GroupConfig:
             if given is not None and given < least:
                 why = "too few for an interval" if name == "test" else "too few for a group"
                 raise ValueError(f"--{name} {given} is {why}: at least {least}")
+        numbers = ("most", "usual", "unusual", "validation", "test", "training_images")
+        check_at_most(self, numbers, MAX_IMAGES)
         if not self.sae and not self.layers:
             raise ValueError("--layers is empty: name the blocks to train SAEs behind, or --sae")
 
