@@ -87,9 +87,9 @@ def check_typographic(folder: Path, result: dict[str, Any], n: int) -> list[dict
 def check_groups(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, Any]]:
     """Return the figures of the edit on fresh drawn images beside those on test."""
     model, task = vp.load_model("demo"), result["task"]
-    train = group_data(model, task, validation=1, test=30).train  # as the command draws it
-    if sum(train.sizes) != sum(result["settings"]["images"]["train"].values()):
-        return []
+    usual, unusual = list(result["settings"]["images"]["train"].values())[:2]
+    data = group_data(model, task, usual=usual, unusual=unusual, validation=1, test=30)
+    train = data.train  # as the command draws it
     fresh = group_split(model, CONFOUNDS[task], (n // 4,) * 4, seed=FRESH_SEED)
     probe = LogisticRegression(max_iter=1000).fit(embedded(model, train.pixels), train.labels)
     with model.edit(vp.Edit.load(folder / "edit.json")):

@@ -100,8 +100,8 @@ def world() -> Iterator[World]:
 
     with model.hooks(fwd_hooks=[("embed.hook_in", read_mark), (HOOK, plant)]):
         sae = ControlDictionary("planted", basis).at(HOOK, tokens="cls")
-        train = marked(model, (60, 4, 4, 60), seed=11)
-        validation, test = (marked(model, (n,) * 4, seed=s) for n, s in ((20, 12), (40, 13)))
+        train = marked(model, (50, 4, 4, 50), seed=11)
+        validation, test = (marked(model, (n,) * 4, seed=s) for n, s in ((12, 12), (30, 13)))
         data = GroupData(
             "shape", "mark", ("circle", "square"), ("first", "second"), train, validation, test,
             balanced=marked(model, (32,) * 4, seed=14),

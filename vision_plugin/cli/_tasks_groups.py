@@ -46,10 +46,10 @@ class GroupConfig:
     """Drawn test images of each group."""
     cap: float = 0.02
     """Largest loss of average accuracy on validation."""
-    sizes: tuple[int, ...] = (5, 10, 20, 50)
+    sizes: tuple[int, ...] = (2, 5, 10, 20, 50)
     """Numbers of latents to try."""
-    rules: tuple[str, ...] = ("difference", "auroc", "attribution", "net_attribution")
-    """Rules that find latents."""
+    rules: tuple[str, ...] = ("difference", "auroc", "attribution")
+    """Rules that find latents; ``net_attribution`` is another one."""
     layers: tuple[int, ...] = (0, 1)
     """Blocks behind which SAEs are trained."""
     d_sae: int = 1024

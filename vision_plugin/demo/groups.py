@@ -77,12 +77,12 @@ def group_split(model: Any, of: Confound, sizes: Sequence[int], *, seed: int) ->
     """Draw so many images of each group: (0, 0), (0, 1), (1, 0) and (1, 1)."""
     groups = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     labels, nuisance = groups // 2, groups % 2
-    scenes = [
-        replace(scene, **{of.label: of.classes[y], of.nuisance: of.values[a]})
-        for scene, y, a in zip(
-            draw(len(groups), seed=seed).scenes, labels.tolist(), nuisance.tolist(), strict=True
-        )
-    ]
+    scenes = []
+    for scene, y, a in zip(
+        draw(len(groups), seed=seed).scenes, labels.tolist(), nuisance.tolist(), strict=True
+    ):
+        changed: dict[str, Any] = {of.label: of.classes[y], of.nuisance: of.values[a]}
+        scenes.append(replace(scene, **changed))
     others = {
         name: torch.tensor([FACTORS[name].index(scene.value(name)) for scene in scenes])
         for name in OTHERS

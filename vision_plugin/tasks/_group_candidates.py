@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from vision_plugin.models.site import Site
 from vision_plugin.steering import Directions, Edit, EditPass
 from vision_plugin.tasks._candidates import Candidate, layer_of, suppressed
 from vision_plugin.tasks._erase import leace, probe_direction
+from vision_plugin.tasks._find import GRADIENT_RULES
 from vision_plugin.tasks._group_data import GROUPS, GroupSplit
 from vision_plugin.tasks._group_evidence import gather_groups
 from vision_plugin.tasks._probe import Probe, group_weights
@@ -34,21 +34,22 @@ def group_latent_candidates(
     tokens: Sequence[str],
     batch_size: int,
 ) -> Iterator[Candidate]:
-    """Propose latents by every rule and size, set to their neutral mean and to 0."""
+    """Propose latents by every rule and size, set to their mean over the groups."""
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)
-        evidence = gather_groups(site, sae, train, probe, batch_size=batch_size)
+        evidence = gather_groups(
+            site, sae, train, probe, with_gradients=not GRADIENT_RULES.isdisjoint(rules),
+            batch_size=batch_size,
+        )  # fmt: skip
         for rule in rules:
             every = evidence.found(rule)
-            values = {"mean": every.clean_mean, "0": torch.zeros_like(every.clean_mean)}
             for size in sizes:
-                for to, value in values.items():
-                    found = replace(every.best(size), clean_mean=value)
-                    if len(found) == size:
-                        yield Candidate(
-                            method, suppressed(sae, found), size, layer_of(site),
-                            f"{rule}, {kind}, to {to}", found, fixed=True,
-                        )  # fmt: skip
+                found = every.best(size)
+                if len(found) == size:
+                    yield Candidate(
+                        method, suppressed(sae, found), size, layer_of(site), f"{rule}, {kind}",
+                        found, fixed=True,
+                    )  # fmt: skip
 
 
 def group_direction_candidates(

@@ -25,7 +25,8 @@ class GroupEvidence:
 
     Attributes:
         each: Evidence within each class: images with the nuisance's second value and its first.
-        pushes: Mean share of each latent in the lead of the probe's second class, by group.
+        pushes: Mean share of each latent in the lead of the probe's second class, by group; None
+            where no rule looks at it.
         along: 1 where the nuisance's second value goes along with the second class in training, -1
             where it goes along with the first.
         neutral: Mean of each latent, all groups counted the same.
@@ -34,7 +35,7 @@ class GroupEvidence:
     """
 
     each: tuple[Evidence, Evidence]
-    pushes: Float[Tensor, "groups d_sae"]
+    pushes: Float[Tensor, "groups d_sae"] | None
     along: int
     neutral: Float[Tensor, " d_sae"]
     active: Bool[Tensor, " d_sae"]
@@ -77,14 +78,17 @@ def attribution(evidence: GroupEvidence) -> Tensor:
     That is the gradient of the probe's lead through the latent, times the latent, in images with
     the nuisance's second value less those with its first, averaged over the classes.
     """
+    assert evidence.pushes is not None
     y0a0, y0a1, y1a0, y1a1 = evidence.pushes
-    return evidence.along * ((y0a1 - y0a0) + (y1a1 - y1a0)) / 2
+    push: Tensor = evidence.along * ((y0a1 - y0a0) + (y1a1 - y1a0)) / 2
+    return push
 
 
 def net_attribution(evidence: GroupEvidence) -> Tensor:
     """Return the attribution less the latent's share in how the probe tells the classes apart."""
+    assert evidence.pushes is not None
     y0a0, y0a1, y1a0, y1a1 = evidence.pushes
-    merit = ((y1a0 - y0a0) + (y1a1 - y0a1)) / 2
+    merit: Tensor = ((y1a0 - y0a0) + (y1a1 - y0a1)) / 2
     return attribution(evidence) - merit
 
 
@@ -100,7 +104,13 @@ GROUP_RULES: Mapping[str, Callable[[GroupEvidence], Tensor]] = MappingProxyType(
 
 
 def gather_groups(
-    site: Site, sae: Dictionary, split: GroupSplit, probe: Probe, *, batch_size: int
+    site: Site,
+    sae: Dictionary,
+    split: GroupSplit,
+    probe: Probe,
+    *,
+    with_gradients: bool,
+    batch_size: int,
 ) -> GroupEvidence:
     """Read latents of biased images, and gradients of a probe's lead through them."""
     reader = Reader(site, sae, batch_size)
@@ -110,13 +120,16 @@ def gather_groups(
         return logits[:, 1] - logits[:, 0]
 
     pixels = split.pixels.to(device=site.model.device, dtype=site.model.dtype)
-    latents, pushes = [], []
-    for batch in pixels.split(reader.batch_size):
-        found, slope = reader.slopes(batch, lead)
-        reader.active |= (found != 0).flatten(0, 1).any(0)
-        latents.append(found.mean(1).cpu())
-        pushes.append((slope * found).sum(1).cpu())
-    means, moved = torch.cat(latents), torch.cat(pushes)
+    means, moved = reader.means(pixels).cpu(), None
+    if with_gradients:
+        moved = torch.cat(
+            [
+                (slope * latents).sum(1).cpu()
+                for latents, slope in (
+                    reader.slopes(batch, lead) for batch in pixels.split(reader.batch_size)
+                )
+            ]
+        )
     of = split.groups
     rows = [of == group for group in range(len(GROUPS))]
     active = reader.active.cpu()
@@ -126,7 +139,7 @@ def gather_groups(
             Evidence(means[rows[1]], means[rows[0]], active, site.tokens),
             Evidence(means[rows[3]], means[rows[2]], active, site.tokens),
         ),
-        pushes=torch.stack([moved[row].mean(0) for row in rows]),
+        pushes=None if moved is None else torch.stack([moved[row].mean(0) for row in rows]),
         along=1 if 2 * agree >= len(split) else -1,
         neutral=torch.stack([means[row].mean(0) for row in rows]).mean(0),
         active=active,

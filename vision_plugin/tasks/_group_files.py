@@ -54,9 +54,11 @@ def read_waterbirds(
     table = _found(root, ("metadata.csv",), "Waterbirds")
     listed = []
     for where, row in _csv(table, ("img_filename", "y", "split", "place")):
-        numbers = [_number(row, name, values, where) for name, values in
-                   (("split", (0, 1, 2)), ("y", (0, 1)), ("place", (0, 1)))]  # fmt: skip
-        listed.append(_Listed(row["img_filename"], *numbers))
+        split, y, place = (
+            _number(row, name, values, where)
+            for name, values in (("split", (0, 1, 2)), ("y", (0, 1)), ("place", (0, 1)))
+        )
+        listed.append(_Listed(row["img_filename"], split, y, place))
     names = ("landbird", "waterbird"), ("land", "water")
     return _data(model, root, listed, "bird", "place", *names, others=(), most=most, seed=seed)
 
@@ -107,12 +109,10 @@ def read_celeba(
                 f"{where}: list_eval_partition has no line for {row['image_id']!r}: both tables "
                 "must be of one copy of the data set"
             )
-        values = [max(0, _number(row, n, (-1, 0, 1), where)) for n in (label, nuisance, *kept)]
-        listed.append(
-            _Listed(row["image_id"], split_of[row["image_id"]], *values[:2], tuple(values[2:]))
-        )
-    images = next((p for p in (root / "img_align_celeba",) if p.is_dir()), None)
-    if images is None:
+        y, a, *rest = (max(0, _number(row, n, (-1, 0, 1), where)) for n in (label, nuisance, *kept))
+        listed.append(_Listed(row["image_id"], split_of[row["image_id"]], y, a, tuple(rest)))
+    images = root / "img_align_celeba"
+    if not images.is_dir():
         raise FileNotFoundError(
             f"{root} has no folder img_align_celeba: unpack img_align_celeba.zip there"
         )

@@ -8,10 +8,11 @@ group's accuracy, within a cap on the loss of average accuracy. The test images 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ GROUP_METHODS = (
 )  # fmt: skip
 PROBES = ("reweighted", "balanced")
 """Methods that fit another probe and leave the model as it is."""
-CONTROL_RULES = ("difference", "attribution")
-"""Rules by which latents of control dictionaries are chosen."""
+CONTROL_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"random_dictionary": ("difference",), "pca": ("difference",)}
+)
+"""Rules for control dictionaries; neurons are found by all the rules that latents are."""
 TOKENS = ("patch", "cls", "all")
 
 Announce = Callable[[str], None]
@@ -52,11 +55,11 @@ Announce = Callable[[str], None]
 class GroupSettings:
     """What a worst-group task searches through."""
 
-    rules: tuple[str, ...] = tuple(GROUP_RULES)
+    rules: tuple[str, ...] = ("difference", "auroc", "attribution")
     """Rules that find latents."""
-    sizes: tuple[int, ...] = (5, 10, 20, 50)
+    sizes: tuple[int, ...] = (2, 5, 10, 20, 50)
     """Numbers of latents to try."""
-    tokens: tuple[str, ...] = TOKENS
+    tokens: tuple[str, ...] = ("patch", "cls")
     """Kinds of token to edit, as far as the model has them."""
     methods: tuple[str, ...] = GROUP_METHODS
     """Methods to run."""
@@ -230,11 +233,8 @@ class _Run:
             each = (self._latents("sae", sae, self.settings.rules) for sae in self.saes)
             return chain.from_iterable(each)
         if method in CONTROLS:
-            rules = tuple(rule for rule in CONTROL_RULES if rule in self.settings.rules)
-            each = (
-                self._latents(method, controls[method], rules or self.settings.rules)
-                for controls in self._controls
-            )
+            rules = CONTROL_RULES.get(method, self.settings.rules)
+            each = (self._latents(method, controls[method], rules) for controls in self._controls)
             return chain.from_iterable(each)
         return [candidate for candidate in self._directions if candidate.method == method]
 
