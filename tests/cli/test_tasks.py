@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vision_plugin as vp
 from vision_plugin.cli import main
@@ -47,6 +48,7 @@ GROUPS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main(["tasks", "attribute", "--output-path", str(out), *GROUPS]) == 0
@@ -63,6 +65,38 @@ def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -
     assert any(hook.fwd_hooks for hook in mended.hook_dict.values()) == (len(edit) > 0)
 
 
+@pytest.mark.slow
+def test_the_task_prints_on_labelled_images_and_reports_on_published_ones(
+    tmp_path: Path, capsys
+) -> None:
+    for i in range(100):
+        place = tmp_path / "animals" / ("ant", "bee", "cat", "dog")[i % 4]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (2 * i, 90, 40)).save(place / f"{i}.png")
+    rta = tmp_path / "rta"
+    rta.mkdir()
+    for i in range(32):
+        Image.new("RGB", (64, 64), (90, 4 * i, 40)).save(rta / f"label=ant_text=bee_{i}.png")
+    out = tmp_path / "out"
+    line = ["tasks", "typographic", "--output-path", str(out), "--published", str(rta)]
+    line += ["--images", str(tmp_path / "animals"), "--template", "a picture of {}."]
+    small = [part for part in SMALL if part not in ("--kinds", "shape")]
+    assert main([*line, *small]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rta: no figures on clean images, as the set has no photographs" in said
+    content = json.loads((out / "results.json").read_text())
+    assert content["settings"]["pairs"] == {"class": {"train": 40, "validation": 30, "test": 30}}
+    assert {row["split"] for row in content["rows"]} == {"test", "rta"}
+    row = next(row for row in content["rows"] if row["split"] == "rta")
+    assert "clean_accuracy" not in row
+    assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+    line = ["tasks", "typographic", "--output-path", str(out), "--images", str(rta), *small]
+    assert main(line) == 2
+    assert "too few images to train an SAE on: name one" in capsys.readouterr().err
+    assert main([*line, "--sae", str(out / "sae")]) == 2
+    assert "so latents cannot be found on it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -74,6 +108,8 @@ def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -
         ("tasks typographic --output-path {out} --train-pairs 50001", "at most 50,000"),
         ("tasks attribute --output-path {out} --training-images 99999999999", "at most 50,000"),
         ("tasks typographic --output-path {out} --cap 2", "from 0 to 1"),
+        ("tasks typographic --output-path {out} --images demo:60", "the validation split has 12"),
+        ("tasks typographic --output-path {out} --published {out}/none", "is neither a file"),
         ("tasks typographic --output-path {out} --sizes 0", "--sizes (0,) must be"),
         ("tasks background --output-path {out} --test 3", "--test 3 is too few for an interval"),
         ("tasks background --output-path {out} --rules magic", "--rules has 'magic': use some of"),

@@ -17,7 +17,7 @@ import vision_plugin as vp
 from tests._clip import RESID, make_sae, model, pixels
 from vision_plugin import Edit
 from vision_plugin.metrics import random_dictionary
-from vision_plugin.steering import Directions, EditPass, edit_effect
+from vision_plugin.steering import Directions, EditPass, EffectPass, edit_effect
 
 __all__ = ["model", "pixels"]
 HOOK = RESID
@@ -429,6 +429,9 @@ def test_steer_and_effects_take_an_edit(model, pixels, sae) -> None:
     unit = torch.nn.functional.normalize(expected, dim=-1)
     after = torch.softmax(model.logit_scale * unit @ texts.T, dim=-1)
     torch.testing.assert_close(effect.after, after, rtol=1e-4, atol=1e-5)
+    names = effect.concepts
+    images = EffectPass(model, sae, pixels, texts, concepts=names, tokens="cls")
+    torch.testing.assert_close(images.effect(edit).after, after, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

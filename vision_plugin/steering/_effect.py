@@ -79,17 +79,21 @@ class EffectPass:
         self.before = _probabilities(model, self.images.embed(), text_embeddings)
 
     @torch.no_grad()
-    def effect(self, latents: Mapping[int, float]) -> SteeringEffect:
+    def effect(self, latents: Mapping[int, float] | Edit) -> SteeringEffect:
         """Return the concepts' probabilities before and while latents are held at values.
 
         Args:
-            latents: Value per latent.
+            latents: Value per latent; or an edit, which names its latents and tokens itself.
 
         Raises:
-            ValueError: a latent is out of range, or its value is not finite.
+            ValueError: a latent is out of range, its value is not finite, or the edit does not fit
+                the model.
         """
-        edit = Edit.clamp(self.sae, latents, tokens=self.tokens)
-        embedding = self.images.embed(edit, check_model=False)
+        if isinstance(latents, Edit):
+            embedding = self.images.embed(latents)
+        else:  # the SAE was checked at the start
+            edit = Edit.clamp(self.sae, latents, tokens=self.tokens)
+            embedding = self.images.embed(edit, check_model=False)
         after = _probabilities(self.model, embedding, self.text_embeddings)
         return SteeringEffect(self.concepts, self.before, after)
 
