@@ -14,8 +14,12 @@ from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+from vision_plugin.cli._tasks_llava import run_llava
 
-TASKS = {"typographic": "printed words that fool a model, and what mends that"}
+TASKS = {
+    "typographic": "printed words that fool a model, and what mends that",
+    "llava": "what a vision-language model says, steered through its tower",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,9 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"name a task: {', '.join(TASKS)}")
     if arguments[0] not in TASKS:
         raise ValueError(f"there is no task {arguments[0]!r}: use {', '.join(TASKS)}")
+    if arguments[0] == "llava":
+        run_llava(arguments[1:])
+        return
     cfg = parse(
         TypographicConfig,
         arguments[1:],
