@@ -85,7 +85,7 @@ def test_bad_input_is_one_sentence(vlm, images, asked, message) -> None:
 def test_a_prompt_without_a_place_for_its_image_is_refused(vlm, processor, images) -> None:
     bare = vp.wrap_vlm(vlm.native, build_processor(checkpoint_path()))
     bare.processor.chat_template = None
-    with pytest.raises(ValueError, match="has no image token, and .* no chat template"):
+    with pytest.raises(ValueError, match=r"has no image token, and .* no chat template"):
         bare.generate(images, ASKED)
 
 
