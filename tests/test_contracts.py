@@ -30,7 +30,7 @@ PUBLIC = {
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of the package and its contracts, to be damaged."""
-    ignore = shutil.ignore_patterns("__pycache__", "checkpoint")
+    ignore = shutil.ignore_patterns("__pycache__", "checkpoint", "llava")
     shutil.copytree(ROOT / "vision_plugin", tmp_path / "vision_plugin", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path

@@ -15,11 +15,13 @@ from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import MAX_IMAGES, check_at_most, parse
 from vision_plugin.cli._tasks_groups import GroupConfig, compute_groups
+from vision_plugin.cli._tasks_llava import run_llava
 
 TASKS = {
     "typographic": "printed words that fool a model, and what mends that",
     "background": "a probe that goes by the background, as in Waterbirds, and what mends that",
     "attribute": "a probe that goes by another attribute, as in CelebA, and what mends that",
+    "llava": "what a vision-language model says, steered through its tower",
 }
 PAIRS = ("train_pairs", "validation_pairs", "test_pairs")
 DESCRIPTIONS = {
@@ -103,6 +105,9 @@ def run(arguments: Sequence[str]) -> None:
     if arguments[0] not in TASKS:
         raise ValueError(f"there is no task {arguments[0]!r}: use {', '.join(TASKS)}")
     task = arguments[0]
+    if task == "llava":
+        run_llava(arguments[1:])
+        return
     config = TypographicConfig if task == "typographic" else GroupConfig
     cfg: Any = parse(config, arguments[1:], command=f"tasks {task}", description=DESCRIPTIONS[task])
     check_replaceable(local_path(cfg.output_path), TASK)

@@ -42,8 +42,8 @@ class AnswerPass:
         layers = vlm.reach.layers
         if layers is None or len(layers) != 1:
             raise ValueError(
-                f"{vlm.cfg.model_name} does not read the output of one block of its tower, and this "
-                "task changes that output: use a LLaVA"
+                f"{vlm.cfg.model_name} does not read the output of one block of its tower, "
+                "and this task changes that output: use a LLaVA"
             )
         self.vlm, self.layer, self.batch_size = vlm, int(layers[0]), batch_size
         inputs = {name: vlm.prepare([images[0]], text) for name, text in questions.items()}

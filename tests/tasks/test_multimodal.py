@@ -1,0 +1,115 @@
+"""Steering a vision-language model: answers, changes and figures against plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vision_plugin as vp
+from benchmarks.demo_checkpoint._llava import LlavaTraining, build_model, build_processor
+from tests._clip import make_sae
+from vision_plugin.demo import FACTORS, checkpoint_path, draw
+from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer, is_there, vocabulary
+from vision_plugin.demo.multimodal import multimodal_data
+from vision_plugin.steering import LatentEditor
+from vision_plugin.tasks import MultimodalData
+from vision_plugin.tasks._answers import AnswerPass
+from vision_plugin.tasks._multimodal_result import clustered
+from vision_plugin.tasks._reading import PatchReading, average_precision
+
+READ = "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def vlm() -> vp.VisionLanguageBridge:
+    processor = build_processor(checkpoint_path())
+    module = build_model(LlavaTraining(width=64), checkpoint_path(), processor)
+    with torch.no_grad():  # so that images matter to an untrained model
+        for parameter in (
+            *module.model.language_model.parameters(),
+            *module.model.multi_modal_projector.parameters(),
+        ):
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return vp.wrap_vlm(module.eval(), processor, name="untrained")
+
+
+@torch.no_grad()
+def test_answers_are_the_first_words_that_generate_writes(vlm) -> None:
+    images = list(draw(6, seed=8).images)
+    asked = AnswerPass(vlm, images, QUESTIONS, batch_size=4)
+    found = asked.answers()
+    options = {"max_new_tokens": 1, "do_sample": False}
+    for factor, question in QUESTIONS.items():
+        assert found[factor] == vlm.generate(images, question, **options)
+    sae = make_sae(READ, 128)
+    reading = PatchReading(asked.stream, 1, sae, LatentEditor(sae))
+    rows = torch.tensor([1, 3, 4])
+    latents, values = torch.tensor([7, 2]), torch.tensor([900.0, -400.0])
+    stream = reading.with_latents(latents, lambda old: values.expand_as(old), rows)
+    steered = asked.answers(stream, rows)
+    with vlm.steer(sae, {7: 900.0, 2: -400.0}, tokens="patch"):
+        some = [images[row] for row in rows]
+        for factor, question in QUESTIONS.items():
+            assert steered[factor] == vlm.generate(some, question, **options)
+    bare = reading.without_error(stream, rows)
+    edit = vp.Edit.clamp(sae, {7: 900.0, 2: -400.0}, tokens="patch", include_error=False)
+    with vlm.edit(edit):
+        _, cache = vlm.run_with_cache(some, "Who?", names_filter=f"vision.{READ}")
+    torch.testing.assert_close(bare, cache[f"vision.{READ}"], rtol=1e-3, atol=1e-2)
+
+
+def test_average_precision_is_the_mean_precision_at_each_member() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 3, generator=generator)
+    member = torch.rand(20, generator=generator) < 0.4
+    found = average_precision(scores, member)
+    for column in range(3):
+        order = sorted(range(20), key=lambda row: -float(scores[row, column]))
+        hits, total = 0, 0.0
+        for place, row in enumerate(order, 1):
+            if member[row]:
+                hits += 1
+                total += hits / place
+        assert float(found[column]) == pytest.approx(total / hits)
+
+
+def test_an_interval_draws_whole_images() -> None:
+    once = torch.tensor([1.0, 0.0]).repeat(30)
+    single = clustered(once, torch.arange(60))
+    again = clustered(once.repeat(4), torch.arange(60).repeat(4))
+    assert (again.low, again.value, again.high) == (single.low, single.value, single.high)
+    assert 0.5 - 3 * 0.065 < single.low < 0.42 < 0.58 < single.high < 0.5 + 3 * 0.065
+    with pytest.raises(ValueError, match="too few for an interval"):
+        clustered(once[:20], torch.arange(20))
+
+
+def test_questions_have_the_answers_that_scenes_give() -> None:
+    scene = draw(1, seed=4).scenes[0]
+    for factor, question in QUESTIONS.items():
+        assert answer(question, scene) == scene.value(factor)
+    assert answer(ONE_WORD, scene) == scene.shape
+    assert answer(is_there(scene.shape, scene.colour), scene) == "yes"
+    other = next(shape for shape in FACTORS["shape"] if shape != scene.shape)
+    assert answer(is_there(other, scene.colour), scene) == "no"
+    assert {value for factor in QUESTIONS for value in FACTORS[factor]} < set(vocabulary())
+    with pytest.raises(ValueError, match="has no answer to 'Why"):
+        answer("Why?", scene)
+
+
+def test_data_that_do_not_fit_together_are_refused() -> None:
+    data = multimodal_data(train=80, validation=40, test=40)
+    parts = (data.train, data.validation, data.test)
+    with pytest.raises(ValueError, match="two factors or more"):
+        MultimodalData({"colour": "?"}, {"colour": ("red",)}, *parts, locator="colour")
+    with pytest.raises(ValueError, match="locator='size'"):
+        MultimodalData(data.questions, data.values, *parts, locator="size")
+    with pytest.raises(ValueError, match="has no training image"):
+        multimodal_data(train=5, validation=40, test=40)
+
+
+def test_an_sae_of_another_hook_is_refused(vlm) -> None:
+    data = multimodal_data(train=80, validation=40, test=40)
+    sae = make_sae("blocks.1.hook_resid_post", 128)
+    with pytest.raises(ValueError, match=r"reads blocks\.2\.hook_resid_post"):
+        vp.tasks.multimodal(vlm, sae, data)
