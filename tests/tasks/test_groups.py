@@ -109,6 +109,7 @@ def world() -> Iterator[World]:
         yield World(model, sae, data)
 
 
+@pytest.mark.slow
 def test_planted_latents_are_found_exactly_and_suppressing_them_is_perfect(world) -> None:
     for rule in ("auroc", "attribution"):
         (change,) = world.repair(rules=(rule,), methods=("none", "sae")).edit.changes
