@@ -81,7 +81,7 @@ def test_the_task_prints_on_labelled_images_and_reports_on_published_ones(
         ("tasks typographic --output-path {out} --sae {out}/none", "is neither a file, a folder"),
         ("tasks typographic --output-path {out} --cap 2", "from 0 to 1"),
         ("tasks typographic --output-path {out} --images demo:60", "the train split has 18"),
-        ("tasks typographic --output-path {out} --published {out}/none", "is neither a file"),
+        ("tasks typographic --output-path {out} --published {out}/none", "none does not exist"),
         ("tasks typographic --output-path {out} --sizes 0", "--sizes (0,) must be"),
     ],
 )
