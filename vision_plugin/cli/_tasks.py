@@ -193,8 +193,8 @@ def open_data(cfg: TypographicConfig, model: Any) -> tuple[list[Any], Callable[[
             )
         return [one.data(**sizes, seed=cfg.seed) for one in sets], list
     labelled = LabelledImages(
-        model, cfg.images, label_column=cfg.label_column, template=cfg.template, **sizes,
-        seed=cfg.seed,
+        model, cfg.images, label_column=cfg.label_column, template=cfg.template,
+        train=cfg.train_pairs, validation=cfg.validation_pairs, test=cfg.test_pairs, seed=cfg.seed,
     )  # fmt: skip
     return [labelled.data()], lambda: labelled.for_training(cfg.training_images)
 

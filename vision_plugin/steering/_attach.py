@@ -97,7 +97,8 @@ class Worker:
             rows = layout.indices(self.site.tokens)
         else:
             return None
-        return rows.to(activation.device)
+        there: Tensor = rows.to(activation.device)
+        return there
 
 
 @contextmanager

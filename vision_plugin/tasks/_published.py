@@ -78,10 +78,11 @@ class PublishedSet:
             )
         pairs = self.attack
         places = parts(list(range(len(pairs))), (train, validation, test), seed)
-        splits = [
-            pairs.where(torch.isin(torch.arange(len(pairs)), torch.tensor(p))) for p in places
-        ]
-        return TypographicData(self.name, self.classes, self.prompts, *splits)
+        every = torch.arange(len(pairs))
+        found, chosen, reported = (
+            pairs.where(torch.isin(every, torch.tensor(part))) for part in places
+        )
+        return TypographicData(self.name, self.classes, self.prompts, found, chosen, reported)
 
 
 @dataclass(frozen=True)
