@@ -69,6 +69,9 @@ class Latents:
     ) -> Tensor:
         """Return the new activation: with the error, ``x + decode(f') - decode(f)``."""
         sae = self.dictionary
+        weights = getattr(sae, "W_dec", None)
+        if isinstance(weights, Tensor):  # a model in half precision may have an SAE that is not
+            source = source.to(weights.dtype)
         source = join_heads(source, int(sae.cfg.d_in))
         flat = join_heads(target, d_out(sae))
         start = flat if include_error else reconstruct(sae, source)

@@ -152,7 +152,7 @@ def average_precision(
     scores: Float[Tensor, "n m"], is_member: Bool[Tensor, " n"]
 ) -> Float[Tensor, " m"]:
     """Return the average precision of each column for one class."""
-    order = scores.argsort(0, descending=True, stable=True)
+    order = scores.argsort(dim=0, descending=True, stable=True)
     hits = is_member[order].double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
     found = (precision * hits).sum(0) / hits.sum(0).clamp(min=1)
