@@ -20,10 +20,14 @@ def multimodal_data(
         test: Number of images that are reported on.
         seed: Seed of the images; the next two are those of validation and test.
     """
-    parts = [asked(n, seed=seed + i) for i, n in enumerate((train, validation, test))]
-    values = {factor: FACTORS[factor] for factor in QUESTIONS}
     return MultimodalData(
-        QUESTIONS, values, *parts, locator="colour", beside=frozenset({"background"})
+        QUESTIONS,
+        {factor: FACTORS[factor] for factor in QUESTIONS},
+        train=asked(train, seed=seed),
+        validation=asked(validation, seed=seed + 1),
+        test=asked(test, seed=seed + 2),
+        locator="colour",
+        beside=frozenset({"background"}),
     )
 
 

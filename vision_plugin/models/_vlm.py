@@ -326,7 +326,7 @@ class VisionLanguageBridge(VisionSplicing):
                     "fwd_hooks": _of_part(fwd_hooks, inside),
                     "bwd_hooks": _of_part(bwd_hooks, inside),
                 }
-                stack.enter_context(bridge.hooks(**ours))  # type: ignore[arg-type]
+                stack.enter_context(bridge.hooks(**ours))
             yield self
 
     def run_with_hooks(

@@ -48,7 +48,7 @@ def language_bridge(
             key for key, bridge in mapping.items() if f"{bridge.name}.".startswith(inside)
         ]:
             del mapping[part]
-        attention = mapping["blocks"].submodules.get("attn")
+        attention: Any = mapping["blocks"].submodules.get("attn")
         if isinstance(attention, PositionEmbeddingsAttentionBridge):
             attention.__class__ = _native_first(type(attention))
 
@@ -73,7 +73,7 @@ def _keep_attention(native: nn.Module, structure: nn.Module) -> None:
     """Give the copy the kernels of the native module, where the adapter chose other ones."""
     config: Any = structure.config
     for part, own in [(config, native.config), *_parts(config, native.config)]:
-        part._attn_implementation = own._attn_implementation  # type: ignore[union-attr]
+        part._attn_implementation = own._attn_implementation
 
 
 def _parts(config: Any, own: Any) -> list[tuple[Any, Any]]:

@@ -115,7 +115,8 @@ def learn(
         ]
     )
     pooled = dense.amax(1)
-    latents, precision, neurons, means, overall = {}, {}, {}, {}, {}
+    latents, precision, neurons = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    means, overall = dict[str, Tensor](), dict[str, Tensor]()
     for factor, label in labels.items():
         scores = torch.stack(
             [average_precision(pooled, label == value) for value in range(int(label.max()) + 1)]
