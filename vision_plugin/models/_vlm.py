@@ -18,13 +18,11 @@ from vision_plugin.models._bridge import HookList, NamesFilter, VisionBridge
 from vision_plugin.models._hook_names import check_hook_names
 from vision_plugin.models._modes import Modes, in_eval_mode
 from vision_plugin.models._own_hooks import hooked
+from vision_plugin.models._vlm_hooks import PREFIX, kept_in, of_part
 from vision_plugin.models._vlm_prompts import check_inputs, prepare
 from vision_plugin.models._vlm_splicing import VisionSplicing
 from vision_plugin.models._vlm_tower import Reach
 from vision_plugin.models._weights import Loan, loans
-
-PREFIX = "vision."
-"""Start of the names of the tower's hooks."""
 
 
 class VisionLanguageBridge(VisionSplicing):
@@ -323,8 +321,8 @@ class VisionLanguageBridge(VisionSplicing):
         with ExitStack() as stack:
             for bridge, inside in ((self.language, False), (self.vision, True)):
                 ours = {
-                    "fwd_hooks": _of_part(fwd_hooks, inside),
-                    "bwd_hooks": _of_part(bwd_hooks, inside),
+                    "fwd_hooks": of_part(fwd_hooks, inside),
+                    "bwd_hooks": of_part(bwd_hooks, inside),
                 }
                 stack.enter_context(bridge.hooks(**ours))
             yield self
@@ -384,7 +382,7 @@ class VisionLanguageBridge(VisionSplicing):
         chosen = [name for name in points if selects(f"{PREFIX}{name}")]
         inputs = self.prepare(images, prompt)
         ids = inputs.pop("input_ids")
-        readers = {name: _keep(cache, f"{PREFIX}{name}") for name in chosen}
+        readers = {name: kept_in(cache, f"{PREFIX}{name}") for name in chosen}
         with self.vision.alone(), hooked(self.vision, readers):
             self._renew_loans()
             logits, found = self.language.run_with_cache(
@@ -405,30 +403,6 @@ class VisionLanguageBridge(VisionSplicing):
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         self.check_hook_names(names)
         return set(names).__contains__
-
-
-def _of_part(hooks: HookList, inside: bool) -> list[tuple[Any, Callable[..., Any]]]:
-    """Return the hooks of the tower, without the prefix, or of the language model."""
-    found: list[tuple[Any, Callable[..., Any]]] = []
-    for name, function in hooks:
-        if callable(name):
-            found.append((_within(name, PREFIX if inside else ""), function))
-        elif name.startswith(PREFIX) == inside:
-            found.append((name.removeprefix(PREFIX), function))
-    return found
-
-
-def _within(selects: Callable[[str], bool], prefix: str) -> Callable[[str], bool]:
-    return lambda name: selects(f"{prefix}{name}")
-
-
-def _keep(cache: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def keep(activation: Any, hook: Any) -> None:
-        del hook
-        if isinstance(activation, Tensor):
-            cache[name] = activation.detach()
-
-    return keep
 
 
 def _joined(parts: list[Tensor], padding: int) -> Int[Tensor, "batch new"]:

@@ -50,7 +50,8 @@ def language_bridge(
             del mapping[part]
         attention: Any = mapping["blocks"].submodules.get("attn")
         if isinstance(attention, PositionEmbeddingsAttentionBridge):
-            attention.__class__ = _native_first(type(attention))
+            replacement: Any = _native_first(type(attention))
+            attention.__class__ = replacement
 
     try:
         bridge = build_bridge_from_module(
