@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import torch
 from sklearn.linear_model import LogisticRegression
 
@@ -52,6 +53,18 @@ class Task:
     arguments: Sequence[str]
     small: Sequence[str]
     check: Callable[[Path, dict[str, Any], int], list[dict[str, Any]]] | None = None
+    images: Callable[[Path], Path] | None = None
+    """Writes the images into a folder, where the command has to be given some."""
+
+
+def short_names(folder: Path) -> Path:
+    """Write the emoji whose name is one word of at most ten letters, which fits on an image."""
+    table = parquet.read_table(SHARED / "data" / "noto.parquet")
+    names = table["name"].to_pylist()
+    chosen = [row for row, name in enumerate(names) if name.isalpha() and len(name) <= 10]
+    path = folder / "noto-short-names.parquet"
+    parquet.write_table(table.take(chosen), path)
+    return path
 
 
 @torch.no_grad()
@@ -165,10 +178,11 @@ TASKS = {
     "emoji": Task(
         (
             *("typographic", "--model-name", str(SHARED / "models" / "emoji-clip")),
-            *("--images", str(SHARED / "data" / "noto.parquet"), "--label-column", "name"),
-            *("--template", "a picture of {}", "--hook-name", "blocks.2.hook_resid_post"),
+            *("--label-column", "name", "--template", "a picture of {}"),
+            *("--hook-name", "blocks.2.hook_resid_post"),
         ),
         SMALL,
+        images=short_names,
     ),
 }
 
@@ -178,6 +192,8 @@ def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / name
         line = ["tasks", *task.arguments, *(task.small if small else ())]
+        if task.images is not None:
+            line += ["--images", str(task.images(Path(place)))]
         around = machine("transformers", "sae-lens")
         wall, cpu = time.perf_counter(), time.process_time()
         code = vision_plugin([*line, "--output-path", str(folder)])
@@ -188,7 +204,9 @@ def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
         table = (folder / "table.txt").read_text()
         checked = [] if task.check is None else task.check(folder, result, 60 if small else FRESH)
     shown = ["vision-plugin", *line, "--output-path", "O"]
-    command = shlex.join(part.replace(str(SHARED), "../shared") for part in shown)
+    command = shlex.join(
+        part.replace(str(SHARED), "../shared").replace(place, ".") for part in shown
+    )
     return {"command": command, "machine": around, "cost": cost, **result, "fresh": checked}, table
 
 

@@ -147,14 +147,13 @@ def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
     published = [
         one for path in cfg.published for one in read_published(model, path, template=cfg.template)
     ]
+    given = None if cfg.sae is None else load_sae(cfg.sae, device=cfg.device)
     out.print("Making pairs of images with and without a word")
     pairs, for_training = open_data(cfg, model)
-    if cfg.sae is None:
+    if given is None:
         images = for_training()
         out.print(f"Training an SAE at {cfg.hook_name} on {len(images)} images, half with a word")
-        sae, kept = train_sae(cfg, model, images), None
-    else:
-        sae, kept = load_sae(cfg.sae, device=cfg.device), str(local_path(cfg.sae).absolute())
+    sae = train_sae(cfg, model, images) if given is None else given
     result = typographic(
         model, sae, pairs, settings=settings, published=published, name=cfg.sae or "sae",
         announce=out.print,
@@ -162,7 +161,7 @@ def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
     for one in published:
         if one.without_clean:
             out.print(f"{one.name}: no figures on clean images, as {one.without_clean}")
-    return result, kept or sae
+    return result, sae if cfg.sae is None else str(local_path(cfg.sae).absolute())
 
 
 def open_data(cfg: TypographicConfig, model: Any) -> tuple[list[Any], Callable[[], list[Any]]]:
