@@ -17,9 +17,13 @@ from scipy.optimize import minimize
 
 from tests.activations.conftest import one_thread
 from tests.sae._runs import ARCHITECTURES, BATCH, MLP_OUT, config, images, runner, store_of
+from vision_plugin.activations import ExtractionConfig, StoreMismatchError, extract
 from vision_plugin.images import open_images
+from vision_plugin.models import load_model
+from vision_plugin.models.site import signature
 from vision_plugin.sae import training_config_class
 from vision_plugin.sae._initialise import geometric_median
+from vision_plugin.sae._sources import check_store
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,3 +217,36 @@ def test_a_list_of_images_in_hand_is_opened(tmp_path: Path) -> None:
     held = runner(config(tmp_path / "a"), images=images()).run()
     opened = runner(config(tmp_path / "b"), images=open_images(images())).run()
     assert torch.equal(held.W_dec, opened.W_dec)
+
+
+def test_a_store_with_the_signature_of_the_whole_clip_is_its_own_still(
+    tiny_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signatures once counted the text tower, too; another model's is refused as before."""
+
+    def of_whole(model: Any) -> list[float]:
+        matrices = [p for p in model.native.parameters() if p.ndim >= 2]
+        step = max(1, len(matrices) // 8)
+        return [round(float(p.float().norm()), 4) for p in matrices[::step][:8]]
+
+    model = load_model(tiny_clip)
+    monkeypatch.setattr("vision_plugin.activations._making.signature", of_whole)
+    extracting = ExtractionConfig(
+        model_name=tiny_clip,
+        images="demo:4",
+        hook_names=["blocks.1.hook_resid_post"],
+        output_path=str(tmp_path),
+        n_workers=0,
+    )
+    store = extract(extracting, model=model)
+    assert list(store.plan.model.signature) != signature(model)
+    sae = training_config_class("batchtopk")(d_in=32, d_sae=64, k=4)
+    hook_name = extracting.hook_names[0]
+    cfg = dataclasses.replace(config(None), sae=sae, hook_name=hook_name, model_name="x")
+    check_store(store, cfg, model)
+    other = load_model(tiny_clip)
+    with torch.no_grad():
+        for parameter in other.native.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(StoreMismatchError, match="weights"):
+        check_store(store, cfg, other)

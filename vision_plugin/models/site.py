@@ -20,6 +20,7 @@ from vision_plugin.models._capture import Capture
 from vision_plugin.models._finite import require_finite
 from vision_plugin.models._fit import (
     check_fit,
+    has_signature,
     hook_names,
     hook_width,
     same_signature,
@@ -271,6 +272,7 @@ __all__ = [
     "Reading",
     "Site",
     "check_fit",
+    "has_signature",
     "hook_names",
     "hook_width",
     "hooked",

@@ -18,7 +18,7 @@ from vision_plugin.activations import (
     holds_store,
 )
 from vision_plugin.models import VisionBridge, load_model
-from vision_plugin.models.site import hook_width, signature
+from vision_plugin.models.site import has_signature, hook_width, signature
 from vision_plugin.sae._auto import D_IN_OF_MODEL
 from vision_plugin.sae._config import VisionSAERunnerConfig
 
@@ -181,9 +181,14 @@ def check_store(
         StoreMismatchError: something differs; the message names both sides of every difference.
         ValueError: the store lacks a hook.
     """
-    named = store.metadata(cfg.hook_name)["model_name"]
-    if model is None and named != cfg.model_name:
+    named = store.metadata(cfg.hook_name)
+    if model is None and named["model_name"] != cfg.model_name:
         model = load_model(cfg.model_name, device=cfg.device)
+    signed = named["model_signature"]
+    if model is None:
+        signed = None
+    elif not has_signature(model, signed):
+        signed = signature(model)
     widths = {cfg.hook_name: cfg.sae.d_in}
     if cfg.hook_name_out is not None:
         widths[cfg.hook_name_out] = getattr(cfg.sae, "d_out", D_IN_OF_MODEL)
@@ -194,7 +199,7 @@ def check_store(
                 "d_in": width or None,
                 "tokens": cfg.tokens,
                 "model_name": cfg.model_name,
-                "model_signature": None if model is None else signature(model),
+                "model_signature": signed,
             }
         )
 
