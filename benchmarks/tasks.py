@@ -36,7 +36,7 @@ from benchmarks._machine import machine
 from vision_plugin.cli import main as vision_plugin
 from vision_plugin.demo import zero_shot_prompts
 from vision_plugin.demo.attacks import attack
-from vision_plugin.demo.groups import CONFOUNDS, group_data, group_split
+from vision_plugin.demo.groups import CONFOUNDS, group_split
 
 logger = logging.getLogger("benchmarks.tasks")
 
@@ -101,8 +101,8 @@ def check_groups(folder: Path, result: dict[str, Any], n: int) -> list[dict[str,
     """Return the figures of the edit on fresh drawn images beside those on test."""
     model, task = vp.load_model("demo"), result["task"]
     usual, unusual = list(result["settings"]["images"]["train"].values())[:2]
-    data = group_data(model, task, usual=usual, unusual=unusual, validation=1, test=30)
-    train = data.train  # as the command draws it
+    # As the command draws them.
+    train = group_split(model, CONFOUNDS[task], (usual, unusual, unusual, usual), seed=2000)
     fresh = group_split(model, CONFOUNDS[task], (n // 4,) * 4, seed=FRESH_SEED)
     probe = LogisticRegression(max_iter=1000).fit(embedded(model, train.pixels), train.labels)
     with model.edit(vp.Edit.load(folder / "edit.json")):
@@ -187,6 +187,11 @@ TASKS = {
 }
 
 
+def placeless(text: str) -> str:
+    """Return a text without the path of the checkout."""
+    return text.replace(str(SHARED), "../shared")
+
+
 def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
     """Run a task's command; return what it wrote, with its cost and the check, and the table."""
     with tempfile.TemporaryDirectory() as place:
@@ -200,13 +205,12 @@ def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
         cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         if code:
             raise SystemExit(code)
-        result = json.loads((folder / "results.json").read_text())
-        table = (folder / "table.txt").read_text()
-        checked = [] if task.check is None else task.check(folder, result, 60 if small else FRESH)
+        result = json.loads(placeless((folder / "results.json").read_text()))
+        table = placeless((folder / "table.txt").read_text())
+        n_fresh = 60 if small else FRESH
+        checked = [] if task.check is None else task.check(folder, result, n_fresh)
     shown = ["vision-plugin", *line, "--output-path", "O"]
-    command = shlex.join(
-        part.replace(str(SHARED), "../shared").replace(place, ".") for part in shown
-    )
+    command = placeless(shlex.join(shown).replace(place, "."))
     return {"command": command, "machine": around, "cost": cost, **result, "fresh": checked}, table
 
 
@@ -227,7 +231,8 @@ def markdown(found: dict[str, Any], table: str) -> str:
     if found["fresh"]:
         lines += [
             "",
-            f"The edits of `sae`, loaded from their files, on {FRESH:,} images drawn anew:",
+            f"The edits of `sae`, loaded from their files, on {found['n_fresh']:,} images drawn "
+            "anew:",
             "",
             "| kind | figure | test | fresh | agree |",
             "|---|---|---|---|---|",

@@ -8,7 +8,6 @@ in one stage).
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.demo_checkpoint._training import MEAN, STD
+from benchmarks.demo_checkpoint._training import Steps, normalised
 from vision_plugin.demo import FACTORS, TRAINING_SEED, Scene, draw
 from vision_plugin.demo._pixels import draw_pixels
 from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer, is_there, vocabulary
@@ -49,6 +48,8 @@ TEMPLATE = (
 PROMPT = "USER: <image> {} ASSISTANT:"
 """What the template makes of a question about one image."""
 FEATURE_LAYER = -2
+PATCH_SIZE, N_PATCHES = 8, 64
+"""Of the demo CLIP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,15 @@ class LlavaTraining:
     """Seeds the images, the questions, the weights and the order of the batches."""
     images: int = 8000
     """How many images are drawn, none with a printed word."""
-    steps: int = 2200
+    steps: int = 4000
     """Steps of the optimizer."""
     batch_size: int = 64
     """Images, each with one question, per step."""
     learning_rate: float = 2e-3
-    """AdamW's peak rate, reached after the warm-up, then lowered along a cosine."""
-    warm_up: int = 100
-    """Steps of the warm-up."""
+    """AdamW's peak rate, for all but the blocks' matrices; reached after the warm-up, then lowered
+    along a cosine."""
+    matrix_learning_rate: float = 0.02
+    """Muon's peak rate, for the blocks' matrices."""
     layers: int = 2
     """Blocks of the language model."""
     width: int = 128
@@ -95,7 +97,7 @@ def build_processor(clip: Path) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
@@ -115,6 +117,8 @@ def build_model(
         num_hidden_layers=training.layers,
         num_attention_heads=training.width // 32,
         max_position_embeddings=512,
+        # Attention begins with scores that differ: a word has to find its patches.
+        initializer_range=training.width**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -127,7 +131,7 @@ def build_model(
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             vision_feature_layer=FEATURE_LAYER,
             vision_feature_select_strategy="default",
-            image_seq_length=64,
+            image_seq_length=N_PATCHES,
         )
     )
     model.model.vision_tower.load_state_dict(trained.vision_model.state_dict())
@@ -148,34 +152,24 @@ def train_llava(
     """
     processor = build_processor(clip)
     model = build_model(training, clip, processor)
-    scenes = draw(training.images, seed=training.seed).scenes
+    scenes = draw(training.images, seed=training.seed, combinations="training").scenes
     started = time.monotonic()
     features = _features(model, scenes)
     logger.info("drew and encoded %d images in %.0f s", len(scenes), time.monotonic() - started)
     random = np.random.default_rng(training.seed)
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=training.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, training))
+    learned = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
+    steps = Steps(learned, training, training.steps)
     model.train()
     mean, started = 0.0, time.monotonic()
     for step in range(training.steps):
         chosen = random.integers(len(scenes), size=training.batch_size)
-        ids, labels = _dialogues(processor, [scenes[i] for i in chosen], random)
-        loss = _loss(model, features[torch.from_numpy(chosen)].float(), ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
+        ids = _dialogues(processor, [scenes[i] for i in chosen], random)
+        loss = _loss(model, features[torch.from_numpy(chosen)].float(), ids)
+        steps.take(loss)
         mean += (loss.item() - mean) / 50
         if (step + 1) % 100 == 0:
             logger.info("%d: loss %.3f, %.0f s", step + 1, mean, time.monotonic() - started)
     return model.eval(), processor
-
-
-def _rate(step: int, training: LlavaTraining) -> float:
-    rising = min(1.0, (step + 1) / training.warm_up)
-    return rising * 0.5 * (1 + math.cos(math.pi * step / training.steps))
 
 
 @torch.no_grad()
@@ -184,58 +178,53 @@ def _features(
 ) -> Float[Tensor, "n patches d_vision"]:
     """Return what the projector reads of each scene, in float16."""
     side = model.config.vision_config.image_size
-    pixels = torch.from_numpy(draw_pixels(scenes, side))
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    pixels = draw_pixels(scenes, side)
     parts = []
-    for batch in pixels.split(250):
-        normal = ((batch.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        states = model.model.vision_tower(normal, output_hidden_states=True).hidden_states
+    for start in range(0, len(pixels), 250):
+        batch = normalised(pixels[start : start + 250])
+        states = model.model.vision_tower(batch, output_hidden_states=True).hidden_states
         parts.append(states[FEATURE_LAYER][:, 1:].half())
     return torch.cat(parts)
 
 
 def ask(scene: Scene, random: np.random.Generator) -> str:
     """Return a random question about a scene; "Is there a ...?" has "yes" as often as "no"."""
-    kinds = (*QUESTIONS, "shape", "texture", "one word", "is there", "is there")
+    kinds = (*QUESTIONS, "shape", "texture", "one word", *["is there"] * 4)
     kind = kinds[random.integers(len(kinds))]
     if kind in QUESTIONS:
         return QUESTIONS[kind]
     if kind == "one word":
         return ONE_WORD
-    shape, colour = scene.shape, scene.colour
-    if random.random() < 0.5:  # something else in one or both
-        change = random.integers(3)
-        if change != 0:
-            shape = str(random.choice([v for v in FACTORS["shape"] if v != scene.shape]))
-        if change != 1:
-            colour = str(random.choice([v for v in FACTORS["colour"] if v != scene.colour]))
-    return is_there(shape, colour if random.random() < 0.5 else None)
+    named = ("shape", "colour") if random.random() < 0.5 else ("shape",)
+    said = {factor: scene.value(factor) for factor in named}
+    if random.random() < 0.5:  # one or all of what is named is something else
+        for factor in (named, named[:1], named[-1:])[random.integers(3)]:
+            others = [value for value in FACTORS[factor] if value != said[factor]]
+            said[factor] = str(random.choice(others))
+    return is_there(**said)
 
 
 def _dialogues(
     processor: LlavaProcessor, scenes: Sequence[Scene], random: np.random.Generator
-) -> tuple[Int[Tensor, "n length"], Int[Tensor, "n length"]]:
-    """Return token ids of questions with their answers, and labels of the answers alone."""
-    tokenizer, n_patches = processor.tokenizer, 64
+) -> Int[Tensor, "n length"]:
+    """Return token ids of questions with their answers, a word and the end each."""
+    tokenizer = processor.tokenizer
     texts, answers = [], []
     for scene in scenes:
         question = ask(scene, random)
-        texts.append(PROMPT.format(question).replace("<image>", "<image>" * n_patches))
+        texts.append(PROMPT.format(question).replace("<image>", "<image>" * N_PATCHES))
         answers.append(answer(question, scene))
     ends = torch.full((len(scenes), 1), tokenizer.eos_token_id)
     said = torch.tensor([tokenizer.convert_tokens_to_ids(answers)]).T
     # The padding stands in front, where a causal model of relative positions does not mind it.
     asked = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").input_ids
-    ids = torch.cat([asked, said, ends], dim=1)
-    labels = torch.cat([torch.full_like(asked, -100), said, ends], dim=1)
-    return ids, labels
+    return torch.cat([asked, said, ends], dim=1)
 
 
 def _loss(
     model: LlavaForConditionalGeneration,
     features: Float[Tensor, "n patches d_vision"],
     ids: Int[Tensor, "n length"],
-    labels: Int[Tensor, "n length"],
 ) -> Float[Tensor, ""]:
     projected = model.model.multi_modal_projector(features)
     embeds = model.get_input_embeddings()(ids)
@@ -246,4 +235,4 @@ def _loss(
         inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
     ).last_hidden_state
     logits = model.lm_head(states[:, -3:-1])
-    return functional.cross_entropy(logits.flatten(0, 1), labels[:, -2:].flatten())
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten())

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def _train_texts(model: CLIPModel, tokenizer: CLIPTokenizer, config: ClipTrainin
     directions = nn.init.orthogonal_(torch.empty(len(values), config.embedding))
     random = np.random.default_rng([config.seed, 1])
     rule = SceneRule(words=0.5, combinations="training")
-    steps = _Steps([model.text_model, model.text_projection], config, config.text_steps)
+    steps = Steps([model.text_model, model.text_projection], config, config.text_steps)
     size = 4 * config.batch_size
     for step in range(config.text_steps):
         texts, targets = [], torch.zeros(size, config.embedding)
@@ -145,7 +146,7 @@ def _train_images(
             f: encode_texts(model, tokenizer, list(texts)) for f, (texts, _) in prompts.items()
         }
     scale = nn.ParameterList([model.logit_scale])
-    steps = _Steps([model.vision_model, model.visual_projection, scale], config, total)
+    steps = Steps([model.vision_model, model.visual_projection, scale], config, total)
     started = time.monotonic()
     model.train()
     for step, (indices, random) in enumerate(_batches(len(scenes), config)):
@@ -207,10 +208,16 @@ def encode_images(
     model: CLIPModel, pixels: UInt8[np.ndarray, "n size size 3"]
 ) -> Float[Tensor, "n d_embed"]:
     """Unit embeddings of images that are already of the vision tower's size."""
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    values = (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    pooled = model.vision_model(pixel_values=values).pooler_output
+    pooled = model.vision_model(pixel_values=normalised(pixels)).pooler_output
     return functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def normalised(
+    pixels: UInt8[np.ndarray, "n size size 3"],
+) -> Float[Tensor, "n 3 size size"]:
+    """Return pixels as the demo checkpoint's preprocessing gives them."""
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def encode_texts(
@@ -232,10 +239,22 @@ def _batches(
             yield order[start : start + config.batch_size], random
 
 
-class _Steps:
+class Rates(Protocol):
+    """Peak learning rates."""
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's."""
+
+    @property
+    def matrix_learning_rate(self) -> float:
+        """Muon's."""
+
+
+class Steps:
     """Muon for the blocks' matrices and AdamW for everything else, on one schedule."""
 
-    def __init__(self, modules: Sequence[nn.Module], config: ClipTraining, total: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], config: Rates, total: int) -> None:
         named = [item for module in modules for item in module.named_parameters()]
         inner = [p for name, p in named if "layers" in name and p.ndim == 2]
         outer = [p for name, p in named if not ("layers" in name and p.ndim == 2)]

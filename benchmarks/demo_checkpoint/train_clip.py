@@ -13,18 +13,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 import tyro
-from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout works, too
 
 from benchmarks.demo_checkpoint._evaluation import ClipEvaluation, evaluate_checkpoint
+from benchmarks.demo_checkpoint._saving import Stopwatch, save_half
 from benchmarks.demo_checkpoint._training import MEAN, STD, ClipTraining, train
 
 logger = logging.getLogger(__name__)
@@ -54,20 +52,17 @@ def run(config: TrainClip) -> ClipEvaluation:
     Returns:
         The figures that were also written to `evaluation.json`.
     """
-    wall, cpu = time.monotonic(), time.process_time()
+    watch = Stopwatch()
     model, tokenizer = train(config.training)
-    minutes, cpu_minutes = (time.monotonic() - wall) / 60, (time.process_time() - cpu) / 60
+    cost = watch.cost()
     save(model, tokenizer, config.training, config.out)
-    logger.info("saved to %s after %.1f minutes; measuring", config.out, minutes)
+    logger.info("saved to %s after %.1f minutes; measuring", config.out, cost["minutes"])
     measured = evaluate_checkpoint(config.out, images=config.evaluation_images)
     record = {
         "schema_version": 1,
         "evaluation": asdict(measured),
         "training": asdict(config.training),
-        "minutes": round(minutes, 1),
-        "cpu_minutes": round(cpu_minutes, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **cost,
     }
     (config.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -77,19 +72,9 @@ def run(config: TrainClip) -> ClipEvaluation:
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, config: ClipTraining, folder: Path) -> None:
-    """Write a checkpoint whose weights take half the room and load as float32.
-
-    The tensors are float16. `config.json` says float32, so that whoever loads it without naming a
-    type computes in float32, which is what a CPU is good at.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = ["CLIPModel"]
-    model.config.dtype = torch.float32
-    model.config.save_pretrained(folder)
+    """Write weights, tokenizer and preprocessing."""
+    save_half(model, folder)
     tokenizer.save_pretrained(folder)
-    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     side = {"height": config.image_size, "width": config.image_size}
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",

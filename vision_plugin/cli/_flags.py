@@ -16,8 +16,6 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 T = TypeVar("T")
-MAX_IMAGES = 50_000
-"""Largest number of images of which a task holds the pixels."""
 
 _parsed: list[type] = []
 """The configuration that was parsed last, that of the running command."""
@@ -157,21 +155,3 @@ def _default(field: dataclasses.Field[Any], defaults: dict[str, Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def check_at_most(cfg: Any, names: Sequence[str], most: int) -> None:
-    """Raise if a configuration asks for more images than a task holds in memory.
-
-    Args:
-        cfg: A configuration.
-        names: Fields that are numbers of images; None stands for a default.
-        most: Largest number.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for name in names:
-        given = getattr(cfg, name)
-        if given is not None and given > most:
-            flag = f"--{name.replace('_', '-')} {given}"
-            raise ValueError(f"{flag} is too many to hold in memory: at most {most:,}")

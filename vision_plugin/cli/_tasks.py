@@ -1,98 +1,69 @@
-"""``vision-plugin tasks``: the experiments that repair a model, with their baselines."""
+"""``vision-plugin tasks``: the experiments that repair and steer models, with their baselines."""
 
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
-from vision_plugin._device import check_device
 from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import MAX_IMAGES, check_at_most, parse
+from vision_plugin.cli._flags import parse
 from vision_plugin.cli._tasks_groups import GroupConfig, compute_groups
-from vision_plugin.cli._tasks_llava import run_llava
-
-TASKS = {
-    "typographic": "printed words that fool a model, and what mends that",
-    "background": "a probe that goes by the background, as in Waterbirds, and what mends that",
-    "attribute": "a probe that goes by another attribute, as in CelebA, and what mends that",
-    "llava": "what a vision-language model says, steered through its tower",
-}
-PAIRS = ("train_pairs", "validation_pairs", "test_pairs")
-DESCRIPTIONS = {
-    "typographic": "Repair a model that printed words fool: suppress latents, and every baseline "
-    "beside it, on drawn images or on yours.",
-    "background": "Repair a probe that goes by the background in its worst group: suppress "
-    "latents, and every baseline beside it.",
-    "attribute": "Repair a probe of one attribute that goes by another in its worst group: "
-    "suppress latents, and every baseline beside it.",
-}
+from vision_plugin.cli._tasks_llava import LlavaConfig, compute_llava
+from vision_plugin.cli._tasks_training import TrainsSAE
+from vision_plugin.cli._tasks_typographic import TypographicConfig, compute_typographic
 
 
-@dataclass(frozen=True, kw_only=True)
-class TypographicConfig:
-    """A model, an SAE, and the images of a typographic attack."""
+@dataclass(frozen=True)
+class Task:
+    """One experiment on the command line."""
 
-    output_path: str
-    """Folder of the results; earlier results of a task in it are replaced."""
-    model_name: str = "demo"
-    """Model, as ``vp.load_model`` takes it, with a text tower."""
-    sae: str | None = None
-    """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads. By default one is trained on
-    images of which half carry a word: an SAE that never saw print has no latents for it."""
-    images: str | None = None
-    """Labelled images to print words on, as ``vp.open_images`` takes them; the word is the label of
-    other images. Or a local copy of SCAM, whose photographs have clean twins. By default images are
-    drawn."""
-    label_column: str | None = None
-    """Column of the labels; by default ``label``, or the names of sub-folders."""
-    template: str = "a photo of a {}."
-    """Sentence about a label, for images that are not drawn."""
-    published: tuple[str, ...] = ()
-    """Local copies of RTA-100, PAINT, Disentangling or SCAM to report on, too."""
-    kinds: tuple[str, ...] = ("shape", "colour")
-    """What the words on drawn images name: ``shape``, ``colour``, or both."""
-    train_pairs: int = 600
-    """Pairs of images in which latents, directions and heads are found."""
-    validation_pairs: int = 400
-    """Pairs on which rule, size and layer are chosen."""
-    test_pairs: int = 1000
-    """Pairs that are reported on."""
-    cap: float = 0.02
-    """Largest loss of clean accuracy on validation."""
-    sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
-    """Numbers of latents to try."""
-    unseen_words: bool = True
-    """Leave half of the words out, too, and report on them."""
-    hook_name: str = "blocks.1.hook_resid_post"
-    """Hook of the SAE that is trained."""
-    d_sae: int = 1024
-    """Latents of the SAE that is trained."""
-    k: int = 16
-    """Mean number of active latents per token of the SAE that is trained."""
-    training_images: int = 6000
-    """Images that the SAE is trained on; labelled ones come again with other words."""
-    training_tokens: int = 1_200_000
-    """Activations that the SAE is trained on, with repetition."""
-    device: str = "cpu"
-    """Device that the model and the SAE run on."""
-    seed: int = 0
-    """Seed of the images, the SAE and the random latents."""
+    summary: str
+    description: str
+    config: type[TrainsSAE]
+    compute: Callable[[Any], tuple[Any, Any]]
+    """Returns the result, and its SAE or where that lies."""
+    writes: str = "results.json, edit.json, edits/, table.txt, figures"
 
-    def __post_init__(self) -> None:
-        check_device(self.device)
-        if not self.kinds or not set(self.kinds) <= {"shape", "colour"}:
-            raise ValueError("--kinds must be shape, colour, or both")
-        check_at_most(self, (*PAIRS, "training_images"), MAX_IMAGES)
-        for name in PAIRS:
-            if getattr(self, name) < 30:
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ValueError(f"{flag} is too few for an interval: at least 30")
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        "typographic": Task(
+            "printed words that fool a model, and what mends that",
+            "Repair a model that printed words fool: suppress latents, and every baseline beside "
+            "it, on drawn images or on yours.",
+            TypographicConfig,
+            compute_typographic,
+        ),
+        "background": Task(
+            "a probe that goes by the background, as in Waterbirds, and what mends that",
+            "Repair a probe that goes by the background in its worst group: suppress latents, and "
+            "every baseline beside it.",
+            GroupConfig,
+            partial(compute_groups, task="background"),
+        ),
+        "attribute": Task(
+            "a probe that goes by another attribute, as in CelebA, and what mends that",
+            "Repair a probe of one attribute that goes by another in its worst group: suppress "
+            "latents, and every baseline beside it.",
+            GroupConfig,
+            partial(compute_groups, task="attribute"),
+        ),
+        "llava": Task(
+            "what a vision-language model says, steered through its tower",
+            "Put values into the answers of a vision-language model, or take them out, by latents "
+            "of an SAE in its tower, and by every baseline beside it, on drawn images.",
+            LlavaConfig,
+            compute_llava,
+            "results.json, table.txt with dialogues",
+        ),
+    }
+)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -104,120 +75,24 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"name a task: {', '.join(TASKS)}")
     if arguments[0] not in TASKS:
         raise ValueError(f"there is no task {arguments[0]!r}: use {', '.join(TASKS)}")
-    task = arguments[0]
-    if task == "llava":
-        run_llava(arguments[1:])
-        return
-    config = TypographicConfig if task == "typographic" else GroupConfig
-    cfg: Any = parse(config, arguments[1:], command=f"tasks {task}", description=DESCRIPTIONS[task])
+    task = TASKS[arguments[0]]
+    command = f"tasks {arguments[0]}"
+    cfg = parse(task.config, arguments[1:], command=command, description=task.description)
     check_replaceable(local_path(cfg.output_path), TASK)
-    result, sae = compute(cfg) if task == "typographic" else compute_groups(cfg, task)
+    result, sae = task.compute(cfg)
     result.save(cfg.output_path, sae=sae)
     out = console()
     out.print(result.table())
-    out.print(f"In {cfg.output_path}: results.json, edit.json, edits/, figures", soft_wrap=True)
+    for dialogue in getattr(result, "dialogues", ()):
+        out.print(str(dialogue), soft_wrap=True)
+    kept = "" if isinstance(sae, str) else ", sae/"
+    out.print(f"In {cfg.output_path}: {task.writes}{kept}", soft_wrap=True)
 
 
 def usage() -> str:
     """Return the list of tasks."""
-    listed = "\n".join(f"  {name:11}  {summary}" for name, summary in TASKS.items())
+    listed = "\n".join(f"  {name:11}  {task.summary}" for name, task in TASKS.items())
     return (
         f"usage: vision-plugin tasks TASK [FLAGS]\n\n{listed}\n\n"
         "vision-plugin tasks TASK --help lists the options of a task.\n"
     )
-
-
-def compute(cfg: TypographicConfig) -> tuple[Any, Any]:
-    """Return the result, and the SAE or where it lies."""
-    from vision_plugin.formats import load_sae
-    from vision_plugin.models import load_model
-    from vision_plugin.tasks import (
-        TypographicSettings,
-        check_reads_text,
-        read_published,
-        typographic,
-    )
-
-    out = console()
-    settings = TypographicSettings(
-        sizes=cfg.sizes, cap=cfg.cap, unseen_words=cfg.unseen_words, seed=cfg.seed
-    )
-    model = load_model(cfg.model_name, device=cfg.device)
-    check_reads_text(model)
-    published = [
-        one for path in cfg.published for one in read_published(model, path, template=cfg.template)
-    ]
-    given = None if cfg.sae is None else load_sae(cfg.sae, device=cfg.device)
-    out.print("Making pairs of images with and without a word")
-    pairs, for_training = open_data(cfg, model)
-    if given is None:
-        images = for_training()
-        out.print(f"Training an SAE at {cfg.hook_name} on {len(images)} images, half with a word")
-    sae = train_sae(cfg, model, images) if given is None else given
-    result = typographic(
-        model, sae, pairs, settings=settings, published=published, name=cfg.sae or "sae",
-        announce=out.print,
-    )  # fmt: skip
-    for one in published:
-        if one.without_clean:
-            out.print(f"{one.name}: no figures on clean images, as {one.without_clean}")
-    return result, sae if cfg.sae is None else str(local_path(cfg.sae).absolute())
-
-
-def open_data(cfg: TypographicConfig, model: Any) -> tuple[list[Any], Callable[[], list[Any]]]:
-    """Return the pairs of each kind, and what makes the images to train an SAE on.
-
-    Raises:
-        ValueError: the images have no labels, too few classes or no clean twins, or are too few.
-    """
-    from vision_plugin.demo import draw
-    from vision_plugin.demo.attacks import typographic_data
-    from vision_plugin.tasks import LabelledImages, is_published, read_published
-
-    sizes = {"train": cfg.train_pairs, "validation": cfg.validation_pairs, "test": cfg.test_pairs}
-    if cfg.images is None:
-        named: tuple[Literal["shape", "colour"], ...] = ("shape", "colour")
-        drawn = [
-            typographic_data(model, kind, **sizes, seed=1000 + 10 * cfg.seed)
-            for kind in named
-            if kind in cfg.kinds
-        ]
-        return drawn, lambda: list(draw(cfg.training_images, seed=11 + cfg.seed, words=0.5).images)
-    if is_published(cfg.images):
-        sets = read_published(model, cfg.images, template=cfg.template)
-        if cfg.sae is None:
-            raise ValueError(
-                f"{cfg.images} is a published attack, too few images to train an SAE on: name one "
-                "that has seen print with sae="
-            )
-        return [one.data(**sizes, seed=cfg.seed) for one in sets], list
-    labelled = LabelledImages(
-        model, cfg.images, label_column=cfg.label_column, template=cfg.template,
-        train=cfg.train_pairs, validation=cfg.validation_pairs, test=cfg.test_pairs, seed=cfg.seed,
-    )  # fmt: skip
-    return [labelled.data()], lambda: labelled.for_training(cfg.training_images)
-
-
-def train_sae(cfg: TypographicConfig, model: Any, images: list[Any]) -> Any:
-    """Return an SAE trained on images of which half carry a word."""
-    from sae_lens import BatchTopKTrainingSAEConfig
-
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(Path(folder) / "sae")
-        training = VisionSAERunnerConfig(
-            model_name=cfg.model_name,
-            images=cfg.images or "drawn images, half of them with a word",
-            hook_name=cfg.hook_name,
-            tokens="all",
-            sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
-            training_tokens=cfg.training_tokens,
-            seed=cfg.seed,
-            device=cfg.device,
-            output_path=place,
-        )
-        VisionSAETrainingRunner(training, model=model, images=open_images(images)).run()
-        return load_sae(place, device=cfg.device)

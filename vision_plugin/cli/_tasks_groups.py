@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_plugin._device import check_device
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import MAX_IMAGES, check_at_most
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupConfig:
+class GroupConfig(TrainsSAE):
     """A model, SAEs, and images in groups: drawn ones, or a published data set's."""
 
-    output_path: str
-    """Folder of the results; earlier results of a task in it are replaced."""
     model_name: str = "demo"
     """Model, as ``vp.load_model`` takes it, with or without a text tower."""
     sae: tuple[str, ...] = ()
@@ -52,38 +48,30 @@ class GroupConfig:
     """Rules that find latents; ``net_attribution`` is another one."""
     layers: tuple[int, ...] = (0, 1)
     """Blocks behind which SAEs are trained."""
-    d_sae: int = 1024
-    """Latents of each SAE that is trained."""
-    k: int = 16
-    """Mean number of active latents per token of each SAE that is trained."""
     training_images: int = 2000
     """Images that the SAEs are trained on."""
     training_tokens: int = 400_000
     """Activations that the SAEs are trained on, with repetition."""
-    device: str = "cpu"
-    """Device that the model and the SAEs run on."""
-    seed: int = 0
-    """Seed of the images, the SAEs and the random latents."""
 
     def __post_init__(self) -> None:
-        check_device(self.device)
-        for name, least in (("usual", 1), ("unusual", 1), ("validation", 1), ("test", 30)):
+        super().__post_init__()
+        self.check_at_most("most", "usual", "unusual", "validation", "test")
+        for name, least in (("usual", 1), ("unusual", 1), ("validation", 1), ("test", LEAST)):
             given = getattr(self, name)
             if given is not None and given < least:
                 why = "too few for an interval" if name == "test" else "too few for a group"
                 raise ValueError(f"--{name} {given} is {why}: at least {least}")
-        numbers = ("most", "usual", "unusual", "validation", "test", "training_images")
-        check_at_most(self, numbers, MAX_IMAGES)
         if not self.sae and not self.layers:
             raise ValueError("--layers is empty: name the blocks to train SAEs behind, or --sae")
 
 
-def compute_groups(cfg: GroupConfig, task: str) -> tuple[Any, Any]:
+def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
     """Return the result, and the SAE of its edit or where that lies."""
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_model
-    from vision_plugin.tasks import GroupSettings, attribute, background
+    from vision_plugin.tasks import GroupSettings, attribute, background, require_sklearn
 
+    require_sklearn()
     out = console()
     settings = GroupSettings(sizes=cfg.sizes, rules=cfg.rules, cap=cfg.cap, seed=cfg.seed)
     model = load_model(cfg.model_name, device=cfg.device)
@@ -123,26 +111,21 @@ def _images(cfg: GroupConfig, task: str, model: Any) -> Any:
 
 def train_saes(cfg: GroupConfig, model: Any, hooks: list[str]) -> list[Any]:
     """Return an SAE at each hook, all trained in one pass over drawn images."""
-    from sae_lens import BatchTopKTrainingSAEConfig
-
     from vision_plugin.demo import draw
     from vision_plugin.formats import load_sae
     from vision_plugin.images import open_images
-    from vision_plugin.sae import VisionSAERunnerConfig, train_many
+    from vision_plugin.sae import train_many
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "saes"
-        configs: Mapping[str, VisionSAERunnerConfig] = {
-            hook: VisionSAERunnerConfig(
+        configs = {
+            hook: training(
+                cfg,
+                hook,
                 model_name=cfg.model_name,
                 images="drawn images",
-                hook_name=hook,
                 tokens="all",
-                sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
-                training_tokens=cfg.training_tokens,
-                seed=cfg.seed,
-                device=cfg.device,
-                output_path=str(place),
+                place=str(place),
             )
             for hook in hooks
         }

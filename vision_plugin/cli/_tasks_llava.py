@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_plugin._device import check_device
-from vision_plugin._ours import TASK, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import parse
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaConfig:
+class LlavaConfig(TrainsSAE):
     """A vision-language model, an SAE of its tower, and drawn images with questions."""
 
-    output_path: str
-    """Folder of the results; earlier results of a task in it are replaced."""
     model_name: str = "demo"
     """Model, as ``vp.load_vlm`` takes it, that answers the drawn world's questions."""
     sae: str | None = None
@@ -36,56 +31,24 @@ class LlavaConfig:
     """Numbers of latents or neurons per value to try."""
     strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Strengths to try, as multiples of a latent's natural strength or of a difference of means."""
-    d_sae: int = 1024
-    """Latents of the SAE that is trained."""
-    k: int = 16
-    """Mean number of active latents per token of the SAE that is trained."""
-    training_images: int = 4000
-    """Images that the SAE is trained on."""
-    training_tokens: int = 1_200_000
-    """Activations that the SAE is trained on, with repetition."""
-    device: str = "cpu"
-    """Device that the model and the SAE run on."""
-    seed: int = 0
-    """Seed of the images, the SAE and the targets."""
 
     def __post_init__(self) -> None:
-        check_device(self.device)
-        for name in ("train_images", "validation_images", "test_images"):
-            if getattr(self, name) < 40:
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ValueError(f"{flag} is too few for an interval: at least 40")
+        super().__post_init__()
+        self.check_at_most("train_images", "validation_images", "test_images")
+        self.check_at_least(LEAST, "validation_images", "test_images")
 
 
-def run_llava(arguments: Sequence[str]) -> None:
-    """Run the task from flags, print its table and write its folder."""
-    cfg = parse(
-        LlavaConfig,
-        arguments,
-        command="tasks llava",
-        description="Put values into the answers of a vision-language model, or take them out, by "
-        "latents of an SAE in its tower, and by every baseline beside it, on drawn images.",
-    )
-    check_replaceable(local_path(cfg.output_path), TASK)
-    result, sae = compute(cfg)
-    result.save(cfg.output_path, sae=sae if cfg.sae is None else None)
-    out = console()
-    out.print(result.table())
-    for dialogue in result.dialogues:
-        out.print(str(dialogue), soft_wrap=True)
-    out.print(f"In {cfg.output_path}: results.json, table.txt", soft_wrap=True)
-
-
-def compute(cfg: LlavaConfig) -> tuple[Any, Any]:
-    """Return the result, and the SAE."""
+def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
+    """Return the result, and the SAE or where it lies."""
     from vision_plugin.demo.multimodal import multimodal_data
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_vlm
-    from vision_plugin.tasks import MultimodalSettings, multimodal
+    from vision_plugin.tasks import MultimodalSettings, check_reads_one_block, multimodal
 
     out = console()
     settings = MultimodalSettings(sizes=cfg.sizes, strengths=cfg.strengths, seed=cfg.seed)
     vlm = load_vlm(cfg.model_name, device=cfg.device)
+    check_reads_one_block(vlm)
     if cfg.sae is None:
         hook_name = vlm.reach.hook_names[-1]
         out.print(f"Training an SAE at {hook_name} on {cfg.training_images} drawn images")
@@ -99,33 +62,29 @@ def compute(cfg: LlavaConfig) -> tuple[Any, Any]:
         test=cfg.test_images,
         seed=2000 + 10 * cfg.seed,
     )
-    return multimodal(
+    result = multimodal(
         vlm, sae, data, settings=settings, name=cfg.sae or "sae", announce=out.print
-    ), sae
+    )
+    return result, sae if cfg.sae is None else str(local_path(cfg.sae).absolute())
 
 
 def train_sae(cfg: LlavaConfig, vlm: Any, hook_name: str) -> Any:
     """Return an SAE of the patches that the language model reads, trained on drawn images."""
-    from sae_lens import BatchTopKTrainingSAEConfig
-
     from vision_plugin.demo import draw
     from vision_plugin.formats import load_sae
     from vision_plugin.images import open_images
-    from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner
+    from vision_plugin.sae import VisionSAETrainingRunner
 
     with tempfile.TemporaryDirectory() as folder:
         place = str(Path(folder) / "sae")
-        training = VisionSAERunnerConfig(
+        configured = training(
+            cfg,
+            hook_name,
             model_name=cfg.model_name,
             images="drawn images",
-            hook_name=hook_name,
             tokens="patch",
-            sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
-            training_tokens=cfg.training_tokens,
-            seed=cfg.seed,
-            device=cfg.device,
-            output_path=place,
+            place=place,
         )
         drawn = open_images(list(draw(cfg.training_images, seed=31 + cfg.seed).images))
-        VisionSAETrainingRunner(training, model=vlm.vision, images=drawn).run()
+        VisionSAETrainingRunner(configured, model=vlm.vision, images=drawn).run()
         return load_sae(place, device=cfg.device)

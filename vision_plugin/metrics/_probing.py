@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vision_plugin._extras import require_sklearn
 from vision_plugin.metrics._imagecodes import Array, ImageCodes, class_f_scores, probe_columns
 from vision_plugin.metrics._latents import check_finite
 from vision_plugin.metrics._result import MetricResult
@@ -31,17 +32,6 @@ __all__ = [
 
 RankOn = Literal["all", "train"]
 K_VALUES = (1, 5, 10, 20, 50, 100)
-
-
-def require_sklearn() -> None:
-    """Raise ``ImportError`` saying what to install when scikit-learn is missing."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "the probing metrics fit scikit-learn's logistic regression; install it with "
-            "'pip install vision-plugin[probing]'"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -115,7 +105,7 @@ class SparseProbing(ImageCodes):
         Raises:
             ValueError: fewer than two classes were seen.
         """
-        require_sklearn()
+        require_sklearn("the probing metrics")
         codes, labels = self.codes(), self.label_array()
         check_classes(labels)
         train, test = split(labels, self.test_size, self.seed)
@@ -229,7 +219,7 @@ class DownstreamPreservation(StreamingMetric):
         Raises:
             ValueError: fewer than two classes were seen.
         """
-        require_sklearn()
+        require_sklearn("the probing metrics")
         from sklearn.linear_model import LogisticRegression
 
         labels: Array = self.rows("labels").cpu().numpy()

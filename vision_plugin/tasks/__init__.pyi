@@ -1,3 +1,4 @@
+from ._answers import check_reads_one_block as check_reads_one_block
 from ._attack import Attack as Attack
 from ._attack import TypographicData as TypographicData
 from ._find import RULES as RULES
@@ -13,13 +14,14 @@ from ._groups import attribute as attribute
 from ._groups import background as background
 from ._labelled import LabelledImages as LabelledImages
 from ._measure import Figure as Figure
-from ._multimodal import MultimodalSettings as MultimodalSettings
 from ._multimodal import multimodal as multimodal
 from ._multimodal_data import AskedImages as AskedImages
 from ._multimodal_data import MultimodalData as MultimodalData
 from ._multimodal_result import Dialogue as Dialogue
 from ._multimodal_result import MultimodalResult as MultimodalResult
+from ._multimodal_settings import MultimodalSettings as MultimodalSettings
 from ._printing import PrintStyle as PrintStyle
+from ._probe import require_sklearn as require_sklearn
 from ._published import PublishedSet as PublishedSet
 from ._published import is_published as is_published
 from ._published import read_published as read_published

@@ -39,13 +39,7 @@ class AnswerPass:
         *,
         batch_size: int = 150,
     ) -> None:
-        layers = vlm.reach.layers
-        if layers is None or len(layers) != 1:
-            raise ValueError(
-                f"{vlm.cfg.model_name} does not read the output of one block of its tower, "
-                "and this task changes that output: use a LLaVA"
-            )
-        self.vlm, self.layer, self.batch_size = vlm, int(layers[0]), batch_size
+        self.vlm, self.layer, self.batch_size = vlm, check_reads_one_block(vlm), batch_size
         inputs = {name: vlm.prepare([images[0]], text) for name, text in questions.items()}
         ids = {name: each["input_ids"][0] for name, each in inputs.items()}
         shortest = min(len(each) for each in ids.values())
@@ -110,3 +104,18 @@ class AnswerPass:
             words = self.vlm.processor.batch_decode(chosen, skip_special_tokens=True)
             found[name] = [str(word).strip() for word in words]
         return found
+
+
+def check_reads_one_block(vlm: Any) -> int:
+    """Return how many blocks run before the output that a language model reads.
+
+    Raises:
+        ValueError: it reads the outputs of several blocks, or what comes behind the last.
+    """
+    layers = vlm.reach.layers
+    if layers is None or len(layers) != 1:
+        raise ValueError(
+            f"{vlm.cfg.model_name} does not read the output of one block of its tower, and this "
+            "task changes that output: use a LLaVA"
+        )
+    return int(layers[0])

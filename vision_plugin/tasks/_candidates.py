@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -144,16 +145,11 @@ def _directions(
     with_word: Float[Tensor, "n tokens d"],
     printed: Tensor,
 ) -> Iterator[Candidate]:
-    hook_name = f"blocks.{layer}.hook_resid_post"
     centre = without.mean((0, 1)).float()
     moved = (with_word - without).mean(1)
     mean = moved.mean(0)
 
-    def projected(method: str, vectors: Tensor, how: str) -> Candidate:
-        directions = Directions(hook_name, vectors.float())
-        edit = Edit.project(directions, centre=centre, tokens=tokens)
-        return Candidate(method, edit, len(edit.changes[0].targets), layer, how)
-
+    projected = partial(projection, layer=layer, centre=centre, tokens=tokens)
     yield projected("diff_mean", mean[None], tokens)
     each = torch.stack([moved[printed == word].mean(0) for word in printed.unique()])
     basis = torch.linalg.svd(each, full_matrices=False).Vh
@@ -162,10 +158,26 @@ def _directions(
     both = torch.cat([without.flatten(0, 1), with_word.flatten(0, 1)])
     n_tokens = without.shape[1]
     word = torch.cat([torch.zeros(len(printed)).long(), printed + 1]).repeat_interleave(n_tokens)
-    vectors, readers, mean_of_all = leace(both, word)
-    erase = Directions(hook_name, vectors.float(), readers.float(), mean_of_all.float())
-    yield Candidate("leace", Edit.project(erase, tokens=tokens), len(vectors), layer, tokens)
+    yield erasure(leace(both, word), tokens, layer=layer, tokens=tokens)
     yield projected("probe", probe_direction(both, word > 0)[None], tokens)
+
+
+def projection(
+    method: str, vectors: Tensor, how: str, *, layer: int, centre: Tensor, tokens: str
+) -> Candidate:
+    """Return the candidate that projects directions out behind a block."""
+    directions = Directions(f"blocks.{layer}.hook_resid_post", vectors.float())
+    edit = Edit.project(directions, centre=centre, tokens=tokens)
+    return Candidate(method, edit, len(edit.changes[0].targets), layer, how)
+
+
+def erasure(
+    found: tuple[Tensor, Tensor, Tensor], how: str, *, layer: int, tokens: str
+) -> Candidate:
+    """Return LEACE's candidate from its vectors, readers and offset."""
+    vectors, readers, offset = (part.float() for part in found)
+    erase = Directions(f"blocks.{layer}.hook_resid_post", vectors, readers, offset)
+    return Candidate("leace", Edit.project(erase, tokens=tokens), len(vectors), layer, how)
 
 
 def layer_of(site: Site) -> int | None:

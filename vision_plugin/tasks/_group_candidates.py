@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
-from vision_plugin.steering import Directions, Edit, EditPass
-from vision_plugin.tasks._candidates import Candidate, layer_of, suppressed
+from vision_plugin.steering import EditPass
+from vision_plugin.tasks._candidates import Candidate, erasure, layer_of, projection, suppressed
 from vision_plugin.tasks._erase import leace, probe_direction
 from vision_plugin.tasks._find import GRADIENT_RULES
 from vision_plugin.tasks._group_data import GROUPS, GroupSplit
@@ -73,16 +74,11 @@ def group_direction_candidates(
 def _directions(
     layer: int, tokens: str, stream: Float[Tensor, "n tokens d"], train: GroupSplit
 ) -> Iterator[Candidate]:
-    hook_name = f"blocks.{layer}.hook_resid_post"
     groups, n_tokens = train.groups, stream.shape[1]
     means = torch.stack([stream[groups == group].mean(0) for group in range(len(GROUPS))])
     moved = torch.stack([means[1] - means[0], means[3] - means[2]])
     centre = means.mean((0, 1)).float()
-
-    def projected(method: str, vectors: Tensor, how: str) -> Candidate:
-        edit = Edit.project(Directions(hook_name, vectors.float()), centre=centre, tokens=tokens)
-        return Candidate(method, edit, len(edit.changes[0].targets), layer, how)
-
+    projected = partial(projection, layer=layer, centre=centre, tokens=tokens)
     yield projected("diff_mean", moved.mean((0, 1))[None], tokens)
     basis = torch.linalg.svd(moved.flatten(0, 1), full_matrices=False).Vh
     for rank in sorted({min(rank, len(basis)) for rank in RANKS}):
@@ -91,8 +87,6 @@ def _directions(
     nuisance = train.nuisance.repeat_interleave(n_tokens)
     alike = group_weights(groups).repeat_interleave(n_tokens)
     for weights, how in ((None, tokens), (alike, f"groups weighted, {tokens}")):
-        vectors, readers, offset = leace(flat, nuisance, weights)
-        erase = Directions(hook_name, vectors.float(), readers.float(), offset.float())
-        yield Candidate("leace", Edit.project(erase, tokens=tokens), len(vectors), layer, how)
+        yield erasure(leace(flat, nuisance, weights), how, layer=layer, tokens=tokens)
         direction = probe_direction(flat, nuisance > 0, weights)
         yield projected("probe", direction[None], how)

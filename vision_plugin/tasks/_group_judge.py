@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from vision_plugin.steering import Edit, EditPass
-from vision_plugin.tasks._group_data import GROUPS, GroupSplit
-from vision_plugin.tasks._measure import RESAMPLES, Figure, interval, unit
+from vision_plugin.tasks._group_data import GroupSplit
+from vision_plugin.tasks._measure import RESAMPLES, Figure, interval, unit, worst
 from vision_plugin.tasks._probe import Probe
 
 Refit = Callable[[Edit], Probe]
@@ -155,16 +155,6 @@ def resampled(groups: Int[Tensor, " n"], *, seed: int) -> Float[Tensor, "r n"]:
         drawn = rows[torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)]
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     return counts
-
-
-def worst(
-    counts: Float[Tensor, "r n"], right: Float[Tensor, " n"], groups: Int[Tensor, " n"]
-) -> Float[Tensor, " r"]:
-    """Return the accuracy of the worst group in each resample."""
-    member = nn.functional.one_hot(groups, len(GROUPS)).double()
-    size = counts @ member
-    share = torch.where(size > 0, counts @ (member * right[:, None]) / size.clamp(min=1), torch.inf)
-    return share.amin(1)
 
 
 def _mean(value: Tensor, once: Tensor, counts: Tensor) -> Figure:

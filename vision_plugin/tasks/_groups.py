@@ -31,7 +31,7 @@ from vision_plugin.tasks._group_judge import GroupJudge, group_figures
 from vision_plugin.tasks._measure import unit
 from vision_plugin.tasks._probe import Probe, group_weights
 from vision_plugin.tasks._result import CONTROLS, TaskResult
-from vision_plugin.tasks._row import Row
+from vision_plugin.tasks._row import Row, listed
 from vision_plugin.tasks._search import Search, sizes_below
 
 logger = logging.getLogger(__name__)
@@ -263,13 +263,15 @@ class _Run:
 
 
 def _settings(settings: GroupSettings, data: GroupData) -> dict[str, Any]:
-    named = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in named.items()}
     images = {
         split: dict(zip(data.group_names, getattr(data, split).sizes, strict=True))
         for split in ("train", "validation", "test")
     }
     return {
-        **listed, "label": data.kind, "nuisance": data.nuisance, "classes": list(data.classes),
-        "values": list(data.values), "images": images,
-    }  # fmt: skip
+        **listed(settings),
+        "label": data.kind,
+        "nuisance": data.nuisance,
+        "classes": list(data.classes),
+        "values": list(data.values),
+        "images": images,
+    }

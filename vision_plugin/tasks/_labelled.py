@@ -12,6 +12,7 @@ from PIL import Image
 
 from vision_plugin.images import ImageSource, open_images, read_batches
 from vision_plugin.tasks._attack import Attack, TypographicData
+from vision_plugin.tasks._evidence import as_pixels
 from vision_plugin.tasks._measure import LEAST
 from vision_plugin.tasks._printing import PrintStyle
 
@@ -89,9 +90,9 @@ class LabelledImages:
         """
         random = np.random.default_rng([self.seed, 0])
         found = self._images(self._parts[0])
-        made = []
+        places, made = list(found), []
         for i in range(n):
-            place = list(found)[(i // 2) % len(found)]
+            place = places[(i // 2) % len(places)]
             image = found[place]
             made.append(self._with_word(image, place, random)[0] if i % 2 else image)
         return made
@@ -100,8 +101,8 @@ class LabelledImages:
         found = self._images(part)
         printed = [self._with_word(image, place, random) for place, image in found.items()]
         return Attack(
-            clean=_pixels(self.model, list(found.values())),
-            attacked=_pixels(self.model, [image for image, _ in printed]),
+            clean=as_pixels(self.model, list(found.values())),
+            attacked=as_pixels(self.model, [image for image, _ in printed]),
             labels=torch.tensor([self._label[place] for place in found]),
             printed=torch.tensor([word for _, word in printed]),
         )
@@ -165,7 +166,3 @@ def parts(places: list[int], sizes: tuple[int, int, int], seed: int) -> list[lis
     order = np.random.default_rng([seed, 99]).permutation(len(places)).tolist()
     edges = np.cumsum([0, *counts]).tolist()
     return [[places[i] for i in order[a:b]] for a, b in pairwise(edges)]
-
-
-def _pixels(model: Any, images: list[Image.Image]) -> torch.Tensor:
-    return torch.cat([model.preprocess(images[i : i + 256]) for i in range(0, len(images), 256)])

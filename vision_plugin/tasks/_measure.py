@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vision_plugin.steering import Edit, EditPass
@@ -176,15 +176,17 @@ def figures(values: dict[str, Tensor], *, seed: int = 0) -> dict[str, Figure]:
         for name, value in values.items()
         if name != "group"
     }
-    member = nn.functional.one_hot(group).double()
     right = values["accuracy"]
-    worst = _worst(torch.ones(1, n, dtype=torch.float64), right, member)
-    found["worst_group"] = interval(float(worst[0]), _worst(counts, right, member))
+    once = worst(torch.ones(1, n, dtype=torch.float64), right, group)
+    found["worst_group"] = interval(float(once[0]), worst(counts, right, group))
     return found
 
 
-def _worst(counts: Float[Tensor, "r n"], right: Tensor, member: Tensor) -> Float[Tensor, " r"]:
-    """Return the accuracy of the worst class in each resample; an absent class does not count."""
+def worst(
+    counts: Float[Tensor, "r n"], right: Float[Tensor, " n"], groups: Int[Tensor, " n"]
+) -> Float[Tensor, " r"]:
+    """Return the accuracy of the worst group in each resample; an absent group does not count."""
+    member = nn.functional.one_hot(groups).double()
     size = counts @ member
     share = torch.where(size > 0, counts @ (member * right[:, None]) / size.clamp(min=1), torch.inf)
     return share.amin(1)

@@ -14,9 +14,9 @@ from torch import Tensor
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
-from vision_plugin._rich import Console, Table
-from vision_plugin.tasks._measure import COVERED, LEAST, RESAMPLES, Figure
-from vision_plugin.tasks._row import Row
+from vision_plugin._rich import Table
+from vision_plugin.tasks._measure import LEAST, RESAMPLES, Figure, interval
+from vision_plugin.tasks._row import Row, cell, printed
 
 SCHEMA = 1
 _SHOWN = ("accuracy", "inserted", "suppressed", "preserved")
@@ -99,7 +99,7 @@ class MultimodalResult:
                 table.add_section()
             last = (row.how, row.kind)
             found = [row.figures.get(name) for name in _SHOWN]
-            table.add_row(row.kind, row.how, row.method, str(row.size or ""), *map(_cell, found))
+            table.add_row(row.kind, row.how, row.method, str(row.size or ""), *map(cell, found))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,17 +120,17 @@ class MultimodalResult:
 
         Args:
             folder: Folder to make; earlier results of a task in it are replaced.
-            sae: An SAE to save beside them; None saves none.
+            sae: An SAE to save beside them, or where one lies already; None saves none.
 
         Raises:
             FileExistsError: something else has the name.
         """
         place = local_path(folder)
         with whole_folder(place, replaces=TASK) as made:
-            if sae is not None and not isinstance(sae, (str, Path)):
+            if sae is not None and not isinstance(sae, str):
                 sae.save_model(str(made / "sae"))
             write_json(self.to_dict(), made / "results.json")
-            text = [_text(self.table()), *map(str, self.dialogues), ""]
+            text = [printed(self.table()), *map(str, self.dialogues), ""]
             (made / "table.txt").write_text("\n".join(text), encoding="utf-8")
         return place
 
@@ -154,17 +154,4 @@ def clustered(values: Float[Tensor, " m"], images: Int[Tensor, " m"], *, seed: i
     )
     drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
     means = total[drawn].sum(1) / count[drawn].sum(1)
-    tail = (1 - COVERED) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return Figure(float(values.double().mean()), float(low), float(high))
-
-
-def _cell(figure: Figure | None) -> str:
-    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
-
-
-def _text(table: Table) -> str:
-    console = Console(width=160, no_color=True)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return interval(float(values.double().mean()), means)

@@ -62,6 +62,7 @@ class PatchReading:
         change = amount @ self.directions[latents].to(amount.dtype)
         return self.with_patches(self.patches[rows] + change, rows)
 
+    @torch.no_grad()
     def without_error(self, stream: Float[Tensor, "rows tokens d"], rows: Tensor) -> Tensor:
         """Return a changed stream less what the SAE does not reconstruct of the images' own."""
         own = self.patches[rows]
@@ -76,7 +77,6 @@ class Knowledge:
     Attributes:
         latents: Latents of each value, best first by average precision, by factor: ``[values,
             most]``.
-        precision: Average precision of the best latent of each value, by factor.
         natural: 99% quantile of each latent over the patches where it is active, ``[d_sae]``.
         neurons: Dimensions of each value, by factor: ``[values, most]``.
         means: Mean patch of each value, by factor: ``[values, d_model]``.
@@ -84,7 +84,6 @@ class Knowledge:
     """
 
     latents: dict[str, Int[Tensor, "values most"]]
-    precision: dict[str, Float[Tensor, " values"]]
     natural: Float[Tensor, " d_sae"]
     neurons: dict[str, Int[Tensor, "values most"]]
     means: dict[str, Float[Tensor, "values d"]]
@@ -94,7 +93,7 @@ class Knowledge:
 @torch.no_grad()
 def learn(
     reading: PatchReading, labels: dict[str, Int[Tensor, " n"]], locator: str, on_rest: set[str],
-    most: int = 30,
+    *, most: int,
 ) -> Knowledge:  # fmt: skip
     """Return what training images say about each value of each factor.
 
@@ -105,26 +104,29 @@ def learn(
         on_rest: Factors that are seen beside the object.
         most: Latents and neurons to keep of each value.
     """
-    every = torch.arange(int(reading.sae.cfg.d_sae))
+    device = reading.stream.device
+    labels = {factor: label.to(device) for factor, label in labels.items()}
+    every = torch.arange(int(reading.sae.cfg.d_sae), device=device)
     dense = reading.values(every)
     active = dense > 0
     natural = torch.stack(
         [
-            torch.quantile(column[fires].float(), 0.99) if bool(fires.any()) else torch.tensor(0.0)
+            torch.quantile(column[fires].float(), 0.99)
+            if bool(fires.any())
+            else torch.zeros((), device=device)
             for column, fires in zip(dense.flatten(0, 1).T, active.flatten(0, 1).T, strict=True)
         ]
     )
     pooled = dense.amax(1)
-    latents, precision, neurons = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    latents, neurons = dict[str, Tensor](), dict[str, Tensor]()
     means, overall = dict[str, Tensor](), dict[str, Tensor]()
     for factor, label in labels.items():
         scores = torch.stack(
             [average_precision(pooled, label == value) for value in range(int(label.max()) + 1)]
         )
         scores[:, natural <= 0] = 0
-        best = scores.topk(most, dim=1)
-        latents[factor], precision[factor] = best.indices, best.values[:, 0]
-    knowledge = Knowledge(latents, precision, natural, neurons, means, overall)
+        latents[factor] = scores.topk(most, dim=1).indices
+    knowledge = Knowledge(latents, natural, neurons, means, overall)
     here = object_patches(reading, knowledge, locator)
     for factor, label in labels.items():
         mask = (~here if factor in on_rest else here).unsqueeze(-1)
@@ -155,6 +157,7 @@ def average_precision(
     """Return the average precision of each column for one class."""
     order = scores.argsort(dim=0, descending=True, stable=True)
     hits = is_member[order].double()
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
+    ranks = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device)
+    precision = hits.cumsum(0) / ranks[:, None]
     found = (precision * hits).sum(0) / hits.sum(0).clamp(min=1)
     return found.float()

@@ -10,11 +10,10 @@ from typing import Any
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
-from vision_plugin._rich import Console, Table
+from vision_plugin._rich import Table
 from vision_plugin.steering import Edit
-from vision_plugin.tasks._measure import Figure
 from vision_plugin.tasks._plot import plots
-from vision_plugin.tasks._row import Row
+from vision_plugin.tasks._row import Row, cell, printed
 
 SCHEMA = 1
 CONTROLS = ("neurons", "random_dictionary", "pca")
@@ -78,7 +77,7 @@ class TaskResult:
                 table.add_section()
             last = (row.kind, row.split)
             layer = "" if row.layer is None else str(row.layer)
-            cells = [_cell(row.figures.get(name)) for name in self.shown]
+            cells = [cell(row.figures.get(name)) for name in self.shown]
             table.add_row(row.kind, row.split, row.method, str(row.size or ""), layer, *cells)
         return table
 
@@ -128,18 +127,7 @@ class TaskResult:
                 if method in CONTROLS:
                     continue  # it edits latents of a dictionary that is nowhere to be loaded from
                 edit.save(made / "edits" / f"{kind}-{method}.json", sae=deeper)
-            (made / "table.txt").write_text(_text(self.table()), encoding="utf-8")
+            (made / "table.txt").write_text(printed(self.table()), encoding="utf-8")
             for name, figure in self.plot().items():
                 figure.savefig(made / f"{name}.png", dpi=120, bbox_inches="tight")
         return place
-
-
-def _cell(figure: Figure | None) -> str:
-    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
-
-
-def _text(table: Table) -> str:
-    console = Console(width=160, no_color=True)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()

@@ -29,7 +29,7 @@ from vision_plugin.tasks._heads import choose_heads, has_heads
 from vision_plugin.tasks._measure import Judge, Questions, figures
 from vision_plugin.tasks._published import PublishedSet
 from vision_plugin.tasks._result import CONTROLS, TaskResult
-from vision_plugin.tasks._row import Row
+from vision_plugin.tasks._row import Row, listed
 from vision_plugin.tasks._search import Search, sizes_below
 from vision_plugin.tasks._unpaired import judge_of
 
@@ -39,7 +39,6 @@ METHODS = (
     "none", "sae", "random_latents", "random_active_latents", "neurons", "random_dictionary",
     "pca", "diff_mean", "difference_subspace", "leace", "probe", "heads",
 )  # fmt: skip
-DIRECTIONS = ("diff_mean", "difference_subspace", "leace", "probe")
 UNSEEN = ("none", "sae", "diff_mean", "difference_subspace", "leace", "heads")
 """Methods that are also run with half of the words left out."""
 
@@ -280,6 +279,4 @@ def _settings(settings: TypographicSettings, kinds: Sequence[TypographicData]) -
         }
         for data in kinds
     }  # fmt: skip
-    named = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in named.items()}
-    return {**listed, "pairs": numbers}
+    return {**listed(settings), "pairs": numbers}

@@ -184,7 +184,7 @@ def _classes(command: str) -> list[type]:
     if command == "extract":
         return [import_module("vision_plugin.activations").ExtractionConfig]
     if command == "tasks":
-        return [import_module("vision_plugin.cli._tasks").TypographicConfig]
+        return [import_module("vision_plugin.cli._tasks_typographic").TypographicConfig]
     if command == "demo":
         return [import_module("vision_plugin.demo.job").DemoConfig]
     module = import_module(f"vision_plugin.cli._{command}")
