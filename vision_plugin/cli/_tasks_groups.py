@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._extras import require_sklearn
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
@@ -69,9 +70,9 @@ def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
     """Return the result, and the SAE of its edit or where that lies."""
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_model
-    from vision_plugin.tasks import GroupSettings, attribute, background, require_sklearn
+    from vision_plugin.tasks import GroupSettings, attribute, background
 
-    require_sklearn()
+    require_sklearn("probes on image embeddings")
     out = console()
     settings = GroupSettings(sizes=cfg.sizes, rules=cfg.rules, cap=cfg.cap, seed=cfg.seed)
     model = load_model(cfg.model_name, device=cfg.device)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vision_plugin._extras import require_sklearn
 from vision_plugin.metrics._imagecodes import (
     Array,
     ImageCodes,
@@ -19,7 +20,7 @@ from vision_plugin.metrics._imagecodes import (
     column_blocks,
     probe_columns,
 )
-from vision_plugin.metrics._probing import fit_quietly, require_sklearn
+from vision_plugin.metrics._probing import fit_quietly
 from vision_plugin.metrics._result import MetricResult
 
 __all__ = ["Absorption", "AbsorptionPair", "AbsorptionResult", "sibling_groups"]
@@ -135,7 +136,7 @@ class Absorption(ImageCodes):
 
     def compute(self) -> AbsorptionResult:
         """Test every class of every group on all images seen, by all processes."""
-        require_sklearn()
+        require_sklearn("the probing metrics")
         codes, labels = self.codes(), self.label_array()
         pairs: list[AbsorptionPair] = []
         for name, classes in self.sibling_groups.items():

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vision_plugin._extras import require_sklearn
 from vision_plugin.metrics._fidelity import visaebench_fvu
 from vision_plugin.metrics._imagecodes import Array, ImageCodes, class_f_scores, probe_columns
 from vision_plugin.metrics._latents import check_finite
-from vision_plugin.metrics._probing import check_classes, probe_accuracy, require_sklearn, split
+from vision_plugin.metrics._probing import check_classes, probe_accuracy, split
 from vision_plugin.metrics._result import MetricResult
 
 __all__ = ["CrossDomain", "CrossDomainResult", "DomainScores"]
@@ -155,7 +156,7 @@ class CrossDomain(ImageCodes):
         Raises:
             ValueError: a domain has no images, or labels of one class only.
         """
-        require_sklearn()
+        require_sklearn("the probing metrics")
         codes, labels = self.codes(), self.label_array()
         domain: Array = self.rows("domain").cpu().numpy()
         active: Array = self.active.cpu().numpy().astype(bool)

@@ -21,7 +21,6 @@ from ._multimodal_result import Dialogue as Dialogue
 from ._multimodal_result import MultimodalResult as MultimodalResult
 from ._multimodal_settings import MultimodalSettings as MultimodalSettings
 from ._printing import PrintStyle as PrintStyle
-from ._probe import require_sklearn as require_sklearn
 from ._published import PublishedSet as PublishedSet
 from ._published import is_published as is_published
 from ._published import read_published as read_published

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin._extras import require_sklearn
+
 
 @dataclass(frozen=True, eq=False)
 class Probe:
@@ -39,7 +41,7 @@ class Probe:
         Raises:
             ImportError: scikit-learn is missing.
         """
-        require_sklearn()
+        require_sklearn("probes on image embeddings")
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -75,14 +77,3 @@ def group_weights(groups: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return weights with which every group counts the same."""
     sizes = torch.bincount(groups)
     return len(groups) / (int((sizes > 0).sum()) * sizes[groups].double())
-
-
-def require_sklearn() -> None:
-    """Raise ImportError that says what to install where scikit-learn is missing."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "the probe on image embeddings is scikit-learn's logistic regression; install it with "
-            "'pip install vision-plugin[probing]'"
-        ) from None
