@@ -64,9 +64,9 @@ SAELens's (`--defaults saelens`). A cell is the mean over seeds, with the range 
 - monosemanticity: mean over latents, by the embeddings of the model that is named.
 
 On the emoji CLIP `ours` takes a tenth to a third more CPU time than `dictionary_learning` (seed 0;
-seeds 1 and 2 were timed before a step was made faster): its batches are small there (400 vectors,
-by the length of the run), so it makes more steps. With batches of 1,024 it takes six tenths of its
-time and explains .011 less (`trials.md`)."""
+seeds 1 and 2 were timed before a step was made faster): its batches are small there (256 vectors,
+where `dictionary_learning` takes 1,024), so it makes more steps. On 200,000 vectors, batches of
+1,024 take six tenths of the time and explain .011 less (`trials.md`)."""
 
 
 def _cell(runs: list[Row], column: str) -> str:

@@ -14,6 +14,8 @@ class InnerTower:
 class LanguageModelTower(InnerTower):
     """A tower whose output a language model reads; ``wrap_vlm`` joins both."""
 
+    joins = True
+    """Whether an adapter fits its tower; where not, the refusal names the tower."""
     lens_architecture: str | None = None
     """Architecture whose adapter of TransformerLens fits; None stands for the module's own."""
 
@@ -79,6 +81,7 @@ class QwenTower(LanguageModelTower):
     """Qwen2.5-VL and Qwen3-VL, whose towers take images as lists of patches."""
 
     inner_path = "model.visual"
+    joins = False
 
 
 class MAEEncoder(InnerTower):

@@ -102,7 +102,7 @@ def evaluate(folder: Path, *, images: int, combinations: Combinations) -> dict[s
     kinds = {**{factor: [text] * images for factor, text in QUESTIONS.items()}}
     kinds["one word"] = [ONE_WORD] * images
     for word in ("yes", "no"):
-        kinds[f"is there: {word}"] = [_is_there(scene, word, random) for scene in scenes]
+        kinds[f"is there: {word}"] = [is_there_question(scene, word, random) for scene in scenes]
     right: dict[str, list[bool]] = {kind: [] for kind in kinds}
     for start in range(0, images, 100):
         some = scenes[start : start + 100]
@@ -120,7 +120,7 @@ def evaluate(folder: Path, *, images: int, combinations: Combinations) -> dict[s
     return {kind: round(float(np.mean(hits)), 4) for kind, hits in right.items()}
 
 
-def _is_there(scene: Scene, word: str, random: np.random.Generator) -> str:
+def is_there_question(scene: Scene, word: str, random: np.random.Generator) -> str:
     """Return a question that has this answer."""
     while True:
         question = ask(scene, random)

@@ -232,6 +232,25 @@ class TestSameBytes:
         with pytest.raises(StoreMismatchError, match=r"another extraction"):
             made("a", 8)  # a complete store is not shortened
 
+    def test_so_it_does_where_nobody_says_how_large_a_shard_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The size follows the number of images then; an overwriting run keeps shards as well."""
+        monkeypatch.setattr("vision_plugin.activations._making.MIN_SHARD_BYTES", 1)
+        whole = datasets.Dataset.from_dict({"image": images(200)}, features=IMAGE)
+        caplog.set_level(logging.INFO)
+
+        def made(n_images: int, **changes: Any) -> None:
+            cfg = config(tmp_path, n_images=n_images, images_per_shard=None, **changes)
+            extract(cfg, model=tiny_model(), images=whole.to_iterable_dataset())
+
+        with pytest.raises(ValueError, match="ends after 200 of the 800"):
+            made(800)
+        made(200, overwrite=True)
+        assert "shards are kept" in caplog.text
+        assert ActivationStore(tmp_path).ids == [str(i) for i in range(200)]
+        assert verify(tmp_path).ok
+
     def test_shards_are_kept_whenever_the_shortening_is_killed(self, tmp_path: Path) -> None:
         def stream() -> Any:
             whole = datasets.Dataset.from_dict({"image": images(20)}, features=IMAGE)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 
 import vision_plugin as vp
-from benchmarks.demo_checkpoint._llava import build_processor
+from benchmarks.demo_checkpoint._llava import ask, build_processor
+from benchmarks.demo_checkpoint.train_llava import is_there_question
 from vision_plugin.demo import checkpoint_path, draw
 from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer
 
@@ -38,9 +42,26 @@ def test_its_processor_is_the_one_it_was_trained_with(vlm) -> None:
 
 
 def test_it_answers_questions_about_new_images(vlm) -> None:
-    world = draw(60, seed=77)
+    world = draw(60, seed=77, combinations="training")
     images = list(world.images)
     for question in (*QUESTIONS.values(), ONE_WORD):
         said = vlm.generate(images, question, batch_size=60)
         right = [word == answer(question, s) for word, s in zip(said, world.scenes, strict=True)]
-        assert sum(right) >= 50, question
+        assert sum(right) >= 54, question
+
+
+@pytest.mark.parametrize("word", ["yes", "no"])
+def test_it_says_what_is_there_and_what_is_not(vlm, word) -> None:
+    world, random = draw(60, seed=78, combinations="training"), np.random.default_rng(0)
+    asked = [is_there_question(scene, word, random) for scene in world.scenes]
+    said = vlm.generate(list(world.images), asked, batch_size=60)
+    assert said.count(word) >= 51
+
+
+def test_it_was_asked_for_what_is_there_as_often_as_for_what_is_not() -> None:
+    world, random = draw(500, seed=79), np.random.default_rng(0)
+    said = Counter[str]()
+    for scene in world.scenes:
+        asked = [ask(scene, random) for _ in range(20)]
+        said.update(answer(text, scene) for text in asked if text.startswith("Is there"))
+    assert said["yes"] / said.total() == pytest.approx(0.5, abs=0.03)

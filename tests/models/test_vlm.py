@@ -196,6 +196,42 @@ def test_weights_are_shared_with_the_native_module() -> None:
 
 
 @torch.no_grad()
+def test_every_cast_and_the_state_are_of_the_whole_model() -> None:
+    vlm, inputs = vp.wrap_vlm(tiny_vlm("llava")), whole(tiny_inputs("llava"))
+    before = vlm(inputs)
+    state = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
+    assert state.keys() == vlm.native.state_dict().keys()
+    assert [n for n, _ in vlm.named_parameters()] == [n for n, _ in vlm.native.named_parameters()]
+    assert vlm.double() is vlm
+    assert {p.dtype for p in vlm.vision.parameters()} == {torch.float64}
+    assert vlm.float().cpu() is vlm
+    assert {p.dtype for p in vlm.parameters()} == {torch.float32}
+    for parameter in vlm.parameters():
+        parameter.zero_()
+    assert not torch.equal(vlm(inputs), before)
+    vlm.load_state_dict(state)
+    assert torch.equal(vlm(inputs), before)
+    assert not any(p.requires_grad for p in vlm.requires_grad_(False).vision.parameters())
+
+
+def test_batches_hold_one_prompt_and_more(llava) -> None:
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}: use 1 or more"):
+            llava.generate([1, 2], "prompt", return_type="tokens", batch_size=size)
+
+
+@torch.no_grad()
+def test_load_model_takes_the_tower_of_a_saved_model(family, native, tmp_path) -> None:
+    native.save_pretrained(tmp_path)
+    parts = dict(native.model.named_children())
+    tower = parts["vision_model" if "vision_model" in parts else "vision_tower"]
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = tower(pixels, output_hidden_states=True).hidden_states[2]
+    _, cache = vp.load_model(str(tmp_path)).run_with_cache(pixels)
+    assert torch.equal(cache["blocks.1.hook_resid_post"], expected)
+
+
+@torch.no_grad()
 def test_device_map_spreads_a_model_that_is_wrapped(tmp_path) -> None:
     module = tiny_vlm("llava")
     module.save_pretrained(tmp_path)

@@ -521,6 +521,9 @@ def test_a_standing_edit_comes_along_with_a_copy_and_goes_with_a_reset(
     model.add_edit(Edit.clamp(sae, {5: 5.0}))
     with pytest.raises(TypeError, match=r"reset_edits\(\)"):
         pickle.dumps(model)
+    model.reset_hooks(including_permanent=True)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(one(pixels), plain)
 
 
 @torch.no_grad()

@@ -140,8 +140,14 @@ def test_shuffled_labels_find_nothing_better_than_random(world) -> None:
         nuisance[rows] = nuisance[rows[torch.randperm(len(rows), generator=generator)]]
     data = replace(world.data, train=GroupSplit(train.pixels, train.labels, nuisance))
     result = world.repair(data, rules=("auroc",))
+    found = [entry for entry in result.search if entry["method"] == "sae"]
+    assert found
     for change in result.edit.changes:
         assert not set(change.targets) & set(PLANTED)
+    # Nor does any candidate do on validation what the planted latents do.
+    right = world.repair(world.data, rules=("auroc",))
+    best = max(e["worst_group"] for e in right.search if e["method"] == "sae")
+    assert max(entry["worst_group"] for entry in found) < best - 0.1
     sae = result.row("sae", kind="shape").figures
     none = result.row("none", kind="shape").figures
     assert sae["worst_group"].value < none["worst_group"].value + 0.15

@@ -24,13 +24,6 @@ READ = "blocks.2.hook_resid_post"
 def vlm() -> vp.VisionLanguageBridge:
     processor = build_processor(checkpoint_path())
     module = build_model(LlavaTraining(width=64), checkpoint_path(), processor)
-    with torch.no_grad():  # so that images matter to an untrained model
-        for parameter in (
-            *module.model.language_model.parameters(),
-            *module.model.multi_modal_projector.parameters(),
-        ):
-            if parameter.ndim == 2:
-                parameter.mul_(5)
     return vp.wrap_vlm(module.eval(), processor, name="untrained")
 
 
@@ -48,6 +41,9 @@ def test_answers_are_the_first_words_that_generate_writes(vlm) -> None:
     latents, values = torch.tensor([7, 2]), torch.tensor([900.0, -400.0])
     stream = reading.with_latents(latents, lambda old: values.expand_as(old), rows)
     steered = asked.answers(stream, rows)
+    assert any(
+        steered[factor] != [found[factor][row] for row in rows.tolist()] for factor in QUESTIONS
+    )
     with vlm.steer(sae, {7: 900.0, 2: -400.0}, tokens="patch"):
         some = [images[row] for row in rows]
         for factor, question in QUESTIONS.items():
@@ -113,3 +109,32 @@ def test_an_sae_of_another_hook_is_refused(vlm) -> None:
     sae = make_sae("blocks.1.hook_resid_post", 128)
     with pytest.raises(ValueError, match=r"reads blocks\.2\.hook_resid_post"):
         vp.tasks.multimodal(vlm, sae, data)
+
+
+@torch.no_grad()
+def test_a_model_that_answers_at_random_is_refused_before_the_search(vlm) -> None:
+    data = multimodal_data(train=80, validation=40, test=40)
+    with pytest.raises(ValueError, match=r"answers \d+ of 40 questions about the .* an interval"):
+        vp.tasks.multimodal(vlm, make_sae(READ, 128), data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strengths": ()}, "numbers above 0"),
+        ({"strengths": (1.0, float("nan"))}, "numbers above 0"),
+        ({"sizes": ()}, "from 1 up"),
+        ({"preserved": 1.0}, "between 0 and 1"),
+        ({"targets": 0}, "1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_searched_are_refused(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        vp.tasks.MultimodalSettings(**changes)
+
+
+def test_more_latents_than_there_are_are_refused(vlm) -> None:
+    data = multimodal_data(train=80, validation=40, test=40)
+    settings = vp.tasks.MultimodalSettings(sizes=(1, 1000))
+    with pytest.raises(ValueError, match="allows at most 48"):
+        vp.tasks.multimodal(vlm, make_sae(READ, 128), data, settings=settings)

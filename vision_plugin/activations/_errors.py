@@ -35,7 +35,7 @@ class TooManyBadImagesError(ValueError):
     """More images are unreadable than the configuration allows."""
 
     exit_status = 1
-    """Of the command: the run failed, and was not refused."""
+    """Exit status of the command: 1, since the run began and then failed."""
 
 
 class StoreFullError(OSError):

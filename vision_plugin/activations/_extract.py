@@ -43,7 +43,7 @@ from vision_plugin.activations._records import (
     read_plan,
 )
 from vision_plugin.activations._running import run_tasks
-from vision_plugin.activations._shortening import is_longer, shorten
+from vision_plugin.activations._shortening import is_longer, shorten, with_shards_of
 from vision_plugin.activations._store import ActivationStore
 from vision_plugin.images import ImageSource, open_images
 
@@ -89,6 +89,8 @@ def extract(
     with locked(folder):
         remove_partial(folder)
         check_folder(folder)
+        if config.images_per_shard is None:
+            plan = with_shards_of(folder, plan)
         plan = settle_plan(folder, plan, overwrite=config.overwrite)
         _Extraction(config, plan, folder, model, source).run()
     return ActivationStore(folder)
@@ -138,8 +140,10 @@ def settle_plan(folder: Path, plan: StorePlan, *, overwrite: bool = False) -> St
         StoreMismatchError: the plans differ; the message names every difference.
         StoreError: a store is to be removed from a folder that holds something else as well.
     """
-    if overwrite and (folder / PLAN).exists() and read_plan(folder).differences(plan):
-        remove_store(folder)
+    if overwrite and (folder / PLAN).exists():
+        there = read_plan(folder)
+        if there.differences(plan) and not is_longer(there, plan, folder):
+            remove_store(folder)
     if not (folder / PLAN).exists():
         with whole_file(folder / PLAN) as stream:
             stream.write(to_json(plan.to_json()))

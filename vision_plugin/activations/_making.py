@@ -15,6 +15,7 @@ from vision_plugin.activations._decoding import probe_pixels
 from vision_plugin.activations._plan import (
     DTYPES,
     MAX_IMAGES_WRITTEN,
+    MAX_SHARDS,
     HookSpec,
     ModelSpec,
     StorePlan,
@@ -74,6 +75,11 @@ def make_plan(config: ExtractionConfig, model: Any, source: ImageSource) -> Stor
         or _images_per_shard(sum(per_image), config.batch_size, len(source)),
         images_per_chunk=max(1, -(-CHUNK_BYTES // max(per_image))),
     )
+    if plan.n_shards > MAX_SHARDS:
+        raise ValueError(
+            f"images_per_shard={plan.images_per_shard} makes {plan.n_shards:,} shards, above the "
+            f"limit of {MAX_SHARDS:,}: use at least {-(-len(source) // MAX_SHARDS):,}"
+        )
     # What no reader would take is refused before the first image.
     return StorePlan.from_json(plan.to_json(), Path(config.output_path) / "plan.json")
 

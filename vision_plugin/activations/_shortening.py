@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from vision_plugin.activations._errors import StoreError
 from vision_plugin.activations._files import to_json, whole_file
 from vision_plugin.activations._plan import ShardTask, StorePlan
-from vision_plugin.activations._records import MANIFEST, PLAN, read_marker
+from vision_plugin.activations._records import MANIFEST, PLAN, read_marker, read_plan
 from vision_plugin.activations._shards import Shard, complete_shard
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,23 @@ def is_longer(there: StorePlan, plan: StorePlan, folder: Path) -> bool:
     The images of a stream are numbered from its front, so the first are the same in both.
     """
     return (
-        there.images["kind"] == plan.images["kind"] == "stream"
+        there.images.get("kind") == plan.images["kind"] == "stream"
         and there.n_images > plan.n_images
         and all(text.startswith(_OF_LENGTH) for text in there.differences(plan))
         and not (folder / MANIFEST).exists()
     )
+
+
+def with_shards_of(folder: Path, plan: StorePlan) -> StorePlan:
+    """Return a plan with the shards of a longer one in its folder, where it could shorten that.
+
+    Where nobody says how many images a shard has, it depends on the number of images.
+    """
+    if not (folder / PLAN).exists():
+        return plan
+    there = read_plan(folder)
+    sized = replace(plan, images_per_shard=there.images_per_shard)
+    return sized if is_longer(there, sized, folder) else plan
 
 
 def shorten(folder: Path, there: StorePlan, plan: StorePlan) -> None:

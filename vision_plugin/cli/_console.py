@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from vision_plugin._rich import Console
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
+from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
 from vision_plugin.cli._eval import notes, scores_table
 from vision_plugin.cli._flags import parse

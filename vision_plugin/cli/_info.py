@@ -74,8 +74,7 @@ def _metric_facts(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
 
 def preset_table() -> Iterator[Any]:
     """Yield a table with a row for each backbone, and sentences on where its numbers come from."""
-    from rich.table import Table
-
+    from vision_plugin._rich import Table
     from vision_plugin.sae import VisionSAERunnerConfig, presets
 
     by_backbone: dict[str, list[Any]] = {}

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from vision_plugin._inputs import Inputs, check_template, sentences
 from vision_plugin._ours import check_replaceable_file
 from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
+from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
@@ -41,8 +40,9 @@ class SteerConfig(Inputs):
     """Sentence around a concept, for example ``a picture of {}``."""
     n_images: int = 8
     """Number of images to steer on, spread evenly over the source."""
-    tokens: str = "all"
-    """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``; an edit names its own."""
+    tokens: str | None = None
+    """Tokens to steer: ``cls``, ``patch``, ``all`` or ``random:n``; by default those that the SAE
+    was trained on. An edit names its own."""
     output_path: str | None = None
     """JSON file for the probabilities; None writes none."""
 
@@ -50,7 +50,7 @@ class SteerConfig(Inputs):
         super().__post_init__()
         if self.edit is not None and self.latents:
             raise ValueError("an edit names its latents itself: leave out --latents or --edit")
-        if self.edit is not None and (self.strength, self.tokens) != (STRENGTH, "all"):
+        if self.edit is not None and (self.strength, self.tokens) != (STRENGTH, None):
             raise ValueError(
                 "an edit says how much and on which tokens: leave out --strength and --tokens"
             )

@@ -95,7 +95,7 @@ class Judges:
         """Take the mean embedding over images spread over the source, to subtract from now on.
 
         Raises:
-            ValueError: none of those images could be read, or has a class.
+            ValueError: every one of those images is unreadable or has no class.
         """
         source = self.facts.images
         few = min(CENTRE_IMAGES, len(source))

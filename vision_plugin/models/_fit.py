@@ -84,8 +84,9 @@ def has_signature(model: Any, trained_on: Sequence[float]) -> bool:
 
     Signatures were once made of a whole module, text tower included: those are recognised too.
     """
-    whole = _norms(_matrices(model.native))
-    return any(same_signature(trained_on, here) for here in (signature(model), whole))
+    if same_signature(trained_on, signature(model)):
+        return True
+    return same_signature(trained_on, _norms(_matrices(model.native)))
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -89,12 +89,14 @@ class Splicing:
     ) -> None:
         """Remove hook functions, on the points of attached SAEs too.
 
-        An attached SAE is a permanent forward hook: ``including_permanent`` detaches it.
+        An attached SAE and a standing edit are permanent forward hooks: ``including_permanent``
+        detaches them.
         """
         for point in self.hook_points():
             point.remove_hooks(dir=direction, including_permanent=including_permanent, level=level)
         if including_permanent and direction != "bwd" and level is None:
             self.reset_saes()
+            self.reset_edits()
 
     @property
     def acts_to_saes(self) -> dict[str, Dictionary]:

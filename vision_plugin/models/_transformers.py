@@ -43,11 +43,12 @@ def load_transformers(name: str, pretrained: str | None, revision: str | None) -
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(not_found(name, error)) from error
+    module = _module(config, path, revision)
     return wrap(
-        _module(config, path, revision),
+        module,
         name=name,
         image_processor=_images(path, revision),
-        tokenizer=_tokenizer(config, path, revision),
+        tokenizer=_tokenizer(module, path, revision),
         revision=revision,
     )
 
@@ -82,7 +83,7 @@ def _module(config: Any, path: str, revision: str | None) -> nn.Module:
         tower = inner_tower(adapters()[architecture].load())
         try:
             if tower is not None and hasattr(config, "vision_config"):
-                return _tower_alone(config, path, revision)
+                return _tower_alone(config, path, revision, tower.rpartition(".")[2])
             module: nn.Module = model_class.from_pretrained(path, revision=revision)
         except (OSError, RuntimeError) as error:
             raise ValueError(not_found(path, error)) from error
@@ -93,8 +94,8 @@ def _module(config: Any, path: str, revision: str | None) -> nn.Module:
     )
 
 
-def _tower_alone(config: Any, path: str, revision: str | None) -> nn.Module:
-    """Load the vision tower of a multimodal checkpoint without its language model."""
+def _tower_alone(config: Any, path: str, revision: str | None, part: str) -> nn.Module:
+    """Load the vision tower of a multimodal checkpoint, a part of it, without the rest."""
     import transformers
 
     architecture = _default_architecture(config.vision_config)
@@ -108,7 +109,7 @@ def _tower_alone(config: Any, path: str, revision: str | None) -> nn.Module:
         path,
         config=config.vision_config,
         revision=revision,
-        key_mapping={r"^(model\.)?vision_tower\.(vision_model\.)?": ""},
+        key_mapping={rf"^(model\.)?{part}\.(vision_model\.)?": ""},
         output_loading_info=True,
     )
     missing = sorted(found["missing_keys"])
@@ -141,11 +142,11 @@ def _images(path: str, revision: str | None) -> Any:
         return None
 
 
-def _tokenizer(config: Any, path: str, revision: str | None) -> Any:
+def _tokenizer(module: Any, path: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    if not hasattr(config, "text_config") or hasattr(config, "vision_feature_layer"):
-        return None
+    if not hasattr(module.config, "text_config"):
+        return None  # a tower alone, or a model without text
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:

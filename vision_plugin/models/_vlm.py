@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -19,13 +18,13 @@ from vision_plugin.models._hook_names import check_hook_names
 from vision_plugin.models._modes import Modes, in_eval_mode
 from vision_plugin.models._own_hooks import hooked
 from vision_plugin.models._vlm_hooks import PREFIX, kept_in, of_part
-from vision_plugin.models._vlm_prompts import check_inputs, prepare
+from vision_plugin.models._vlm_prompts import batches_of, check_inputs, prepare
 from vision_plugin.models._vlm_splicing import VisionSplicing
 from vision_plugin.models._vlm_tower import Reach
-from vision_plugin.models._weights import Loan, loans
+from vision_plugin.models._vlm_weights import VisionLanguageWeights
 
 
-class VisionLanguageBridge(VisionSplicing):
+class VisionLanguageBridge(VisionSplicing, VisionLanguageWeights):
     """A vision-language model under TransformerLens names, whose tower takes SAEs and edits.
 
     :func:`vision_plugin.load_vlm` and :func:`vision_plugin.wrap_vlm` make it. It computes what the
@@ -53,9 +52,7 @@ class VisionLanguageBridge(VisionSplicing):
         self.native, self.vision, self.language = native, vision, language
         self.reach, self.processor, self.tower_path = reach, processor, tower_path
         self.modes = Modes()
-        structure = chain(self.original_model.modules(), language.modules())
-        self._loans: list[Loan] = loans(native, structure)
-        self._renew_loans()
+        self._setup_weights()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "language" not in self.__dict__:
@@ -72,57 +69,6 @@ class VisionLanguageBridge(VisionSplicing):
         """The bridged copy of the module's structure, which shares the native module's weights."""
         module: nn.Module = self.language.original_model
         return module
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the token embedding."""
-        return self._embedding.device
-
-    @property
-    def _embedding(self) -> Tensor:
-        native: Any = self.native
-        weight: Tensor = native.get_input_embeddings().weight
-        return weight
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Yield the modules of both bridges."""
-        return chain(self.language.modules(), self.vision.modules())
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the native module's parameters."""
-        return self.native.parameters()
-
-    def to(self, *args: Any, **kwargs: Any) -> VisionLanguageBridge:
-        """Move or cast the weights, as torch's ``to`` does."""
-        self.native.to(*args, **kwargs)
-        self._renew_loans()
-        self.cfg.device, self.cfg.dtype = str(self.device), self._embedding.dtype
-        self.vision.cfg.device, self.vision.cfg.dtype = str(self.vision.device), self.vision.dtype
-        return self
-
-    def train(self, mode: bool = True) -> VisionLanguageBridge:
-        """Switch the mode of every part; answers are written in eval mode in any case."""
-        self.native.train(mode)
-        self.original_model.train(mode)
-        self.language.train(mode)
-        self.vision.train(mode)
-        return self
-
-    def eval(self) -> VisionLanguageBridge:
-        """Switch to eval mode."""
-        return self.train(False)
-
-    def _renew_loans(self) -> None:
-        for loan in self._loans:
-            loan.renew()
-        # TransformerLens gives a head without bias one of zeros, of a type of its own.
-        model: Any = self.original_model
-        head = model.get_output_embeddings()
-        head = getattr(head, "original_component", head)
-        bias = getattr(head, "bias", None)
-        if isinstance(bias, nn.Parameter) and bias.dtype != head.weight.dtype:
-            bias.data = bias.data.to(head.weight)
-        self.vision._renew_loans()
 
     # ------------------------------------------------------------------ inputs
 
@@ -210,7 +156,7 @@ class VisionLanguageBridge(VisionSplicing):
             return_type: ``"text"`` for the answers; ``"tokens"`` for their token ids ``[batch,
                 new]``; ``"output"`` for what transformers returns, for one batch.
             seed: Seed of sampling (``do_sample=True``); None takes torch's global generator.
-            batch_size: Prompts that run at once.
+            batch_size: Prompts that run at once; inputs that :meth:`prepare` returned run together.
             **options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
                 ``temperature`` and so on.
 
@@ -222,7 +168,7 @@ class VisionLanguageBridge(VisionSplicing):
         """
         if return_type not in ("text", "tokens", "output"):
             raise ValueError(f"return_type={return_type!r}: use 'text', 'tokens' or 'output'")
-        batches = self._batches(images, prompt, batch_size)
+        batches = batches_of(images, prompt, batch_size)
         if return_type == "output" and len(batches) > 1:
             raise ValueError("return_type='output' takes one batch: raise batch_size=")
         native: Any = self.original_model
@@ -230,6 +176,11 @@ class VisionLanguageBridge(VisionSplicing):
         with in_eval_mode(self), self.vision.alone(), self._seeded(seed):
             for batch, asked in batches:
                 inputs = self.prepare(batch, asked)
+                if return_type == "text" and self.processor is None:
+                    raise ValueError(
+                        f"{self.cfg.model_name} was wrapped without its processor, so its answers "
+                        "cannot be spelled out: use return_type='tokens'"
+                    )
                 self._renew_loans()
                 output = native.generate(**inputs, **options)
                 if return_type == "output":
@@ -241,32 +192,15 @@ class VisionLanguageBridge(VisionSplicing):
         texts = [self._decoded(ids) for ids in found]
         return [text for batch_of in texts for text in batch_of]
 
-    def _batches(
-        self, images: Any, prompt: str | Sequence[str] | None, batch_size: int
-    ) -> list[tuple[Any, str | Sequence[str] | None]]:
-        if not isinstance(images, (list, tuple)) or len(images) <= batch_size:
-            return [(images, prompt)]
-        if prompt is not None and not isinstance(prompt, str) and len(prompt) != len(images):
-            return [(images, prompt)]  # ``prepare`` says what is wrong
-        starts = range(0, len(images), batch_size)
-        stop = [start + batch_size for start in starts]
-        return [
-            (images[a:b], prompt if prompt is None or isinstance(prompt, str) else prompt[a:b])
-            for a, b in zip(starts, stop, strict=True)
-        ]
-
     @property
     def _padding(self) -> int:
         native: Any = self.native
-        padding = native.generation_config.pad_token_id
-        return 0 if padding is None else int(padding)
+        config = native.generation_config
+        end = config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return int(next(found for found in (config.pad_token_id, end, 0) if found is not None))
 
     def _decoded(self, ids: Int[Tensor, "batch new"]) -> list[str]:
-        if self.processor is None:
-            raise ValueError(
-                f"{self.cfg.model_name} was wrapped without its processor, so its answers cannot "
-                "be spelled out: use return_type='tokens'"
-            )
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 

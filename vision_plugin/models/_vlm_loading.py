@@ -57,10 +57,10 @@ def load_vlm(
     if model_class is None or architecture not in towers():
         raise UnsupportedModelError(_no_family(name, architecture or config.model_type))
     try:
+        processor = transformers.AutoProcessor.from_pretrained(path, revision=revision)
         module = model_class.from_pretrained(
             path, revision=revision, dtype=dtype, device_map=device_map
         )
-        processor = transformers.AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, RuntimeError) as error:
         raise ValueError(not_found(name, error)) from error
     module.eval()
@@ -136,7 +136,8 @@ def towers() -> dict[str, Any]:
 
 
 def _no_family(name: str, architecture: str) -> str:
+    joined = sorted(name for name, family in towers().items() if family.joins)
     return (
         f"{name} is a {architecture}, which is no vision-language model that is supported: use one "
-        f"of {', '.join(sorted(towers()))}; vision_plugin.wrap takes a vision tower alone"
+        f"of {', '.join(joined)}; vision_plugin.wrap takes a vision tower alone"
     )

@@ -112,3 +112,25 @@ def check_inputs(inputs: Mapping[str, Any], name: str) -> None:
             f"{f', but {missing[0]} is missing' if missing else ''}: "
             "vlm.prepare(images, prompt) makes them"
         )
+
+
+def batches_of(
+    images: Any, prompt: str | Sequence[str] | None, batch_size: int
+) -> list[tuple[Any, str | Sequence[str] | None]]:
+    """Return images with their prompts in batches.
+
+    Raises:
+        ValueError: the batches would be empty.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: use 1 or more")
+    if not isinstance(images, (list, tuple)) or len(images) <= batch_size:
+        return [(images, prompt)]
+    if prompt is not None and not isinstance(prompt, str) and len(prompt) != len(images):
+        return [(images, prompt)]  # ``prepare`` says what is wrong
+    starts = range(0, len(images), batch_size)
+    stop = [start + batch_size for start in starts]
+    return [
+        (images[a:b], prompt if prompt is None or isinstance(prompt, str) else prompt[a:b])
+        for a, b in zip(starts, stop, strict=True)
+    ]

@@ -301,4 +301,4 @@ class DivergedError(ValueError):
     """Training produced a weight that is not finite."""
 
     exit_status = 1
-    """Of the command: the run failed, and was not refused."""
+    """Exit status of the command: 1, since the run began and then failed."""

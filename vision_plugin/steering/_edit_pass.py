@@ -44,6 +44,7 @@ class EditPass:
         self.pixels = pixels.to(device=model.device, dtype=model.dtype)
         self._streams: dict[int, Tensor] = {}
         self._editors: dict[int, LatentEditor] = {}
+        self._checked = set[int]()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -64,11 +65,16 @@ class EditPass:
         basis = change.basis
         if not isinstance(basis, Latents):
             return Worker(self.model, change, check_model=check_model)
-        editor = self._editors.get(id(basis.dictionary))
+        key = id(basis.dictionary)
         worker = Worker(
-            self.model, change, check_model=check_model and editor is None, editor=editor
+            self.model,
+            change,
+            check_model=check_model and key not in self._checked,
+            editor=self._editors.get(key),
         )
-        self._editors[id(basis.dictionary)] = worker.editor
+        self._editors[key] = worker.editor
+        if check_model:
+            self._checked.add(key)
         return worker
 
     @torch.no_grad()

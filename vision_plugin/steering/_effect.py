@@ -52,7 +52,7 @@ class EffectPass:
         pixels: Images prepared by ``model.preprocess``.
         text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
         concepts: Names of the concepts, one per embedding.
-        tokens: Kind of token to steer.
+        tokens: Kind of token to steer; None takes the kind that the SAE was trained on.
 
     Raises:
         ValueError: the dictionary does not fit the model, or concepts and embeddings differ in
@@ -68,7 +68,7 @@ class EffectPass:
         text_embeddings: Float[Tensor, "c d_embed"],
         *,
         concepts: Sequence[str],
-        tokens: str = "all",
+        tokens: str | None = None,
     ) -> None:
         _check_concepts(concepts, text_embeddings)
         self.model, self.sae, self.concepts = model, sae, list(concepts)
@@ -106,7 +106,7 @@ def steering_effect(
     latents: Mapping[int, float],
     *,
     concepts: Sequence[str],
-    tokens: str = "all",
+    tokens: str | None = None,
 ) -> SteeringEffect:
     """Run images with and without steering, and return the concepts' probabilities.
 
@@ -117,7 +117,7 @@ def steering_effect(
         text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
         latents: Value per latent.
         concepts: Names of the concepts, one per embedding.
-        tokens: Kind of token to steer.
+        tokens: Kind of token to steer; None takes the kind that the SAE was trained on.
 
     Raises:
         ValueError: :class:`EffectPass` or :meth:`EffectPass.effect` raises it.

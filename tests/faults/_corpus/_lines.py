@@ -263,8 +263,6 @@ def command_line(words: Sequence[str], _: Path) -> None:
         raise Failed(last)
     if code not in (1, 2):  # 1 where it was at work, and says why it could not go on
         raise ValueError(f"exit status {code}: {told}")
-    if code == 1:
-        raise ValueError(last)
     raise ValueError(last if last.startswith("vision-plugin ") else f"several lines: {told}")
 
 
