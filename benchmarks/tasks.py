@@ -4,6 +4,7 @@
     python -m benchmarks.tasks emoji                # words printed on emoji, of a CLIP beside us
     python -m benchmarks.tasks background           # a probe that goes by the background
     python -m benchmarks.tasks attribute            # a probe that goes by another attribute
+    python -m benchmarks.tasks llava                # what a small LLaVA says
     python -m benchmarks.tasks typographic --small  # a minute, to see that it works; writes no file
 
 Each is one command of ``vision-plugin tasks``, which the result names. The check loads
@@ -171,7 +172,12 @@ SMALL_GROUPS = (
     *("--usual", "40", "--unusual", "4", "--validation", "8", "--test", "30", "--sizes", "5"),
     *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
 )
+SMALL_LLAVA = (
+    *("--train-images", "120", "--validation-images", "60", "--test-images", "60", "--sizes", "2"),
+    *("--training-images", "200", "--training-tokens", "65536", "--d-sae", "256", "--k", "8"),
+)
 TASKS = {
+    "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA),
     "background": Task(("background", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "attribute": Task(("attribute", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "typographic": Task(("typographic", "--model-name", "demo"), SMALL, check_typographic),
@@ -211,7 +217,14 @@ def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
         checked = [] if task.check is None else task.check(folder, result, n_fresh)
     shown = ["vision-plugin", *line, "--output-path", "O"]
     command = placeless(shlex.join(shown).replace(place, "."))
-    return {"command": command, "machine": around, "cost": cost, **result, "fresh": checked}, table
+    return {
+        "command": command,
+        "machine": around,
+        "cost": cost,
+        **result,
+        "n_fresh": n_fresh,
+        "fresh": checked,
+    }, table
 
 
 def markdown(found: dict[str, Any], table: str) -> str:

@@ -33,6 +33,13 @@ def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, c
     mended = vp.load_model("demo", edit=out / "edit.json")
     assert len(edit) > 0
     assert any(hook.fwd_hooks for hook in mended.hook_dict.values())
+    for file in (out / "edits").iterdir():
+        vp.Edit.load(file)
+    capsys.readouterr()
+    again = ["tasks", "typographic", "--sae", str(out / "sae"), "--output-path", str(out)]
+    (out / "notes.txt").write_text("mine")
+    assert main([*again, *SMALL]) == 2
+    assert "notes.txt" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -53,37 +60,34 @@ def test_what_a_vision_language_model_says_is_steered(tmp_path: Path, capsys) ->
     assert mean["low"] > few["high"]
     assert "insertion, best" in (out / "table.txt").read_text()
     assert main(["tasks", "llava", "--output-path", str(out), *small, "--sae", str(out / "x")]) == 2
-    for file in (out / "edits").iterdir():
-        vp.Edit.load(file)
-    capsys.readouterr()
-    again = ["tasks", "typographic", "--sae", str(out / "sae"), "--output-path", str(out)]
-    (out / "notes.txt").write_text("mine")
-    assert main([*again, *SMALL]) == 2
-    assert "notes.txt" in capsys.readouterr().err
 
 
 GROUPS = [
-    *("--usual", "20", "--unusual", "4", "--validation", "5", "--test", "30", "--sizes", "4"),
-    *("--training-images", "60", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
-    *("--rules", "difference", "--layers", "0", "1"),
+    *("--usual", "40", "--unusual", "4", "--validation", "12", "--test", "30", "--sizes", "10"),
+    *("--training-images", "60", "--training-tokens", "16384", "--d-sae", "64", "--k", "4"),
+    *("--rules", "difference", "--layers", "0", "1", "--cap", "0.3"),
 ]
 
 
 @pytest.mark.slow
-def test_a_worst_group_task_trains_saes_at_both_layers(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(("task", "label"), [("background", "shape"), ("attribute", "texture")])
+def test_a_worst_group_task_trains_saes_at_both_layers(
+    tmp_path: Path, capsys, task: str, label: str
+) -> None:
     out = tmp_path / "out"
-    assert main(["tasks", "attribute", "--output-path", str(out), *GROUPS]) == 0
+    assert main(["tasks", task, "--output-path", str(out), *GROUPS]) == 0
     assert "results.json, edit.json" in capsys.readouterr().out
     content = json.loads((out / "results.json").read_text())
-    assert content["task"] == "attribute"
-    assert content["settings"]["label"] == "texture"
+    assert content["task"] == task
+    assert content["settings"]["label"] == label
     assert set(content["settings"]["images"]["test"].values()) == {30}
     assert {e["layer"] for e in content["search"] if e["method"] == "sae"} == {0, 1}
     methods = [row["method"] for row in content["rows"]]
     assert {"none", "sae", "neurons", "pca", "leace", "reweighted", "balanced"} <= set(methods)
-    edit = vp.Edit.load(out / "edit.json")  # the SAE lies beside it
-    mended = vp.load_model("demo", edit=out / "edit.json")
-    assert any(hook.fwd_hooks for hook in mended.hook_dict.values()) == (len(edit) > 0)
+    if task == "background":  # so few images of the other one let no edit win
+        assert len(vp.Edit.load(out / "edit.json")) == 1  # the SAE lies beside it
+        mended = vp.load_model("demo", edit=out / "edit.json")
+        assert any(hook.fwd_hooks for hook in mended.hook_dict.values())
 
 
 @pytest.mark.slow

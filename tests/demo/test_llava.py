@@ -52,10 +52,10 @@ def test_it_answers_questions_about_new_images(vlm) -> None:
 
 @pytest.mark.parametrize("word", ["yes", "no"])
 def test_it_says_what_is_there_and_what_is_not(vlm, word) -> None:
-    world, random = draw(60, seed=78, combinations="training"), np.random.default_rng(0)
+    world, random = draw(120, seed=78, combinations="training"), np.random.default_rng(0)
     asked = [is_there_question(scene, word, random) for scene in world.scenes]
     said = vlm.generate(list(world.images), asked, batch_size=60)
-    assert said.count(word) >= 51
+    assert said.count(word) >= 90  # a constant answer has 0 in one of the two
 
 
 def test_it_was_asked_for_what_is_there_as_often_as_for_what_is_not() -> None:

@@ -9,8 +9,9 @@ import csv
 import logging
 import posixpath
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vision_plugin._untrusted import open_regular, parse_json, unreadable
 
@@ -119,9 +120,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     header: list[str] = []
     try:
         for cells in reader:
-            where = f"the metadata file {path}, line {reader.line_num}"
             if not cells:
                 continue
+            where = f"the metadata file {path}, line {reader.line_num}"
             if not header:
                 header = cells
                 _check_columns(where, len(header))
@@ -165,22 +166,17 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     with open_regular(path) as stream:
-        number = 0
-        while line := _line(stream, path):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"the metadata file {path}, line {number} has more than {MAX_LINE_BYTES:,} "
-                    "bytes: shorten it"
-                )
-            yield line
-
-
-def _line(stream: BinaryIO, path: Path) -> bytes:
-    try:
-        return stream.readline(MAX_LINE_BYTES + 1)
-    except OSError as error:
-        raise unreadable(path, error) from error
+        read = partial(stream.readline, MAX_LINE_BYTES + 1)
+        try:
+            for number, line in enumerate(iter(read, b""), 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"the metadata file {path}, line {number} has more than "
+                        f"{MAX_LINE_BYTES:,} bytes: shorten it"
+                    )
+                yield line
+        except OSError as error:
+            raise unreadable(path, error) from error
 
 
 def _check_columns(where: str, n_columns: int) -> None:
