@@ -37,6 +37,7 @@ def test_the_flags_became_the_run(sae: str, tiny_clip: str) -> None:
     assert run["logger"]["log_to_wandb"] is False
 
 
+@pytest.mark.slow
 def test_eval_prints_a_table_and_writes_every_number(sae: str, images: str, tmp_path) -> None:
     out = tmp_path / "scores.json"
     done = command(
@@ -57,6 +58,7 @@ def test_eval_prints_a_table_and_writes_every_number(sae: str, images: str, tmp_
     assert scores["embeddings"] == "model"
 
 
+@pytest.mark.slow
 def test_steer_says_what_is_seen_before_and_while(sae: str, images: str, tmp_path) -> None:
     out = tmp_path / "steered.json"
     done = command(

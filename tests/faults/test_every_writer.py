@@ -54,6 +54,7 @@ def words(tiny_clip: str, images: str, sae: str) -> Callable[[str, Path], list[s
     return lambda line, out: line.format(**places, out=out).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_full_disk_is_one_sentence_and_loses_nothing(
     command: str, words: Any, tmp_path: Path

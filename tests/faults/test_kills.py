@@ -16,13 +16,16 @@ from tests.faults._kills import JOBS, Job, content, kill_often
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+QUICK = ("extract", "convert", "eval")
+
+
 def cases() -> list[Any]:
-    """Every job; those that take longest are slow tests."""
+    """Every job; the slow tests have those that take longest."""
     return [
         pytest.param(
             job,
             id=job.command + "-again" * (job.earlier is not None),
-            marks=[pytest.mark.slow] * (job.command == "demo" or job.earlier is not None),
+            marks=[pytest.mark.slow] * (job.command not in QUICK or job.earlier is not None),
         )
         for job in JOBS
     ]

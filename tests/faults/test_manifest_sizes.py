@@ -70,6 +70,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["plan.json", "manifest.json"])
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_claim_that_cannot_be(case: str, file: str, store_path: Path) -> None:
@@ -132,6 +133,7 @@ CONTENT: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONTENT)
 def test_a_manifest_of_sixty_megabytes(case: str, store_path: Path) -> None:
     (store_path / "manifest.json").write_bytes(CONTENT[case]())

@@ -175,6 +175,7 @@ def test_a_metric_scores_sparse_latents_as_dense_ones(name: str) -> None:
         assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), key
 
 
+@pytest.mark.slow
 def test_nothing_dense_is_made_of_a_sparse_sae(
     tiny_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

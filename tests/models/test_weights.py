@@ -66,11 +66,7 @@ def family(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, Tensor]:
     return CASES[request.param], module, pixels
 
 
-@pytest.fixture(
-    params=[
-        label if label in KINDS else pytest.param(label, marks=pytest.mark.slow) for label in CASES
-    ]
-)
+@pytest.fixture(params=CASES)
 def any_family(request: pytest.FixtureRequest) -> tuple[Case, nn.Module, Tensor]:
     """The same for every case of the matrix."""
     module, pixels = built(request.param)
@@ -106,6 +102,7 @@ def assert_is(model: VisionBridge, native: Callable[..., Tensor], expected: Any,
     assert torch.equal(seen[name], of_twin[name])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_saved_state_loads_to_the_same_bits(any_family, assign, tmp_path: Path) -> None:
@@ -134,6 +131,7 @@ def test_the_state_is_the_native_modules(family) -> None:
     assert torch.equal(case.native(fresh, pixels), model(pixels))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_inside_another_module_keeps_its_state(family) -> None:
     case, module, pixels = family
@@ -152,6 +150,7 @@ def test_a_model_inside_another_module_keeps_its_state(family) -> None:
     assert last in str(lost.value)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_copy_and_a_pickle_are_models_of_their_own(family) -> None:
     case, module, pixels = family
@@ -169,6 +168,7 @@ def test_a_copy_and_a_pickle_are_models_of_their_own(family) -> None:
         assert_is(model, case.native, module, pixels)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16", "to", "to_and_back"])
 def test_a_cast_reaches_every_part(family, cast) -> None:

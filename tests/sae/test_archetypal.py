@@ -20,6 +20,7 @@ __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "transcoder"])
 def test_rows_are_combinations_of_so_many_points(architecture: str, tmp_path: Path) -> None:
     n_points = D_MODEL // 2

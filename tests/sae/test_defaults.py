@@ -266,6 +266,7 @@ def test_a_weight_that_is_set_stays() -> None:
     assert runner(left_open(None, sae=sae)).cfg.target_l0 is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "batchtopk"])
 def test_a_killed_run_with_decided_settings_ends_bit_for_bit_the_same(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

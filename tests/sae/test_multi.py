@@ -47,7 +47,7 @@ def saved(folder: Path) -> dict[str, object]:
     return content
 
 
-@pytest.mark.parametrize("tokens", ["all", pytest.param("random:5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", ["all", "random:5"])
 def test_each_is_what_it_would_be_alone(tokens: str, tmp_path: Path) -> None:
     cfgs = many(tokens=tokens)
     saes = together(cfgs, tmp_path / "many").run()
@@ -59,6 +59,7 @@ def test_each_is_what_it_would_be_alone(tokens: str, tmp_path: Path) -> None:
         assert saved(tmp_path / "many" / name) == saved(alone), name
 
 
+@pytest.mark.slow
 def test_a_killed_one_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch) -> None:
     cfgs = many()
     together(cfgs, tmp_path / "straight").run()

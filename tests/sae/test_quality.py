@@ -108,6 +108,7 @@ def test_the_progress_line_speaks_of_the_sae(capfd: Any) -> None:
     assert "latents fired in the last" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["batchtopk", "standard"])
 def test_the_monosemantic_term_raises_the_score_of_a_batch(architecture: str) -> None:
     scores = {}

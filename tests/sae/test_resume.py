@@ -35,6 +35,7 @@ def checkpoints_of(cfg: VisionSAERunnerConfig) -> CheckpointFolder:
     return CheckpointFolder(cfg.checkpoint_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

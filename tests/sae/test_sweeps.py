@@ -124,6 +124,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_metric_that_is_optimised_is_in_the_offline_run(
     path: Path, tiny_clip: str, images: str, tmp_path: Path, monkeypatch

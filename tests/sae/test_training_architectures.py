@@ -73,6 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, x: dict[str, torch.Tensor]
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_saved_is_what_was_trained(name: str, trained: Path) -> None:
     numbers = load_file(trained / name / "expected.safetensors")

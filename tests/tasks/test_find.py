@@ -124,6 +124,7 @@ def test_attribution_is_the_effect_of_a_small_step(world) -> None:
     assert float(found.scores[latent]) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_shuffled_labels_find_nothing_better_than_random(world) -> None:
     both = torch.cat([world.marked, world.clean])
     present = torch.arange(160) < 80

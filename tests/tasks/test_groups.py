@@ -130,6 +130,7 @@ def test_planted_latents_are_found_exactly_and_suppressing_them_is_perfect(world
     assert sae["refit_worst_group"].value >= sae["worst_group"].value - 0.1
 
 
+@pytest.mark.slow
 def test_shuffled_labels_find_nothing_better_than_random(world) -> None:
     """The nuisance is shuffled within the classes, so the groups keep their sizes."""
     train = world.data.train

@@ -65,6 +65,7 @@ def test_pairs_differ_by_the_word_alone(data) -> None:
         assert len(known.test) + len(unseen) == len(data.test)
 
 
+@pytest.mark.slow
 def test_no_change_is_the_model_itself(model, data, result) -> None:
     row = result.row("none", kind="shape")
     attacked, clean = (
@@ -85,6 +86,7 @@ def test_no_change_is_the_model_itself(model, data, result) -> None:
     assert row.figures["worst_group"].value == pytest.approx(min(groups))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sae", "leace", "heads"])
 def test_a_row_is_what_its_edit_does(model, data, result, method) -> None:
     """The cached passes of the task, against whole passes under the saved edit."""
@@ -98,6 +100,7 @@ def test_a_row_is_what_its_edit_does(model, data, result, method) -> None:
     )
 
 
+@pytest.mark.slow
 def test_heads_and_leace_mend_and_random_latents_do_not(result) -> None:
     none = result.row("none", kind="shape").figures["fooled"].value
     for method in ("heads", "leace"):
@@ -107,6 +110,7 @@ def test_heads_and_leace_mend_and_random_latents_do_not(result) -> None:
     assert {row.method for row in result.rows} == set(METHODS)
 
 
+@pytest.mark.slow
 def test_what_is_chosen_stays_within_the_cap(model, data, sae) -> None:
     settings = TypographicSettings(
         methods=("sae",), sizes=(5, 40), rules=("attribution",), cap=0.0, unseen_words=False
@@ -126,6 +130,7 @@ def test_what_is_chosen_stays_within_the_cap(model, data, sae) -> None:
     assert float(chosen.double().mean()) >= best - 0.02
 
 
+@pytest.mark.slow
 def test_a_result_is_a_folder(model, data, sae, result, tmp_path: Path) -> None:
     out = result.save(tmp_path / "out")
     content = json.loads((out / "results.json").read_text())
