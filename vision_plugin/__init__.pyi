@@ -4,6 +4,7 @@ from . import evaluation as evaluation
 from . import formats as formats
 from . import images as images
 from . import kernels as kernels
+from . import lens as lens
 from . import metrics as metrics
 from . import models as models
 from . import sae as sae
