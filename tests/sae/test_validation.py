@@ -229,6 +229,18 @@ def test_an_unknown_metric_is_found_before_training(folders, model, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_has_diverged_ends_at_the_next_look(
+    folders, model, tmp_path: Path, monkeypatch
+) -> None:
+    """The message says what to change in training, not what is wrong with a file."""
+    cfg = config(folders, tmp_path / "sae", n_checkpoints=0)
+    runner = VisionSAETrainingRunner(cfg, model=model)
+    broken = torch.tensor(float("nan"))
+    monkeypatch.setattr(runner.sae, "mse_loss_fn", lambda a, b: (a - b).square() * broken)
+    with pytest.raises(ValueError, match=r"not finite after step 5.*Lower lr="):
+        runner.run()
+
+
 @pytest.mark.parametrize("tokens", ["cls", "random:3"])
 def test_other_kinds_of_token(folders, model, tmp_path: Path, tokens: str) -> None:
     cfg = config(

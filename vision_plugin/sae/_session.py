@@ -109,8 +109,6 @@ class TrainingSession:
             self.first.fit()
         else:
             self._together().fit()
-        for name, trainer in self.trainers.items():
-            check_finite(trainer, name or "the SAE")
         self._validate()
         self._look_back()
 
@@ -192,9 +190,12 @@ class TrainingSession:
         if step in self._validation_steps:
             self._validate()
         if self.checkpoints is not None and step in self._checkpoint_steps:
-            for name, trainer in self.trainers.items():
-                check_finite(trainer, name or "the SAE")
+            self._check_finite()
             self.checkpoints.save(step, self._state())
+
+    def _check_finite(self) -> None:
+        for name, trainer in self.trainers.items():
+            check_finite(trainer, name or "the SAE")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -207,7 +208,12 @@ class TrainingSession:
         }
 
     def _validate(self) -> None:
-        """Score on held-out images without changing the run's random state."""
+        """Score on held-out images without changing the run's random state.
+
+        Raises:
+            DivergedError: a weight is not finite.
+        """
+        self._check_finite()
         if not self.validators:
             return
         found: dict[str, Any] = {}
