@@ -360,6 +360,11 @@ def test_latents_of_another_sae_are_refused(tmp_path: Path) -> None:
         (("changes", 0, "basis"), {"kind": "magic"}, "'magic' is nothing that an edit counts in"),
         (("changes", 0, "basis"), 3, "does not hold what an edit holds"),
         (("changes", 0, "keep_norm"), "yes", "neither true nor false"),
+        (("changes", 0, "operation"), ["x"] * 2_000, "operation=a list of 2000 is none of clamp"),
+        (("changes", 0, "amounts"), [10**400], "a whole number of 1329 bits is not a number that"),
+        (("changes", 0, "above"), "x" * 9_000, r"'x{80}\.\.\.' is not a number that"),
+        (("changes", 0, "tokens"), "x" * 9_000, r"tokens='x{80}\.\.\.' is not a kind"),
+        (("changes", 0, "basis"), {"kind": "x" * 9_000}, r"'x{80}\.\.\.' is nothing that an edit"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, path, value, message) -> None:

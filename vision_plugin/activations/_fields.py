@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._shown import shown
 from vision_plugin.activations._errors import ManifestError
 
 MAX_NUMBER = 2**53
@@ -28,7 +29,7 @@ class Fields:
         if value is None and nullable:
             return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(name, _names[kind], _shown(value))
+            raise self.error(name, _names[kind], shown(value))
         return value
 
     def error(self, name: str, expected: str, found: str) -> ManifestError:
@@ -52,14 +53,14 @@ class Fields:
         """Return a whole number within bounds."""
         value = int(self._get(name, int, False))
         if not least <= value <= most:
-            raise self.error(name, f"a number from {least} to {most}", _shown(value))
+            raise self.error(name, f"a number from {least} to {most}", shown(value))
         return value
 
     def hash(self, name: str, digits: int) -> str:
         """Return a string of ``digits`` hexadecimal digits."""
         value = self.text(name)
         if len(value) != digits or not _HEX.fullmatch(value):
-            raise self.error(name, f"{digits} hexadecimal digits", _shown(value))
+            raise self.error(name, f"{digits} hexadecimal digits", shown(value))
         return value
 
     def object(self, name: str) -> Fields:
@@ -73,7 +74,7 @@ class Fields:
             raise self.error(name, f"at most {most:,} of them", f"{len(values):,}")
         for place, value in enumerate(values):
             if not isinstance(value, dict):
-                raise self.error(f"{name}[{place}]", "an object", _shown(value))
+                raise self.error(f"{name}[{place}]", "an object", shown(value))
         return [
             Fields(value, self.where, f"{self.path}{name}[{place}].")
             for place, value in enumerate(values)
@@ -93,14 +94,14 @@ class Fields:
         """Return a list of whole numbers that are not negative."""
         values = self._list(name, int)
         if not all(0 <= value <= MAX_NUMBER for value in values):
-            raise self.error(name, "numbers from 0 up", _shown(values))
+            raise self.error(name, "numbers from 0 up", shown(values))
         return values
 
     def floats(self, name: str) -> list[float]:
         """Return a list of numbers."""
         values = self._get(name, list, False)
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-            raise self.error(name, "numbers", _shown(values))
+            raise self.error(name, "numbers", shown(values))
         try:
             return [float(value) for value in values]
         except OverflowError:
@@ -110,7 +111,7 @@ class Fields:
         values: list[Any] = self._get(name, list, False)
         for place, value in enumerate(values):
             if type(value) is not kind:
-                raise self.error(f"{name}[{place}]", _names[kind], _shown(value))
+                raise self.error(f"{name}[{place}]", _names[kind], shown(value))
         return values
 
 
@@ -121,12 +122,3 @@ _names = {
     dict: "an object",
     list: "a list",
 }
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (dict, list)) and len(value) > 20:  # its text may be as long as the file
-        return f"{_names[type(value)]} of {len(value):,}"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "a number of some hundred digits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

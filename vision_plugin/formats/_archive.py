@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
 from vision_plugin.formats._inert import Budget
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._unpickle import InertUnpickler, PickleBytes, Stream
 
 MAX_PICKLE_BYTES = 16 << 20

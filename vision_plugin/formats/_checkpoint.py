@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vision_plugin._shown import listed, shown
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
 from vision_plugin.formats._files import damage_is_named, read_config, read_weights
 from vision_plugin.formats._inert import InertObject
-from vision_plugin.formats._shown import listed, shown
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 RowNormalization = Literal["l2", "max_l2", "l1", "max_l1", "identity"]

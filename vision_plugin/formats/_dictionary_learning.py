@@ -12,6 +12,7 @@ import re
 import torch
 from torch import Tensor
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._checkpoint import (
     RawCheckpoint,
     ReadOptions,
@@ -19,7 +20,6 @@ from vision_plugin.formats._checkpoint import (
     matrix_shape,
 )
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 # How sae-for-vlm names the folder of a run: dataset, model, layer and attachment point.

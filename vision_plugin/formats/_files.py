@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 import safetensors.torch
 from torch import Tensor
 
+from vision_plugin._shown import shown
 from vision_plugin._untrusted import open_regular, parse_json, read_regular
 from vision_plugin.formats._archive import read_pickled
 from vision_plugin.formats._errors import CheckpointError, CorruptCheckpointError
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._unpickle import Stream
 from vision_plugin.formats._yaml import parse_yaml
 

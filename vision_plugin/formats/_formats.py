@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from vision_plugin._shown import listed, shown
 from vision_plugin.formats import (
     _dictionary_learning,
     _overcomplete,
@@ -24,7 +25,6 @@ from vision_plugin.formats._errors import (
     UnknownFormatError,
 )
 from vision_plugin.formats._files import damage_is_named
-from vision_plugin.formats._shown import listed, shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._errors import CorruptCheckpointError, UnsafeCheckpointError
-from vision_plugin.formats._shown import shown
 
 MAX_STEPS = 30_000
 """Steps that reading one file may take; an SAE's takes some hundreds, a large config thousands."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._paths import local_path
+from vision_plugin._shown import shown
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import read_config
 from vision_plugin.formats._loaders import disk_converter
 from vision_plugin.formats._locate import NATIVE_CONFIG, native_folder
 from vision_plugin.formats._seal import KEY, recorded_in
-from vision_plugin.formats._shown import shown
 
 
 def info(path: str | Path) -> dict[str, Any]:

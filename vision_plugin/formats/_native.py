@@ -12,12 +12,12 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
+from vision_plugin._shown import listed, shown
 from vision_plugin.formats._checkpoint import whole_number
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._files import damage_is_named, read_config, read_safetensors
 from vision_plugin.formats._locate import NATIVE_CONFIG, NATIVE_WEIGHTS
 from vision_plugin.formats._seal import KEY, check_loaded
-from vision_plugin.formats._shown import listed, shown
 from vision_plugin.formats._stock import require_finite, require_floating
 
 _SIZES = ("d_in", "d_sae", "d_out")

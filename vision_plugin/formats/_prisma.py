@@ -7,9 +7,9 @@ encoder runs; decoding goes in the reverse order.
 
 from __future__ import annotations
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
 from vision_plugin.formats._errors import RefusedCheckpointError
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import Normalization, StockCheckpoint
 
 _WEIGHTS = ("W_enc", "W_dec", "b_dec")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._checkpoint import RawCheckpoint, ReadOptions, whole_number
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 _THRESHOLD = "activation.threshold"

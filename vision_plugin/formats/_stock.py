@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
-from vision_plugin.formats._shown import shown
 
 Architecture = Literal["standard", "topk", "jumprelu", "gated"]
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from vision_plugin._shown import shown
 from vision_plugin.formats._errors import CorruptCheckpointError
 from vision_plugin.formats._inert import (
     MAX_NAME,
@@ -33,7 +34,6 @@ from vision_plugin.formats._inert import (
     put,
     resolve,
 )
-from vision_plugin.formats._shown import shown
 
 Stream = BinaryIO | io.BytesIO  # the second is the first to mypy, and not to beartype
 _MAX_LINE = 4096  # of the instructions of protocol 0, which end with a line

@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor
 
+from vision_plugin._shown import shown
 from vision_plugin.formats import _overcomplete
 from vision_plugin.formats._checkpoint import (
     RawCheckpoint,
@@ -20,7 +21,6 @@ from vision_plugin.formats._checkpoint import (
     whole_number,
 )
 from vision_plugin.formats._errors import CorruptCheckpointError, RefusedCheckpointError
-from vision_plugin.formats._shown import shown
 from vision_plugin.formats._stock import StockCheckpoint
 
 _DEFAULT_JUMP_THRESHOLD = 0.01

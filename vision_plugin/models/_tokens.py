@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vision_plugin._shown import shown
+
 KINDS = ("cls", "patch", "register", "all")
 
 
@@ -93,7 +95,7 @@ class TokenSelection:
         match = re.fullmatch(r"random:([1-9][0-9]*)", tokens)
         if match is None:
             raise ValueError(
-                f"tokens={tokens!r} is not a kind of token: use 'cls', 'patch', 'register', "
+                f"tokens={shown(tokens)} is not a kind of token: use 'cls', 'patch', 'register', "
                 "'all' or 'random:n' with a number n of 1 or more"
             )
         return cls("all", int(match.group(1)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from vision_plugin._disk import write_json
 from vision_plugin._ours import check_replaceable_file
 from vision_plugin._paths import local_path
+from vision_plugin._shown import MAX_TEXT, shown
 from vision_plugin._untrusted import read_json
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import hook_names
@@ -21,6 +22,7 @@ from vision_plugin.steering._change import Change, Operation
 
 KIND = "vision_plugin.edit/"
 SCHEMA = f"{KIND}1"
+_MOST = torch.finfo(torch.float32).max
 _TOLERANCE = 0.01
 
 
@@ -55,16 +57,16 @@ def read_changes(
         raise ValueError(f"{place} is not an edit: name a file that Edit.save wrote")
     if content["schema"] != SCHEMA:
         raise ValueError(
-            f"{place} has the schema {content['schema']!r}, and this version reads {SCHEMA!r}: "
-            "update vision_plugin"
+            f"{place} has the schema {shown(content['schema'])}, and this version reads "
+            f"{SCHEMA!r}: update vision_plugin"
         )
     known = _Known(place, sae, device)
     try:
         return tuple(_change_from_dict(entry, known) for entry in content["changes"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"{place} does not hold what an edit holds ({type(error).__name__}: {error}): save "
-            "the edit again"
+            f"{place} does not hold what an edit holds ({type(error).__name__}: "
+            f"{str(error)[:MAX_TEXT]}): save the edit again"
         ) from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
@@ -88,16 +90,18 @@ def _change_to_dict(change: Change, sae: str | None) -> dict[str, Any]:
 def _change_from_dict(entry: dict[str, Any], known: _Known) -> Change:
     above, operation = entry["above"], entry["operation"]
     if operation not in get_args(Operation):
-        raise ValueError(f"operation={operation!r} is none of {', '.join(get_args(Operation))}")
+        raise ValueError(
+            f"operation={shown(operation)} is none of {', '.join(get_args(Operation))}"
+        )
     return Change(
         operation=operation,
         basis=_basis_from_dict(entry["basis"], known),
         targets=tuple(_whole(target) for target in entry["targets"]),
-        amounts=tuple(float(amount) for amount in entry["amounts"]),
-        maxima=None if entry["maxima"] is None else tuple(map(float, entry["maxima"])),
+        amounts=tuple(map(_number, entry["amounts"])),
+        maxima=None if entry["maxima"] is None else tuple(map(_number, entry["maxima"])),
         tokens=str(entry["tokens"]),
         patches=None if entry["patches"] is None else tuple(map(_whole, entry["patches"])),
-        above=None if above is None else float(above),
+        above=None if above is None else _number(above),
         include_error=_switch(entry["include_error"]),
         keep_norm=_switch(entry["keep_norm"]),
     )
@@ -140,7 +144,7 @@ def _basis_from_dict(entry: dict[str, Any], known: _Known) -> Basis:
                 _tensor(entry["offset"]),
             )
         case kind:
-            raise ValueError(f"{kind!r} is nothing that an edit counts in")
+            raise ValueError(f"{shown(kind)} is nothing that an edit counts in")
 
 
 def fingerprint(dictionary: Dictionary) -> dict[str, Any]:
@@ -199,9 +203,9 @@ class _Known:
                 self._saes.append(sae)
                 return sae
         raise ValueError(
-            f"it edits latents of an SAE of {wanted['d_sae']} latents at {entry['hook_name']}, and "
-            "the SAE that was given or named is another one: give the SAE that the latents were "
-            "found in with sae="
+            f"it edits latents of an SAE of {shown(wanted['d_sae'])} latents at "
+            f"{str(entry['hook_name'])[:MAX_TEXT]}, and the SAE that was given or named is "
+            "another one: give the SAE that the latents were found in with sae="
         )
 
 
@@ -219,13 +223,19 @@ def _tensor(values: Any) -> Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.float32)
 
 
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or abs(value) > _MOST:
+        raise ValueError(f"{shown(value)} is not a number that an activation can take")
+    return float(value)
+
+
 def _whole(value: Any) -> int:
     if type(value) is not int:
-        raise ValueError(f"{value!r} is not the number of a latent")
+        raise ValueError(f"{shown(value)} is not the number of a latent")
     return value
 
 
 def _switch(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{value!r} is neither true nor false")
+        raise ValueError(f"{shown(value)} is neither true nor false")
     return value
