@@ -20,7 +20,7 @@ PUBLIC = {
     "formats": 15,
     "images": 8,
     "models": 19,
-    "sae": 22,
+    "sae": 24,
     "steering": 19,
     "tasks": 32,
 }

@@ -24,6 +24,7 @@ from .report import report as report
 from .sae import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
 from .sae import VisionSAERunnerConfig as VisionSAERunnerConfig
 from .sae import VisionSAETrainingRunner as VisionSAETrainingRunner
+from .sae import push_to_hub as push_to_hub
 from .sae import train as train
 from .sae import train_many as train_many
 from .steering import Edit as Edit

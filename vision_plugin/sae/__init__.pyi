@@ -6,6 +6,8 @@ from ._auto import D_SAE_AUTO as D_SAE_AUTO
 from ._config import VisionSAERunnerConfig as VisionSAERunnerConfig
 from ._field_help import DECIDED_IN_SAE as DECIDED_IN_SAE
 from ._field_help import SAE_FIELDS as SAE_FIELDS
+from ._hub import hub_folder as hub_folder
+from ._hub import push_to_hub as push_to_hub
 from ._monosemantic import monosemanticity_loss as monosemanticity_loss
 from ._prefix import architecture_of as architecture_of
 from ._presets import Preset as Preset
