@@ -35,6 +35,9 @@ def main() -> int:
     parser.add_argument("--files", action="store_true", help="leave the command lines out")
     parser.add_argument("--most", type=int, default=None, help="most inputs for each rule")
     parser.add_argument("--every", type=int, default=1, help="take one input in so many")
+    parser.add_argument(
+        "--join", action="store_true", help="keep the rows of other kinds that the results have"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     cfg = parser.parse_args()
 
@@ -49,22 +52,23 @@ def main() -> int:
     setting, began = machine("sae-lens", "transformers", "pyarrow", "pillow", "pyyaml"), time.time()
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         outcomes = run(cases, Path(folder), _tell(len(cases)))
-    wrong = [asdict(outcome) for outcome in outcomes if not outcome.right]
-    rows = table(outcomes)
     content = {
         "machine": setting,
         "seconds": round(time.time() - began),
         "limits": {"seconds": SECONDS, "megabytes": MEGABYTES},
-        "table": rows,
+        "table": table(outcomes),
         "slowest": _largest(outcomes, "seconds"),
         "largest": _largest(outcomes, "megabytes"),
-        "wrong": wrong,
+        "wrong": [asdict(outcome) for outcome in outcomes if not outcome.right],
     }
+    file = cfg.output / "hostile.json"
+    if cfg.join and file.exists():
+        content = joined(json.loads(file.read_text()), content)
     cfg.output.mkdir(parents=True, exist_ok=True)
-    (cfg.output / "hostile.json").write_text(json.dumps(content, indent=1) + "\n")
-    (cfg.output / "hostile.md").write_text(markdown(rows))
-    sys.stdout.write(markdown(rows))
-    return 1 if wrong else 0
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    (cfg.output / "hostile.md").write_text(markdown(content["table"]))
+    sys.stdout.write(markdown(content["table"]))
+    return 1 if content["wrong"] else 0
 
 
 COLUMNS = ("tried", "read", "refused", "unclear", "traceback", "hang", "memory", "canary")
@@ -78,6 +82,25 @@ def table(outcomes: Sequence[Any]) -> dict[str, dict[str, int]]:
             found.setdefault(kind, Counter()).update(("tried", outcome.manner))
     rows = {kind: {name: counted[name] for name in COLUMNS} for kind, counted in found.items()}
     return {**{kind: row for kind, row in rows.items() if kind != "all"}, "all": rows["all"]}
+
+
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of two runs; kinds that both have tried come from the later one."""
+    rows = {**before["table"], **now["table"]}
+    del rows["all"]
+    total = {name: sum(row[name] for row in rows.values()) for name in COLUMNS}
+    kept = [wrong for wrong in before["wrong"] if wrong["kind"] not in now["table"]]
+    most = {
+        name: sorted(before[name] + now[name], key=lambda one: -one[field])[:10]
+        for name, field in (("slowest", "seconds"), ("largest", "megabytes"))
+    }
+    return {
+        **now,
+        **most,
+        "seconds": before["seconds"] + now["seconds"],
+        "table": {**rows, "all": total},
+        "wrong": kept + now["wrong"],
+    }
 
 
 def markdown(rows: dict[str, dict[str, int]]) -> str:
