@@ -18,8 +18,7 @@ def in_child(work: Callable[[], object]) -> int:
     """Do something in a forked process; its number."""
     child = os.fork()
     if child == 0:
-        # tqdm's own lock is shared by all forked processes: one that is killed would keep it.
-        tqdm.set_lock(threading.RLock())
+        _with_locks_of_its_own()
         try:
             work()
         except BaseException:  # nothing may leave the child but its exit status, and the reason
@@ -28,6 +27,18 @@ def in_child(work: Callable[[], object]) -> int:
             os._exit(1)
         os._exit(0)
     return child
+
+
+def _with_locks_of_its_own() -> None:
+    """Give every progress bar a lock of this process.
+
+    tqdm's own is shared by all forked processes: one that is killed would keep it, and one that is
+    forked while another thread holds it would wait for ever. A subclass may have its own.
+    """
+    lock, kinds = threading.RLock(), [tqdm]
+    for kind in kinds:
+        kind.set_lock(lock)
+        kinds.extend(kind.__subclasses__())
 
 
 def ended(child: int) -> int:
