@@ -19,7 +19,7 @@ PUBLIC = {
     "evaluation": 31,
     "formats": 15,
     "images": 8,
-    "models": 19,
+    "models": 20,
     "sae": 22,
     "steering": 19,
     "tasks": 32,
