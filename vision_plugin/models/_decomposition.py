@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,20 @@ class Decomposition:
             name: float(((part.double() * total).sum(-1) / size).mean())
             for name, part in self.parts()
         }
+
+    @classmethod
+    def joined(cls, found: Sequence[Decomposition]) -> Decomposition:
+        """Return decompositions of several batches as one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not found:
+            raise ValueError("there is no decomposition to join: take some images apart first")
+        together = {
+            name: torch.cat([one.tensors()[name] for one in found]) for name in found[0].tensors()
+        }
+        return replace(found[0], **together)
 
     def with_hooks(self, hooks: Float[Tensor, "b d"]) -> Decomposition:
         """Return the decomposition with what hooks changed as one more part."""
