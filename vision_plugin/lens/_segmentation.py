@@ -162,7 +162,7 @@ def attention_maps(
 
 def segmentation_scores(
     maps: Float[Tensor, "n rows columns"],
-    masks: Bool[Tensor, "n height width"],
+    masks: Bool[Tensor, "n_masks height width"],
     *,
     threshold: float | None = None,
 ) -> SegmentationScores:

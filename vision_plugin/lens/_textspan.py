@@ -62,7 +62,7 @@ class TextSpan:
 
 def textspan(
     outputs: Float[Tensor, "n d"],
-    texts: Float[Tensor, "v d"],
+    texts: Float[Tensor, "v d_text"],
     names: Sequence[str],
     *,
     n_texts: int = 10,
