@@ -191,9 +191,9 @@ def mean_ablation(
     for row, (_, _, _, parts) in enumerate(sets):
         mask[row, parts] = 1.0
     sums = torch.zeros(3, len(sets), dtype=torch.float64, device=mean.device)
-    for places, parts in named:
-        total = parts.sum(1)
-        left = total[:, None] + torch.einsum("rp,bpd->brd", mask, mean - parts)
+    for places, values in named:
+        total = values.sum(1)
+        left = total[:, None] + torch.einsum("rp,bpd->brd", mask, mean - values)
         left, whole = unit(left), unit(total)
         sums[0] += torch.einsum("brd,bd->r", left, whole)
         if texts is not None:

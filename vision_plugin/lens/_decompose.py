@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -37,6 +37,8 @@ SCHEMA = "vision_plugin.decompose/1"
 JSON, TABLE = "decomposition.json", "table.txt"
 MAPS = 4
 """Images whose maps are drawn."""
+Pictures: TypeAlias = tuple[tuple[str, str, Tensor, Tensor], ...]
+"""Images with maps: id, text, pixels ``[height, width, 3]``, and the map of the patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +97,13 @@ class Decomposed:
     ablation: MeanAblation
     spans: dict[tuple[int, int], TextSpan]
     ids: tuple[str, ...]
-    pictures: tuple[tuple[str, str, Tensor, Tensor], ...]
+    pictures: Pictures
 
     def tables(self) -> list[Table]:
         """Return the tables: shares, mean ablation, and the texts of the heads."""
         tables = [self.parts.table(), self.ablation.table()]
         if self.spans:
-            heads = Table(title="TEXTSPAN of the heads that matter most first")
+            heads = Table(title="TEXTSPAN, heads in the order in which they matter")
             heads.add_column("head")
             heads.add_column("variance\nexplained", justify="right")
             heads.add_column("texts")
@@ -200,7 +202,8 @@ def decompose_images(
         batch_size=cfg.batch_size,
         progress=progress,
     )
-    spans, pictures = {}, ()
+    spans: dict[tuple[int, int], TextSpan] = {}
+    pictures: Pictures = ()
     if embedded is not None:
         outputs = head_outputs(
             model, pixels, layers=cfg.layers, batch_size=cfg.batch_size, progress=progress
@@ -232,7 +235,7 @@ def _labels(source: Any, places: Sequence[int], texts: list[str]) -> list[int] |
 
 def _pictures(
     model: VisionBridge, pixels: Tensor, ids: tuple[str, ...], texts: list[str], embedded: Tensor
-) -> tuple[tuple[str, str, Tensor, Tensor], ...]:
+) -> Pictures:
     """Return the map of each image's nearest text, less the mean map of all texts."""
     nearest = (model.encode_image(pixels).to(embedded) @ embedded.T).argmax(1)
     found = []
@@ -250,7 +253,7 @@ def _visible(pixels: Tensor) -> Tensor:
     return ((pixels - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).float().cpu()
 
 
-def _draw_maps(pictures: Sequence[tuple[str, str, Tensor, Tensor]]) -> Figure:
+def _draw_maps(pictures: Pictures) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(pictures), 5.2), layout="constrained")

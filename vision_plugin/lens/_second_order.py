@@ -90,9 +90,8 @@ class SecondOrder:
         the sign that most of these effects have.
         """
         top = self.effects(component)[self.top_images(component)]
-        vector = torch.linalg.svd(top, full_matrices=False).Vh[0]
-        sign = torch.sign((top @ vector).sign().sum())
-        return vector * (sign if sign != 0 else 1.0)
+        vector: Tensor = torch.linalg.svd(top, full_matrices=False).Vh[0]
+        return -vector if float((top @ vector).sign().sum()) < 0 else vector
 
     def explained(self, component: int) -> float:
         """Return the share of the effects' variance over all images along the direction."""

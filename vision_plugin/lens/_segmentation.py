@@ -74,8 +74,10 @@ def text_maps(
     for layer in layers or ():
         check_head(model, layer, 0)
     found = model.decompose(pixels, heads=head is not None, tokens=True, onto=directions)
+    maps: Tensor
     if layers is None and head is None:
-        return found.by_patch().permute(0, 3, 1, 2)
+        maps = found.by_patch().permute(0, 3, 1, 2)
+        return maps
     if not found.has_tokens:
         raise ValueError(
             f"{model.cfg.model_name} pools its tokens, so a map has no share of a layer or head: "
@@ -85,7 +87,8 @@ def text_maps(
         chosen = found.attention[:, head[0], head[1]]
     else:
         chosen = found.attention[:, list(layers or ())].sum(1)
-    return found.on_grid(chosen, 1).permute(0, 3, 1, 2)
+    maps = found.on_grid(chosen, 1).permute(0, 3, 1, 2)
+    return maps
 
 
 def contrastive_maps(
@@ -130,8 +133,8 @@ def similarity_maps(
         bias = getattr(projection, "bias", None)
         x = x @ projection.weight.detach().to(x).T
         x = x if bias is None else x + bias.detach().to(x)
-    maps = (unit(x) @ directions.T).unflatten(1, layout.grid)
-    return maps.permute(0, 3, 1, 2)
+    maps: Tensor = (unit(x) @ directions.T).unflatten(1, layout.grid).permute(0, 3, 1, 2)
+    return maps
 
 
 @torch.no_grad()
@@ -157,7 +160,8 @@ def attention_maps(
 
     with in_eval_mode(model), hooked(model, {f"blocks.{layer}.attn.hook_pattern": keep}):
         model(pixels)
-    return seen[0][:, layout.indices("patch").to(seen[0].device)].unflatten(1, layout.grid)
+    patches = seen[0][:, layout.indices("patch").to(seen[0].device)]
+    return patches.view(len(patches), *layout.grid)
 
 
 def segmentation_scores(

@@ -132,7 +132,8 @@ class Decomposition:
         if tokens.shape[axis] != self.layout.n_patches:
             rows = self.layout.indices("patch").to(tokens.device)
             tokens = tokens.index_select(axis, rows)
-        return tokens.unflatten(axis, self.layout.grid)
+        on_grid: Tensor = tokens.unflatten(axis, self.layout.grid)
+        return on_grid
 
     def parts(self) -> Iterator[tuple[str, Float[Tensor, "b d"]]]:
         """Yield named parts that add up to :meth:`total`, heads apart where they are kept."""
@@ -178,7 +179,7 @@ class Decomposition:
         """
         if not found:
             raise ValueError("there is no decomposition to join: take some images apart first")
-        together = {
+        together: dict[str, Any] = {
             name: torch.cat([one.tensors()[name] for one in found]) for name in found[0].tensors()
         }
         return replace(found[0], **together)

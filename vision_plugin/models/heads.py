@@ -97,7 +97,8 @@ class HeadWriter:
     def maps(self, readout: LinearReadout) -> Float[Tensor, "h e d_embed"]:
         """Return the map of each head's output to the result, for a readout without a pool."""
         written = self.post.linear(self.out)
-        return (written.flatten(0, 1) @ readout.maps[0]).unflatten(0, self.out.shape[:2])
+        moved = written.flatten(0, 1) @ readout.maps[0]
+        return moved.view(*self.out.shape[:2], moved.shape[-1])
 
     def bias_part(self, readout: LinearReadout, gain: Gain | None) -> Float[Tensor, "b d_embed"]:
         """Return the contribution of all biases between the heads and the residual stream."""
@@ -166,5 +167,5 @@ class HeadWriter:
 
 def values_by_head(values: Tensor, n_heads: int, d_head: int) -> Float[Tensor, "b n h e"]:
     """Return ``hook_v`` by head, shared values once for each head that reads them."""
-    split = values.flatten(2).unflatten(-1, (-1, d_head))
+    split: Tensor = values.flatten(2).unflatten(-1, (-1, d_head))
     return split.repeat_interleave(n_heads // split.shape[2], dim=2)

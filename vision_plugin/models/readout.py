@@ -102,12 +102,13 @@ class AttentionPool:
     ) -> AttentionPool:
         """Return the pool of a ``nn.MultiheadAttention`` with one query, not yet projected."""
         width, heads = attention.embed_dim, attention.num_heads
-        if attention.in_proj_weight is not None:
-            q, k, v = attention.in_proj_weight.detach().split(width)
-        else:
-            q, k, v = (
-                getattr(attention, f"{name}_proj_weight").detach() for name in ("q", "k", "v")
-            )
+        fused_weight: Tensor | None = attention.in_proj_weight
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        q, k, v = (
+            (getattr(attention, name).detach() for name in names)
+            if fused_weight is None
+            else fused_weight.detach().split(width)
+        )
         fused = attention.in_proj_bias
         biases = [None] * 3 if fused is None else list(fused.detach().split(width))
         projected = nn.functional.linear(query.detach(), q, biases[0]).view(heads, -1)
@@ -125,7 +126,7 @@ class AttentionPool:
 
     def to(self, x: Tensor) -> AttentionPool:
         """Return the pool in the precision and on the device of a tensor."""
-        moved = {
+        moved: dict[str, Any] = {
             name: _as(value, x) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
