@@ -24,6 +24,7 @@ from vision_plugin.hooks._components import (
 )
 from vision_plugin.hooks._sources import norm_sources, split_sources
 from vision_plugin.models import Source, TokenLayout, component_sources
+from vision_plugin.models.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,25 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         """Return a normalisation that keeps the native arithmetic."""
         return VisionNormBridge(name=path, config=self.cfg, use_native_layernorm_autograd=True)
 
+    def readout(self, model: Any) -> Readout:
+        """Return the way from the last residual stream to the image's one vector.
+
+        The default is the class token, the last normalisation, and the joint projection if there
+        is one.
+
+        Args:
+            model: The VisionBridge.
+
+        Raises:
+            UnsupportedModelError: the vector is no linear map of the stream, even with
+                normalisations and attention held.
+        """
+        projection = component(model, "unembed") if self.has_joint_space else None
+        return Readout(
+            norm=component(model, "ln_final"),
+            projections=() if projection is None else (projection,),
+        )
+
     # ------------------------------------------------------------------ harvesting
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
@@ -280,6 +300,11 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
         sources.update(norm_sources(model.original_model, self.native_path))
         sources.update(split_sources(model.original_model, self.native_path))
         return sources
+
+
+def component(model: Any, name: str) -> Any:
+    """Return the native module of a bridge's part, or None without such a part."""
+    return getattr(getattr(model, name, None), "original_component", None)
 
 
 def set_dimensions(cfg: TransformerBridgeConfig, dims: Dimensions) -> None:

@@ -22,6 +22,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from vision_plugin.models.heads import Gain
+
 
 class VisionBlockBridge(BlockBridge):
     """A transformer block that a pass can skip, start at, or stop at.
@@ -189,6 +191,21 @@ class VisionAttentionBridge(AttentionBridge):
         """
         del hidden
         return z.transpose(1, 2).flatten(2)
+
+    @property
+    def inner_norm(self) -> Any:
+        """Normalisation of the joined heads before the output projection, or None."""
+        return None
+
+    def gain(self, seen: Tensor | None, hidden: Tensor) -> Gain | None:
+        """Return what :meth:`combine` does to the joined heads, with its statistics held.
+
+        Args:
+            seen: Input of :attr:`inner_norm`, [batch, tokens, n_heads * d_head], if there is one.
+            hidden: Input of the attention, [batch, tokens, d_model].
+        """
+        del seen, hidden
+        return None
 
     def output_projection(self, z: Tensor) -> Tensor:
         """Apply the output projection after the heads, [batch, tokens, d_model]."""

@@ -16,6 +16,8 @@ from vision_plugin.hooks._restructure import (
     tap_positions,
 )
 from vision_plugin.models import UnsupportedModelError
+from vision_plugin.models.heads import Gain
+from vision_plugin.models.readout import AttentionPool, Readout
 
 
 class OpenClipAttentionBridge(VisionAttentionBridge):
@@ -72,6 +74,50 @@ class OpenClipAttentionBridge(VisionAttentionBridge):
             z = z * native.head_scale
         joined: Tensor = native.ln_inner(super().combine(z, hidden))
         return joined
+
+    @property
+    def inner_norm(self) -> Any:
+        """open_clip's norm of the joined heads."""
+        norm = getattr(self.original_component, "ln_inner", None)
+        return None if norm is None or isinstance(norm, nn.Identity) else norm
+
+    def gain(self, seen: Tensor | None, hidden: Tensor) -> Gain | None:
+        """Return the norm's factors and the heads' scales."""
+        scale = getattr(self.original_component, "head_scale", None)
+        before = None
+        if scale is not None:
+            before = scale.detach().to(hidden).flatten().repeat_interleave(int(self.config.d_head))
+        return Gain.of(self.inner_norm, seen, before=before)
+
+
+def readout(tower: Any, projections: tuple[Any, ...]) -> Readout:
+    """Return the way from the last residual stream to the embedding.
+
+    Args:
+        tower: The tower.
+        projections: The joint projection, or nothing.
+
+    Raises:
+        UnsupportedModelError: the head cannot be taken apart.
+    """
+    tokens = {"tok": "cls", "avg": "patch"}.get(tower.pool_type)
+    pool = tower.attn_pool
+    if tokens is None or (pool is not None and tokens != "cls"):
+        raise UnsupportedModelError(
+            f"its pool {tower.pool_type!r} cannot be taken apart: supported are 'tok', 'avg', and "
+            "an attention pool whose first query is the result"
+        )
+    if pool is None:
+        before, after = tower.ln_post, None
+        if tower.final_ln_after_pool:
+            before, after = after, before
+        return Readout(tokens, before, None, after, projections)
+    if tower.attn_pool_contrastive is not None:
+        raise UnsupportedModelError("its two attention pools cannot be taken apart")
+    query = pool.ln_q(pool.query)[0]
+    return Readout(
+        "all", pool.ln_k, AttentionPool.of_torch(pool.attn, query), tower.ln_post, projections
+    )
 
 
 def check(tower: Any) -> None:

@@ -20,6 +20,8 @@ from vision_plugin.hooks._restructure import (
     tap_positions,
 )
 from vision_plugin.models import UnsupportedModelError
+from vision_plugin.models.heads import Gain
+from vision_plugin.models.readout import AttentionPool, Readout
 
 BLOCKS = {
     "Block": "norms before",
@@ -103,6 +105,20 @@ class TimmAttentionBridge(VisionAttentionBridge):
         joined: Tensor = self._native.norm(super().combine(z, hidden))
         gate = self._native.gate
         return joined if gate is None else joined * gate(hidden).sigmoid()
+
+    @property
+    def inner_norm(self) -> Any:
+        """timm's norm of the joined heads."""
+        norm = self._native.norm
+        return None if isinstance(norm, nn.Identity) else norm
+
+    def gain(self, seen: Tensor | None, hidden: Tensor) -> Gain | None:
+        """Return the norm's and the gate's factors."""
+        gate = self._native.gate
+        after = None
+        if gate is not None:
+            after = gate(hidden.to(gate.weight.dtype)).sigmoid().to(hidden.dtype)
+        return Gain.of(self.inner_norm, seen, after=after)
 
     def output_projection(self, z: Tensor) -> Tensor:
         """Apply the output projection and its dropout."""
@@ -218,6 +234,57 @@ def restructure(tower: Any) -> None:
         tower.blocks = BlockStack(tower.blocks)
     if tower.pos_embed is not None:
         tap_positions(tower, "pos_embed", "_pos_embed")
+
+
+def readout(tower: Any, projections: tuple[Any, ...] = ()) -> Readout:
+    """Return the way from the last residual stream to the pooled vector and beyond.
+
+    Args:
+        tower: The tower.
+        projections: Linear maps behind the pooled vector.
+
+    Raises:
+        UnsupportedModelError: the pool is no linear map of the tokens, once its attention is held.
+    """
+    kind = "map" if tower.attn_pool is not None else tower.global_pool
+    if kind not in ("token", "avg", "map"):
+        raise UnsupportedModelError(
+            f"its pool {kind!r} cannot be taken apart: supported are 'token', 'avg' and 'map'"
+        )
+    with_prefix = getattr(tower, "pool_include_prefix", kind == "map")
+    with_prefix = with_prefix or tower.num_prefix_tokens == 0
+    tokens = "cls" if kind == "token" else "all" if with_prefix else "patch"
+    pool = _attention_pool(tower.attn_pool) if kind == "map" else None
+    return Readout(tokens, tower.norm, pool, tower.fc_norm, projections)
+
+
+def _attention_pool(pool: Any) -> AttentionPool:
+    if getattr(pool, "pos_embed", None) is not None or pool.latent_len != 1:
+        raise UnsupportedModelError(
+            "its attention pool has positions or several queries, which cannot be taken apart"
+        )
+    heads, width = pool.num_heads, pool.head_dim
+    key, value = pool.kv.weight.detach().chunk(2)
+    biases = [None, None] if pool.kv.bias is None else list(pool.kv.bias.detach().chunk(2))
+    query = pool.q_norm(pool.q(pool.latent).view(1, 1, heads, width))[0, 0].detach() * pool.scale
+    projects = isinstance(pool.proj, nn.Linear)
+
+    def mlp(pooled: Tensor) -> Tensor:
+        hidden = pooled.to(pool.kv.weight.dtype)[:, None]
+        output: Tensor = pool.mlp(pool.norm(hidden))[:, 0]
+        return output
+
+    return AttentionPool(
+        query,
+        key.T,
+        biases[0],
+        value.T,
+        biases[1],
+        pool.proj.weight.detach().T if projects else torch.eye(heads * width).to(query),
+        pool.proj.bias.detach() if projects and pool.proj.bias is not None else None,
+        key_norm=pool.k_norm,
+        mlp=None if pool.mlp is None else mlp,
+    )
 
 
 def native_path(path: str) -> str:

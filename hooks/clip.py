@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
 from vision_plugin.hooks._transformers import image_result, linear_head, sizes
+from vision_plugin.models.readout import Readout
 
 
 class CLIPVisionAdapter(VisionArchitectureAdapter):
@@ -77,6 +78,11 @@ class CLIPClassifierAdapter(CLIPVisionAdapter):
     def restructure(self, module: nn.Module) -> None:
         """Keep the hidden state beside the class scores."""
         module.forward = MethodType(_classify, module)
+
+    def readout(self, model: Any) -> Readout:
+        """Return the mean of the patches, which the classifier reads without a normalisation."""
+        del model
+        return Readout("patch")
 
 
 def _project(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:

@@ -16,6 +16,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
 from vision_plugin.hooks._restructure import tap_positions
 from vision_plugin.hooks._transformers import image_result, linear_head, sizes
+from vision_plugin.models import UnsupportedModelError
+from vision_plugin.models.readout import Readout
 
 
 class Dinov2Adapter(VisionArchitectureAdapter):
@@ -57,6 +59,19 @@ class Dinov2Adapter(VisionArchitectureAdapter):
             ln_final=f"{tower}layernorm",
             unembed=linear_head(module, "classifier"),
         )
+
+    def readout(self, model: Any) -> Readout:
+        """Return the class token behind the last norm.
+
+        Raises:
+            UnsupportedModelError: it is a classifier, whose vector is twice as wide.
+        """
+        if hasattr(model.native, "classifier"):
+            raise UnsupportedModelError(
+                f"{model.cfg.model_name} joins its class token and the mean of its patches to one "
+                "vector, which is not taken apart; load its Dinov2Model"
+            )
+        return super().readout(model)
 
     def restructure(self, module: nn.Module) -> None:
         """Give the position table a hook, and keep the hidden state with the class scores."""

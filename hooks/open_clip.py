@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from vision_plugin.hooks import _open_clip_tower, _timm_tower
-from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
+from vision_plugin.hooks._adapter import (
+    Dimensions,
+    Paths,
+    VisionArchitectureAdapter,
+    component,
+)
 from vision_plugin.hooks._components import VisionAttentionBridge
 from vision_plugin.hooks._open_clip_tower import OpenClipAttentionBridge
 from vision_plugin.hooks._timm_tower import TimmAttentionBridge
 from vision_plugin.hooks._transformers import image_result
 from vision_plugin.hooks.timm import scaled_sources
 from vision_plugin.models import Source, UnsupportedModelError
+from vision_plugin.models.readout import Readout
 
 
 class OpenClipAdapter(VisionArchitectureAdapter):
@@ -87,6 +93,17 @@ class OpenClipAdapter(VisionArchitectureAdapter):
         embedding: Tensor = module.encode_text(tokens["text"], normalize=False)
         return embedding
 
+    def readout(self, model: Any) -> Readout:
+        """Return the pool, its norms and the joint projection."""
+        projection = component(model, "unembed")
+        projections = () if projection is None else (projection,)
+        tower, _ = image_tower(model.native)
+        if not self.has_timm_tower:
+            return _open_clip_tower.readout(tower, projections)
+        above = getattr(getattr(model.native, "visual", model.native), "head", None)
+        maps = [part for head in (tower.head, above) for part in _linear_maps(head)]
+        return _timm_tower.readout(tower, tuple(maps))
+
     # ------------------------------------------------------------------ harvesting
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
@@ -117,6 +134,19 @@ def image_tower(module: Any) -> tuple[Any, str]:
         if hasattr(tower, name):
             tower, prefix = getattr(tower, name), f"{prefix}{name}."
     return tower, prefix
+
+
+def _linear_maps(head: Any) -> list[nn.Module]:
+    """Return the linear layers of a head that has nothing else in it."""
+    parts = list(head.children()) if isinstance(head, nn.Sequential) else [head]
+    silent = (nn.Dropout, nn.Identity, type(None))
+    for part in parts:
+        if not isinstance(part, (nn.Linear, *silent)):
+            raise UnsupportedModelError(
+                f"its head has a {type(part).__name__}, which is no linear map, so its embedding "
+                "cannot be taken apart"
+            )
+    return [part for part in parts if isinstance(part, nn.Linear)]
 
 
 def _forward(self: Any, pixel_values: Tensor) -> ImageClassifierOutput:

@@ -15,8 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter
+from vision_plugin.hooks._adapter import (
+    Dimensions,
+    Paths,
+    VisionArchitectureAdapter,
+    component,
+)
 from vision_plugin.hooks._transformers import image_result, linear_head, sizes
+from vision_plugin.models.readout import AttentionPool, Readout
 
 
 class SiglipVisionAdapter(VisionArchitectureAdapter):
@@ -50,6 +56,21 @@ class SiglipVisionAdapter(VisionArchitectureAdapter):
             ln_final=f"{tower}post_layernorm",
             unembed=linear_head(module, "classifier"),
         )
+
+    def readout(self, model: Any) -> Readout:
+        """Return the attention pool, or the mean of the patches in a tower without one."""
+        norm = component(model, "ln_final")
+        head = getattr(getattr(model.native, "vision_model", model.native), "head", None)
+        if head is None:
+            return Readout("all", norm)
+
+        def mlp(pooled: Tensor) -> Tensor:
+            hidden = pooled.to(head.probe.dtype)[:, None]
+            output: Tensor = head.mlp(head.layernorm(hidden))[:, 0]
+            return output
+
+        pool = AttentionPool.of_torch(head.attention, head.probe[0, 0], mlp=mlp)
+        return Readout("all", norm, pool)
 
     def pooled(self, output: Any) -> Tensor:
         """Return the attention pool's output, or the mean of the patches in a tower without one."""
@@ -92,6 +113,10 @@ class SiglipClassifierAdapter(SiglipVisionAdapter):
     def restructure(self, module: nn.Module) -> None:
         """Keep the hidden state with the class scores."""
         module.forward = MethodType(_classify, module)
+
+    def readout(self, model: Any) -> Readout:
+        """Return the mean of the patches, which the classifier reads."""
+        return Readout("all", component(model, "ln_final"))
 
 
 def _embed(self: Any, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:

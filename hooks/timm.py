@@ -13,6 +13,7 @@ from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAd
 from vision_plugin.hooks._timm_tower import TimmAttentionBridge
 from vision_plugin.hooks._transformers import image_result
 from vision_plugin.models import Source
+from vision_plugin.models.readout import Readout
 
 
 class TimmAdapter(VisionArchitectureAdapter):
@@ -37,6 +38,10 @@ class TimmAdapter(VisionArchitectureAdapter):
         """Give every hook a module, and keep what the forward drops."""
         _timm_tower.restructure(module)
         module.forward = MethodType(_forward, module)
+
+    def readout(self, model: Any) -> Readout:
+        """Return the pool and its norms, without the classifier."""
+        return _timm_tower.readout(model.native)
 
     def native_forward(self, module: nn.Module, pixels: Tensor) -> Any:
         """Run timm's forward, which takes pixels by position."""

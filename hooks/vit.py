@@ -20,6 +20,8 @@ from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAd
 from vision_plugin.hooks._components import EmbeddingBridge
 from vision_plugin.hooks._restructure import tap_positions
 from vision_plugin.hooks._transformers import image_result, linear_head, sizes
+from vision_plugin.models import UnsupportedModelError
+from vision_plugin.models.readout import Readout
 
 
 class ViTAdapter(VisionArchitectureAdapter):
@@ -59,6 +61,20 @@ class ViTAdapter(VisionArchitectureAdapter):
         tap_positions(tower.embeddings, "position_embeddings", resample="interpolate_pos_encoding")
         if classifier(module) is not None:
             module.forward = MethodType(_classify, module)
+
+    def readout(self, model: Any) -> Readout:
+        """Return the class token behind the last norm.
+
+        Raises:
+            UnsupportedModelError: a pooler with a tanh comes behind it.
+        """
+        tower = model.native.get_submodule(prefix(model.native).rstrip("."))
+        if getattr(tower, "pooler", None) is not None:
+            raise UnsupportedModelError(
+                f"{model.cfg.model_name} ends in a pooler with a tanh, which cannot be taken "
+                "apart; load it with add_pooling_layer=False"
+            )
+        return super().readout(model)
 
     def pooled(self, output: Any) -> Tensor:
         """Return the pooler's output, or the class token in a model without a pooler."""

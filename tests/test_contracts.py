@@ -19,8 +19,14 @@ PUBLIC = {
     "evaluation": 31,
     "formats": 15,
     "images": 8,
+<<<<<<< HEAD
     "models": 19,
     "sae": 24,
+=======
+    "lens": 23,
+    "models": 20,
+    "sae": 22,
+>>>>>>> t17b
     "steering": 19,
     "tasks": 32,
 }

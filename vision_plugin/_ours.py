@@ -103,6 +103,14 @@ TASK = Kind(
     ),
 )
 
+DECOMPOSITION = Kind(
+    noun="a decomposition",
+    marker="decomposition.json",
+    is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.decompose/"),
+    contents=re.compile(r"decomposition\.json|table\.txt|(shares|ablation|maps)\.png"),
+)
+"""What ``decompose`` writes."""
+
 
 def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_path") -> None:
     """Raise unless a folder may be put in a place: nothing is there, or an empty folder, or ours.

@@ -66,6 +66,7 @@ def test_every_command_takes_it(
         f"eval --sae ~/sae {inputs} --metrics fvu steerability --controls neurons --concepts "
         "~/words.txt --steering-images 2 --output-path ~/out/scores.json",
         f"sparsity --saes ~/sae {inputs} --output-path ~/out/study",
+        f"decompose {inputs} --texts ~/words.txt --n-images 2 --output-path ~/out/parts",
         f"steer --sae ~/sae {inputs} --latents 1 --concepts ~/words.txt --n-images 1 "
         "--output-path ~/out/steered.json",
         f"report --sae ~/sae {inputs} --features 1 --evaluation ~/out/scores.json "
@@ -75,6 +76,15 @@ def test_every_command_takes_it(
     for line in lines:
         assert main(line.split()) == 0, (line, capsys.readouterr().err)
     assert sorted(path.name for path in (home / "out").iterdir()) == [
-        *("converted", "report", "scores.json", "steered.json", "store", "study", "trained"),
+        *(
+            "converted",
+            "parts",
+            "report",
+            "scores.json",
+            "steered.json",
+            "store",
+            "study",
+            "trained",
+        ),
     ]
     assert list(away.iterdir()) == []

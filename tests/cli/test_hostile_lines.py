@@ -24,12 +24,13 @@ LINES = {
     "--d-sae 8 --k 2 --output-path {out}",
     "eval": f"eval --sae {{sae}} {IMAGES} --output-path {{out}}",
     "sparsity": f"sparsity --saes {{sae}} {IMAGES} --output-path {{out}}",
+    "decompose": f"decompose --model-name {{clip}} {IMAGES} --output-path {{out}}",
     "steer": f"steer --sae {{sae}} {IMAGES} --latents 1 --concepts labels --output-path {{out}}",
     "report": f"report --sae {{sae}} {IMAGES} --output-path {{out}}",
     "convert": "convert --sae {sae} --output-path {out}",
     "demo": "demo --output-path {out} --training-images 2 --images 2",
 }
-WITH_DEVICE = ("extract", "train", "eval", "sparsity", "steer", "report")
+WITH_DEVICE = ("extract", "train", "eval", "sparsity", "decompose", "steer", "report")
 
 
 @pytest.fixture

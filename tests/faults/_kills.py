@@ -63,6 +63,7 @@ JOBS = (
     Job(_REPORT),
     Job(_REPORT, earlier=(*_REPORT, "--title", "an earlier one")),
     Job(("convert", "--sae", "foreign", "--output-path", OUT)),
+    Job(("decompose", *_MODEL, "--n-images", "4", "--output-path", OUT)),
     Job(("sparsity", *_MODEL, "--saes", "sae", "--output-path", OUT)),
     Job(
         (

@@ -18,6 +18,7 @@ import pytest
 from tests._processes import ended, in_child, kill_at_change
 from tests.cli.conftest import images, sae
 from tests.faults.test_nothing_of_others_is_lost import (
+    DECOMPOSE,
     EVAL,
     EXTRACT,
     REPORT,
@@ -39,6 +40,7 @@ WRITERS = {
     "train": TRAIN + " --overwrite",
     "eval": EVAL,
     "sparsity": SPARSITY,
+    "decompose": DECOMPOSE,
     "steer": STEER,
     "report": REPORT,
     "convert": CONVERT,

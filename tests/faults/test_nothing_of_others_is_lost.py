@@ -28,6 +28,7 @@ EXTRACT = (
     f"extract --model-name {{clip}} --images {{images}} --hook-names {HOOK} --n-workers 0 "
     "--output-path {out}"
 )
+DECOMPOSE = "decompose --model-name {clip} --images {images} --output-path {out}"
 SPARSITY = "sparsity --saes {sae} --images {images} --output-path {out}"
 REPORT = "report --sae {sae} --images {images} --output-path {out} --features 1"
 EVAL = "eval --sae {sae} --images {images} --metrics fvu --controls neurons --output-path {out}"

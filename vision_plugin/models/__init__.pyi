@@ -1,4 +1,5 @@
 from ._bridge import VisionBridge as VisionBridge
+from ._decomposition import Decomposition as Decomposition
 from ._errors import UnsupportedModelError as UnsupportedModelError
 from ._harvest import Harvester as Harvester
 from ._harvest import Source as Source

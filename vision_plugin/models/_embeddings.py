@@ -10,6 +10,8 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from vision_plugin.models._decompose import decompose
+from vision_plugin.models._decomposition import Decomposition
 from vision_plugin.models._modes import in_eval_mode
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 
@@ -81,6 +83,43 @@ class Embeddings:
         start, size = kwargs.pop("start_at_layer", None), kwargs.pop("image_size", None)
         pooled: Tensor = self.adapter.pooled(self._run(input, start, None, size, kwargs))
         return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    def decompose(
+        self,
+        pixels: Tensor,
+        *,
+        heads: bool = True,
+        tokens: bool = True,
+        onto: Tensor | None = None,
+    ) -> Decomposition:
+        """Take image embeddings apart: what each layer, head, token, MLP and bias adds to them.
+
+        The embedding is linear in the residual stream once the last normalisation's statistics are
+        held, so every component that writes to the stream has an exact contribution, centred and
+        scaled as the whole is (Gandelsman et al. 2024, section 3; their code spreads mean and
+        biases evenly over the components, here the biases are parts of their own). Where a head of
+        attention pools the tokens, its attention is held, too.
+
+        ``heads`` times ``tokens`` times ``d_embed`` numbers per layer and image are many (300 MB
+        for an image of a ViT-L/14): leave out the axes that are not needed, or take inner products
+        ``onto`` the texts in question right away.
+
+        Args:
+            pixels: Images prepared by :meth:`preprocess`, [batch, channels, height, width].
+            heads: Keep the heads apart.
+            tokens: Keep the tokens apart that the class token attends to, or that a pool reads.
+            onto: Directions such as text embeddings, [c, d_embed]; the parts are then inner
+                products with them.
+
+        Returns:
+            The parts, of which :meth:`Decomposition.total` equals ``encode_image(pixels,
+            normalize=False)``; the pooled vector in a model without a space shared with text.
+
+        Raises:
+            UnsupportedModelError: the tower's head is no linear map of the stream, even so.
+            ValueError: the pixels are not a batch of numbers, or ``onto`` has another width.
+        """
+        return decompose(self, pixels, heads=heads, tokens=tokens, onto=onto)
 
     @torch.no_grad()
     def encode_text(

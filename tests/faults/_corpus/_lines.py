@@ -38,6 +38,7 @@ BASES: dict[str, tuple[str, ...]] = {
         *("--output-path", OUT),
     ),
     "sparsity": (*_ON_IMAGES, "--saes", SAE, "--output-path", OUT),
+    "decompose": (*_ON_IMAGES, "--output-path", OUT, "--n-images", "2"),
     "steer": (*_ON_IMAGES, "--sae", SAE, "--latents", "1", "--concepts", f"{HERE}/concepts.txt"),
     "report": (*_ON_IMAGES, "--sae", SAE, "--output-path", OUT, "--features", "0", "1"),
     "tasks": (
