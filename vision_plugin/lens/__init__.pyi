@@ -1,0 +1,14 @@
+from ._dissect import Dissected as Dissected
+from ._dissect import DissectSettings as DissectSettings
+from ._dissect import dissect as dissect
+from ._name_checks import Check as Check
+from ._name_checks import auroc_interval as auroc_interval
+from ._name_features import name_features as name_features
+from ._name_labels import average_precision as average_precision
+from ._name_settings import NamesConfig as NamesConfig
+from ._name_settings import NameSettings as NameSettings
+from ._names import FeatureNames as FeatureNames
+from ._names import NameCandidates as NameCandidates
+from ._names_file import read_names as read_names
+from ._vocabulary import Vocabulary as Vocabulary
+from ._vocabulary import read_vocabulary as read_vocabulary
