@@ -1,3 +1,7 @@
+from ._craft import ConceptImportance as ConceptImportance
+from ._craft import concept_importance as concept_importance
+from ._dictionaries import FittedDictionary as FittedDictionary
+from ._dictionaries import fit_dictionary as fit_dictionary
 from ._dissect import Dissected as Dissected
 from ._dissect import DissectSettings as DissectSettings
 from ._dissect import dissect as dissect
@@ -7,6 +11,8 @@ from ._name_features import name_features as name_features
 from ._name_labels import average_precision as average_precision
 from ._name_settings import NamesConfig as NamesConfig
 from ._name_settings import NameSettings as NameSettings
+from ._names import FILE as FILE
+from ._names import KIND as KIND
 from ._names import FeatureNames as FeatureNames
 from ._names import NameCandidates as NameCandidates
 from ._names_file import read_names as read_names

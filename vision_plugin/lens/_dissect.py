@@ -84,8 +84,8 @@ class Dissected:
 @torch.no_grad()
 def dissect(
     latents: Tensor | Firing,
-    image_embeddings: Float[Tensor, "n d_embed"],
-    text_embeddings: Float[Tensor, "words d_embed"],
+    image_embeddings: Float[Tensor, "images d_of_images"],
+    text_embeddings: Float[Tensor, "words d_of_texts"],
     *,
     n_words: int = 1,
     settings: DissectSettings | None = None,
@@ -99,8 +99,8 @@ def dissect(
     Args:
         latents: Latents of the images, ``[n, d_sae]``: dense, sparse COO or sparse CSR; an entry
             at or below 0 does not fire.
-        image_embeddings: Unit embeddings of the images.
-        text_embeddings: Unit embeddings of the words.
+        image_embeddings: Unit embeddings of the images, ``[n, d_embed]``.
+        text_embeddings: Unit embeddings of the words, ``[words, d_embed]``.
         n_words: Words to return per latent.
         settings: The numbers in soft-WPMI; None takes CLIP-Dissect's.
         watch: Called with the number of words of each block that is done.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def text_directions(
     """
     model, hooks = site.model, site.model.hook_dict
     place = hooks[site.hook_name_out]
-    directions = decoder_directions(dictionary)
+    directions = _into_stream(model, site.hook_name_out, decoder_directions(dictionary))
     norm, projection = _native(model, "ln_final"), _native(model, "unembed")
     linear = isinstance(projection, nn.Linear)
 
@@ -64,6 +65,19 @@ def text_directions(
         return _unit(centred @ weight.T), THROUGH_HEAD
     assert pixels is not None
     return _unit(_derivatives(model, directions, pixels)), DERIVATIVE
+
+
+def _into_stream(model: Any, hook_name: str, directions: Tensor) -> Tensor:
+    """Return what directions of an MLP's neurons or of all heads write into the stream."""
+    inside = re.fullmatch(r"blocks\.(\d+)\.(mlp\.hook_post|attn\.hook_z)", hook_name)
+    if not inside:
+        return directions
+    block = model.blocks[int(inside.group(1))]
+    part = block.mlp.out if "mlp" in hook_name else block.attn.o
+    out = getattr(part, "original_component", None)
+    if not isinstance(out, nn.Linear):
+        return directions
+    return directions @ out.weight.detach().float().cpu().T
 
 
 def decoder_directions(dictionary: Dictionary) -> Float[Tensor, "d_sae d_out"]:

@@ -47,7 +47,7 @@ class Vocabulary:
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()
 
     def embed(
-        self, judge: Any, template: str, given: Float[Tensor, "words d_embed"] | None = None
+        self, judge: Any, template: str, given: Float[Tensor, "given d_given"] | None = None
     ) -> Float[Tensor, "words d_embed"]:
         """Return unit embeddings of a sentence about each word.
 
