@@ -108,19 +108,18 @@ def main(config: Config) -> None:
     wanted = ("speed",) if cfg.speed else cfg.parts
     out = cfg.out or (None if cfg.small else RESULTS)
     found: dict[str, Any] = {"schema": SCHEMA}
-    if out is not None and (out / "names.json").is_file():
-        found = json.loads((out / "names.json").read_text())
     for part in wanted:
         start = time.perf_counter()
         result = speed(cfg) if part == "speed" else measure[part](cfg)
         result["seconds"] = round(time.perf_counter() - start, 1)
         result["environment"] = machine("scikit-learn", "transformers")
+        if out is not None and (out / "names.json").is_file():
+            found = json.loads((out / "names.json").read_text())
         found[part] = result
-        text = report(found)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / "names.json").write_text(json.dumps(found, indent=1) + "\n")
-            (out / "names.md").write_text(text)
+            (out / "names.md").write_text(report(found))
     Console().print(Markdown(report(found)))
 
 
@@ -163,7 +162,7 @@ def demo(cfg: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sae = train(
             model, "demo", open_images(f"demo:{n_train}@0"), [hook], Path(folder), d_sae=256, k=8,
-            training_tokens=150_000,
+            training_tokens=20_000 if cfg.small else 100_000,
         )[hook]  # fmt: skip
     scenes = draw(n, seed=1).scenes
     concepts = {c.text: c.values for c in concept_vocabulary() if len(c.values) == 1}
@@ -271,7 +270,7 @@ def dino(cfg: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         saes = train(
             model, folder, training, hooks, Path(place), d_sae=768, k=16,
-            training_tokens=20_000 if cfg.small else 150_000,
+            training_tokens=20_000 if cfg.small else 60_000,
         )  # fmt: skip
         images = Chosen(source, chosen)
         for layer, hook in zip(cfg.dino_layers, hooks, strict=True):

@@ -16,12 +16,13 @@ from tests.metrics_stub import STUB, exports
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "activations": 17,
-    "evaluation": 31,
+    "evaluation": 32,
     "formats": 15,
     "images": 8,
+    "lens": 20,
     "models": 19,
     "sae": 22,
-    "steering": 19,
+    "steering": 21,
     "tasks": 32,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""

@@ -25,11 +25,12 @@ LINES = {
     "eval": f"eval --sae {{sae}} {IMAGES} --output-path {{out}}",
     "sparsity": f"sparsity --saes {{sae}} {IMAGES} --output-path {{out}}",
     "steer": f"steer --sae {{sae}} {IMAGES} --latents 1 --concepts labels --output-path {{out}}",
+    "name": f"name --sae {{sae}} {IMAGES} --output-path {{out}}",
     "report": f"report --sae {{sae}} {IMAGES} --output-path {{out}}",
     "convert": "convert --sae {sae} --output-path {out}",
     "demo": "demo --output-path {out} --training-images 2 --images 2",
 }
-WITH_DEVICE = ("extract", "train", "eval", "sparsity", "steer", "report")
+WITH_DEVICE = ("extract", "train", "eval", "sparsity", "steer", "name", "report")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ SHOWN = 20
 
 def run(arguments: Sequence[str]) -> None:
     """Name features from flags, print the best checked ones, and write names.json."""
-    from vision_plugin.lens import FILE, KIND, NamesConfig
+    from vision_plugin.lens import NAMES_FILE, NAMES_KIND, NamesConfig
 
     cfg = parse(
         NamesConfig,
@@ -30,10 +30,10 @@ def run(arguments: Sequence[str]) -> None:
         "or captions, and check each name on images that it was not made from.",
     )
     place = local_path(cfg.output_path) if cfg.output_path else local_path(cfg.sae)
-    place = place / FILE if place.is_dir() else place
-    writes = cfg.output_path is not None or place.name == FILE
+    place = place / NAMES_FILE if place.is_dir() else place
+    writes = cfg.output_path is not None or place.name == NAMES_FILE
     if writes:
-        check_replaceable_file(place, KIND)
+        check_replaceable_file(place, NAMES_KIND)
     names = compute(cfg)
     out = console()
     out.print(names.table(SHOWN))
@@ -109,10 +109,10 @@ def resolve_latents(given: Sequence[int | str], sae: Any, where: str | None) -> 
 
 def names_beside(where: str, sae: Any) -> dict[int, str]:
     """Return the names in an SAE's folder, by latent; none where there are none of this SAE."""
-    from vision_plugin.lens import FILE, read_names
+    from vision_plugin.lens import NAMES_FILE, read_names
 
     folder = local_path(where)
-    if not (folder / FILE).is_file():
+    if not (folder / NAMES_FILE).is_file():
         return {}
     try:
         return dict(read_names(folder, sae=sae).texts())

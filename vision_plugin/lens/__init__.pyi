@@ -11,8 +11,8 @@ from ._name_features import name_features as name_features
 from ._name_labels import average_precision as average_precision
 from ._name_settings import NamesConfig as NamesConfig
 from ._name_settings import NameSettings as NameSettings
-from ._names import FILE as FILE
-from ._names import KIND as KIND
+from ._names import NAMES_FILE as NAMES_FILE
+from ._names import NAMES_KIND as NAMES_KIND
 from ._names import FeatureNames as FeatureNames
 from ._names import NameCandidates as NameCandidates
 from ._names_file import read_names as read_names

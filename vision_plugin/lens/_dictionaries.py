@@ -207,12 +207,13 @@ def non_negative_codes(
 
 def _scaled(components: Any) -> Tensor:
     """Return directions of norm 1, so that latents are in units of activations."""
-    rows = torch.as_tensor(components, dtype=torch.float64)
+    rows: Tensor = torch.as_tensor(components, dtype=torch.float64)
     return (rows / rows.norm(dim=1, keepdim=True).clamp(min=_EPSILON)).float()
 
 
 def _float(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float64).float()
+    found: Tensor = torch.as_tensor(values, dtype=torch.float64).float()
+    return found
 
 
 __all__ = ["FittedDictionary", "fit_dictionary", "non_negative_codes"]

@@ -243,7 +243,8 @@ class _Naming:
         return _Made(names, scores.masked_fill(lost, torch.nan), "cosine", note)
 
     def _blocks(self, directions: Tensor) -> tuple[Tensor, ...]:
-        return directions.split(max(1, _BLOCK // len(self.texts)))
+        blocks: tuple[Tensor, ...] = directions.split(max(1, _BLOCK // len(self.texts)))
+        return blocks
 
     def _dissect(self) -> _Made:
         evidence = self.evidence

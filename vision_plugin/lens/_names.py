@@ -22,9 +22,9 @@ from vision_plugin.lens._name_checks import Check
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE = "names.json"
-KIND = "vision_plugin.names/"
-SCHEMA = f"{KIND}1"
+NAMES_FILE = "names.json"
+NAMES_KIND = "vision_plugin.names/"
+SCHEMA = f"{NAMES_KIND}1"
 CHECK_COLUMNS = ("auroc", "low", "high", "shuffled", "shuffled_low")
 """Numbers of a check that there is one of for each latent."""
 
@@ -263,7 +263,7 @@ class FeatureNames:
             FileExistsError: something else is there.
         """
         place = place_of(path)
-        check_replaceable_file(place, KIND)
+        check_replaceable_file(place, NAMES_KIND)
         write_json(self.to_dict(), place)
         return place
 
@@ -271,7 +271,7 @@ class FeatureNames:
 def place_of(path: str | Path) -> Path:
     """Return the file that a path names: itself, or ``names.json`` in a folder."""
     place = local_path(path)
-    return place / FILE if place.is_dir() else place
+    return place / NAMES_FILE if place.is_dir() else place
 
 
 def _candidates_to_dict(one: NameCandidates) -> dict[str, Any]:
@@ -294,11 +294,11 @@ def _candidates_to_dict(one: NameCandidates) -> dict[str, Any]:
     return found
 
 
-def _column(values: Tensor) -> list[float | None]:
+def _column(values: Tensor) -> list[float | int | None]:
     return [_plain(value) for value in values.tolist()]
 
 
-def _plain(value: float) -> float | None:
+def _plain(value: float | int) -> float | int | None:
     if not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")

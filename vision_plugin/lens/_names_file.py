@@ -14,7 +14,7 @@ from vision_plugin._untrusted import read_json
 from vision_plugin.lens._name_checks import Check
 from vision_plugin.lens._names import (
     CHECK_COLUMNS,
-    KIND,
+    NAMES_KIND,
     SCHEMA,
     FeatureNames,
     NameCandidates,
@@ -50,7 +50,7 @@ def read_names(
         raise FileNotFoundError(f"{place}: there is no such file; `vision-plugin name` writes it")
     content = read_json(place, limit=MAX_BYTES, max_values=MAX_VALUES, strict=True)
     schema = content.get("schema") if isinstance(content, dict) else None
-    if not str(schema).startswith(KIND):
+    if not str(schema).startswith(NAMES_KIND):
         raise ValueError(f"{place} holds no names of features: `vision-plugin name` writes them")
     if schema != SCHEMA:
         raise ValueError(
