@@ -16,18 +16,13 @@ from tests.metrics_stub import STUB, exports
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "activations": 17,
-    "evaluation": 31,
+    "evaluation": 32,
     "formats": 15,
     "images": 8,
-<<<<<<< HEAD
-    "models": 19,
-    "sae": 24,
-=======
-    "lens": 23,
+    "lens": 43,
     "models": 20,
-    "sae": 22,
->>>>>>> t17b
-    "steering": 19,
+    "sae": 24,
+    "steering": 21,
     "tasks": 32,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""

@@ -67,7 +67,7 @@ SAE_FOLDER = Kind(
         )
     ),
     contents=re.compile(
-        r"cfg\.json|runner_cfg\.json|(\.unfinished-[0-9]+-)?evaluation\.json|validation\.jsonl"
+        r"cfg\.json|runner_cfg\.json|(\.unfinished-[0-9]+-)?(evaluation|names)\.json|validation\.jsonl"
         r"|sae_weights\.safetensors|sparsity\.safetensors"
     ),
 )

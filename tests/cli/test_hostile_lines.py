@@ -26,11 +26,13 @@ LINES = {
     "sparsity": f"sparsity --saes {{sae}} {IMAGES} --output-path {{out}}",
     "decompose": f"decompose --model-name {{clip}} {IMAGES} --output-path {{out}}",
     "steer": f"steer --sae {{sae}} {IMAGES} --latents 1 --concepts labels --output-path {{out}}",
+    "name": f"name --sae {{sae}} {IMAGES} --output-path {{out}}",
     "report": f"report --sae {{sae}} {IMAGES} --output-path {{out}}",
     "convert": "convert --sae {sae} --output-path {out}",
     "demo": "demo --output-path {out} --training-images 2 --images 2",
 }
 WITH_DEVICE = ("extract", "train", "eval", "sparsity", "decompose", "steer", "report")
+WITH_DEVICE = ("extract", "train", "eval", "sparsity", "steer", "name", "report")
 
 
 @pytest.fixture

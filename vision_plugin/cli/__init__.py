@@ -28,6 +28,7 @@ COMMANDS = {
     "steer": Command("hold latents at values and see what the model then sees", "_steer"),
     "tasks": Command("repair a model: find latents that mislead it, with every baseline", "_tasks"),
     "decompose": Command("say what image embeddings are made of, by layer and head", "_decompose"),
+    "name": Command("name an SAE's features, and check the names on other images", "_name"),
     "report": Command("write a browsable HTML page of an SAE's features", "_report"),
     "extract": Command("write a model's activations to a store of checked shards", "_extract"),
     "verify": Command("check every byte of a store, an SAE or a report", "_verify"),

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import as_flags, parse
+from vision_plugin.cli._flags import as_flags, parse, pick
+from vision_plugin.cli._name import names_beside, resolve_latents
 
 
 def run(arguments: Sequence[str]) -> None:
     """Score an SAE from flags, print the table, and say where the results are."""
     from vision_plugin.evaluation import EvaluationConfig
 
-    cfg = parse(
-        EvaluationConfig,
+    @dataclass(frozen=True, kw_only=True)
+    class EvalConfig(EvaluationConfig):
+        """What to score, and latents to show one by one."""
+
+        latents: tuple[int | str, ...] = ()
+        """Latents whose scores are printed one by one: by number, or as ``name:WORD`` for all whose
+        name in ``names.json`` beside the SAE has that word."""
+
+    flags = parse(
+        EvalConfig,
         arguments,
         command="eval",
         description="Score an SAE by any of the registered metrics, beside the raw neurons at the "
@@ -25,12 +35,40 @@ def run(arguments: Sequence[str]) -> None:
     from vision_plugin.evaluation import evaluate_config
 
     out = console()
-    result = evaluate_config(cfg)
+    cfg, sae = pick(EvaluationConfig, flags), None
+    if flags.latents:
+        sae = cfg.open_sae(cfg.sae)
+        shown = resolve_latents(flags.latents, sae, cfg.sae)
+    result = evaluate_config(cfg, sae=sae)
     out.print(scores_table(result))
+    if flags.latents:
+        out.print(latents_table(result, shown, names_beside(cfg.sae, sae)))
     for embedder in result.equal_firing:
         out.print(equal_firing_table(result, embedder))
     for note in [*equal_firing_notes(result), *notes(result)]:
         out.print(note)
+
+
+def latents_table(result: Any, latents: Sequence[int], names: dict[int, str]) -> Table:
+    """Return a table of some latents, with their names and a column for each metric's scores."""
+    scores = {
+        metric: found.score
+        for metric, by_dictionary in result.results.items()
+        if getattr(found := by_dictionary.get("sae"), "score", None) is not None
+        and found.score.ndim == 1
+    }
+    table = Table(title="scores of single latents")
+    table.add_column("latent", justify="right")
+    table.add_column("name")
+    for metric in scores:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for latent in latents:
+        inside = (one for one in scores.values() if latent < len(one))
+        cells = [_cell(float(score[latent])) for score in inside]
+        if len(cells) < len(scores):
+            raise ValueError(f"latents={latent} is out of range: see how many the SAE has")
+        table.add_row(str(latent), names.get(latent, ""), *cells)
+    return table
 
 
 UNDEFINED = "-"

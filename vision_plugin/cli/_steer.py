@@ -13,6 +13,7 @@ from vision_plugin._progress import Progress
 from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
+from vision_plugin.cli._name import resolve_latents
 
 KIND = "vision_plugin.steering/"
 STRENGTH = 150.0
@@ -26,8 +27,9 @@ class SteerConfig(Inputs):
 
     sae: str | None = None
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
-    latents: tuple[int, ...] = ()
-    """Numbers of the latents to hold, one or several."""
+    latents: tuple[int | str, ...] = ()
+    """Latents to hold, by number, or as ``name:WORD`` for all whose name in ``names.json`` beside
+    the SAE has that word."""
     edit: str | None = None
     """JSON file of an edit to make in place of ``latents``; ``Edit.save`` and ``tasks`` write it.
     It names its SAE, or ``sae`` does."""
@@ -77,7 +79,7 @@ def run(arguments: Sequence[str]) -> None:
         check_replaceable_file(place, KIND)
     edit, ids, effect = compute(cfg)
     out = console()
-    out.print(effect_table(cfg, ids, effect))
+    out.print(effect_table(cfg, ids, effect, held(edit)))
     gains = ", ".join(f"{name} {gain:+.3f}" for name, gain in effect.gains())
     out.print(f"Largest mean gains in probability: {gains}")
     if place is not None:
@@ -86,7 +88,7 @@ def run(arguments: Sequence[str]) -> None:
         check_replaceable_file(place, KIND)
         content = {
             "schema": f"{KIND}1",
-            **({} if cfg.edit else {"latents": list(cfg.latents), "strength": cfg.strength}),
+            **({} if cfg.edit else {"latents": held(edit), "strength": cfg.strength}),
             "edit": edit.to_dict(sae=cfg.sae),
             "ids": ids,
             "concepts": effect.concepts,
@@ -137,7 +139,8 @@ def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
     sae: Any = None if cfg.sae is None else cfg.open_sae(cfg.sae)
     if cfg.edit is None:
         assert sae is not None  # the configuration has checked it
-        edit = Edit.clamp(sae, dict.fromkeys(cfg.latents, cfg.strength), tokens=cfg.tokens)
+        latents = resolve_latents(cfg.latents, sae, cfg.sae)
+        edit = Edit.clamp(sae, dict.fromkeys(latents, cfg.strength), tokens=cfg.tokens)
         return edit, cfg.open_model(sae, where=str(cfg.sae))
     edit = Edit.load(cfg.edit, sae=sae, device=cfg.device)
     of = next(iter(edit.dictionaries), sae)
@@ -146,9 +149,14 @@ def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:
     return edit, cfg.open_model(of, where=cfg.edit)
 
 
-def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any) -> Table:
+def held(edit: Any) -> list[int]:
+    """Return the latents that an edit changes."""
+    return [target for change in edit.changes for target in change.targets]
+
+
+def effect_table(cfg: SteerConfig, ids: Sequence[str], effect: Any, held: Sequence[int]) -> Table:
     """Return a table with one row per image."""
-    latents = ", ".join(map(str, cfg.latents))
+    latents = ", ".join(map(str, held))
     title = f"latent {latents} held at {cfg.strength:g}" if cfg.edit is None else cfg.edit
     table = Table(title=title)
     for heading in ("image", "seen before", "", "seen while steered", ""):

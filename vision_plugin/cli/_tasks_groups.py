@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vision_plugin._extras import require_sklearn
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,9 @@ class GroupConfig(TrainsSAE):
     """Drawn test images of each group."""
     cap: float = 0.02
     """Largest loss of average accuracy on validation."""
+    latents: tuple[int | str, ...] = ()
+    """Latents of ``--sae`` to suppress in place of those that rules find: by number, or as
+    ``name:WORD`` for all whose name in ``names.json`` beside the SAE has that word."""
     sizes: tuple[int, ...] = (2, 5, 10, 20, 50)
     """Numbers of latents to try."""
     rules: tuple[str, ...] = ("difference", "auroc", "attribution")
@@ -78,6 +81,7 @@ def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
     model = load_model(cfg.model_name, device=cfg.device)
     places = [str(local_path(place).absolute()) for place in cfg.sae]
     given = [load_sae(place, device=cfg.device) for place in cfg.sae]
+    settings = replace(settings, latents=given_latents(cfg.latents, given, cfg.sae))
     data = _images(cfg, task, model)
     if given:
         saes, names = given, ", ".join(cfg.sae)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vision_plugin._device import check_device
+from vision_plugin.cli._name import resolve_latents
 
 LEAST = 30
 """Fewest images of which a task gives an interval."""
@@ -81,3 +83,18 @@ def training(
         device=cfg.device,
         output_path=place,
     )
+
+
+def given_latents(
+    latents: Sequence[int | str], saes: Sequence[Any], places: Sequence[str]
+) -> tuple[int, ...]:
+    """Return latents of the SAE that is named, which are given by number or by name.
+
+    Raises:
+        ValueError: latents are given and not one SAE, or no feature has such a name.
+    """
+    if not latents:
+        return ()
+    if len(saes) != 1:
+        raise ValueError("latents= are of one SAE: name it with sae=")
+    return resolve_latents(latents, saes[0], places[0])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, training
 
 PAIRS = ("train_pairs", "validation_pairs", "test_pairs")
 
@@ -44,6 +44,9 @@ class TypographicConfig(TrainsSAE):
     """Pairs that are reported on."""
     cap: float = 0.02
     """Largest loss of clean accuracy on validation."""
+    latents: tuple[int | str, ...] = ()
+    """Latents of ``--sae`` to suppress in place of those that rules find: by number, or as
+    ``name:WORD`` for all whose name in ``names.json`` beside the SAE has that word."""
     sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
     """Numbers of latents to try."""
     unseen_words: bool = True
@@ -88,6 +91,8 @@ def compute_typographic(cfg: TypographicConfig) -> tuple[Any, Any]:
             f"{LEAST}: leave it out of --published"
         )
     given = None if cfg.sae is None else load_sae(cfg.sae, device=cfg.device)
+    latents = given_latents(cfg.latents, [] if given is None else [given], (cfg.sae or "",))
+    settings = replace(settings, latents=latents)
     out.print("Making pairs of images with and without a word")
     pairs, for_training = open_data(cfg, model)
     if given is None:

@@ -9,6 +9,7 @@ from ._facts import Facts as Facts
 from ._facts import class_of_images as class_of_images
 from ._facts import read_concepts as read_concepts
 from ._keep import EncodedImages as EncodedImages
+from ._keep import Keeper as Keeper
 from ._lazy_batch import LazyBatch as LazyBatch
 from ._loop import Group as Group
 from ._loop import Loop as Loop

@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vision_plugin.evaluation._config import EvaluationConfig
-
 
 @dataclass(frozen=True)
 class EncodedImages:
@@ -60,8 +58,20 @@ class Keeper:
         self.width = 0
 
     def add(
-        self, indices: list[int], latents: Tensor, neurons: Tensor, embeddings: Mapping[str, Tensor]
+        self,
+        indices: list[int],
+        latents: Tensor,
+        neurons: Tensor | None,
+        embeddings: Mapping[str, Tensor],
     ) -> None:
+        """Keep a batch of images.
+
+        Args:
+            indices: Places of the images in the source.
+            latents: Pooled latents ``[n, d_sae]``, dense or sparse.
+            neurons: Pooled activations ``[n, d_in]``; None where nobody wants them.
+            embeddings: Unit embeddings ``[n, d]`` by the name of the embedder.
+        """
         latents = latents.detach().cpu()
         self.width = latents.shape[1]
         entries = (latents if latents.is_sparse else latents.to_sparse()).coalesce()
@@ -70,13 +80,20 @@ class Keeper:
         self.lengths.append(torch.bincount(rows, minlength=len(indices)))
         self.columns.append(columns)
         self.values.append(entries.values())
-        self.neurons.append(neurons.detach().float().cpu())
+        if neurons is not None:
+            self.neurons.append(neurons.detach().float().cpu())
         for name, embedded in embeddings.items():
             self.embeddings.setdefault(name, []).append(embedded)
 
-    def finish(
-        self, images: Any, bad: dict[str, str], tokens: str, cfg: EvaluationConfig
-    ) -> EncodedImages:
+    def finish(self, images: Any, bad: dict[str, str], tokens: str, pooling: str) -> EncodedImages:
+        """Return what was kept.
+
+        Args:
+            images: The image source.
+            bad: Reasons by id of the images that could not be read.
+            tokens: Kind of token that was encoded.
+            pooling: How tokens were pooled, ``"max"`` or ``"mean"``.
+        """
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self.lengths).cumsum(0)])
         latents = torch.sparse_csr_tensor(
             ends,
@@ -90,9 +107,9 @@ class Keeper:
             indices=self.indices,
             bad_images=bad,
             latents=latents,
-            neurons=torch.cat(self.neurons),
+            neurons=torch.cat(self.neurons) if self.neurons else torch.empty(len(ends) - 1, 0),
             embeddings={name: torch.cat(parts) for name, parts in self.embeddings.items()},
             fidelity={},
             tokens=tokens,
-            pooling="max" if cfg.pooling == "max" else "mean",
+            pooling="max" if pooling == "max" else "mean",
         )

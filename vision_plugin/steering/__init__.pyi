@@ -5,6 +5,8 @@ from ._cached_pass import CachedPass as CachedPass
 from ._cached_pass import Prepared as Prepared
 from ._change import Change as Change
 from ._edit import Edit as Edit
+from ._edit_json import fingerprint as fingerprint
+from ._edit_json import same_dictionary as same_dictionary
 from ._edit_pass import EditPass as EditPass
 from ._editor import LatentEditor as LatentEditor
 from ._effect import EffectPass as EffectPass

@@ -67,8 +67,12 @@ def latent_candidates(
     sizes: Sequence[int],
     tokens: Sequence[str],
     batch_size: int,
+    given: Sequence[int] = (),
 ) -> Iterator[Candidate]:
-    """Propose latents by every rule and size, set to their mean on clean images."""
+    """Propose latents by every rule and size, set to their mean on clean images.
+
+    Latents that are given are proposed in place of those.
+    """
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)
         evidence = gather(
@@ -77,7 +81,11 @@ def latent_candidates(
             with_gradients=not GRADIENT_RULES.isdisjoint(rules),
         )  # fmt: skip
         layer = layer_of(site)
-        for rule in rules:
+        if given:
+            found = listed(given, kind, evidence.active, evidence.absent.mean(0))
+            edit = suppressed(sae, found)
+            yield Candidate(method, edit, len(found), layer, f"given, {kind}", found, True)
+        for rule in () if given else rules:
             every = choose(evidence, rule, int(sae.cfg.d_sae))
             for least in CUTS.get(rule, ()):
                 latents = (every.scores >= least).nonzero().flatten().tolist()
@@ -91,6 +99,21 @@ def latent_candidates(
                 if len(found) == size:
                     edit = suppressed(sae, found)
                     yield Candidate(method, edit, size, layer, f"{rule}, {kind}", found, True)
+
+
+def listed(latents: Sequence[int], tokens: str, active: Tensor, clean_mean: Tensor) -> FoundLatents:
+    """Return latents that are given as if a rule had found them.
+
+    Raises:
+        ValueError: the SAE has no such latent.
+    """
+    bad = [latent for latent in latents if not 0 <= latent < len(active)]
+    if bad:
+        raise ValueError(
+            f"latents={bad[0]} is out of range: the SAE has {len(active)} latents, from 0"
+        )
+    scores = torch.full((len(active),), torch.nan)
+    return FoundLatents("list", tuple(latents), scores, tokens, active, clean_mean)
 
 
 def suppressed(sae: Dictionary, found: FoundLatents, latents: Sequence[int] | None = None) -> Edit:

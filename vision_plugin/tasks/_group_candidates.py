@@ -13,7 +13,14 @@ from torch import Tensor
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 from vision_plugin.steering import EditPass
-from vision_plugin.tasks._candidates import Candidate, erasure, layer_of, projection, suppressed
+from vision_plugin.tasks._candidates import (
+    Candidate,
+    erasure,
+    layer_of,
+    listed,
+    projection,
+    suppressed,
+)
 from vision_plugin.tasks._erase import leace, probe_direction
 from vision_plugin.tasks._find import GRADIENT_RULES
 from vision_plugin.tasks._group_data import GROUPS, GroupSplit
@@ -34,15 +41,23 @@ def group_latent_candidates(
     sizes: Sequence[int],
     tokens: Sequence[str],
     batch_size: int,
+    given: Sequence[int] = (),
 ) -> Iterator[Candidate]:
-    """Propose latents by every rule and size, set to their mean over the groups."""
+    """Propose latents by every rule and size, set to their mean over the groups.
+
+    Latents that are given are proposed in place of those.
+    """
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)
         evidence = gather_groups(
             site, sae, train, probe, with_gradients=not GRADIENT_RULES.isdisjoint(rules),
             batch_size=batch_size,
         )  # fmt: skip
-        for rule in rules:
+        if given:
+            found = listed(given, kind, evidence.active, evidence.neutral)
+            edit, layer = suppressed(sae, found), layer_of(site)
+            yield Candidate(method, edit, len(found), layer, f"given, {kind}", found, fixed=True)
+        for rule in () if given else rules:
             every = evidence.found(rule)
             for size in sizes:
                 found = every.best(size)

@@ -59,6 +59,8 @@ class GroupSettings:
     """Rules that find latents."""
     sizes: tuple[int, ...] = (2, 5, 10, 20, 50)
     """Numbers of latents to try."""
+    latents: tuple[int, ...] = ()
+    """Latents of the SAE to suppress in place of those that rules find."""
     tokens: tuple[str, ...] = ("patch", "cls")
     """Kinds of token to edit, as far as the model has them."""
     methods: tuple[str, ...] = GROUP_METHODS
@@ -259,6 +261,7 @@ class _Run:
             method, self.model, dictionary, self.data.train, self.probe, rules=rules,
             sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.tokens,
             batch_size=self.settings.batch_size,
+            given=self.settings.latents if method == "sae" else (),
         )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ class TypographicSettings:
     """Rules that find latents."""
     sizes: tuple[int, ...] = (10, 20, 50, 100, 200)
     """Numbers of latents to try."""
+    latents: tuple[int, ...] = ()
+    """Latents of the SAE to suppress in place of those that rules find."""
     tokens: tuple[str, ...] = TOKENS
     """Kinds of token to edit."""
     methods: tuple[str, ...] = METHODS
@@ -240,6 +242,7 @@ class _Run:
             method, self.model, dictionary, self.data.train, self.questions.texts, rules=rules,
             sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.settings.tokens,
             batch_size=self.settings.batch_size,
+            given=self.settings.latents if method == "sae" else (),
         )  # fmt: skip
 
 

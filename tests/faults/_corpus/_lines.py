@@ -40,6 +40,10 @@ BASES: dict[str, tuple[str, ...]] = {
     "sparsity": (*_ON_IMAGES, "--saes", SAE, "--output-path", OUT),
     "decompose": (*_ON_IMAGES, "--output-path", OUT, "--n-images", "2"),
     "steer": (*_ON_IMAGES, "--sae", SAE, "--latents", "1", "--concepts", f"{HERE}/concepts.txt"),
+    "name": (
+        *("--images", "demo:24", "--model-name", MODEL, "--sae", SAE, "--output-path", OUT),
+        *("--vocabulary", f"{HERE}/concepts.txt", "--methods", "dissect", "--top-images", "5"),
+    ),
     "report": (*_ON_IMAGES, "--sae", SAE, "--output-path", OUT, "--features", "0", "1"),
     "tasks": (
         *("typographic", "--output-path", OUT, "--train-pairs", "30", "--validation-pairs", "30"),
@@ -112,6 +116,7 @@ BY_NAME: dict[str, tuple[str | None, ...]] = {
             "",
         ),
     ),
+    "methods": ("nosuch", "", "decoder,dissect", "steering", "caption", "labels", None),
     "concept_template": (
         "",
         "no place",
@@ -136,6 +141,7 @@ BY_NAME |= dict.fromkeys(
     (
         *("sae", "saes", "images", "model_name", "evaluation", "masks", "other_saes", "path"),
         *("domain_images", "validation_images", "embedder", "validation_embedder"),
+        *("judge", "vlm", "vocabulary"),
     ),
     PATHS,
 )
@@ -182,6 +188,8 @@ def _classes(command: str) -> list[type]:
         evaluation = import_module("vision_plugin.evaluation")
         name = {"eval": "EvaluationConfig", "sparsity": "SparsityStudyConfig"}[command]
         return [getattr(evaluation, name)]
+    if command == "name":
+        return [import_module("vision_plugin.lens").NamesConfig]
     if command == "extract":
         return [import_module("vision_plugin.activations").ExtractionConfig]
     if command == "tasks":

@@ -11,6 +11,7 @@ from vision_plugin.activations import ActivationStore, info, verify
 from vision_plugin.evaluation import Facts, read_concepts
 from vision_plugin.formats import load_sae
 from vision_plugin.images import open_images
+from vision_plugin.lens import read_names, read_vocabulary
 from vision_plugin.steering import Edit
 
 AT_MOST = 30
@@ -58,6 +59,20 @@ def store_check(path: Path) -> None:
 def edit(path: Path) -> None:
     """Load a saved edit."""
     Edit.load(path)
+
+
+def names(path: Path) -> None:
+    """Read names of features, and take out everything that is in them."""
+    found = read_names(path)
+    texts = found.texts(better_than_chance=True) | found.texts()
+    for name in texts.values():
+        found.find(name)
+    found.table(), found.summary_table(), found.to_dict()
+
+
+def vocabulary(path: Path) -> None:
+    """Read a vocabulary."""
+    read_vocabulary(path)
 
 
 def concepts(path: Path) -> None:

@@ -164,6 +164,38 @@ def edit() -> dict[str, Any]:
     return found
 
 
+@cache
+def _names() -> str:
+    from vision_plugin.lens import Check, FeatureNames, NameCandidates
+
+    numbers = [torch.tensor([0.5, torch.nan, 0.25, 1.0], dtype=torch.float64) for _ in range(7)]
+    check = Check(*numbers[:5], torch.tensor([3, 0, 9, 40]), 50, "text", 0.95)
+    found = NameCandidates(
+        ("red", None, "a blue square", "dog"), numbers[5], "cosine", "exact", numbers[6], check
+    )
+    names = FeatureNames(
+        candidates={"decoder": found},
+        made_by=("decoder", None, "decoder", "decoder"),
+        agreement={"decoder|dissect": {"same": 0.5, "shuffled": None}},
+        sae={
+            "hook_name": "blocks.1.hook_resid_post",
+            "tokens": "all",
+            "fingerprint": {"d_in": 3, "d_sae": 4, "W_dec": [1.5, -0.25]},
+        },
+        model={"name": "demo", "signature": [1.0, 2.0]},
+        settings={"seed": 0, "vocabulary": {"n_words": 3}},
+        left_out={"labels": "no labels"},
+        n_made_on=50,
+    )
+    return json.dumps(names.to_dict())
+
+
+def names() -> dict[str, Any]:
+    """Return what ``FeatureNames.save`` writes of four features."""
+    found: dict[str, Any] = json.loads(_names())
+    return found
+
+
 def json_of(files: dict[str, bytes], name: str) -> Any:
     """Return a JSON file's content."""
     return json.loads(files[name])

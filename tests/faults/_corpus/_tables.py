@@ -123,6 +123,28 @@ def concept_file(folder: Path, rng: random.Random) -> Path:
     return samples.put({"concepts.txt": data}, folder) / "concepts.txt"
 
 
+def vocabulary_file(folder: Path, rng: random.Random) -> Path:
+    """A hostile vocabulary."""
+    valid = b"# remarks\nred\nblue square\n"
+    data = rng.choice(
+        (
+            lambda: b"",
+            lambda: b"# a remark alone\n" * 9,
+            lambda: b" \t\r\n" * 1000,
+            lambda: valid.decode().encode("utf-16"),
+            lambda: valid + b"\xff\xfe\n",
+            lambda: b"\0" * 1000,
+            lambda: valid + b"x" * 5_000_000,
+            lambda: rng.randbytes(2000),
+            lambda: b"\x1b[2J\n" + valid,
+            lambda: b"\n".join(b"%d" % i for i in range(600_000)),
+            lambda: valid * 200_000,
+            lambda: rng.choice(tuple(BYTES.values()))(valid, rng),
+        )
+    )()
+    return samples.put({"words.txt": data}, folder) / "words.txt"
+
+
 def mask_folder(folder: Path, rng: random.Random) -> Path:
     """A folder of masks with hostile names or images."""
     mask = io.BytesIO()
@@ -159,6 +181,33 @@ def document(
 
 evaluation = partial(document, "evaluation.json", samples.evaluation)
 edit = partial(document, "edit.json", samples.edit)
+names = partial(document, "names.json", samples.names)
+
+
+def deep_names(folder: Path, rng: random.Random) -> Path:
+    """Names whose columns are of the wrong length, type or size, or that are of other methods."""
+    tree = json.loads(as_json(samples.names()))
+    column = rng.choice(
+        (
+            *([], [1], ["x"] * 4, [[0.5]] * 4, [10**400] * 4, [True] * 4, {"0": 1}, "x" * 4),
+            *(None, 0.5, ["\x1b[2J"] * 4, ["x" * 5_000] * 4, [""] * 4, ["a\nb"] * 4, [-1] * 4),
+        )
+    )
+    of_method = tree["candidates"]["decoder"]
+    where = rng.choice(("names", "made_by", "candidates", "of_method", "check", "fingerprint"))
+    if where in ("names", "made_by"):
+        tree[where] = column
+    elif where == "candidates":
+        tree["candidates"] = rng.choice(({}, {"other": of_method}, {"decoder": None}, [], column))
+    elif where == "of_method":
+        of_method[rng.choice(sorted(of_method))] = column
+    elif where == "check":
+        of_method["check"][rng.choice(sorted(of_method["check"]))] = column
+    else:
+        tree["sae"]["fingerprint"] = rng.choice(
+            ({}, {"d_in": 3, "d_sae": 10**12}, {"d_in": -1, "d_sae": 4}, {"d_sae": "4"}, column)
+        )
+    return samples.put({"names.json": as_json(tree)}, folder) / "names.json"
 
 
 def deep_evaluation(folder: Path, rng: random.Random) -> Path:
@@ -219,5 +268,10 @@ RULES = (
     Rule("edit", "JSON edited", 400, partial(edit, "edited"), readers.edit),
     Rule("edit", "JSON bombs", 80, partial(edit, "bombs"), readers.edit),
     Rule("edit", "JSON damaged", 120, partial(edit, "bytes"), readers.edit),
+    Rule("names", "JSON edited", 400, partial(names, "edited"), readers.names),
+    Rule("names", "JSON bombs", 80, partial(names, "bombs"), readers.names),
+    Rule("names", "JSON damaged", 120, partial(names, "bytes"), readers.names),
+    Rule("names", "columns", 160, deep_names, readers.names),
+    Rule("vocabulary", "text", 80, vocabulary_file, readers.vocabulary),
     Rule("evaluation", "columns", 120, deep_evaluation, readers.scores),
 )

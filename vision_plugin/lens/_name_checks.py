@@ -1,0 +1,230 @@
+"""Does a name explain where a latent fires? AUROC on images that it was not made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from scipy.stats import norm
+from torch import Tensor
+
+from vision_plugin.lens._firing import Firing
+
+MIN_FIRED = 5
+"""Images on which a latent must fire, and on which it must not, so that a name is checked."""
+_BLOCK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """How well each latent's name predicts where the latent fires.
+
+    Attributes:
+        auroc: Chance that an image on which the latent fires is more about the name than one on
+            which it does not; NaN where there is no name, or too few images of either kind.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
+        shuffled: The same for the name of another latent, drawn at random.
+        shuffled_low: Lower end of the interval of that.
+        n_fired: Images on which each latent fires.
+        n_images: Images that were looked at.
+        by: ``"text"`` where images are about a name as far as a judge's text similarity says,
+            ``"labels"`` where they are because the name is their label.
+        confidence: Coverage of the intervals.
+    """
+
+    auroc: Float[Tensor, " d_sae"]
+    low: Float[Tensor, " d_sae"]
+    high: Float[Tensor, " d_sae"]
+    shuffled: Float[Tensor, " d_sae"]
+    shuffled_low: Float[Tensor, " d_sae"]
+    n_fired: Int[Tensor, " d_sae"]
+    n_images: int
+    by: str
+    confidence: float
+
+    @property
+    def better(self) -> Tensor:
+        """Whether the interval of each latent's name lies above one half, ``[d_sae]``."""
+        return self.low > 0.5
+
+    def summary(self) -> dict[str, float | int]:
+        """Return how many names were checked, and how many are better than chance."""
+        checked = ~self.auroc.isnan()
+        n = int(checked.sum())
+        found: dict[str, float | int] = {"n_checked": n}
+        if n == 0:
+            return found
+        also = checked & ~self.shuffled.isnan()
+        return found | {
+            "mean_auroc": float(self.auroc[checked].mean()),
+            "mean_shuffled": float(self.shuffled[also].mean()) if bool(also.any()) else math.nan,
+            "share_better": float(self.better[checked].double().mean()),
+            "share_better_shuffled": float((self.shuffled_low[also] > 0.5).double().mean())
+            if bool(also.any())
+            else math.nan,
+        }
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Images that names were not made from, and how much each of them is about a name.
+
+    Attributes:
+        firing: Where latents fire on these images.
+        images: Unit embeddings of the images, ``[n, d_embed]``; None where labels judge.
+        labels: Labels of the images by column, where labels judge.
+        confidence: Coverage of the intervals.
+        seed: Seed of the shuffled assignment.
+        min_fired: Images on which a latent must fire, and must not.
+    """
+
+    firing: Firing
+    images: Tensor | None
+    labels: Sequence[Sequence[str]] = ()
+    confidence: float = 0.95
+    seed: int = 0
+    min_fired: int = MIN_FIRED
+
+    def check(
+        self,
+        words: Int[Tensor, " d_sae"],
+        texts: Tensor | None,
+        names: Sequence[str] | None = None,
+    ) -> Check:
+        """Return how well names predict where latents fire.
+
+        Args:
+            words: Each latent's name as a row of ``texts``; -1 for none.
+            texts: Unit embeddings of the names, ``[words, d_embed]``; None where labels judge.
+            names: The names, where labels judge.
+        """
+        auroc = self._auroc(words, texts, names)
+        low, high = auroc_interval(auroc, *self._sizes, confidence=self.confidence)
+        other = self._auroc(shuffled(words, self.seed), texts, names)
+        shuffled_low, _ = auroc_interval(other, *self._sizes, confidence=self.confidence)
+        return Check(
+            auroc, low, high, other, shuffled_low, self.firing.counts, self.firing.n_images,
+            "text" if texts is not None else "labels", self.confidence,
+        )  # fmt: skip
+
+    @property
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        fired = self.firing.counts
+        return fired, self.firing.n_images - fired
+
+    def _auroc(
+        self, words: Tensor, texts: Tensor | None, names: Sequence[str] | None
+    ) -> Float[Tensor, " d_sae"]:
+        """Return the AUROC of each latent's word, from the ranks of the images that fire."""
+        firing = self.firing
+        fired, others = self._sizes
+        known = (words >= 0) & (torch.minimum(fired, others) >= self.min_fired)
+        used = words[known].unique()
+        ranks = torch.zeros(firing.d_sae, dtype=torch.float64)
+        latents = firing.latents
+        block = max(1, _BLOCK_ELEMENTS // max(1, firing.n_images))
+        place = torch.full((int(words.max()) + 2 if len(words) else 1,), -1)
+        for some in used.split(block):
+            about = self._about(some, texts, names)
+            place.fill_(-1)
+            place[some] = torch.arange(len(some))
+            of_entry = torch.where(known, place[words], -1)[latents]
+            inside = of_entry >= 0
+            found = _ranks(about)[of_entry[inside], firing.images[inside]]
+            ranks.index_add_(0, latents[inside], found)
+        wins = ranks - fired * (fired + 1) / 2
+        return torch.where(known, wins / (fired * others), torch.nan)
+
+    def _about(
+        self, words: Tensor, texts: Tensor | None, names: Sequence[str] | None
+    ) -> Float[Tensor, "words n"]:
+        """Return how much each image is about each word."""
+        if texts is not None:
+            assert self.images is not None
+            return texts[words].float() @ self.images.float().T
+        assert names is not None
+        rows = [
+            [any(column[image] == names[word] for column in self.labels) for image in self._every]
+            for word in words.tolist()
+        ]
+        return torch.tensor(rows, dtype=torch.float32)
+
+    @property
+    def _every(self) -> range:
+        return range(self.firing.n_images)
+
+
+def auroc_interval(
+    auroc: Float[Tensor, " k"],
+    n_positive: Int[Tensor, " k"],
+    n_negative: Int[Tensor, " k"],
+    *,
+    confidence: float = 0.95,
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return Newcombe's score interval of AUROCs (method 5; Stat. Med. 2006, 25:559-573).
+
+    Its ends are the values from which the AUROC lies ``z`` standard errors off, the error being
+    Hanley and McNeil's at that value with both sample sizes as their mean; unlike an interval from
+    the error at the AUROC itself, it is no point at an AUROC of 1.
+
+    Args:
+        auroc: AUROCs; NaN stays NaN.
+        n_positive: Numbers of positive cases.
+        n_negative: Numbers of negative cases.
+        confidence: Coverage.
+
+    Raises:
+        ValueError: ``confidence`` does not lie between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does")
+    z = float(norm.ppf(0.5 + confidence / 2))
+    value = auroc.double()
+    m, n = n_positive.double(), n_negative.double()
+    more = (m + n) / 2 - 1
+
+    def end(outer: Tensor) -> Tensor:
+        inner = value.clone()
+        for _ in range(60):
+            middle = (inner + outer) / 2
+            spread = middle * (1 - middle) / (m * n)
+            factor = 1 + more * (1 - middle) / (2 - middle) + more * middle / (1 + middle)
+            inside = (value - middle).abs() <= z * (spread * factor).sqrt()
+            inner, outer = torch.where(inside, middle, inner), torch.where(inside, outer, middle)
+        return torch.where(value.isnan(), torch.nan, inner)
+
+    return end(torch.zeros_like(value)), end(torch.ones_like(value))
+
+
+def shuffled(words: Int[Tensor, " d_sae"], seed: int) -> Int[Tensor, " d_sae"]:
+    """Return the words with each latent's given to another latent; -1 where there is none.
+
+    A latent gets another word than its own where the words allow it: a few draws are made for
+    those that drew their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    named = torch.nonzero(words >= 0).flatten()
+    own = words[named]
+    drawn = own[torch.randperm(len(own), generator=generator)]
+    for _ in range(20):
+        same = torch.nonzero(drawn == own).flatten()
+        if len(same) == 0 or len(own) < 2:
+            break
+        partner = torch.randint(len(own), (len(same),), generator=generator)
+        for a, b in zip(same.tolist(), partner.tolist(), strict=True):
+            drawn[[a, b]] = drawn[[b, a]]
+    found = torch.full_like(words, -1)
+    found[named] = torch.where(drawn == own, -1, drawn)
+    return found
+
+
+def _ranks(values: Float[Tensor, "words n"]) -> Float[Tensor, "words n"]:
+    """Return ranks from 1, with the mean rank of equal values."""
+    ordered = values.sort(1).values
+    below = torch.searchsorted(ordered, values.contiguous())
+    up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + up_to + 1).double() / 2
