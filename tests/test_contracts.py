@@ -19,6 +19,7 @@ PUBLIC = {
     "evaluation": 31,
     "formats": 15,
     "images": 8,
+    "lens": 28,
     "models": 19,
     "sae": 22,
     "steering": 19,

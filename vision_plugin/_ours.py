@@ -103,6 +103,13 @@ TASK = Kind(
     ),
 )
 
+LENS = Kind(
+    noun="the results of a lens",
+    marker="results.json",
+    is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.lens/"),
+    contents=re.compile(r"results\.json|table\.txt|[\w-]+\.(png|html)|edits(/[\w-]+\.json)?"),
+)
+
 
 def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_path") -> None:
     """Raise unless a folder may be put in a place: nothing is there, or an empty folder, or ours.
