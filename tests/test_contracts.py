@@ -19,7 +19,7 @@ PUBLIC = {
     "evaluation": 32,
     "formats": 15,
     "images": 8,
-    "lens": 43,
+    "lens": 71,
     "models": 20,
     "sae": 24,
     "steering": 21,

@@ -110,6 +110,11 @@ DECOMPOSITION = Kind(
     contents=re.compile(r"decomposition\.json|table\.txt|(shares|ablation|maps)\.png"),
 )
 """What ``decompose`` writes."""
+LENS = Kind(
+    noun="the results of a lens",
+    marker="results.json",
+    is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.lens/"),
+    contents=re.compile(r"results\.json|table\.txt|[\w-]+\.(png|html)|edits(/[\w-]+\.json)?"),
 
 
 def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_path") -> None:

@@ -1,0 +1,148 @@
+"""Non-negative sparse codes over a dictionary of words: two solvers of one problem.
+
+Both minimise, for each target ``z`` and unit rows ``C``,
+
+    ``||C.T w - z||^2 + l1 * sum(w)``  over ``w >= 0``,
+
+which is the Lasso that SpLiCE's code runs (scikit-learn's ``alpha`` is ``l1 / (2 d)``); the paper
+writes the factor as ``2 lambda``, so its lambda is half of ``l1``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vision_plugin._extras import require_sklearn
+
+Solver = Literal["fista", "sklearn"]
+SOLVERS: tuple[Solver, ...] = ("fista", "sklearn")
+CHUNK = 2**24
+"""Largest number of weights that are solved for at once."""
+
+
+def sparse_codes(
+    targets: Float[Tensor, "n d"],
+    words: Float[Tensor, "v d_words"],
+    l1: float,
+    *,
+    solver: Solver = "fista",
+    tolerance: float = 1e-6,
+    max_steps: int = 5000,
+) -> Float[Tensor, "n v"]:
+    """Return non-negative sparse weights of words for each target, in float64.
+
+    Args:
+        targets: What is to be composed.
+        words: Rows to compose it from.
+        l1: Factor of the sum of the weights.
+        solver: ``"fista"``, batched, in torch (Beck and Teboulle 2009, restarted where it swings);
+            or ``"sklearn"``, one target after the other.
+        tolerance: Largest violation of the optimality conditions at which the batched solver stops.
+        max_steps: Most steps; targets that have not settled by then are warned of.
+
+    Raises:
+        ValueError: shapes do not fit, a number is not finite, or ``l1`` is not above 0.
+    """
+    if targets.ndim != 2 or words.ndim != 2 or targets.shape[1] != words.shape[1]:
+        raise ValueError(
+            f"targets {list(targets.shape)} and words {list(words.shape)} need the same width"
+        )
+    if not l1 > 0:
+        raise ValueError(f"l1={l1} must be above 0: without a penalty no weight becomes 0")
+    if not bool(targets.isfinite().all() and words.isfinite().all()):
+        raise ValueError("targets or words hold NaN or infinity: leave those rows out")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: use {' or '.join(SOLVERS)}")
+    targets, words = targets.double(), words.double()
+    if solver == "sklearn":
+        return _by_sklearn(targets, words, l1)
+    step = max(1, CHUNK // max(1, len(words)))
+    largest = _largest_eigenvalue(words)
+    parts = [_by_fista(some, words, l1, largest, tolerance, max_steps) for some in
+             targets.split(step)]  # fmt: skip
+    return torch.cat(parts) if parts else targets.new_zeros(0, len(words))
+
+
+def violation(
+    weights: Float[Tensor, "n v"],
+    targets: Float[Tensor, "n d"],
+    words: Float[Tensor, "v d"],
+    l1: float,
+) -> Float[Tensor, " n"]:
+    """Return how far weights are from the optimality (KKT) conditions, per target.
+
+    At the optimum the gradient ``2 C (C.T w - z) + l1`` is 0 where a weight is above 0, and 0 or
+    more where it is 0.
+    """
+    words, targets, weights = words.double(), targets.double(), weights.double()
+    gradient = 2 * (weights @ words - targets) @ words.T + l1
+    wrong = torch.where(weights > 0, gradient.abs(), (-gradient).clamp(min=0))
+    return wrong.amax(1)
+
+
+def _by_fista(
+    targets: Tensor, words: Tensor, l1: float, largest: float, tolerance: float, max_steps: int
+) -> Tensor:
+    n, width = len(targets), 1 / (2 * largest)
+    weights = targets.new_zeros(n, len(words))
+    # A word whose gradient at 0 is not negative enough may still enter later, so all take part.
+    momentum, t = weights.clone(), targets.new_ones(n, 1)
+    left = torch.arange(n)
+    done = targets.new_zeros(n, len(words))
+    for step in range(max_steps):
+        gradient = 2 * (momentum @ words - targets) @ words.T + l1
+        new = (momentum - width * gradient).clamp(min=0)
+        moved = new - weights
+        # Restart a target's momentum where it points against the step (O'Donoghue, Candes 2015).
+        swings = ((momentum - new) * moved).sum(1, keepdim=True) > 0
+        t = torch.where(swings, torch.ones_like(t), t)
+        t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
+        momentum = torch.where(swings, new, new + (t - 1) / t_next * moved)
+        weights, t = new, t_next
+        if step % 20 == 19:
+            settled = violation(weights, targets, words, l1) <= tolerance
+            if bool(settled.any()):
+                done[left[settled]] = weights[settled]
+                keep = ~settled
+                left, targets = left[keep], targets[keep]
+                weights, momentum, t = weights[keep], momentum[keep], t[keep]
+            if len(left) == 0:
+                return done
+    done[left] = weights
+    worst = float(violation(weights, targets, words, l1).max())
+    warnings.warn(
+        f"{len(left)} of {n} codes have not settled after {max_steps} steps (optimality violated "
+        f"by up to {worst:.1e}): raise max_steps=",
+        stacklevel=3,
+    )
+    return done
+
+
+def _largest_eigenvalue(words: Tensor) -> float:
+    """Return the largest eigenvalue of ``words.T @ words``: the gradient's Lipschitz constant."""
+    gram = words.T @ words if words.shape[1] <= words.shape[0] else words @ words.T
+    return max(float(torch.linalg.eigvalsh(gram)[-1]), 1e-12)
+
+
+def _by_sklearn(targets: Tensor, words: Tensor, l1: float) -> Tensor:
+    require_sklearn("codes with solver='sklearn'")
+    from sklearn.linear_model import Lasso
+
+    lasso = Lasso(
+        alpha=l1 / (2 * words.shape[1]),
+        fit_intercept=False,
+        positive=True,
+        tol=1e-9,
+        max_iter=20_000,
+    )
+    matrix = np.asfortranarray(words.T.cpu().numpy())
+    found = [lasso.fit(matrix, target.cpu().numpy()).coef_.copy() for target in targets]
+    if not found:
+        return targets.new_zeros(0, len(words))
+    return torch.from_numpy(np.stack(found)).to(targets)
