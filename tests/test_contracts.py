@@ -21,7 +21,7 @@ PUBLIC = {
     "images": 8,
     "models": 19,
     "sae": 22,
-    "steering": 19,
+    "steering": 20,
     "tasks": 32,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
