@@ -22,8 +22,8 @@ PUBLIC = {
     "lens": 71,
     "models": 20,
     "sae": 24,
-    "steering": 21,
-    "tasks": 32,
+    "steering": 22,
+    "tasks": 38,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

@@ -17,7 +17,7 @@ import vision_plugin as vp
 from tests._clip import RESID, make_sae, model, pixels
 from vision_plugin import Edit
 from vision_plugin.metrics import random_dictionary
-from vision_plugin.steering import Directions, EditPass, EffectPass, edit_effect
+from vision_plugin.steering import Directions, EditPass, EffectPass, Where, edit_effect
 
 __all__ = ["model", "pixels"]
 HOOK = RESID
@@ -66,6 +66,16 @@ CASES = {
     "only where it is active": (
         Edit.clamp(S, {5: 7.0}, above=0.2),
         lambda x: torch.where(f(S, x, 5) > 0.2, x + (7 - f(S, x, 5)) * S.W_dec[5], x),
+    ),
+    "only on tokens where another latent fires": (
+        Edit.clamp(S, {5: 7.0}, where=Where({0: 2.0, 15: 0.5})),
+        lambda x: torch.where(
+            (f(S, x, 0) > 2.0) | (f(S, x, 15) > 0.5), x + (7 - f(S, x, 5)) * S.W_dec[5], x
+        ),
+    ),
+    "only on tokens where no such latent fires": (
+        Edit.add(S, {5: 2.0}, where=Where({0: 2.0}, outside=True)),
+        lambda x: torch.where(f(S, x, 0) > 2.0, x, x + 2 * S.W_dec[5]),
     ),
     "without the error": (
         Edit.clamp(S, {5: 7.0}, include_error=False),
@@ -347,10 +357,28 @@ def test_latents_of_another_sae_are_refused(tmp_path: Path) -> None:
     assert len(Edit.load(file, sae=[make_sae(seed=1), make_sae()])) == 1
 
 
+def test_places_are_saved_and_a_bad_one_is_refused(tmp_path) -> None:
+    sae, file = make_sae(), tmp_path / "edit.json"
+    edit = Edit.add(sae, {5: 2.0}, where=Where({9: 0.25, 1: 0.5}, outside=True))
+    edit.save(file)
+    assert json.loads(file.read_text())["schema"] == "vision_plugin.edit/2"
+    (change,) = Edit.load(file, sae=sae)
+    assert change.where == Where({9: 0.25, 1: 0.5}, outside=True)
+    assert str(edit) == str(Edit.load(file, sae=sae))
+    with pytest.raises(ValueError, match="where= names no latent"):
+        Where({})
+    with pytest.raises(ValueError, match="threshold nan for latent 3"):
+        Where({3: float("nan")})
+    with pytest.raises(ValueError, match="latent 48 is out of range"):
+        Edit.add(sae, {5: 2.0}, where=Where({48: 0.1}))
+    with pytest.raises(ValueError, match="where= asks latents"):
+        Edit.clamp(HOOK, {1: 2.0}, where=Where({9: 0.3}))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "vision_plugin.edit/2", "update vision_plugin"),
+        (("schema",), "vision_plugin.edit/3", "update vision_plugin"),
         (("schema",), "other/1", "is not an edit"),
         (("changes", 0, "operation"), "explode", "operation='explode'"),
         (("changes", 0, "targets"), [1.5], "1.5 is not the number of a latent"),

@@ -60,7 +60,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             "of an SAE in its tower, and by every baseline beside it, on drawn images.",
             LlavaConfig,
             compute_llava,
-            "results.json, table.txt with dialogues",
+            "results.json, edit.json, edits/, table.txt with dialogues",
         ),
     }
 )

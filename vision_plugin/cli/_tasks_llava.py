@@ -27,9 +27,9 @@ class LlavaConfig(TrainsSAE):
     """Images on which number and strength are chosen."""
     test_images: int = 150
     """Images that are reported on."""
-    sizes: tuple[int, ...] = (1, 3, 10)
+    sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value to try."""
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 3.0)
     """Strengths to try, as multiples of a latent's natural strength or of a difference of means."""
 
     def __post_init__(self) -> None:

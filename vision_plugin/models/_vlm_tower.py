@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _NOT_FOR_BLOCKS = ("output_hidden_states", "output_attentions", "return_dict")
 _BEHIND_ATTENTION = re.compile(
@@ -107,6 +108,8 @@ class BridgedTower(nn.Module):
             ValueError: something changes an activation that the language model does not read.
         """
         self._check_changes()
+        if self.stream is not None and self.reach.layers == (self.start,):
+            return self._read_at_once(self.stream, self.start)
         wanted = kwargs.get("output_hidden_states")
         others = {name: v for name, v in kwargs.items() if name not in _NOT_FOR_BLOCKS}
         vision = self.__dict__["vision"]
@@ -116,6 +119,12 @@ class BridgedTower(nn.Module):
         if states:
             output["hidden_states"] = tuple(states)
         return output
+
+    def _read_at_once(self, stream: Tensor, layer: int) -> Any:
+        """Return an output whose hidden state is the stream: no later block is read."""
+        states: list[Tensor | None] = [None] * (len(list(self.__dict__["vision"].blocks)) + 1)
+        states[layer] = stream
+        return BaseModelOutputWithPooling(hidden_states=tuple(states))  # type: ignore[arg-type]
 
     def _check_changes(self) -> None:
         """Check the places of attached SAEs and edits; hooks of users may only read."""

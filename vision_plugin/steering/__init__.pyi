@@ -19,3 +19,4 @@ from ._engine import Steering as Steering
 from ._latent_change import latent_change as latent_change
 from ._steer import steer as steer
 from ._steer import steer_neurons as steer_neurons
+from ._where import Where as Where

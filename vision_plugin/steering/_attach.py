@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_plugin.models.site import Site, hooked
+from vision_plugin.steering._basis import Latents
 from vision_plugin.steering._change import Change
 from vision_plugin.steering._editor import LatentEditor
 
@@ -80,7 +81,10 @@ class Worker:
             axes = tuple(range(2, target.ndim)) or (-1,)  # a token's heads belong together
             old, now = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (target, new))
             new = new * (old / now.clamp(min=torch.finfo(now.dtype).tiny))
-        return new
+        if change.where is None or not isinstance(change.basis, Latents):
+            return new
+        here = change.where.mask(change.basis.dictionary, self.editor, source)
+        return torch.where(here.view(*here.shape, *[1] * (new.ndim - here.ndim)), new, target)
 
     def _rows(self, activation: Tensor) -> Tensor | None:
         """Return the places of the tokens that change; None for all of them, or random ones."""

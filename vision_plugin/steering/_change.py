@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vision_plugin.models import TokenSelection
 from vision_plugin.steering._basis import Basis, Latents, check_targets
+from vision_plugin.steering._where import Where
 
 Operation: TypeAlias = Literal["clamp", "add", "scale", "suppress", "project"]
 
@@ -33,6 +34,7 @@ class Change:
         tokens: Kind of token that changes.
         patches: Numbers of the patches that change, row by row; None for all tokens of the kind.
         above: Change a coefficient only where it is above this value; None changes it everywhere.
+        where: On which of those tokens, by what latents of the same dictionary do; None takes all.
         include_error: Whether what the dictionary does not reconstruct stays.
         keep_norm: Whether each token keeps its norm.
     """
@@ -47,6 +49,7 @@ class Change:
     above: float | None
     include_error: bool
     keep_norm: bool
+    where: Where | None = None
 
     def __post_init__(self) -> None:
         noun = _NOUNS[self.basis.kind]
@@ -66,6 +69,10 @@ class Change:
         TokenSelection.parse(self.tokens)
         if self.patches is not None and self.tokens not in ("patch", "all"):
             raise ValueError(f"patches= name patches, but tokens={self.tokens!r} leaves them out")
+        if self.where is not None:
+            if not isinstance(self.basis, Latents):
+                raise ValueError("where= asks latents: name an SAE's latents to change")
+            check_targets(list(self.where.above), self.basis.size, noun, self.basis.hook_name)
         if not self.include_error and not isinstance(self.basis, Latents):
             raise ValueError("include_error=False drops an SAE's error: name an SAE's latents")
 
@@ -90,6 +97,8 @@ class Change:
             parts.append(f"{len(self.patches)} patches")
         if self.above is not None:
             parts.append(f"where above {self.above:g}")
+        if self.where is not None:
+            parts.append(str(self.where))
         if not self.include_error:
             parts.append("without the error")
         if self.keep_norm:

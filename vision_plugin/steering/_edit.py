@@ -16,6 +16,7 @@ from vision_plugin.steering._attach import edited
 from vision_plugin.steering._basis import Basis, Directions, Latents, basis_of, check_targets
 from vision_plugin.steering._change import Change, Operation
 from vision_plugin.steering._edit_json import read_changes, to_dict, write_changes
+from vision_plugin.steering._where import Where
 
 Place: TypeAlias = Dictionary | str | Basis
 """What is edited: an SAE, the name of a hook whose neurons are meant, or directions."""
@@ -129,6 +130,7 @@ class Edit:
         tokens: str | None = None,
         patches: Sequence[int] | None = None,
         above: float | None = None,
+        where: Where | None = None,
         maxima: Mapping[int, float] | Tensor | None = None,
         include_error: bool = True,
         keep_norm: bool = False,
@@ -143,6 +145,7 @@ class Edit:
                 the kind that the SAE was trained on, and all tokens for neurons and directions.
             patches: Numbers of the only patches to change, row by row from the top left.
             above: Change a latent only where it is above this value.
+            where: Change only tokens on which some latents of the SAE fire, or all the others.
             maxima: Largest value of each latent: the amounts are then multiples of it.
             include_error: Whether to add the SAE's reconstruction error back.
             keep_norm: Whether to scale each changed token back to its norm.
@@ -172,6 +175,7 @@ class Edit:
                     tokens=basis.tokens if tokens is None else tokens,
                     patches=places,
                     above=above,
+                    where=where,
                     include_error=include_error,
                     keep_norm=keep_norm,
                 ),

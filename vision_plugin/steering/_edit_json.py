@@ -19,10 +19,13 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import hook_names
 from vision_plugin.steering._basis import Basis, Directions, Latents, Neurons
 from vision_plugin.steering._change import Change, Operation
+from vision_plugin.steering._where import Where
 
 KIND = "vision_plugin.edit/"
 SCHEMA = f"{KIND}1"
 _MOST = torch.finfo(torch.float32).max
+SCHEMA, WITH_PLACES = f"{KIND}1", f"{KIND}2"
+"""The second one has changes that are made only where latents fire."""
 _TOLERANCE = 0.01
 
 
@@ -34,7 +37,7 @@ def to_dict(changes: Sequence[Change], *, sae: str | None = None) -> dict[str, A
         sae: Where the SAE of the latents lies.
     """
     return {
-        "schema": SCHEMA,
+        "schema": WITH_PLACES if any(change.where for change in changes) else SCHEMA,
         "text": "\n".join(map(str, changes)),
         "changes": [_change_to_dict(change, sae) for change in changes],
     }
@@ -55,10 +58,12 @@ def read_changes(
     content = read_json(place, strict=True)
     if not isinstance(content, dict) or not str(content.get("schema")).startswith(KIND):
         raise ValueError(f"{place} is not an edit: name a file that Edit.save wrote")
-    if content["schema"] != SCHEMA:
+    if content["schema"] not in (SCHEMA, WITH_PLACES):
         raise ValueError(
             f"{place} has the schema {shown(content['schema'])}, and this version reads "
             f"{SCHEMA!r}: update vision_plugin"
+            f"{place} has the schema {content['schema']!r}, and this version reads {SCHEMA!r} and "
+            f"{WITH_PLACES!r}: update vision_plugin"
         )
     known = _Known(place, sae, device)
     try:
@@ -73,6 +78,7 @@ def read_changes(
 
 
 def _change_to_dict(change: Change, sae: str | None) -> dict[str, Any]:
+    where = {} if change.where is None else {"where": _where_to_dict(change.where)}
     return {
         "operation": change.operation,
         "basis": _basis_to_dict(change.basis, sae),
@@ -84,7 +90,23 @@ def _change_to_dict(change: Change, sae: str | None) -> dict[str, Any]:
         "above": change.above,
         "include_error": change.include_error,
         "keep_norm": change.keep_norm,
+        **where,
     }
+
+
+def _where_to_dict(where: Where) -> dict[str, Any]:
+    return {
+        "latents": list(where.above),
+        "above": [float(threshold) for threshold in where.above.values()],
+        "outside": where.outside,
+    }
+
+
+def _where_from_dict(entry: dict[str, Any] | None) -> Where | None:
+    if entry is None:
+        return None
+    latents, above = map(_whole, entry["latents"]), map(float, entry["above"])
+    return Where(dict(zip(latents, above, strict=True)), _switch(entry["outside"]))
 
 
 def _change_from_dict(entry: dict[str, Any], known: _Known) -> Change:
@@ -104,6 +126,7 @@ def _change_from_dict(entry: dict[str, Any], known: _Known) -> Change:
         above=None if above is None else _number(above),
         include_error=_switch(entry["include_error"]),
         keep_norm=_switch(entry["keep_norm"]),
+        where=_where_from_dict(entry.get("where")),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a vision-language model answers in one word to several questions about the same images.
+"""What a vision-language model answers to several questions about the same images.
 
 The tower runs once up to the block whose output is read, the images' tokens once per change of it,
 and each question for itself behind them.
@@ -26,6 +26,7 @@ class AnswerPass:
         images: The images.
         questions: Questions by name.
         batch_size: Images that run at once.
+        max_new_tokens: Length of an answer in tokens; answers are greedy.
 
     Raises:
         ValueError: the model reads several layers, or questions do not follow the images.
@@ -38,8 +39,12 @@ class AnswerPass:
         questions: Mapping[str, str],
         *,
         batch_size: int = 150,
+        max_new_tokens: int = 1,
     ) -> None:
         self.vlm, self.layer, self.batch_size = vlm, check_reads_one_block(vlm), batch_size
+        self.max_new_tokens = max_new_tokens
+        end = vlm.native.generation_config.eos_token_id
+        self.ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end])
         inputs = {name: vlm.prepare([images[0]], text) for name, text in questions.items()}
         ids = {name: each["input_ids"][0] for name, each in inputs.items()}
         shortest = min(len(each) for each in ids.values())
@@ -70,7 +75,7 @@ class AnswerPass:
         stream: Float[Tensor, "n tokens d_model"] | None = None,
         rows: Tensor | None = None,
     ) -> dict[str, list[str]]:
-        """Return the first word of each answer, by question.
+        """Return the answers, by question.
 
         Args:
             stream: What the language model reads in place of the images' own, for these rows.
@@ -94,16 +99,89 @@ class AnswerPass:
                 input_ids=self.prefix.expand(n, -1), pixel_values=pixels, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
-        found = {}
-        for name, ids in self.rest.items():
-            output = native(
-                input_ids=ids.expand(n, -1), past_key_values=copy.deepcopy(read.past_key_values),
-                use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            chosen = output.logits[:, -1].argmax(-1, keepdim=True)
-            words = self.vlm.processor.batch_decode(chosen, skip_special_tokens=True)
-            found[name] = [str(word).strip() for word in words]
+        found: dict[str, list[str]] = {}
+        for names in self._by_length():
+            cache = copy.deepcopy(read.past_key_values)
+            cache.batch_repeat_interleave(len(names))
+            ids = torch.stack([self.rest[name] for name in names]).repeat(n, 1)
+            said = self._written(native, ids, cache)
+            words = self.vlm.processor.batch_decode(said, skip_special_tokens=True)
+            for place, name in enumerate(names):
+                found[name] = [str(word).strip() for word in words[place :: len(names)]]
         return found
+
+    def _by_length(self) -> list[list[str]]:
+        """Return the questions in groups that run together: those of one length."""
+        groups: dict[int, list[str]] = {}
+        for name, ids in self.rest.items():
+            groups.setdefault(len(ids), []).append(name)
+        return list(groups.values())
+
+    def _written(self, native: Any, ids: Tensor, cache: Any) -> Tensor:
+        """Return the tokens of greedy answers; what follows an end is the end again."""
+        ends = self.ends.to(ids.device)
+        said: list[Tensor] = []
+        over = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        for _ in range(self.max_new_tokens):
+            output = native(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = output.logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.where(over, ends[0], ids)
+            said.append(ids)
+            over = over | torch.isin(ids, ends)
+            if bool(over.all()):
+                break
+        return torch.cat(said, dim=1)
+
+    def pull(
+        self, name: str, words: Sequence[str], rows: Tensor
+    ) -> Float[Tensor, "words n tokens d_model"] | None:
+        """Return in which direction of each token an answer of each word becomes more likely.
+
+        It is the gradient of the word's logit less the mean logit of all the words.
+
+        Args:
+            name: Name of the question.
+            words: Words, each one token of the model's.
+            rows: Numbers of the images.
+
+        Returns:
+            The gradients; None where a word is more than one token.
+        """
+        native: Any = self.vlm.original_model
+        tokens = _tokens_of(self.vlm.processor, words)
+        if tokens is None:
+            return None
+        ids = torch.cat([self.prefix, self.rest[name]])
+        parts: list[Tensor] = []
+        with in_eval_mode(self.vlm), self.vlm.vision.alone(), torch.enable_grad():
+            for some in rows.split(self.batch_size):
+                stream = self.stream[some].clone().requires_grad_()
+                with self.vlm.from_stream(stream, self.layer):
+                    output = native(
+                        input_ids=ids.expand(len(some), -1), pixel_values=self.pixels[some],
+                        use_cache=False, logits_to_keep=1,
+                    )  # fmt: skip
+                logits = output.logits[:, -1].float()
+                each = torch.stack([logits[:, found].logsumexp(1) for found in tokens], dim=1)
+                raised = (each - each.mean(1, keepdim=True)).sum(0)
+                grads = [
+                    torch.autograd.grad(one, stream, retain_graph=True)[0].detach()
+                    for one in raised
+                ]
+                parts.append(torch.stack(grads))
+        return torch.cat(parts, dim=1)
+
+
+def _tokens_of(processor: Any, words: Sequence[str]) -> list[Tensor] | None:
+    """Return the tokens that spell each word; None where a word has none."""
+    tokenizer = processor.tokenizer
+    spelled: dict[str, list[int]] = {word: [] for word in words}
+    for index, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+        if text.strip() in spelled:
+            spelled[text.strip()].append(index)
+    if not all(spelled.values()):
+        return None
+    return [torch.tensor(found) for found in spelled.values()]
 
 
 def check_reads_one_block(vlm: Any) -> int:

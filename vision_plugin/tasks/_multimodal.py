@@ -8,23 +8,31 @@ changes as it should, and how often the answers to the other questions stay unch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
-from vision_plugin.steering import LatentEditor
+from vision_plugin.steering import Edit, LatentEditor
 from vision_plugin.tasks._answers import check_reads_one_block
+from vision_plugin.tasks._multimodal_change import edit_of
 from vision_plugin.tasks._multimodal_data import MultimodalData
 from vision_plugin.tasks._multimodal_result import Dialogue, MultimodalResult
 from vision_plugin.tasks._multimodal_settings import (
+    DONE,
+    EDITS,
     GOAL_METHODS,
     Goal,
     MultimodalSettings,
     Recipe,
     recipes,
 )
-from vision_plugin.tasks._multimodal_split import Split
+from vision_plugin.tasks._multimodal_split import Judge, Split, is_the_value
 from vision_plugin.tasks._reading import learn
 from vision_plugin.tasks._row import listed
 
@@ -39,6 +47,7 @@ def multimodal(
     data: MultimodalData,
     *,
     settings: MultimodalSettings | None = None,
+    judge: Judge = is_the_value,
     name: str = "",
     announce: Announce = logger.info,
 ) -> MultimodalResult:
@@ -49,6 +58,8 @@ def multimodal(
         sae: An SAE at that output, of its patches.
         data: Questions, values and images.
         settings: What is searched through.
+        judge: Says whether an answer states a value, ``judge(answer, value)``; by default an
+            answer has to be the value's one word. Free answers need ``max_new_tokens`` too.
         name: Name of the SAE, for records.
         announce: Called with one line per stage.
 
@@ -80,30 +91,35 @@ def multimodal(
         data.locator,
         set(data.beside),
         most=max(settings.sizes),
+        pull=partial(_pull, train, data),
     )
     del train
-    validation = Split(vlm, sae, editor, data, data.validation, settings, knowledge)
-    test = Split(vlm, sae, editor, data, data.test, settings, knowledge)
+    validation = Split(vlm, sae, editor, data, data.validation, settings, knowledge, judge)
+    test = Split(vlm, sae, editor, data, data.test, settings, knowledge, judge)
     validation.check_answers("validation")
     test.check_answers("test")
     rows = test.unchanged()
     search: list[dict[str, Any]] = []
     dialogues: list[Dialogue] = []
-    for factor in data.questions:
+    edits: dict[tuple[str, str, str], Edit] = {}
+    best: tuple[float, Edit] = (-1.0, Edit())
+    for factor, values in data.values.items():
         for goal in GOAL_METHODS:
             announce(f"{goal} of a {factor}: choosing on {len(data.validation)} images")
-            seen = [(recipe, *validation.tried(goal, factor, recipe)) for recipe in
-                    recipes(goal, settings)]  # fmt: skip
-            search += [_searched(goal, factor, *entry) for entry in seen]
-            for method in GOAL_METHODS[goal]:
-                mine = [entry for entry in seen if entry[0].method == method]
-                for choice, recipe in _choices(mine, settings.preserved).items():
-                    rows.append(test.row(goal, factor, recipe, choice))
-                    if choice == "best" and method in ("clamp", "negative"):
-                        rows.append(test.row(goal, factor, recipe, choice, random=True))
-                        rows.append(test.row(goal, factor, recipe, choice, error=False))
-                    if choice == "best" and method in ("transfer", "negative"):
-                        dialogues += test.dialogues(goal, factor, recipe)
+            tried = _searched(validation, goal, factor, settings)
+            search += [_entry(goal, factor, *one) for one in tried]
+            for choice, recipe in _chosen(tried, goal, settings):
+                rows.append(test.row(goal, factor, recipe, choice))
+                if choice == "best" and recipe.method in ("clamp", "negative"):
+                    rows.append(test.row(goal, factor, recipe, choice, random=True))
+            winner, score = _winner(tried, goal)
+            rows.append(test.row(goal, factor, winner, "winner", error=False))
+            rows.append(test.row(goal, factor, replace(winner, patches="all"), "winner"))
+            dialogues += test.dialogues(goal, factor, winner)
+            for number, value in enumerate(values):
+                edit = edit_of(sae, data, knowledge, factor, winner, number)
+                edits[goal, factor, value] = edit
+                best = max(best, (score, edit), key=lambda pair: pair[0])
     return MultimodalResult(
         model=str(vlm.cfg.model_name),
         sae=name or hook_name,
@@ -111,24 +127,90 @@ def multimodal(
         rows=rows,
         search=search,
         dialogues=dialogues,
+        edit=best[1],
+        edits=edits,
     )
 
 
-def _choices(tried: Sequence[tuple[Recipe, float, float]], floor: float) -> dict[str, Recipe]:
-    """Return the recipe that does best in both respects, and the best one above a floor."""
-    best = max(tried, key=lambda entry: min(entry[1], entry[2]))
-    found = {"best": best[0]}
-    above = [entry for entry in tried if entry[2] >= floor]
-    if above:
-        found["preserving"] = max(above, key=lambda entry: entry[1])[0]
+Tried = tuple[Recipe, dict[str, Any]]
+
+
+def _pull(train: Split, data: MultimodalData, factor: str, mask: Tensor) -> Tensor | None:
+    """Return in which direction the patches of a few training images raise each value."""
+    labels = data.train.labels[factor]
+    rows = torch.arange(min(train.settings.pulled, len(labels)))
+    found = train.answering.pull(factor, data.values[factor], rows)
+    if found is None:
+        return None
+    summed = (found[:, :, train.reading.first :] * mask[rows]).sum(2)
+    own = torch.nn.functional.one_hot(labels[rows], len(found)).T.bool().to(summed.device)
+    return summed.masked_fill(own.unsqueeze(-1), 0).mean(1)
+
+
+def _searched(
+    validation: Split, goal: Goal, factor: str, settings: MultimodalSettings
+) -> list[Tried]:
+    """Return what validation says: of every recipe on a few images, of the best ones on all."""
+    found: list[Tried] = []
+    for method in GOAL_METHODS[goal]:
+        mine = [recipe for recipe in recipes(goal, settings) if recipe.method == method]
+        first = [
+            (recipe, validation.tried(goal, factor, recipe, settings.screened)) for recipe in mine
+        ]
+        if len(validation.asked) > settings.screened:
+            again = {
+                recipe
+                for score in (_balance, partial(_above, floor=settings.preserved))
+                for recipe, _ in sorted(first, key=lambda one: score(one[1], goal), reverse=True)[
+                    : settings.finalists
+                ]
+            }
+            first = [
+                (r, validation.tried(goal, factor, r) if r in again else seen) for r, seen in first
+            ]
+        found += first
     return found
 
 
-def _searched(goal: Goal, factor: str, recipe: Recipe, done: float, kept: float) -> dict[str, Any]:
-    name = "inserted" if goal == "insertion" else "suppressed"
+def _balance(seen: Mapping[str, Any], goal: Goal) -> float:
+    """Return the smaller one of what is done and what is preserved."""
+    return float(min(seen[DONE[goal]], seen["preserved"]))
+
+
+def _above(seen: Mapping[str, Any], goal: Goal, *, floor: float) -> float:
+    """Return what is done where enough is preserved, and what is missing where not."""
+    enough = seen["preserved"] >= floor
+    return float(seen[DONE[goal]] if enough else seen["preserved"] - floor)
+
+
+def _final(tried: Sequence[Tried]) -> list[Tried]:
+    most = max(seen["images"] for _, seen in tried)
+    return [one for one in tried if one[1]["images"] == most]
+
+
+def _chosen(
+    tried: Sequence[Tried], goal: Goal, settings: MultimodalSettings
+) -> Iterator[tuple[str, Recipe]]:
+    """Yield each method's recipe that does best in both respects, and the best above the floor."""
+    for method in GOAL_METHODS[goal]:
+        mine = _final([one for one in tried if one[0].method == method])
+        yield "best", max(mine, key=lambda one: _balance(one[1], goal))[0]
+        recipe, seen = max(mine, key=lambda one: _above(one[1], goal, floor=settings.preserved))
+        if seen["preserved"] >= settings.preserved:
+            yield "preserving", recipe
+
+
+def _winner(tried: Sequence[Tried], goal: Goal) -> tuple[Recipe, float]:
+    """Return the best recipe that an Edit can make, with its score."""
+    mine = _final([one for one in tried if one[0].method in EDITS])
+    recipe, seen = max(mine, key=lambda one: _balance(one[1], goal))
+    return recipe, _balance(seen, goal)
+
+
+def _entry(goal: Goal, factor: str, recipe: Recipe, seen: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": factor, "goal": goal, "method": recipe.method, "size": recipe.size,
-        "strength": recipe.strength, name: done, "preserved": kept,
+        "strength": recipe.strength, **seen,
     }  # fmt: skip
 
 

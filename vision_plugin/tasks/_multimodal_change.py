@@ -2,13 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vision_plugin.models.dictionary import Dictionary
+from vision_plugin.steering import Edit, Where
 from vision_plugin.tasks._multimodal_data import MultimodalData
-from vision_plugin.tasks._multimodal_settings import Goal, Recipe
-from vision_plugin.tasks._reading import Knowledge, PatchReading, object_patches
+from vision_plugin.tasks._multimodal_settings import EDITS, Goal, Recipe
+from vision_plugin.tasks._reading import SHARE, Knowledge, PatchReading, object_patches
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """New values of latents, the same for every image: what an Edit can say.
+
+    Attributes:
+        latents: Numbers of the latents.
+        amounts: What they are set to, or what is added.
+        adds: Whether the amounts are added.
+    """
+
+    latents: Int[Tensor, " m"]
+    amounts: Float[Tensor, " m"]
+    adds: bool
+
+    def __call__(self, old: Float[Tensor, "rows patches m"]) -> Float[Tensor, "rows patches m"]:
+        """Return new values of old ones."""
+        return old + self.amounts if self.adds else self.amounts.expand_as(old)
+
+
+def plan_of(
+    knowledge: Knowledge,
+    factor: str,
+    recipe: Recipe,
+    value: int,
+    strangers: Int[Tensor, " all"] | None = None,
+) -> Plan:
+    """Return what a recipe makes of the latents for one value.
+
+    Args:
+        knowledge: What was found on training images.
+        factor: Factor of the value.
+        recipe: The recipe; its method is one of ``EDITS``.
+        value: Number of the value.
+        strangers: Latents that stand in for those that were found, in random order.
+    """
+    adds, strength = recipe.method in ("add", "subtract"), recipe.strength
+    found = knowledge.pushing if adds else knowledge.latents
+    chosen = found[factor][value, : recipe.size]
+    if strangers is not None:
+        chosen = strangers[~torch.isin(strangers, chosen)][: recipe.size]
+    natural, overall = knowledge.natural[chosen], knowledge.latent_overall[factor]
+    away = knowledge.latent_means[factor][value, chosen] - overall[chosen]
+    match recipe.method:
+        case "add":
+            return Plan(chosen, strength * away, True)
+        case "subtract":
+            return Plan(chosen, -strength * away, True)
+        case "zero":
+            return Plan(chosen, torch.zeros_like(natural), False)
+        case "mean":
+            return Plan(chosen, overall[chosen], False)
+        case "negative":
+            return Plan(chosen, -strength * natural, False)
+        case "clamp":
+            return Plan(chosen, strength * natural, False)
+        case "exchange":
+            n_values = len(found[factor])
+            values = [v for v in range(n_values) if v != value]
+            others = torch.unique(found[factor][values, : recipe.size])
+            others = others[~torch.isin(others, chosen)]
+            amounts = torch.cat([strength * natural, natural.new_zeros(len(others))])
+            return Plan(torch.cat([chosen, others]), amounts, False)
+    raise ValueError(f"{recipe.method} is no change of latents: use one of {', '.join(EDITS)}")
+
+
+def edit_of(
+    sae: Dictionary,
+    data: MultimodalData,
+    knowledge: Knowledge,
+    factor: str,
+    recipe: Recipe,
+    value: int,
+) -> Edit:
+    """Return a recipe for one value as an Edit, which finds the object's patches itself."""
+    plan = plan_of(knowledge, factor, recipe, value)
+    where = None
+    if recipe.patches == "chosen":
+        shows = knowledge.latents[data.locator][:, 0].unique()
+        above = dict(zip(shows.tolist(), (SHARE * knowledge.natural[shows]).tolist(), strict=True))
+        where = Where(above, outside=factor in data.beside)
+    amounts = dict(zip(plan.latents.tolist(), plan.amounts.tolist(), strict=True))
+    return Edit.of("add" if plan.adds else "clamp", sae, amounts, tokens="patch", where=where)
 
 
 class Changes:
@@ -57,6 +145,8 @@ class Changes:
         known, strength = self.knowledge, recipe.strength
         here = self.here[rows]
         mask = (~here if factor in self.data.beside else here).unsqueeze(-1)
+        if recipe.patches == "all":
+            mask = torch.ones_like(mask)
         if recipe.method in ("diff_mean", "neurons"):
             away = known.means[factor][value] - known.overall[factor]
             sign = 1.0 if goal == "insertion" else -1.0
@@ -69,15 +159,11 @@ class Changes:
             goal_value = known.overall[factor][chosen] + sign * strength * away[chosen]
             new[..., chosen] = torch.where(mask, goal_value, new[..., chosen])
             return self.reading.with_patches(new, rows)
-        chosen = self._best(factor, value, recipe)
-        if random:
-            chosen = self.strangers[~torch.isin(self.strangers, chosen)][: recipe.size]
-        natural = known.natural[chosen]
         if recipe.method in ("transfer", "swap"):
             return self._moved(factor, value, recipe, rows)
-        amount = {"clamp": strength, "negative": -strength, "zero": 0.0}[recipe.method] * natural
+        plan = plan_of(known, factor, recipe, value, self.strangers if random else None)
         return self.reading.with_latents(
-            chosen, lambda old: torch.where(mask, amount.expand_as(old), old), rows
+            plan.latents, lambda old: torch.where(mask, plan(old), old), rows
         )
 
     def _best(self, factor: str, value: int, recipe: Recipe) -> Int[Tensor, " size"]:

@@ -15,6 +15,7 @@ from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
 from vision_plugin._rich import Table
+from vision_plugin.steering import Edit
 from vision_plugin.tasks._measure import LEAST, RESAMPLES, Figure, interval
 from vision_plugin.tasks._row import Row, cell, printed
 
@@ -60,6 +61,8 @@ class MultimodalResult:
         rows: Figures on test images, on which nothing was chosen.
         search: What validation saw of each candidate.
         dialogues: What the model says before and after.
+        edit: The edit that did best on validation of all.
+        edits: The edit of each value, by goal, factor and value.
     """
 
     model: str
@@ -68,6 +71,8 @@ class MultimodalResult:
     rows: Sequence[Row]
     search: Sequence[Mapping[str, Any]]
     dialogues: Sequence[Dialogue]
+    edit: Edit
+    edits: Mapping[tuple[str, str, str], Edit]
 
     def row(self, method: str, *, kind: str, how: str) -> Row:
         """Return one row.
@@ -116,19 +121,27 @@ class MultimodalResult:
         }
 
     def save(self, folder: str | Path, *, sae: Any = None) -> Path:
-        """Write results.json and a table with the dialogues.
+        """Write results.json, edit.json, the edits of every value, and a table with dialogues.
 
         Args:
             folder: Folder to make; earlier results of a task in it are replaced.
-            sae: An SAE to save beside them, or where one lies already; None saves none.
+            sae: An SAE to save beside them, or where one lies already; None saves none, and the
+                edits then do not say where theirs lies.
 
         Raises:
             FileExistsError: something else has the name.
         """
         place = local_path(folder)
         with whole_folder(place, replaces=TASK) as made:
-            if sae is not None and not isinstance(sae, str):
+            where = sae
+            if sae is not None and not isinstance(sae, (str, Path)):
                 sae.save_model(str(made / "sae"))
+                where = "sae"
+            deeper = f"../{where}" if where == "sae" else where
+            self.edit.save(made / "edit.json", sae=where)
+            (made / "edits").mkdir()
+            for names, edit in self.edits.items():
+                edit.save(made / "edits" / f"{'-'.join(names)}.json", sae=deeper)
             write_json(self.to_dict(), made / "results.json")
             text = [printed(self.table()), *map(str, self.dialogues), ""]
             (made / "table.txt").write_text("\n".join(text), encoding="utf-8")

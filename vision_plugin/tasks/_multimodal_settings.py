@@ -8,24 +8,38 @@ from dataclasses import dataclass
 from typing import Literal
 
 Goal = Literal["insertion", "suppression"]
+Patches = Literal["chosen", "all"]
 GOAL_METHODS: Mapping[Goal, tuple[str, ...]] = {
-    "insertion": ("clamp", "transfer", "swap", "diff_mean", "neurons"),
-    "suppression": ("zero", "negative", "diff_mean", "neurons"),
+    "insertion": ("clamp", "add", "exchange", "transfer", "swap", "diff_mean", "neurons"),
+    "suppression": ("zero", "mean", "negative", "subtract", "diff_mean", "neurons"),
 }
+EDITS = ("clamp", "add", "exchange", "zero", "mean", "negative", "subtract")
+"""Methods that a :class:`vision_plugin.Edit` can make."""
+_ONE_STRENGTH = ("zero", "mean")
+DONE: Mapping[Goal, str] = {"insertion": "inserted", "suppression": "suppressed"}
+"""Name of each goal's figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultimodalSettings:
     """What a steering task searches through."""
 
-    sizes: tuple[int, ...] = (1, 3, 10)
+    sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value."""
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 3.0)
     """Multiples of the natural strength, or of a difference of means."""
     preserved: float = 0.9
     """Share of other answers to preserve for the second choice."""
     targets: int = 2
     """Values that are put into each test image."""
+    screened: int = 50
+    """Validation images that see every candidate; the best candidates see all of them."""
+    finalists: int = 3
+    """Candidates of each method that see all validation images, by either choice."""
+    pulled: int = 100
+    """Training images whose gradients say which latents move an answer."""
+    max_new_tokens: int = 1
+    """Length of an answer."""
     batch_size: int = 150
     """Images that run at once."""
     seed: int = 0
@@ -38,27 +52,35 @@ class MultimodalSettings:
             raise ValueError(f"strengths={self.strengths} must be numbers above 0")
         if not 0 < self.preserved < 1:
             raise ValueError(f"preserved={self.preserved} is a share: between 0 and 1")
-        if self.targets < 1:
-            raise ValueError(f"targets={self.targets} must be 1 or more")
+        for name in ("targets", "screened", "finalists", "pulled", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method with its number of latents per value and its strength."""
+    """A method with its number of latents per value, its strength and its patches.
+
+    ``clamp`` and ``negative`` set latents to multiples of their natural strengths, ``exchange``
+    clamps and sets the latents of all other values to 0, ``add`` and ``subtract`` add multiples of
+    the value's difference of means, ``zero`` and ``mean`` set latents to 0 and to the mean.
+    """
 
     method: str
     size: int
     strength: float
+    patches: Patches = "chosen"
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.size} per value, strength {self.strength:g}"
+        everywhere = ", on all patches" if self.patches == "all" else ""
+        return f"{self.method}, {self.size} per value, strength {self.strength:g}{everywhere}"
 
 
 def recipes(goal: Goal, settings: MultimodalSettings) -> Iterator[Recipe]:
     """Yield what is tried."""
     for method in GOAL_METHODS[goal]:
         sizes = (1,) if method == "diff_mean" else settings.sizes
-        strengths = (1.0,) if method == "zero" else settings.strengths
+        strengths = (1.0,) if method in _ONE_STRENGTH else settings.strengths
         for size in sizes:
             for strength in strengths:
                 yield Recipe(method, size, strength)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,9 +17,43 @@ from vision_plugin.tasks._measure import LEAST, Figure
 from vision_plugin.tasks._multimodal_change import Changes
 from vision_plugin.tasks._multimodal_data import AskedImages, MultimodalData
 from vision_plugin.tasks._multimodal_result import Dialogue, clustered
-from vision_plugin.tasks._multimodal_settings import Goal, MultimodalSettings, Recipe
+from vision_plugin.tasks._multimodal_settings import DONE, Goal, MultimodalSettings, Recipe
 from vision_plugin.tasks._reading import Knowledge, PatchReading
 from vision_plugin.tasks._row import Row
+
+Judge: TypeAlias = Callable[[str, str], bool]
+"""Says whether an answer states a value."""
+
+
+def is_the_value(answer: str, value: str) -> bool:
+    """Return whether an answer is a value and nothing else, as in the drawn world."""
+    return answer == value
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a recipe did to the answers, one row per image and target.
+
+    Attributes:
+        done: Whether the answer changed as it should, ``[rows]``.
+        kept: Whether each other answer stayed and is right, by factor: ``[rows]``.
+        images: Numbers of the images, ``[rows]``.
+    """
+
+    done: Bool[Tensor, " rows"]
+    kept: dict[str, Bool[Tensor, " rows"]]
+    images: Int[Tensor, " rows"]
+
+    @property
+    def preserved(self) -> Tensor:
+        """Share of the other answers that stayed, ``[rows]``."""
+        return torch.stack(list(self.kept.values())).double().mean(0)
+
+    def shares(self, goal: Goal) -> dict[str, float]:
+        """Return the means: done, preserved, and preserved of each factor."""
+        each = {f"preserved_{factor}": kept for factor, kept in self.kept.items()}
+        found = {DONE[goal]: self.done, "preserved": self.preserved, **each}
+        return {name: float(values.double().mean()) for name, values in found.items()}
 
 
 class Split:
@@ -33,10 +68,16 @@ class Split:
         asked: AskedImages,
         settings: MultimodalSettings,
         knowledge: Knowledge | None = None,
+        judge: Judge = is_the_value,
     ) -> None:
         self.data, self.asked, self.settings = data, asked, settings
+        self.judge = judge
         self.answering = AnswerPass(
-            vlm, asked.images, data.questions, batch_size=settings.batch_size
+            vlm,
+            asked.images,
+            data.questions,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
         )
         layout = vlm.vision.token_layout()
         first = int(layout.n_cls + layout.n_registers)
@@ -45,18 +86,21 @@ class Split:
             return
         self.before = self.answering.answers()
         self.right = {
-            factor: torch.tensor(
-                [word == data.values[factor][label] for word, label in zip(
-                    self.before[factor], asked.labels[factor].tolist(), strict=True)]
-            )
+            factor: self._says(factor, self.before[factor], asked.labels[factor])
             for factor in data.questions
-        }  # fmt: skip
+        }
         random = torch.Generator().manual_seed(settings.seed)
         self.changes = Changes(data, self.reading, knowledge, random)
         self.targets = {
             factor: _other_values(asked.labels[factor], len(values), settings.targets, random)
             for factor, values in data.values.items()
         }
+
+    def _says(self, factor: str, answers: Sequence[str], value: Tensor) -> Bool[Tensor, " n"]:
+        """Return whether each answer states the value of this number."""
+        values = self.data.values[factor]
+        pairs = zip(answers, value.tolist(), strict=True)
+        return torch.tensor([self.judge(said, values[number]) for said, number in pairs])
 
     def check_answers(self, split: str) -> None:
         """Raise ValueError unless enough questions are answered right for an interval."""
@@ -77,11 +121,8 @@ class Split:
         rebuilt = self.reading.without_error(self.reading.stream, every)
         found = []
         for method, answers in (("none", self.before), ("sae", self.answering.answers(rebuilt))):
-            for factor, values in self.data.values.items():
-                labels = self.asked.labels[factor].tolist()
-                hits = torch.tensor(
-                    [w == values[n] for w, n in zip(answers[factor], labels, strict=True)]
-                )
+            for factor in self.data.values:
+                hits = self._says(factor, answers[factor], self.asked.labels[factor])
                 figures = {"accuracy": self._figure(hits.double(), every)}
                 how = "as it is" if method == "none" else "reconstruction in place of the layer"
                 found.append(Row(method, factor, "test", 0, None, how, "", figures))
@@ -103,12 +144,17 @@ class Split:
             self.outcome(goal, factor, recipe, k, random=random, error=error)
             for k in range(n_targets)
         ]
-        done, kept, images = (torch.cat(each) for each in zip(*parts, strict=True))
-        name = "inserted" if goal == "insertion" else "suppressed"
-        method = (
-            "random_active_latents" if random else recipe.method if error else "sae_without_error"
-        )
-        figures = {name: self._figure(done, images), "preserved": self._figure(kept, images)}
+        images = torch.cat([part.images for part in parts])
+        values = {
+            DONE[goal]: torch.cat([part.done for part in parts]),
+            "preserved": torch.cat([part.preserved for part in parts]),
+            **{f"preserved_{name}": torch.cat([part.kept[name] for part in parts])
+               for name in parts[0].kept},
+        }  # fmt: skip
+        figures = {name: self._figure(each.double(), images) for name, each in values.items()}
+        method = recipe.method if error else "sae_without_error"
+        if random or recipe.patches == "all":
+            method = "random_active_latents" if random else "all_patches"
         return Row(
             method, factor, "test", recipe.size, self.answering.layer - 1, f"{goal}, {choice}",
             str(recipe), figures,
@@ -117,10 +163,19 @@ class Split:
     def _figure(self, values: Tensor, images: Tensor) -> Figure:
         return clustered(values, images, seed=self.settings.seed)
 
-    def tried(self, goal: Goal, factor: str, recipe: Recipe) -> tuple[float, float]:
-        """Return the shares of answers that changed as they should, and that stayed."""
-        done, kept, _ = self.outcome(goal, factor, recipe)
-        return float(done.mean()), float(kept.mean())
+    def tried(
+        self, goal: Goal, factor: str, recipe: Recipe, most: int | None = None
+    ) -> dict[str, Any]:
+        """Return the shares of answers that changed as they should, and that stayed.
+
+        Args:
+            goal: Goal of the recipe.
+            factor: Factor whose answers change.
+            recipe: The recipe.
+            most: Number of images to ask about; None asks about all.
+        """
+        outcome = self.outcome(goal, factor, recipe, most=most)
+        return {"images": len(outcome.images), **outcome.shares(goal)}
 
     def outcome(
         self,
@@ -131,28 +186,24 @@ class Split:
         *,
         random: bool = False,
         error: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return whether answers changed as they should and how many stayed, and their images."""
+        most: int | None = None,
+    ) -> Outcome:
+        """Return whether answers changed as they should, which others stayed, and the images."""
         own = self.asked.labels[factor]
         target = self.targets[factor][:, which] if goal == "insertion" else own
         # An answer that is wrong before says nothing about a change of it.
-        rows = self.right[factor].nonzero()[:, 0]
+        rows = self.right[factor].nonzero()[:most, 0]
         stream = self.changes.stream(goal, factor, recipe, target, rows, random=random)
         if not error:
             stream = self.reading.without_error(stream, rows)
         after = self.answering.answers(stream, rows)
-        values = self.data.values[factor]
-        wanted = [values[n] for n in target[rows].tolist()]
-        said = torch.tensor([w == v for w, v in zip(after[factor], wanted, strict=True)])
-        done = said if goal == "insertion" else ~said
+        said = self._says(factor, after[factor], target[rows])
         others = [f for f in self.data.questions if f != factor]
-        kept = torch.stack([self._kept(f, after[f], rows) for f in others]).double().mean(0)
-        return done.double(), kept, rows
-
-    def _kept(self, factor: str, after: Sequence[str], rows: Tensor) -> Bool[Tensor, " rows"]:
-        before = [self.before[factor][row] for row in rows.tolist()]
-        same = torch.tensor([a == b for a, b in zip(after, before, strict=True)])
-        return same & self.right[factor][rows]
+        kept = {
+            f: self._says(f, after[f], self.asked.labels[f][rows]) & self.right[f][rows]
+            for f in others
+        }
+        return Outcome(said if goal == "insertion" else ~said, kept, rows)
 
     def dialogues(self, goal: Goal, factor: str, recipe: Recipe) -> list[Dialogue]:
         """Return what the model says about a few images before and after."""

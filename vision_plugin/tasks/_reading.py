@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from vision_plugin.models.dictionary import Dictionary, encode_and_decode
 from vision_plugin.steering import LatentEditor
 
 Operate = Callable[[Tensor], Tensor]
+Pull = Callable[[str, Tensor], Tensor | None]
+"""Returns in which direction a patch raises each value, ``[values, d_model]``, of a factor and the
+patches that count."""
+SHARE = 0.2
+"""Share of its natural value above which a locator's latent says that the object is there."""
 
 
 class PatchReading:
@@ -63,6 +69,21 @@ class PatchReading:
         return self.with_patches(self.patches[rows] + change, rows)
 
     @torch.no_grad()
+    def emptied(self) -> PatchReading:
+        """Return the same images as the SAE decodes them with every latent at 0."""
+        every = torch.arange(int(self.sae.cfg.d_sae), device=self.stream.device)
+        amount = self.values(every)
+        if self.reading.gain is not None:
+            amount = amount * self.reading.gain
+        rebuilt = encode_and_decode(self.sae, self.patches)[1].view_as(self.patches)
+        nothing = copy.copy(self)
+        patches = rebuilt - amount @ self.directions.to(amount.dtype)
+        nothing.stream = self.with_patches(patches, torch.arange(len(self.stream)))
+        rows = torch.zeros_like(amount).flatten(0, -2)
+        nothing.reading = replace(self.reading, source=nothing.patches, rows=rows)
+        return nothing
+
+    @torch.no_grad()
     def without_error(self, stream: Float[Tensor, "rows tokens d"], rows: Tensor) -> Tensor:
         """Return a changed stream less what the SAE does not reconstruct of the images' own."""
         own = self.patches[rows]
@@ -81,6 +102,10 @@ class Knowledge:
         neurons: Dimensions of each value, by factor: ``[values, most]``.
         means: Mean patch of each value, by factor: ``[values, d_model]``.
         overall: Mean patch, by factor: ``[d_model]``.
+        pushing: Latents whose difference of means moves the answer most, by factor: ``[values,
+            most]``.
+        latent_means: Mean latents of each value's patches, by factor: ``[values, d_sae]``.
+        latent_overall: Mean latents, by factor: ``[d_sae]``.
     """
 
     latents: dict[str, Int[Tensor, "values most"]]
@@ -88,12 +113,15 @@ class Knowledge:
     neurons: dict[str, Int[Tensor, "values most"]]
     means: dict[str, Float[Tensor, "values d"]]
     overall: dict[str, Float[Tensor, " d"]]
+    pushing: dict[str, Int[Tensor, "values most"]]
+    latent_means: dict[str, Float[Tensor, "values d_sae"]]
+    latent_overall: dict[str, Float[Tensor, " d_sae"]]
 
 
 @torch.no_grad()
 def learn(
     reading: PatchReading, labels: dict[str, Int[Tensor, " n"]], locator: str, on_rest: set[str],
-    *, most: int,
+    *, most: int, pull: Pull | None = None,
 ) -> Knowledge:  # fmt: skip
     """Return what training images say about each value of each factor.
 
@@ -103,6 +131,7 @@ def learn(
         locator: Factor whose best latents show where the object is.
         on_rest: Factors that are seen beside the object.
         most: Latents and neurons to keep of each value.
+        pull: Gradients of the answers to a factor's question, if there are any.
     """
     device = reading.stream.device
     labels = {factor: label.to(device) for factor, label in labels.items()}
@@ -120,30 +149,45 @@ def learn(
     pooled = dense.amax(1)
     latents, neurons = dict[str, Tensor](), dict[str, Tensor]()
     means, overall = dict[str, Tensor](), dict[str, Tensor]()
+    pushing = dict[str, Tensor]()
+    latent_means, latent_overall = dict[str, Tensor](), dict[str, Tensor]()
     for factor, label in labels.items():
         scores = torch.stack(
             [average_precision(pooled, label == value) for value in range(int(label.max()) + 1)]
         )
         scores[:, natural <= 0] = 0
         latents[factor] = scores.topk(most, dim=1).indices
-    knowledge = Knowledge(latents, natural, neurons, means, overall)
+    knowledge = Knowledge(
+        latents, natural, neurons, means, overall, pushing, latent_means, latent_overall
+    )
     here = object_patches(reading, knowledge, locator)
     for factor, label in labels.items():
         mask = (~here if factor in on_rest else here).unsqueeze(-1)
         count = mask.sum(1).clamp(min=1)
         each = (reading.patches * mask).sum(1) / count
-        overall[factor] = each.mean(0)
-        means[factor] = torch.stack(
-            [each[label == value].mean(0) for value in range(int(label.max()) + 1)]
-        )
+        means[factor], overall[factor] = _means(each, label)
+        latent_means[factor], latent_overall[factor] = _means((dense * mask).sum(1) / count, label)
+        away = latent_means[factor] - latent_overall[factor]
+        found = None if pull is None else pull(factor, mask)
+        if found is None:  # as far as a latent's difference moves the activation
+            strength = away.abs() * reading.directions.norm(dim=1)
+        else:
+            strength = away * (found @ reading.directions.T)
+        pushing[factor] = strength.topk(most, dim=1).indices
         spread = each.std(0).clamp(min=1e-6)
         neurons[factor] = ((means[factor] - overall[factor]) / spread).abs().topk(most, 1).indices
     return knowledge
 
 
+def _means(each: Float[Tensor, "n d"], label: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+    """Return the mean of each value, and of all."""
+    values = range(int(label.max()) + 1)
+    return torch.stack([each[label == value].mean(0) for value in values]), each.mean(0)
+
+
 @torch.no_grad()
 def object_patches(
-    reading: PatchReading, knowledge: Knowledge, locator: str, share: float = 0.2
+    reading: PatchReading, knowledge: Knowledge, locator: str, share: float = SHARE
 ) -> Bool[Tensor, "n patches"]:
     """Return where a best latent of the locator's values is above a share of its natural value."""
     chosen = knowledge.latents[locator][:, 0]
