@@ -82,6 +82,15 @@ class CachedPass:
         return self._begin[1]
 
     @property
+    def ends_before_last(self) -> bool:
+        """Return whether the edit is made before the last block, so that only the stream that
+        enters it shows the edit."""
+        if self.is_stream:
+            return self.start is not None and self.start < self.n_layers
+        block = self._block_of(self.site.hook_name_out)
+        return block is not None and block < self.n_layers - 1
+
+    @property
     def n_layers(self) -> int:
         """Return the number of blocks."""
         return int(self.model.cfg.n_layers)
