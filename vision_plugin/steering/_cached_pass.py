@@ -154,6 +154,29 @@ class CachedPass:
         with hooked(self.model, {self.site.hook_name_out: replace}):
             return self.finish(entry)
 
+    def slope(self, entry: Tensor, lead: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradient of a number per image at the hook that the site writes.
+
+        Args:
+            entry: Input of a pass from :attr:`start` on.
+            lead: Returns the numbers ``[n]`` from unit embeddings ``[n, d_embed]``.
+        """
+        leaves: list[Tensor] = []
+
+        def start_here(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            leaves.append(activation.detach().requires_grad_())
+            return leaves[0]
+
+        kwargs = {} if self.start is None else {"start_at_layer": self.start}
+        if self.is_stream:
+            embedding = self.model.image_features(start_here(entry, None), **kwargs)
+        else:
+            with hooked(self.model, {self.site.hook_name_out: start_here}):
+                embedding = self.model.image_features(entry, **kwargs)
+        (gradient,) = torch.autograd.grad(lead(embedding).sum(), leaves[0])
+        return gradient
+
     def into_final_stream(self) -> Tensor | None:
         """Return the map of an edit at the site to an edit of the stream behind the last block.
 

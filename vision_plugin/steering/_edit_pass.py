@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vision_plugin.models.site import class_token_alone, in_eval_mode, reads_class_token
+from vision_plugin.models.site import (
+    Site,
+    class_token_alone,
+    in_eval_mode,
+    reads_class_token,
+)
 from vision_plugin.steering._attach import Worker, require_source, running
 from vision_plugin.steering._basis import Latents
 from vision_plugin.steering._cached_pass import CachedPass, check_images
@@ -53,6 +60,7 @@ class EditPass:
         self._editors: dict[int, LatentEditor] = {}
         self._checked = set[int]()
         self._reads_class_token: bool | None = None
+        self._slopes: dict[tuple[str, str], Tensor] = {}
         self._key: object = None
         self._readings: dict[int, Reading] = {}
 
@@ -86,9 +94,35 @@ class EditPass:
                 parts.append(found[hook_name])
         return torch.cat(parts)
 
+    def slopes(
+        self, site: Site, lead: Callable[[Tensor, slice], Tensor], name: str
+    ) -> Float[Tensor, "n tokens *d"]:
+        """Return the gradient of a number per image, at the hook that a site writes.
+
+        Args:
+            site: The site.
+            lead: Returns the numbers ``[b]`` from unit embeddings ``[b, d_embed]`` of the images in
+                a slice.
+            name: What the number is: a gradient is computed once for each name and hook.
+        """
+        key = name, site.hook_name_out
+        if key not in self._slopes:
+            begin = CachedPass(site)
+            entry = self.pixels if begin.start is None else self.stream(begin.start)
+            parts, at = [], 0
+            with torch.enable_grad(), in_eval_mode(self.model), self._last_block([begin]):
+                for batch in entry.split(self.batch_size):
+                    some = slice(at, at + len(batch))
+                    parts.append(begin.slope(batch, partial(lead, some=some)))
+                    at += len(batch)
+            self._slopes[key] = torch.cat(parts)
+        return self._slopes[key]
+
     def _last_block(self, begins: list[CachedPass]) -> AbstractContextManager[None]:
         """Return a context in which the last block runs for the class token alone, if it may."""
-        if not begins or not all(begin.ends_before_last for begin in begins):
+        if not begins or not all(
+            begin.start is not None and begin.ends_before_last for begin in begins
+        ):
             return nullcontext()
         if self._reads_class_token is None:
             last = self.stream(int(self.model.cfg.n_layers) - 1)[:2]
@@ -164,7 +198,7 @@ class EditPass:
         kwargs = {} if start is None else {"start_at_layer": start}
         if start is None:
             first, rest = [], workers
-        last = nullcontext() if start is None else self._last_block(begins)
+        last = self._last_block(begins)
         donors = self._donors(workers, source)
         parts = []
         with in_eval_mode(self.model), last, running(self.model, rest):
