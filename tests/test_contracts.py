@@ -22,7 +22,7 @@ PUBLIC = {
     "models": 19,
     "sae": 22,
     "steering": 19,
-    "tasks": 32,
+    "tasks": 37,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

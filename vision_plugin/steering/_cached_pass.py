@@ -163,19 +163,30 @@ class CachedPass:
         """
         leaves: list[Tensor] = []
 
-        def start_here(activation: Tensor, hook: Any) -> Tensor:
-            del hook
+        def start_here(activation: Tensor) -> Tensor:
             leaves.append(activation.detach().requires_grad_())
             return leaves[0]
 
-        kwargs = {} if self.start is None else {"start_at_layer": self.start}
-        if self.is_stream:
-            embedding = self.model.image_features(start_here(entry, None), **kwargs)
-        else:
-            with hooked(self.model, {self.site.hook_name_out: start_here}):
-                embedding = self.model.image_features(entry, **kwargs)
+        embedding = self._features(entry, start_here)
         (gradient,) = torch.autograd.grad(lead(embedding).sum(), leaves[0])
         return gradient
+
+    def features(self, entry: Tensor, edited: Tensor) -> Tensor:
+        """Return unit embeddings of a run with ``edited`` in place of the target's activation."""
+        return self._features(entry, lambda activation: edited.view_as(activation))
+
+    def _features(self, entry: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        def run(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            return change(activation)
+
+        kwargs = {} if self.start is None else {"start_at_layer": self.start}
+        if self.is_stream:
+            embedding: Tensor = self.model.image_features(change(entry), **kwargs)
+        else:
+            with hooked(self.model, {self.site.hook_name_out: run}):
+                embedding = self.model.image_features(entry, **kwargs)
+        return embedding
 
     def into_final_stream(self) -> Tensor | None:
         """Return the map of an edit at the site to an edit of the stream behind the last block.

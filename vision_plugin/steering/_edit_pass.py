@@ -118,6 +118,19 @@ class EditPass:
             self._slopes[key] = torch.cat(parts)
         return self._slopes[key]
 
+    def rerun(self, site: Site, edited: Tensor, rows: Tensor) -> Float[Tensor, "m d_embed"]:
+        """Return unit embeddings of some images with another activation; gradients flow through it.
+
+        Args:
+            site: The site whose written hook gives the activation.
+            edited: The activation in its place, ``[m, tokens, ...]``.
+            rows: Numbers of the images, ``[m]``.
+        """
+        begin = CachedPass(site)
+        entry = self.pixels if begin.start is None else self.stream(begin.start)
+        with in_eval_mode(self.model), self._last_block([begin]):
+            return begin.features(entry[rows], edited)
+
     def _last_block(self, begins: list[CachedPass]) -> AbstractContextManager[None]:
         """Return a context in which the last block runs for the class token alone, if it may."""
         if not begins or not all(

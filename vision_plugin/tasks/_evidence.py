@@ -225,9 +225,26 @@ class Reader:
         """Return each latent times the gradient through it, summed over an image's tokens."""
         return torch.cat(
             [
-                (self._through(part, run, place) * latents).sum(1)
+                (self.through(part, run, place) * latents).sum(1)
                 for place, (latents, part) in enumerate(
                     zip(self.latents(run), slope.split(self.batch_size), strict=True)
+                )
+            ]
+        )
+
+    @torch.no_grad()
+    def swapped(self, base: EditPass, source: EditPass, slope: Tensor) -> Float[Tensor, "n d_sae"]:
+        """Return each latent's change from base to source times the gradient at the base."""
+        return torch.cat(
+            [
+                (self.through(part, base, place) * (theirs - own)).sum(1)
+                for place, (own, theirs, part) in enumerate(
+                    zip(
+                        self.latents(base),
+                        self.latents(source),
+                        slope.split(self.batch_size),
+                        strict=True,
+                    )
                 )
             ]
         )
@@ -263,8 +280,8 @@ class Reader:
         for place, (misled, plain, wrong_slope, right_slope) in enumerate(batches):
             present.append(self._seen(misled).mean(1))
             absent.append(self._seen(plain).mean(1))
-            through = self._through(wrong_slope, have, place)
-            kept = self._through(right_slope, lack, place)
+            through = self.through(wrong_slope, have, place)
+            kept = self.through(right_slope, lack, place)
             for name, product in (
                 ("misled", through * misled), ("plain", through * plain), ("slope", through),
                 ("right", kept * plain), ("right slope", kept),
@@ -279,7 +296,7 @@ class Reader:
             merit=(sums["right"] - sums["right slope"] * mean).float().cpu(),
         )  # fmt: skip
 
-    def _through(self, slope: Tensor, run: EditPass, place: int) -> Float[Tensor, "b tokens d_sae"]:
+    def through(self, slope: Tensor, run: EditPass, place: int) -> Float[Tensor, "b tokens d_sae"]:
         """Return the gradient through each latent, of one at the hook."""
         some = slice(place * self.batch_size, (place + 1) * self.batch_size)
         source = self.site.read(
