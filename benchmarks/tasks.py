@@ -4,6 +4,7 @@
     python -m benchmarks.tasks emoji                # words printed on emoji, of a CLIP beside us
     python -m benchmarks.tasks background           # a probe that goes by the background
     python -m benchmarks.tasks attribute            # a probe that goes by another attribute
+    python -m benchmarks.tasks ravel                # one attribute swapped, the others left
     python -m benchmarks.tasks llava                # what a small LLaVA says
     python -m benchmarks.tasks typographic --small  # a minute, to see that it works; writes no file
 
@@ -37,6 +38,7 @@ from benchmarks._machine import machine
 from vision_plugin.cli import main as vision_plugin
 from vision_plugin.demo import zero_shot_prompts
 from vision_plugin.demo.attacks import attack
+from vision_plugin.demo.attributes import factor_split
 from vision_plugin.demo.groups import CONFOUNDS, group_split
 
 logger = logging.getLogger("benchmarks.tasks")
@@ -118,6 +120,52 @@ def check_groups(folder: Path, result: dict[str, Any], n: int) -> list[dict[str,
     ]
 
 
+@torch.no_grad()
+def check_ravel(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Return cause and isolate of each swap of latents on fresh drawn images, beside those on test.
+
+    Whole passes under hooks, by a loop of its own over every pair of neighbours.
+    """
+    model = vp.load_model("demo")
+    factors = list(result["settings"]["factors"])
+    fresh = factor_split(model, tuple(factors), n, seed=FRESH_SEED)
+    texts = {name: model.encode_text(list(zero_shot_prompts(name)[0])) for name in factors}
+
+    def read(embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: (embeddings @ texts[name].T).argmax(1) for name in factors}
+
+    before = read(torch.from_numpy(embedded(model, fresh.pixels)))
+    known = torch.stack([before[f] == fresh.values[f] for f in factors]).all(0).nonzero().flatten()
+    base, source = known, known.roll(1)
+    found = []
+    for row in result["rows"]:
+        if row["method"] != "sae" or row["kind"] not in factors:
+            continue
+        edit = vp.Edit.load(folder / "edits" / f"{row['kind']}-sae.json")
+        parts = []
+        for own, other in zip(base.split(100), source.split(100), strict=True):
+            with model.edit(edit, source=fresh.pixels[other]):
+                parts.append(model.encode_image(fresh.pixels[own]))
+        after = read(torch.cat(parts))
+        of = {name: (values[base], values[source]) for name, values in fresh.values.items()}
+        swapped = of[row["kind"]][0] != of[row["kind"]][1]
+        cause = (after[row["kind"]] == of[row["kind"]][1])[swapped]
+        stays, differs = (
+            torch.stack([kind(name) for name in factors if name != row["kind"]])
+            for kind in (
+                lambda name, after=after, of=of: after[name] == of[name][0],
+                lambda name, of=of: of[name][0] != of[name][1],
+            )
+        )
+        counts = (differs & swapped).sum(0)
+        isolate = ((stays & differs).sum(0) / counts.clamp(min=1))[counts > 0]
+        found += [
+            {"kind": row["kind"], "figure": name, **compared(row[name], values, len(values))}
+            for name, values in (("cause", cause), ("isolate", isolate))
+        ]
+    return found
+
+
 def embedded(model: Any, pixels: torch.Tensor) -> Any:
     """Return unit embeddings, by whole passes."""
     return torch.cat([model.encode_image(part) for part in pixels.split(100)]).numpy()
@@ -176,8 +224,14 @@ SMALL_LLAVA = (
     *("--train-images", "120", "--validation-images", "60", "--test-images", "60", "--sizes", "2"),
     *("--training-images", "200", "--training-tokens", "65536", "--d-sae", "256", "--k", "8"),
 )
+SMALL_RAVEL = (
+    *("--train", "60", "--validation", "40", "--test", "40", "--sizes", "5", "--ranks", "4"),
+    *("--training-images", "300", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"),
+    *("--steps", "10"),
+)
 TASKS = {
     "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA),
+    "ravel": Task(("ravel", "--model-name", "demo"), SMALL_RAVEL, check_ravel),
     "background": Task(("background", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "attribute": Task(("attribute", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "typographic": Task(("typographic", "--model-name", "demo"), SMALL, check_typographic),

@@ -89,10 +89,15 @@ class VisionAttentionBridge(AttentionBridge):
 
     A family whose attention differs (rotary embedding, normalised queries, fused projections)
     overrides :meth:`project` and :meth:`native_kernel`.
+
+    ``_asking`` names the only tokens whose output is wanted during one pass, where
+    :attr:`can_ask` says that it is followed.
     """
 
     supports_split_qkv_fork = False
     supports_attn_result = True
+
+    _asking: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the native attention, or the explicit one if a hook needs it."""
@@ -110,9 +115,15 @@ class VisionAttentionBridge(AttentionBridge):
 
     def explicit_needed(self) -> bool:
         """Return whether a live hook needs a tensor that the native module does not show."""
-        if getattr(self.config, "use_attn_result", False):
+        if self._asking is not None or getattr(self.config, "use_attn_result", False):
             return True
         return any(hook.fwd_hooks or hook.bwd_hooks for hook in self.watched_hooks())
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether ``_asking`` is followed, which it is in the attention of this class alone."""
+        own, here = type(self), VisionAttentionBridge
+        return own.project is here.project and own.attend is here.attend
 
     def watched_hooks(self) -> list[HookPoint]:
         """Return the hook points that only the explicit attention fires."""
@@ -136,8 +147,9 @@ class VisionAttentionBridge(AttentionBridge):
     def project(self, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each [batch, n_heads, tokens, d_head]."""
         del kwargs
+        asking = hidden if self._asking is None else hidden[:, self._asking]
         return (
-            self.split_heads(self.q(hidden)),
+            self.split_heads(self.q(asking)),
             self.split_heads(self.k(hidden)),
             self.split_heads(self.v(hidden)),
         )

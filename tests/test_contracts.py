@@ -23,7 +23,7 @@ PUBLIC = {
     "models": 20,
     "sae": 24,
     "steering": 22,
-    "tasks": 38,
+    "tasks": 43,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""
 

@@ -15,6 +15,8 @@ from benchmarks import _family_checks as checks
 from benchmarks import families
 from benchmarks._family_cases import Case
 from vision_plugin.models import UnsupportedModelError
+from vision_plugin.models.site import class_token_alone, reads_class_token
+from vision_plugin.steering import EditPass
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +199,34 @@ def test_refusal_names_the_part(label: str, part: str) -> None:
 def test_every_listed_name_is_exact_or_refused_with_a_reason(case: Case) -> None:
     row = families.run(case)
     assert row.supported or row.reason
+
+
+@torch.no_grad()
+def test_a_short_last_block_gives_the_same_embedding(
+    family: tuple[Case, Any, torch.Tensor],
+) -> None:
+    """Where only the class token is read, edited passes run the last block for it alone."""
+    case, model, pixels = family
+    if case.image not in (
+        None,
+        model.adapter.tower_dimensions.image_size,
+    ):  # an edited pass begins at a stream of the model's own size
+        return
+    edit = vp.Edit.add("blocks.0.hook_mlp_out", {1: 3.0, 4: -2.0})
+    run = EditPass(model, pixels)
+    with model.edit(edit):
+        whole = model.image_features(pixels, normalize=False)
+    torch.testing.assert_close(run.embed(edit), whole, rtol=1e-3, atol=1e-4)
+    last = run.stream(int(model.cfg.n_layers) - 1)
+    if reads_class_token(model, last):
+        before = model.image_features(pixels, normalize=False)
+        with class_token_alone(model):
+            short = model.image_features(last, normalize=False, start_at_layer=-1)
+        torch.testing.assert_close(short, before, rtol=1e-3, atol=1e-4)
+        # Nothing stays behind.
+        assert torch.equal(model.image_features(pixels, normalize=False), before)
+    elif case.label in SHORT:
+        pytest.fail(f"{case.label} reads its class token alone, and all tokens were run")
+
+
+SHORT = ("transformers: CLIPModel", "transformers: ViTModel", "transformers: Dinov2Model")

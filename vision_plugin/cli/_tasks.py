@@ -15,6 +15,7 @@ from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 from vision_plugin.cli._tasks_groups import GroupConfig, compute_groups
 from vision_plugin.cli._tasks_llava import LlavaConfig, compute_llava
+from vision_plugin.cli._tasks_ravel import RavelConfig, compute_ravel
 from vision_plugin.cli._tasks_training import TrainsSAE
 from vision_plugin.cli._tasks_typographic import TypographicConfig, compute_typographic
 
@@ -53,6 +54,13 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             "latents, and every baseline beside it.",
             GroupConfig,
             partial(compute_groups, task="attribute"),
+        ),
+        "ravel": Task(
+            "how well latents stand for one attribute each: swapped, and the others left",
+            "Swap one attribute of an image for another image's by latents, and by every "
+            "alternative: cause and isolate, as RAVEL scores them.",
+            RavelConfig,
+            compute_ravel,
         ),
         "llava": Task(
             "what a vision-language model says, steered through its tower",

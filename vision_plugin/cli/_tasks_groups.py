@@ -88,7 +88,7 @@ def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
     else:
         hooks = [f"blocks.{layer}.hook_resid_post" for layer in cfg.layers]
         out.print(f"Training SAEs at {', '.join(hooks)} on {cfg.training_images} drawn images")
-        saes, names = train_saes(cfg, model, hooks), ", ".join(hooks)
+        saes, names = train_saes(cfg, model, hooks, model_name=cfg.model_name), ", ".join(hooks)
     repair = background if task == "background" else attribute
     result = repair(model, saes, data, settings=settings, name=names, announce=out.print)
     used = (result.edit.dictionaries or saes)[0]
@@ -114,7 +114,9 @@ def _images(cfg: GroupConfig, task: str, model: Any) -> Any:
     )
 
 
-def train_saes(cfg: GroupConfig, model: Any, hooks: list[str]) -> list[Any]:
+def train_saes(
+    cfg: TrainsSAE, model: Any, hooks: list[str], *, model_name: str, tokens: str = "all"
+) -> list[Any]:
     """Return an SAE at each hook, all trained in one pass over drawn images."""
     from vision_plugin.demo import draw
     from vision_plugin.formats import load_sae
@@ -127,9 +129,9 @@ def train_saes(cfg: GroupConfig, model: Any, hooks: list[str]) -> list[Any]:
             hook: training(
                 cfg,
                 hook,
-                model_name=cfg.model_name,
+                model_name=model_name,
                 images="drawn images",
-                tokens="all",
+                tokens=tokens,
                 place=str(place),
             )
             for hook in hooks

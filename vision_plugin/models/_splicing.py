@@ -269,9 +269,17 @@ class Splicing:
         )
         return steered
 
-    def edit(self, edit: Any, *, check_model: bool = True) -> AbstractContextManager[None]:
-        """Make the changes of a :class:`vision_plugin.Edit` within a ``with`` block."""
-        edited: AbstractContextManager[None] = edit.on(self, check_model=check_model)
+    def edit(
+        self, edit: Any, *, source: Any = None, check_model: bool = True
+    ) -> AbstractContextManager[None]:
+        """Make the changes of a :class:`vision_plugin.Edit` within a ``with`` block.
+
+        Args:
+            edit: The edit.
+            source: Pixels of the images whose values a swap takes, one for each image of a batch.
+            check_model: Refuse an SAE that was trained on another model.
+        """
+        edited: AbstractContextManager[None] = edit.on(self, source=source, check_model=check_model)
         return edited
 
     def add_edit(self, edit: Any, *, check_model: bool = True) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vision_plugin.models._capture import Capture
+from vision_plugin.models._class_token import class_token_alone, reads_class_token
 from vision_plugin.models._finite import require_finite
 from vision_plugin.models._fit import (
     check_fit,
@@ -272,6 +273,7 @@ __all__ = [
     "Reading",
     "Site",
     "check_fit",
+    "class_token_alone",
     "has_signature",
     "hook_names",
     "hook_width",
@@ -279,6 +281,7 @@ __all__ = [
     "in_eval_mode",
     "join_heads",
     "permanent_hook",
+    "reads_class_token",
     "remove_hook",
     "require_finite",
     "same_signature",

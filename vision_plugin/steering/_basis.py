@@ -17,7 +17,7 @@ from torch import Tensor
 from vision_plugin.models import TokenSelection
 from vision_plugin.models.dictionary import Dictionary, d_out, join_heads, reconstruct
 from vision_plugin.models.site import Site, hook_names, hook_width, trained_tokens
-from vision_plugin.steering._editor import LatentEditor
+from vision_plugin.steering._editor import LatentEditor, Reading
 from vision_plugin.steering._latent_change import latent_change
 
 Operate: TypeAlias = Callable[[Tensor], Tensor]
@@ -66,23 +66,39 @@ class Latents:
         targets: Tensor,
         operate: Operate,
         include_error: bool,
+        reading: Reading | None = None,
     ) -> Tensor:
-        """Return the new activation: with the error, ``x + decode(f') - decode(f)``."""
+        """Return the new activation: with the error, ``x + decode(f') - decode(f)``.
+
+        ``reading`` is what :meth:`read` returns for the source, where it is known already.
+        """
         sae = self.dictionary
-        weights = getattr(sae, "W_dec", None)
-        if isinstance(weights, Tensor):  # a model in half precision may have an SAE that is not
-            source = source.to(weights.dtype)
-        source = join_heads(source, int(sae.cfg.d_in))
+        source = self._as_input(source)
         flat = join_heads(target, d_out(sae))
         start = flat if include_error else reconstruct(sae, source)
-        change = self._change(editor, source, targets, operate)
+        change = self._change(editor, source, targets, operate, reading)
         return (start + change.to(start.dtype)).to(target.dtype).reshape(target.shape)
 
+    def read(self, editor: LatentEditor, source: Tensor) -> Reading:
+        """Return the latents of an activation."""
+        return editor.read(self._as_input(source))
+
+    def _as_input(self, source: Tensor) -> Tensor:
+        weights = getattr(self.dictionary, "W_dec", None)
+        if isinstance(weights, Tensor):  # a model in half precision may have an SAE that is not
+            source = source.to(weights.dtype)
+        return join_heads(source, int(self.dictionary.cfg.d_in))
+
     def _change(
-        self, editor: LatentEditor | None, source: Tensor, targets: Tensor, operate: Operate
+        self,
+        editor: LatentEditor | None,
+        source: Tensor,
+        targets: Tensor,
+        operate: Operate,
+        reading: Reading | None,
     ) -> Tensor:
         if editor is not None and not torch.is_grad_enabled():
-            reading = editor.read(source)
+            reading = reading or editor.read(source)
             if editor.directions is not None:
                 targets = targets.to(editor.directions.device)
                 values = reading.values(targets)
@@ -115,9 +131,10 @@ class _Plain:
         targets: Tensor,
         operate: Operate,
         include_error: bool,
+        reading: None = None,
     ) -> Tensor:
         """Return the activation with new coefficients."""
-        del editor, source, include_error
+        del editor, source, include_error, reading
         return self._changed(target, targets, operate)
 
     def _changed(self, target: Tensor, targets: Tensor, operate: Operate) -> Tensor:

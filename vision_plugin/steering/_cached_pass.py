@@ -82,6 +82,15 @@ class CachedPass:
         return self._begin[1]
 
     @property
+    def ends_before_last(self) -> bool:
+        """Return whether the edit is made before the last block, so that only the stream that
+        enters it shows the edit."""
+        if self.is_stream:
+            return self.start is not None and self.start < self.n_layers
+        block = self._block_of(self.site.hook_name_out)
+        return block is not None and block < self.n_layers - 1
+
+    @property
     def n_layers(self) -> int:
         """Return the number of blocks."""
         return int(self.model.cfg.n_layers)
@@ -144,6 +153,40 @@ class CachedPass:
 
         with hooked(self.model, {self.site.hook_name_out: replace}):
             return self.finish(entry)
+
+    def slope(self, entry: Tensor, lead: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradient of a number per image at the hook that the site writes.
+
+        Args:
+            entry: Input of a pass from :attr:`start` on.
+            lead: Returns the numbers ``[n]`` from unit embeddings ``[n, d_embed]``.
+        """
+        leaves: list[Tensor] = []
+
+        def start_here(activation: Tensor) -> Tensor:
+            leaves.append(activation.detach().requires_grad_())
+            return leaves[0]
+
+        embedding = self._features(entry, start_here)
+        (gradient,) = torch.autograd.grad(lead(embedding).sum(), leaves[0])
+        return gradient
+
+    def features(self, entry: Tensor, edited: Tensor) -> Tensor:
+        """Return unit embeddings of a run with ``edited`` in place of the target's activation."""
+        return self._features(entry, lambda activation: edited.view_as(activation))
+
+    def _features(self, entry: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        def run(activation: Tensor, hook: Any) -> Tensor:
+            del hook
+            return change(activation)
+
+        kwargs = {} if self.start is None else {"start_at_layer": self.start}
+        if self.is_stream:
+            embedding: Tensor = self.model.image_features(change(entry), **kwargs)
+        else:
+            with hooked(self.model, {self.site.hook_name_out: run}):
+                embedding = self.model.image_features(entry, **kwargs)
+        return embedding
 
     def into_final_stream(self) -> Tensor | None:
         """Return the map of an edit at the site to an edit of the stream behind the last block.

@@ -13,7 +13,7 @@ from vision_plugin.models import TokenSelection
 from vision_plugin.steering._basis import Basis, Latents, check_targets
 from vision_plugin.steering._where import Where
 
-Operation: TypeAlias = Literal["clamp", "add", "scale", "suppress", "project"]
+Operation: TypeAlias = Literal["clamp", "add", "scale", "suppress", "project", "swap"]
 
 _NOUNS = {"latents": "latent", "neurons": "neuron", "directions": "direction"}
 _SHOWN = 6
@@ -26,7 +26,8 @@ class Change:
 
     Attributes:
         operation: ``"clamp"`` and ``"suppress"`` set coefficients to the amounts, ``"add"`` adds
-            them, ``"scale"`` multiplies by them, ``"project"`` takes directions out.
+            them, ``"scale"`` multiplies by them, ``"project"`` takes directions out, ``"swap"``
+            takes the coefficients of other images.
         basis: What is counted: latents, neurons or directions.
         targets: Numbers of the latents, neurons or directions.
         amounts: One number per target, in the basis's own units.
@@ -76,14 +77,22 @@ class Change:
         if not self.include_error and not isinstance(self.basis, Latents):
             raise ValueError("include_error=False drops an SAE's error: name an SAE's latents")
 
-    def operate(self, coefficients: Tensor) -> Tensor:
-        """Return the new coefficients ``[..., m]`` of the targets."""
+    def operate(self, coefficients: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return the new coefficients ``[..., m]`` of the targets.
+
+        Args:
+            coefficients: The old ones.
+            others: Those of the images that a swap takes them from.
+        """
         amounts = torch.tensor(self.amounts, dtype=coefficients.dtype, device=coefficients.device)
         match self.operation:
             case "add":
                 new = coefficients + amounts
             case "scale":
                 new = coefficients * amounts
+            case "swap":
+                assert others is not None
+                new = others.to(coefficients)
             case _:
                 new = amounts.expand_as(coefficients)
         return (
@@ -106,7 +115,7 @@ class Change:
         return f"{self.operation} {noun} {self._targets()} ({', '.join(parts)})"
 
     def _targets(self) -> str:
-        if self.operation == "project":
+        if self.operation in ("project", "swap"):
             shown = [str(target) for target in self.targets]
         else:
             sign = {"add": "by ", "scale": "by "}.get(self.operation, "to ")

@@ -121,6 +121,23 @@ class Edit:
         return cls.of("project", basis, dict.fromkeys(range(len(chosen)), 0.0), **options)
 
     @classmethod
+    def swap(cls, place: Place, targets: Iterable[int] | None = None, **options: Any) -> Edit:
+        """Give latents the values that they have in other images, token by token.
+
+        This is an interchange intervention. The other images are named where the edit is made:
+        ``model.edit(edit, source=pixels)``, one for each image of a batch.
+
+        Args:
+            place: An SAE, the name of a hook, or directions.
+            targets: Numbers of the latents; None takes every direction.
+            **options: See :meth:`Edit.of`.
+        """
+        basis = basis_of(place)
+        return cls.of(
+            "swap", basis, dict.fromkeys(_all_or(targets, basis, "to swap"), 0.0), **options
+        )
+
+    @classmethod
     def of(
         cls,
         operation: Operation,
@@ -138,7 +155,8 @@ class Edit:
         """Return an edit of one change.
 
         Args:
-            operation: ``"clamp"``, ``"add"``, ``"scale"``, ``"suppress"`` or ``"project"``.
+            operation: ``"clamp"``, ``"add"``, ``"scale"``, ``"suppress"``, ``"project"`` or
+                ``"swap"``.
             place: An SAE, the name of a hook, or directions.
             values: Amount per latent, neuron or direction.
             tokens: ``"cls"``, ``"patch"``, ``"register"``, ``"all"`` or ``"random:n"``; None takes
@@ -159,7 +177,7 @@ class Edit:
         amounts = tuple(float(value) for value in values.values())
         tops = None
         if maxima is not None:
-            if operation in ("scale", "project"):
+            if operation in ("scale", "project", "swap"):
                 raise ValueError(f"maxima= has no meaning for {operation}: leave it out")
             tops = tuple(float(maxima[target]) for target in targets)
             amounts = tuple(amount * top for amount, top in zip(amounts, tops, strict=True))
@@ -217,9 +235,20 @@ class Edit:
 
     # ------------------------------------------------------------------ on a model, on disk
 
-    def on(self, model: Any, *, check_model: bool = True) -> AbstractContextManager[None]:
-        """Make the changes within a ``with`` block: what ``model.edit(edit)`` is short for."""
-        return edited(model, self.changes, check_model=check_model)
+    def on(
+        self, model: Any, *, source: Tensor | None = None, check_model: bool = True
+    ) -> AbstractContextManager[None]:
+        """Make the changes within a ``with`` block: what ``model.edit(edit)`` is short for.
+
+        Args:
+            model: A VisionBridge.
+            source: Pixels of the images whose values a swap takes, one for each image of a batch.
+            check_model: Refuse an SAE that was trained on another model.
+
+        Raises:
+            ValueError: the edit does not fit the model, or a swap has no ``source=``.
+        """
+        return edited(model, self.changes, source=source, check_model=check_model)
 
     def to_dict(self, *, sae: str | None = None) -> dict[str, Any]:
         """Return the edit ready for JSON; see :meth:`save`."""
@@ -255,9 +284,11 @@ class Edit:
         return cls(read_changes(path, sae=sae, device=device))
 
 
-def _all_or(targets: Iterable[int] | None, basis: Basis) -> list[int]:
+def _all_or(
+    targets: Iterable[int] | None, basis: Basis, what_for: str = "to take away"
+) -> list[int]:
     if targets is not None:
         return [int(target) for target in targets]
     if not isinstance(basis, Directions):
-        raise ValueError(f"name the {basis.kind} to take away")
+        raise ValueError(f"name the {basis.kind} {what_for}")
     return list(range(basis.size))

@@ -46,6 +46,12 @@ class Reading:
     rows: SparseLatents | Tensor
     gain: Tensor | None
 
+    @property
+    def n_elements(self) -> int:
+        """Return how many numbers the latents take."""
+        rows = self.rows
+        return rows.values.numel() if isinstance(rows, SparseLatents) else rows.numel()
+
     def values(self, latents: Tensor) -> Tensor:
         """Return some latents at every token, ``[..., k]``."""
         if isinstance(self.rows, SparseLatents):

@@ -1,6 +1,9 @@
 from ._answers import check_reads_one_block as check_reads_one_block
 from ._attack import Attack as Attack
 from ._attack import TypographicData as TypographicData
+from ._factor_images import read_factors as read_factors
+from ._factors import FactorData as FactorData
+from ._factors import FactorSplit as FactorSplit
 from ._find import RULES as RULES
 from ._find import find_latents as find_latents
 from ._found import FoundLatents as FoundLatents
@@ -27,6 +30,8 @@ from ._printing import PrintStyle as PrintStyle
 from ._published import PublishedSet as PublishedSet
 from ._published import is_published as is_published
 from ._published import read_published as read_published
+from ._ravel import RavelSettings as RavelSettings
+from ._ravel import ravel as ravel
 from ._result import TaskResult as TaskResult
 from ._row import Row as Row
 from ._spoken import FeatureAnswers as FeatureAnswers

@@ -61,6 +61,7 @@ def latent_candidates(
     model: Any,
     sae: Dictionary,
     train: Attack,
+    runs: tuple[EditPass, EditPass],
     texts: Tensor,
     *,
     rules: Sequence[str],
@@ -72,11 +73,12 @@ def latent_candidates(
     """Propose latents by every rule and size, set to their mean on clean images.
 
     Latents that are given are proposed in place of those.
+    ``runs`` are the clean and the attacked images of ``train``, run once.
     """
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)
         evidence = gather(
-            site, sae, train.attacked, present=None, clean=train.clean, labels=train.labels,
+            site, sae, runs[1], present=None, clean=runs[0], labels=train.labels,
             wrong=train.printed, texts=texts, batch_size=batch_size,
             with_gradients=not GRADIENT_RULES.isdisjoint(rules),
         )  # fmt: skip
@@ -148,11 +150,15 @@ def control_dictionaries(
 
 
 def direction_candidates(
-    model: Any, train: Attack, *, layers: Sequence[int], tokens: Sequence[str], batch_size: int
+    model: Any,
+    train: Attack,
+    runs: tuple[EditPass, EditPass],
+    *,
+    layers: Sequence[int],
+    tokens: Sequence[str],
 ) -> Iterator[Candidate]:
     """Propose DiffMean, difference subspaces, LEACE and the probe's direction behind each block."""
-    clean = EditPass(model, train.clean, batch_size=batch_size)
-    attacked = EditPass(model, train.attacked, batch_size=batch_size)
+    clean, attacked = runs
     for layer in layers:
         for kind in tokens:
             rows = model.token_layout().indices(kind)

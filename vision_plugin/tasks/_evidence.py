@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from vision_plugin.images import open_images
 from vision_plugin.kernels import SparseLatents
 from vision_plugin.models.dictionary import Dictionary, encode, join_heads
-from vision_plugin.models.site import Site, hooked, in_eval_mode
-from vision_plugin.steering import LatentEditor
+from vision_plugin.models.site import Site
+from vision_plugin.steering import EditPass, LatentEditor
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,13 @@ def as_pixels(model: Any, images: Any) -> Float[Tensor, "n channels height width
     return torch.cat(parts)
 
 
+def as_run(model: Any, images: Any, batch_size: int) -> EditPass:
+    """Return images ready to be read: a pass itself, or a pass of whatever is taken as images."""
+    if isinstance(images, EditPass):
+        return images
+    return EditPass(model, as_pixels(model, images), batch_size=batch_size)
+
+
 def gather(
     site: Site,
     sae: Dictionary,
@@ -98,50 +105,83 @@ def gather(
         ValueError: the two kinds of images cannot be told apart, or numbers of images differ.
     """
     model = site.model
-    pixels = as_pixels(model, images)
     if (present is None) == (clean is None):
         raise ValueError(
             "say which images lack what is looked for: present= for each image, or clean= with the "
             "same images without it"
         )
-    classes = None if labels is None else _classes(labels, len(pixels), "labels")
+    have, lack, pairs = _both(model, images, present, clean, labels, batch_size)
+    reader = Reader(site, sae, batch_size)
+    if not with_gradients:
+        present_means, absent_means = reader.means(have), reader.means(lack)
+        return Evidence(
+            present_means.cpu(), absent_means.cpu(), reader.active.cpu(), site.tokens, pairs
+        )
+    if clean is None or pairs is None or wrong is None or texts is None:
+        raise ValueError(f"attribution {_NEEDS}")
+    right, misleads = pairs[0], _classes(wrong, len(have), "wrong")
+    for name, given in (("labels", right), ("wrong", misleads)):
+        if int(given.max()) >= len(texts) or int(given.min()) < 0:
+            raise ValueError(f"{name}= names a class that texts= has no row for: {len(texts)} rows")
+    asked = _Asked(model, texts, right, misleads)
+    blame = have.slopes(site, asked.misled, "wrong answer's lead")
+    merit = lack.slopes(site, asked.right, "right answer's lead")
+    return reader.paired(have, lack, blame, merit, pairs)
+
+
+def _both(
+    model: Any, images: Any, present: Any, clean: Any, labels: Any, batch_size: int
+) -> tuple[EditPass, EditPass, tuple[Tensor, Tensor] | None]:
+    """Return the images that have it and those that lack it, and the classes of both."""
     if clean is not None:
-        without = as_pixels(model, clean)
-        if len(without) != len(pixels):
+        have, lack = (as_run(model, each, batch_size) for each in (images, clean))
+        if len(lack) != len(have):
             raise ValueError(
-                f"clean= has {len(without)} images for {len(pixels)}: give each image once without "
+                f"clean= has {len(lack)} images for {len(have)}: give each image once without "
                 "what is looked for, in the same order"
             )
-        pairs = None if classes is None else (classes, classes)
-    else:
-        has = torch.as_tensor(present).bool()
-        if len(has) != len(pixels):
-            raise ValueError(f"present= has {len(has)} entries for {len(pixels)} images")
-        if bool(has.all()) or not bool(has.any()):
-            raise ValueError("present= has one value only: give images of both kinds")
-        pixels, without = pixels[has], pixels[~has]
-        pairs = None if classes is None else (classes[has], classes[~has])
-    asked = None
-    if with_gradients:
-        if clean is None or classes is None or wrong is None or texts is None:
-            raise ValueError(f"attribution {_NEEDS}")
-        misleads = _classes(wrong, len(pixels), "wrong")
-        for name, given in (("labels", classes), ("wrong", misleads)):
-            if int(given.max()) >= len(texts) or int(given.min()) < 0:
-                raise ValueError(
-                    f"{name}= names a class that texts= has no row for: {len(texts)} rows"
-                )
-        asked = classes, misleads, texts
-    reader = Reader(site, sae, batch_size)
-    have, lack = reader.means(pixels), reader.means(without)
-    gradients: dict[str, Tensor] = {}
-    if asked is not None:
-        right, false, answers = asked
-        mean = lack.mean(0)
-        blame, to_mean = reader.blame(pixels, without, right, false, answers, mean)
-        merit = reader.merit(without, right, answers, mean)
-        gradients = {"blame": blame.cpu(), "to_mean": to_mean.cpu(), "merit": merit.cpu()}
-    return Evidence(have.cpu(), lack.cpu(), reader.active.cpu(), site.tokens, pairs, **gradients)
+        classes = None if labels is None else _classes(labels, len(have), "labels")
+        return have, lack, None if classes is None else (classes, classes)
+    pixels = as_pixels(model, images)
+    classes = None if labels is None else _classes(labels, len(pixels), "labels")
+    has = torch.as_tensor(present).bool()
+    if len(has) != len(pixels):
+        raise ValueError(f"present= has {len(has)} entries for {len(pixels)} images")
+    if bool(has.all()) or not bool(has.any()):
+        raise ValueError("present= has one value only: give images of both kinds")
+    have, lack = (as_run(model, pixels[kind], batch_size) for kind in (has, ~has))
+    return have, lack, None if classes is None else (classes[has], classes[~has])
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The leads of answers whose gradients are followed."""
+
+    model: Any
+    texts: Tensor
+    labels: Tensor
+    wrong: Tensor
+
+    def misled(self, embedding: Tensor, some: slice) -> Tensor:
+        """Return the lead of the wrong answer over the right one."""
+        logits = self._logits(embedding)
+        rows = torch.arange(len(logits))
+        lead: Tensor = logits[rows, self.wrong[some]] - logits[rows, self.labels[some]]
+        return lead
+
+    def right(self, embedding: Tensor, some: slice) -> Tensor:
+        """Return the lead of the right answer over the next one."""
+        logits = self._logits(embedding)
+        rows = torch.arange(len(logits))
+        right = self.labels[some]
+        others = logits.clone()
+        others[rows, right] = -torch.inf
+        lead: Tensor = logits[rows, right] - others.amax(1)
+        return lead
+
+    def _logits(self, embedding: Tensor) -> Tensor:
+        logits: Tensor = self.model.zero_shot_logits(embedding, self.texts.to(embedding))
+        return logits
 
 
 class Reader:
@@ -166,117 +206,124 @@ class Reader:
         self.batch_size = site.images_at_once(int(sae.cfg.d_sae), batch_size)
         self.active = torch.zeros(int(sae.cfg.d_sae), dtype=torch.bool, device=site.model.device)
         self._editor = LatentEditor(sae)
+        self._rescales: bool | None = None
 
     @torch.no_grad()
-    def means(self, pixels: Tensor) -> Tensor:
+    def means(self, run: EditPass) -> Tensor:
         """Return the mean of each latent over an image's tokens, ``[n, d_sae]``."""
-        parts = []
-        for batch in pixels.split(self.batch_size):
-            latents = self._read(batch)
-            self.active |= (latents != 0).flatten(0, 1).any(0)
-            parts.append(latents.mean(1))
-        return torch.cat(parts)
+        return torch.cat([self._seen(latents).mean(1) for latents in self.latents(run)])
 
-    def blame(
-        self,
-        pixels: Tensor,
-        clean: Tensor,
-        classes: Tensor,
-        wrong: Tensor,
-        texts: Tensor,
-        mean: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the latents' shares in the wrong answer's lead: by change, and to the mean."""
-        by_change, to_mean = torch.zeros_like(mean), torch.zeros_like(mean)
-        batches = zip(
-            *(every.split(self.batch_size) for every in (pixels, clean, classes, wrong)),
-            strict=True,
+    @torch.no_grad()
+    def latents(self, run: EditPass) -> Iterator[Float[Tensor, "b tokens d_sae"]]:
+        """Yield the latents of the images as the model is, its hooks included, in batches."""
+        for activation in run.activations(self.site.hook_name).split(self.batch_size):
+            of_hooks = dict.fromkeys(self.site.hook_names, activation)
+            yield self._latents(self.site.read(of_hooks).source)
+
+    @torch.no_grad()
+    def pushes(self, run: EditPass, slope: Tensor) -> Float[Tensor, "n d_sae"]:
+        """Return each latent times the gradient through it, summed over an image's tokens."""
+        return torch.cat(
+            [
+                (self.through(part, run, place) * latents).sum(1)
+                for place, (latents, part) in enumerate(
+                    zip(self.latents(run), slope.split(self.batch_size), strict=True)
+                )
+            ]
         )
-        for misled, plain, right, false in batches:
 
-            def lead(embedding: Tensor, right: Tensor = right, false: Tensor = false) -> Tensor:
-                logits = self._logits(embedding, texts)
-                rows = torch.arange(len(logits))
-                return logits[rows, false] - logits[rows, right]
+    @torch.no_grad()
+    def swapped(self, base: EditPass, source: EditPass, slope: Tensor) -> Float[Tensor, "n d_sae"]:
+        """Return each latent's change from base to source times the gradient at the base."""
+        return torch.cat(
+            [
+                (self.through(part, base, place) * (theirs - own)).sum(1)
+                for place, (own, theirs, part) in enumerate(
+                    zip(
+                        self.latents(base),
+                        self.latents(source),
+                        slope.split(self.batch_size),
+                        strict=True,
+                    )
+                )
+            ]
+        )
 
-            latents, slope = self.slopes(misled, lead)
-            before = self._read(plain)
-            by_change += (slope * (latents - before)).sum((0, 1))
-            to_mean += (slope * (latents - mean)).sum((0, 1))
-        return by_change, to_mean
-
-    def merit(self, clean: Tensor, classes: Tensor, texts: Tensor, mean: Tensor) -> Tensor:
-        """Return the latents' shares in the right answer's lead over the next one."""
-        total = torch.zeros_like(mean)
-        for plain, right in zip(
-            clean.split(self.batch_size), classes.split(self.batch_size), strict=True
-        ):
-
-            def lead(embedding: Tensor, right: Tensor = right) -> Tensor:
-                logits = self._logits(embedding, texts)
-                rows = torch.arange(len(logits))
-                others = logits.clone()
-                others[rows, right] = -torch.inf
-                return logits[rows, right] - others.amax(1)
-
-            latents, slope = self.slopes(plain, lead)
-            total += (slope * (latents - mean)).sum((0, 1))
-        return total
-
-    def _logits(self, embedding: Tensor, texts: Tensor) -> Tensor:
-        logits: Tensor = self.site.model.zero_shot_logits(embedding, texts.to(embedding))
-        return logits
-
-    def slopes(
-        self, pixels: Tensor, lead: Callable[[Tensor], Tensor]
-    ) -> tuple[Float[Tensor, "n tokens d_sae"], Float[Tensor, "n tokens d_sae"]]:
-        """Return latents, and the gradient through each of a number per image.
+    @torch.no_grad()
+    def paired(
+        self,
+        have: EditPass,
+        lack: EditPass,
+        blame: Tensor,
+        merit: Tensor,
+        pairs: tuple[Tensor, Tensor],
+    ) -> Evidence:
+        """Return the evidence of pairs of images, with gradients at the site.
 
         Args:
-            pixels: Images.
-            lead: Returns the number ``[n]`` from the images' unit embeddings.
+            have: The images that have what is looked for.
+            lack: The same images without it.
+            blame: Gradient of the wrong answer's lead in the first, ``[n, ..., d]``.
+            merit: Gradient of the right answer's lead in the second.
+            pairs: True classes of both.
         """
-        site, model = self.site, self.site.model
-        seen: dict[str, Tensor] = {}
+        present, absent = [], []
+        # Latents times slopes, and slopes: distances to the clean mean follow from both.
+        sums = {
+            name: torch.zeros(int(self.sae.cfg.d_sae), dtype=torch.float64, device=blame.device)
+            for name in ("misled", "plain", "slope", "right", "right slope")
+        }
+        batches = zip(
+            self.latents(have), self.latents(lack),
+            *(every.split(self.batch_size) for every in (blame, merit)), strict=True,
+        )  # fmt: skip
+        for place, (misled, plain, wrong_slope, right_slope) in enumerate(batches):
+            present.append(self._seen(misled).mean(1))
+            absent.append(self._seen(plain).mean(1))
+            through = self.through(wrong_slope, have, place)
+            kept = self.through(right_slope, lack, place)
+            for name, product in (
+                ("misled", through * misled), ("plain", through * plain), ("slope", through),
+                ("right", kept * plain), ("right slope", kept),
+            ):  # fmt: skip
+                sums[name] += product.sum((0, 1), dtype=torch.float64)
+        without = torch.cat(absent)
+        mean = without.mean(0).double()
+        return Evidence(
+            torch.cat(present).cpu(), without.cpu(), self.active.cpu(), self.site.tokens, pairs,
+            blame=(sums["misled"] - sums["plain"]).float().cpu(),
+            to_mean=(sums["misled"] - sums["slope"] * mean).float().cpu(),
+            merit=(sums["right"] - sums["right slope"] * mean).float().cpu(),
+        )  # fmt: skip
 
-        def keep(activation: Tensor, hook: Any) -> None:
-            del hook
-            seen[site.hook_name] = activation.detach()
-
-        def start_here(activation: Tensor, hook: Any) -> Tensor:
-            del hook
-            leaf = activation.detach().requires_grad_()
-            seen[site.hook_name_out] = leaf.detach()
-            seen["leaf"] = leaf
-            return leaf
-
-        with torch.enable_grad(), in_eval_mode(model):
-            functions = {site.hook_name: keep, site.hook_name_out: start_here}
-            with hooked(model, functions):
-                embedding = model.image_features(pixels)
-            (gradient,) = torch.autograd.grad(lead(embedding).sum(), seen["leaf"])
-        with torch.no_grad():
-            read = site.read(seen)
-            slope = site.read({**seen, site.hook_name_out: gradient}, read.rows).target
-            reading = self._editor.read(read.source)
-            if self._editor.directions is None:
-                raise ValueError(
-                    "attribution follows the decoder's directions, and this SAE's decoder is not "
-                    "affine in its latents: use another rule="
-                )
-            through = slope @ self._editor.directions.T.to(slope)
-            through = through if reading.gain is None else through * reading.gain
-            return self._latents(read.source), through
-
-    @torch.no_grad()
-    def _read(self, pixels: Tensor) -> Tensor:
-        """Return latents ``[n, tokens, d_sae]`` of the model as it is, its hooks included."""
-        names = self.site.hook_names
-        with in_eval_mode(self.site.model):
-            _, found = self.site.model.run_with_cache(
-                pixels, names_filter=names, return_cache_object=False
+    def through(self, slope: Tensor, run: EditPass, place: int) -> Float[Tensor, "b tokens d_sae"]:
+        """Return the gradient through each latent, of one at the hook."""
+        some = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        source = self.site.read(
+            dict.fromkeys(self.site.hook_names, run.activations(self.site.hook_name)[some])
+        ).source
+        at_tokens = self.site.read(dict.fromkeys(self.site.hook_names, slope)).target
+        gain = self._gain(source)
+        directions = self._editor.directions
+        if directions is None:
+            raise ValueError(
+                "attribution follows the decoder's directions, and this SAE's decoder is not "
+                "affine in its latents: use another rule="
             )
-        return self._latents(self.site.read(found).source)
+        through = at_tokens @ directions.T.to(at_tokens)
+        return through if gain is None else through * gain
+
+    def _gain(self, source: Tensor) -> Tensor | None:
+        """Return the decoder's gain at each token; the first call examines the decoder."""
+        if self._rescales is False:
+            return None
+        gain = self._editor.read(source).gain
+        self._rescales = gain is not None
+        return gain
+
+    def _seen(self, latents: Tensor) -> Tensor:
+        self.active |= (latents != 0).flatten(0, 1).any(0)
+        return latents
 
     def _latents(self, source: Tensor) -> Tensor:
         rows = encode(self.sae, join_heads(source, int(self.sae.cfg.d_in)))

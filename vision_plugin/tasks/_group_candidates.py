@@ -35,6 +35,7 @@ def group_latent_candidates(
     model: Any,
     sae: Dictionary,
     train: GroupSplit,
+    images: EditPass,
     probe: Probe,
     *,
     rules: Sequence[str],
@@ -50,7 +51,7 @@ def group_latent_candidates(
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)
         evidence = gather_groups(
-            site, sae, train, probe, with_gradients=not GRADIENT_RULES.isdisjoint(rules),
+            site, sae, train, images, probe, with_gradients=not GRADIENT_RULES.isdisjoint(rules),
             batch_size=batch_size,
         )  # fmt: skip
         if given:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
+from vision_plugin.steering import EditPass
 from vision_plugin.tasks._evidence import Evidence, Reader
 from vision_plugin.tasks._find import auroc, class_difference
 from vision_plugin.tasks._found import FoundLatents, ranking
@@ -107,29 +108,33 @@ def gather_groups(
     site: Site,
     sae: Dictionary,
     split: GroupSplit,
+    run: EditPass,
     probe: Probe,
     *,
     with_gradients: bool,
     batch_size: int,
 ) -> GroupEvidence:
-    """Read latents of biased images, and gradients of a probe's lead through them."""
+    """Read latents of biased images, and gradients of a probe's lead through them.
+
+    Args:
+        site: The site.
+        sae: The SAE.
+        split: The biased images.
+        run: The same images, run once.
+        probe: The probe.
+        with_gradients: Whether a rule follows gradients.
+        batch_size: Images that run at once.
+    """
     reader = Reader(site, sae, batch_size)
 
-    def lead(embedding: Tensor) -> Tensor:
+    def lead(embedding: Tensor, some: slice) -> Tensor:
+        del some
         logits = probe.logits(embedding)
         return logits[:, 1] - logits[:, 0]
 
-    pixels = split.pixels.to(device=site.model.device, dtype=site.model.dtype)
-    means, moved = reader.means(pixels).cpu(), None
+    means, moved = reader.means(run).cpu(), None
     if with_gradients:
-        moved = torch.cat(
-            [
-                (slope * latents).sum(1).cpu()
-                for latents, slope in (
-                    reader.slopes(batch, lead) for batch in pixels.split(reader.batch_size)
-                )
-            ]
-        )
+        moved = reader.pushes(run, run.slopes(site, lead, "probe's lead")).cpu()
     of = split.groups
     rows = [of == group for group in range(len(GROUPS))]
     active = reader.active.cpu()

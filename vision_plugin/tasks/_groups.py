@@ -258,7 +258,7 @@ class _Run:
         self, method: str, dictionary: Dictionary, rules: Sequence[str]
     ) -> Iterable[Candidate]:
         return group_latent_candidates(
-            method, self.model, dictionary, self.data.train, self.probe, rules=rules,
+            method, self.model, dictionary, self.data.train, self._train, self.probe, rules=rules,
             sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.tokens,
             batch_size=self.settings.batch_size,
             given=self.settings.latents if method == "sae" else (),

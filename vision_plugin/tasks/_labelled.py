@@ -151,11 +151,15 @@ def _labels(source: ImageSource) -> list[str]:
     return [label.strip() for label in source.labels]
 
 
-def parts(places: list[int], sizes: tuple[int, int, int], seed: int) -> list[list[int]]:
+def parts(
+    places: list[int],
+    sizes: Sequence[int],
+    seed: int,
+    names: Sequence[str] = ("train", "validation", "test"),
+) -> list[list[int]]:
     """Return the images of each part: as many as asked for, or in these proportions."""
     share = min(1.0, len(places) / max(1, sum(sizes)))
     counts = [int(size * share) for size in sizes]
-    names = ("train", "validation", "test")
     few = [(n, name) for n, name in zip(counts, names, strict=True) if n < LEAST]
     if few:
         n, name = few[0]

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 from vision_plugin.models.dictionary import Dictionary
-from vision_plugin.steering import Edit
+from vision_plugin.steering import Edit, EditPass
 from vision_plugin.tasks._attack import Attack, TypographicData
 from vision_plugin.tasks._candidates import (
     TOKENS,
@@ -218,6 +218,15 @@ class _Run:
         return [candidate for candidate in self._directions if candidate.method == method]
 
     @cached_property
+    def _train(self) -> tuple[EditPass, EditPass]:
+        """The clean and the attacked training images, run once."""
+        train, size = self.data.train, self.settings.batch_size
+        return (
+            EditPass(self.model, train.clean, batch_size=size),
+            EditPass(self.model, train.attacked, batch_size=size),
+        )
+
+    @cached_property
     def _controls(self) -> dict[str, Dictionary]:
         return control_dictionaries(
             self.model, self.saes[0], self.data.train.clean, seed=self.settings.seed
@@ -229,9 +238,9 @@ class _Run:
             direction_candidates(
                 self.model,
                 self.data.train,
+                self._train,
                 layers=range(int(self.model.cfg.n_layers)),
                 tokens=self.settings.tokens,
-                batch_size=self.settings.batch_size,
             )
         )
 
@@ -243,6 +252,9 @@ class _Run:
             sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.settings.tokens,
             batch_size=self.settings.batch_size,
             given=self.settings.latents if method == "sae" else (),
+            method, self.model, dictionary, self.data.train, self._train, self.questions.texts,
+            rules=rules, sizes=sizes_below(self.settings.sizes, dictionary),
+            tokens=self.settings.tokens, batch_size=self.settings.batch_size,
         )  # fmt: skip
 
 
