@@ -14,8 +14,8 @@ from .activations import extract as extract
 from .evaluation import evaluate as evaluate
 from .formats import load_sae as load_sae
 from .images import open_images as open_images
-from .lens import name_features as name_features
 from .lens import concept_bottleneck as concept_bottleneck
+from .lens import name_features as name_features
 from .models import VisionBridge as VisionBridge
 from .models import VisionLanguageBridge as VisionLanguageBridge
 from .models import load_model as load_model

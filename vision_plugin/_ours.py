@@ -67,8 +67,8 @@ SAE_FOLDER = Kind(
         )
     ),
     contents=re.compile(
-        r"cfg\.json|runner_cfg\.json|(\.unfinished-[0-9]+-)?(evaluation|names)\.json|validation\.jsonl"
-        r"|sae_weights\.safetensors|sparsity\.safetensors"
+        r"cfg\.json|runner_cfg\.json|(\.unfinished-[0-9]+-)?(evaluation|names)\.json"
+        r"|validation\.jsonl|sae_weights\.safetensors|sparsity\.safetensors"
     ),
 )
 """What training and ``convert`` write, in SAELens's format."""
@@ -115,6 +115,7 @@ LENS = Kind(
     marker="results.json",
     is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.lens/"),
     contents=re.compile(r"results\.json|table\.txt|[\w-]+\.(png|html)|edits(/[\w-]+\.json)?"),
+)
 
 
 def check_replaceable(folder: Path, kind: Kind | None, *, name: str = "output_path") -> None:

@@ -31,8 +31,7 @@ LINES = {
     "convert": "convert --sae {sae} --output-path {out}",
     "demo": "demo --output-path {out} --training-images 2 --images 2",
 }
-WITH_DEVICE = ("extract", "train", "eval", "sparsity", "decompose", "steer", "report")
-WITH_DEVICE = ("extract", "train", "eval", "sparsity", "steer", "name", "report")
+WITH_DEVICE = ("extract", "train", "eval", "sparsity", "decompose", "steer", "name", "report")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vision_plugin.models.site import Site, hooked
 from vision_plugin.models.site import Site, hooked, in_eval_mode
 from vision_plugin.steering._basis import Latents
 from vision_plugin.steering._change import Change

@@ -22,10 +22,9 @@ from vision_plugin.steering._change import Change, Operation
 from vision_plugin.steering._where import Where
 
 KIND = "vision_plugin.edit/"
-SCHEMA = f"{KIND}1"
-_MOST = torch.finfo(torch.float32).max
 SCHEMA, WITH_PLACES = f"{KIND}1", f"{KIND}2"
 """The second one has changes that are made only where latents fire."""
+_MOST = torch.finfo(torch.float32).max
 _TOLERANCE = 0.01
 
 
@@ -61,9 +60,7 @@ def read_changes(
     if content["schema"] not in (SCHEMA, WITH_PLACES):
         raise ValueError(
             f"{place} has the schema {shown(content['schema'])}, and this version reads "
-            f"{SCHEMA!r}: update vision_plugin"
-            f"{place} has the schema {content['schema']!r}, and this version reads {SCHEMA!r} and "
-            f"{WITH_PLACES!r}: update vision_plugin"
+            f"{SCHEMA!r} and {WITH_PLACES!r}: update vision_plugin"
         )
     known = _Known(place, sae, device)
     try:
@@ -105,7 +102,7 @@ def _where_to_dict(where: Where) -> dict[str, Any]:
 def _where_from_dict(entry: dict[str, Any] | None) -> Where | None:
     if entry is None:
         return None
-    latents, above = map(_whole, entry["latents"]), map(float, entry["above"])
+    latents, above = map(_whole, entry["latents"]), map(_number, entry["above"])
     return Where(dict(zip(latents, above, strict=True)), _switch(entry["outside"]))
 
 

@@ -72,8 +72,8 @@ def latent_candidates(
 ) -> Iterator[Candidate]:
     """Propose latents by every rule and size, set to their mean on clean images.
 
-    Latents that are given are proposed in place of those.
     ``runs`` are the clean and the attacked images of ``train``, run once.
+    Latents that are given are proposed in place of those.
     """
     for kind in tokens:
         site = Site.of(model, sae, tokens=kind)

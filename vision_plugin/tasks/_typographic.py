@@ -248,13 +248,10 @@ class _Run:
         self, method: str, dictionary: Dictionary, rules: Sequence[str]
     ) -> Iterable[Candidate]:
         return latent_candidates(
-            method, self.model, dictionary, self.data.train, self.questions.texts, rules=rules,
-            sizes=sizes_below(self.settings.sizes, dictionary), tokens=self.settings.tokens,
-            batch_size=self.settings.batch_size,
-            given=self.settings.latents if method == "sae" else (),
             method, self.model, dictionary, self.data.train, self._train, self.questions.texts,
             rules=rules, sizes=sizes_below(self.settings.sizes, dictionary),
             tokens=self.settings.tokens, batch_size=self.settings.batch_size,
+            given=self.settings.latents if method == "sae" else (),
         )  # fmt: skip
 
 
