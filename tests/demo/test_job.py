@@ -104,3 +104,11 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=name.replace("tokens", "token")):
         run_demo(DemoConfig(output_path=str(tmp_path / "demo"), **wrong), print)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "results.json").write_text('{"schema": "vision_plugin.demo/1"}')
+    with pytest.raises(FileExistsError, match="holds photos, which no demo wrote: name another"):
+        run_demo(DemoConfig(output_path=str(tmp_path)), print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "results.json"]

@@ -122,9 +122,13 @@ def kill_often(job: Job, root: Path, kills: int, seed: int, *, in_a_row: int = 5
             child = in_child(lambda: _run(job.line, folder))
             time.sleep(moments.uniform(0, figures.seconds))
             os.kill(child, signal.SIGKILL)
-            killed = ended(child) == -signal.SIGKILL
+            status = ended(child)
+            killed = status == -signal.SIGKILL
             figures.kills += killed
             found = content(folder / OUT)
+            if not killed and status and found != right:
+                told = (folder.parent / "told.txt").read_text()
+                figures.faults.append(f"run again, it ended with {status}: {told[-800:]}")
             if not job.grows and found not in (before, right):
                 figures.faults.append(f"a kill left neither the old nor the new: {sorted(found)}")
             if not killed:

@@ -68,6 +68,18 @@ def first_weights(monkeypatch: Any, architecture: str = "topk", **changes: Any) 
     return {**seen, "buffer": seen_buffer}
 
 
+def test_a_scale_is_estimated_from_no_more_batches_than_a_run_has(monkeypatch) -> None:
+    """A number without end would read the images without end."""
+    scaled = training_config_class("topk")(
+        d_in=16, d_sae=48, k=4, normalize_activations="expected_average_only_in"
+    )
+    few, many = (
+        first_weights(monkeypatch, sae=scaled, n_batches_for_norm_estimate=n)["scale"]
+        for n in (100, 999_999)
+    )
+    assert few == many is not None
+
+
 def test_sae_lens_s_own_start_is_the_default(monkeypatch) -> None:
     start = first_weights(monkeypatch)
     assert not start["b_dec"].any()

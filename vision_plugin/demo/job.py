@@ -6,6 +6,7 @@ factors are known, the job also places the metrics' scores between truth and noi
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ SCHEMA = f"{KIND}1"
 FACTORS_OF_TRUTH = ("shape", "colour", "texture", "background")
 OBJECT = FACTORS_OF_TRUTH[:3]
 TRAINING_BATCH = 512
+_WRITTEN = re.compile(r"\.|(activations|sae|report|results)(\.|$)|evaluation\.json$")
+"""Names of what a run writes into its folder, and of what a killed one leaves."""
 Announce = Callable[[str], None]
 
 
@@ -121,6 +124,7 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     """
     seconds: dict[str, float] = {}
     out = local_path(cfg.output_path)
+    _check_ours(out)
     # Each checks itself, before anything is written.
     extraction, training = _extraction(cfg, out), _training(cfg, out)
     scoring = _evaluation(cfg, out)
@@ -160,6 +164,16 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     result = DemoResult(own_code, ladder, evaluation, answers, report, seconds)
     write_json(to_dict(cfg, result), out / "results.json")
     return result
+
+
+def _check_ours(out: Path) -> None:
+    """Raise FileExistsError where the folder of the run holds something that no run writes."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    strangers = [name for name in names if not _WRITTEN.match(name)]
+    if strangers:
+        raise FileExistsError(
+            f"{out} holds {strangers[0]}, which no demo wrote: name another output_path="
+        )
 
 
 def own_code_test(scenes: tuple[Scene, ...], factor: str, seed: int) -> TruthTest:

@@ -119,7 +119,7 @@ class VisionSAERunnerConfig:
     """Size of the shuffle buffer, in training batches."""
     n_batches_for_norm_estimate: int = 100
     """Number of training batches that the scale of the activations is estimated from, for SAEs that
-    scale them."""
+    scale them. Above 100 a run reads no more batches for it than it trains on."""
 
     lr: float | Auto = AUTO
     """Learning rate; ``auto`` is ``6e-4 * sqrt(16384 / d_sae)``, and at most 4e-3."""

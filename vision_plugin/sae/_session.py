@@ -135,8 +135,12 @@ class TrainingSession:
 
     def _begin(self) -> None:
         sample = self.batches.sample()  # raises if the data is wrong
+        steps = self.first.cfg.total_training_steps
+        most = max(steps, VisionSAERunnerConfig.n_batches_for_norm_estimate)
         estimate_scalers(
-            self.trainers, self.batches, n_batches=self.cfg.n_batches_for_norm_estimate
+            self.trainers,
+            self.batches,
+            n_batches=min(self.cfg.n_batches_for_norm_estimate, most),
         )
         for name, trainer in self.trainers.items():
             rows = sample[name] if isinstance(sample, dict) else sample
