@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import resource
+import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests._processes import ended, in_child, kill_at_change
 from vision_plugin._disk import (
+    locked,
     remove_unfinished,
     whole_file,
     whole_folder,
@@ -291,3 +295,28 @@ def test_files_of_one_schema_alone_are_replaced(tmp_path: Path) -> None:
         check_replaceable_file(tmp_path, "mine/")
     with pytest.raises(NotADirectoryError, match="is no folder"):
         check_replaceable_file(path / "below.json", "mine/")
+
+
+def test_a_lock_ends_with_its_process_and_not_with_the_ones_that_it_forked(tmp_path: Path) -> None:
+    """Decoding workers outlive a killed extraction for seconds, and the next one need not wait."""
+    path, busy = tmp_path / ".lock", BlockingIOError("busy")
+    read, write = os.pipe()
+
+    def hold() -> None:
+        with locked(path, busy):
+            if os.fork() == 0:
+                os.write(write, str(os.getpid()).encode())
+            time.sleep(60)
+
+    child = in_child(hold)
+    worker = int(os.read(read, 20))
+    try:
+        with pytest.raises(BlockingIOError), locked(path, busy):
+            pass
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        os.kill(worker, 0)  # it is still there
+        with locked(path, busy):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)

@@ -19,7 +19,7 @@ from io import BytesIO
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -240,6 +240,8 @@ def _remove_unfinished_files(path: Path) -> None:
 def locked(path: Path, busy: Exception) -> Iterator[None]:
     """Hold a file's lock; the system releases it when the process ends for any reason.
 
+    Processes that are forked meanwhile do not hold it: they may live on when this one is killed.
+
     Args:
         path: The lock file; it is made if it does not exist.
         busy: Error to raise if another process holds the lock.
@@ -249,7 +251,24 @@ def locked(path: Path, busy: Exception) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise busy from error
-        yield
+        _locks.add(stream)
+        try:
+            yield
+        finally:
+            _locks.discard(stream)
+
+
+_locks: set[IO[str]] = set()
+"""Files whose locks this process holds."""
+
+
+def _let_go() -> None:
+    for stream in _locks:
+        stream.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
