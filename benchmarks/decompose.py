@@ -373,7 +373,7 @@ def cost_models(worlds: list[World], *, small: bool) -> dict[str, tuple[VisionBr
     siglip = t.SiglipConfig(
         vision_config={**vision, "patch_size": 32}, text_config={**text, "projection_size": 768}
     )
-    pixels = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     found["CLIP ViT-B/32 (random weights)"] = (vp.wrap(t.CLIPModel(clip).eval()), pixels)
     found["SigLIP ViT-B/32 (random weights)"] = (vp.wrap(t.SiglipModel(siglip).eval()), pixels)
     return found
@@ -414,7 +414,12 @@ def run(cfg: Config) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "environment": environment,
-        "setting": {"n_images": cfg.n_images, "n_masks": cfg.n_masks, "seed": cfg.seed},
+        "setting": {
+            "n_images": cfg.n_images,
+            "n_masks": cfg.n_masks,
+            "repeats": cfg.repeats,
+            "seed": cfg.seed,
+        },
         "target": {"times_forward_with_cache": TARGET},
         "cost": timed,
         "worlds": found,

@@ -23,7 +23,12 @@ from vision_plugin.hooks._components import (
     VisionNormBridge,
 )
 from vision_plugin.hooks._sources import norm_sources, split_sources
-from vision_plugin.models import Source, TokenLayout, component_sources
+from vision_plugin.models import (
+    Source,
+    TokenLayout,
+    UnsupportedModelError,
+    component_sources,
+)
 from vision_plugin.models.readout import Readout
 
 
@@ -267,6 +272,11 @@ class VisionArchitectureAdapter(ArchitectureAdapter):
             UnsupportedModelError: the vector is no linear map of the stream, even with
                 normalisations and attention held.
         """
+        if self.tower_dimensions.n_cls == 0:
+            raise UnsupportedModelError(
+                f"{model.cfg.model_name} has no class token, and its adapter does not say what it "
+                "reads in place of one: override readout() in the adapter"
+            )
         projection = component(model, "unembed") if self.has_joint_space else None
         return Readout(
             norm=component(model, "ln_final"),

@@ -6,6 +6,7 @@ What stands between the two markers is what CONTRIBUTING.md shows.
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import vision_plugin as vp
 from benchmarks import _family_checks as checks
 from vision_plugin.models import UnsupportedModelError, _wrapping
+from vision_plugin.models.readout import Readout
 
 # --8<-- the family
 from vision_plugin.hooks._adapter import Dimensions, Paths, VisionArchitectureAdapter  # isort: skip
@@ -178,3 +180,19 @@ def test_a_part_that_does_not_match_is_named(tower: PebbleTower) -> None:
         del stone.think
     with pytest.raises(UnsupportedModelError, match=r"PebbleTower.*think.*CONTRIBUTING\.md"):
         vp.wrap(tower)
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_it_reads_in_place_of_a_class_token_has_to_be_said(
+    tower: PebbleTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pixels = vp.wrap(tower), torch.randn(2, 3, 32, 32)
+    with pytest.raises(UnsupportedModelError, match=r"override readout\(\)"):
+        model.decompose(pixels)
+
+    def readout(self: object, model: Any) -> Readout:
+        return Readout("all", model.ln_final.original_component)
+
+    monkeypatch.setattr(type(model.adapter), "readout", readout)
+    total = model.decompose(pixels).total()
+    torch.testing.assert_close(total, model.image_features(pixels, normalize=False))

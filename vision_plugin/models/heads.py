@@ -132,9 +132,9 @@ class HeadWriter:
             return torch.einsum("bhe,hek->bhk", joined[:, 0], maps)
         if not heads:
             written = self.post.linear(joined.flatten(2) @ self.out.flatten(0, 1))
-            return torch.einsum("bgd,gdk->bk", written, readout.maps)
+            return written.flatten(1) @ readout.maps.flatten(0, 1)
         written = self.post.linear(torch.einsum("bghe,hed->bghd", joined, self.out))
-        return torch.einsum("bghd,gdk->bhk", written, readout.maps)
+        return written.transpose(1, 2).flatten(2) @ readout.maps.flatten(0, 1)
 
     def by_token(
         self,

@@ -213,8 +213,8 @@ class LinearReadout:
 
     def part(self, stream: Float[Tensor, "b q d"]) -> Float[Tensor, "b d_embed"]:
         """Return the contribution of one summand of the stream."""
-        joined = torch.einsum("bgq,bqd->bgd", self.weights, stream)
-        return torch.einsum("bgd,gdk->bk", joined, self.maps)
+        # Plain products: einsum would copy the maps, which are many numbers, at each call.
+        return torch.bmm(self.weights, stream).flatten(1) @ self.maps.flatten(0, 1)
 
     def by_token(self, stream: Float[Tensor, "b q d"]) -> Float[Tensor, "b g q d_embed"]:
         """Return the contribution of each token of the stream through each head of the pool."""
@@ -262,7 +262,7 @@ def _pool_maps(pool: AttentionPool, norm: Frozen) -> tuple[Tensor, Tensor]:
         bias = bias + pool.value_bias @ pool.out_weight
     if norm.bias is not None:
         bias = bias + norm.bias @ pool.value_weight @ pool.out_weight
-    return maps, bias
+    return maps.contiguous(), bias
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
