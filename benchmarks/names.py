@@ -470,6 +470,11 @@ def _noto(found: dict[str, Any]) -> list[str]:
         f"An SAE at {found['hook']} of {found['model']}; {found['n_images']:,} emoji, on which the "
         "SAE was trained, too.",
         "",
+        "The judge is the model itself here. It was trained on these emoji and their names alone, "
+        "so a packaged word that it never learnt, such as rutabaga, still has some direction in "
+        "its space, and passes where a latent follows that direction: the check says that a name "
+        "predicts where the latent fires by this model, and not that people would call it so.",
+        "",
     ]
     for words, one in found["vocabularies"].items():
         lines += [f"Vocabulary: {words}, {one['n_words']:,} words.", "", *HEAD]

@@ -13,6 +13,5 @@ def require_sklearn(user: str) -> None:
         import sklearn  # noqa: F401
     except ImportError:
         raise ImportError(
-            f"{user} need scikit-learn's logistic regression; install it with "
-            "'pip install vision-plugin[probing]'"
+            f"{user} need scikit-learn; install it with 'pip install vision-plugin[probing]'"
         ) from None

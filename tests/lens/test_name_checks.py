@@ -55,7 +55,9 @@ def test_the_interval_is_newcombes() -> None:
     """At its ends, the AUROC lies z standard errors off, by the error at that end."""
     z = 1.959963984540054
     for auroc, m, n in ((0.6, 12, 300), (0.95, 40, 41), (0.5, 7, 7), (0.1, 100, 9)):
-        ends = auroc_interval(*(torch.tensor([float(auroc)]), torch.tensor([m]), torch.tensor([n])))
+        ends = auroc_interval(
+            *(torch.tensor([auroc], dtype=torch.float64), torch.tensor([m]), torch.tensor([n]))
+        )
         for end in map(float, ends):
             half = (m + n) / 2 - 1
             q1, q2 = end / (2 - end), 2 * end**2 / (1 + end)
@@ -84,7 +86,7 @@ def test_the_interval_covers_what_it_says() -> None:
 
 def test_a_confidence_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="confidence=95"):
-        auroc_interval(torch.tensor([0.5]), torch.tensor([3]), torch.tensor([3]), confidence=95)
+        auroc_interval(torch.tensor([0.5]), torch.tensor([3]), torch.tensor([3]), confidence=95.0)
 
 
 def test_shuffled_names_are_those_of_other_latents() -> None:

@@ -329,12 +329,7 @@ class _Naming:
             method: torch.tensor([-1 if n is None else number[n] for n in one.names])
             for method, one in made.items()
         }
-        texts = None
-        if self.judge is not None and every:
-            embedded = self.judge.encode_text(
-                sentences(self.settings.template, every, argument="template")
-            )
-            texts = embedded.float().cpu()
+        texts = self._embedded(every) if self.judge is not None and every else None
         making, checking = (
             Checker(
                 evidence.fired(rows), evidence.embedded(rows), evidence.labelled(rows),
@@ -373,6 +368,19 @@ class _Naming:
             left_out=self.left_out,
             n_made_on=len(evidence.made_on),
         )
+
+    def _embedded(self, names: list[str]) -> Tensor:
+        """Return the judge's unit embeddings of names; those of the vocabulary are there."""
+        known: dict[str, Tensor] = {}
+        if "texts" in self.__dict__:
+            known = dict(zip(self.vocabulary.words, self.texts, strict=True))
+        others = [name for name in names if name not in known]
+        if others:
+            made = self.judge.encode_text(
+                sentences(self.settings.template, others, argument="template")
+            )
+            known |= dict(zip(others, made.float().cpu(), strict=True))
+        return torch.stack([known[name] for name in names])
 
     def _settings(self) -> dict[str, Any]:
         used = self.judge is not None
