@@ -96,13 +96,13 @@ def bottleneck() -> dict[str, Any]:
     """Shapes and colours of the drawn world, and groups of emoji, from latents."""
     model = vp.load_model("demo")
     hook = "blocks.2.hook_resid_post"
-    sae = trained(model, vp.open_images("demo:2000@31"), hook, d_sae=512, n_tokens=400_000)
-    names = names_of(model, sae, 500)
+    sae = trained(model, vp.open_images("demo:800@31"), hook, d_sae=512, n_tokens=150_000)
+    names = names_of(model, sae, 400)
     found = {}
     for factor, template in (("shape", "a {}"), ("colour", "a {} object")):
         settings = BottleneckSettings(labels=f"column:{factor}", template=template)
         result = vp.concept_bottleneck(
-            model, sae, vp.open_images("demo:1500"), names=names, settings=settings
+            model, sae, vp.open_images("demo:900"), names=names, settings=settings
         )
         removals = []
         for values in (SHAPES, COLOURS):
@@ -116,7 +116,7 @@ def bottleneck() -> dict[str, Any]:
     if EMOJI.is_dir():
         emoji = vp.load_model(str(EMOJI))
         images = vp.open_images(str(NOTO))
-        sae = trained(emoji, images, "blocks.4.hook_resid_post", d_sae=768, n_tokens=400_000)
+        sae = trained(emoji, images, "blocks.4.hook_resid_post", d_sae=768, n_tokens=150_000)
         settings = BottleneckSettings(labels="column:group", template="an emoji of {}")
         result = vp.concept_bottleneck(emoji, sae, images, settings=settings)
         found["emoji groups"] = {
@@ -135,7 +135,7 @@ def splice_part() -> dict[str, Any]:
         settings = SpliceSettings(
             l1=(0.02, 0.05, 0.1, 0.2, 0.5), labels=f"column:{factor}", template="a {} object"
         )
-        images = vp.open_images("demo:400")
+        images = vp.open_images("demo:200")
         result = splice(model, images, words, settings=settings, progress=False)
         edit = result.without(removed)
         found[f"drawn {factor}s"] = {**result.to_dict([edit]), "table": text_of(result.table())}
@@ -143,7 +143,7 @@ def splice_part() -> dict[str, Any]:
         emoji, images = vp.load_model(str(EMOJI)), vp.open_images(str(NOTO))
         tags = sorted({word for name in images.column("name") for word in str(name).split()})
         settings = SpliceSettings(l1=(0.05, 0.1, 0.2, 0.5), chosen=0.2)
-        some = vp.open_images([images[i] for i in range(0, len(images), 6)])
+        some = vp.open_images([images[i] for i in range(0, len(images), 24)])
         result = splice(emoji, some, tags, settings=settings, progress=False)
         targets = torch.nn.functional.normalize(result.embeddings - result.image_mean, dim=1)
         times = {}
@@ -164,11 +164,11 @@ def text_part() -> dict[str, Any]:
     """The text lens, raw and tuned, by layer."""
     settings = TextLensSettings(labels="column:shape", template="a {}")
     drawn = text_lens(
-        vp.load_model("demo"), vp.open_images("demo:800"), SHAPES, settings=settings, progress=False
+        vp.load_model("demo"), vp.open_images("demo:400"), SHAPES, settings=settings, progress=False
     )
     found = {"drawn shapes": {**drawn.to_dict(), "table": text_of(drawn.table())}}
     if EMOJI.is_dir():
-        images = vp.open_images(str(NOTO))
+        images = vp.open_images(str(NOTO), n_images=600)
         names = list(dict.fromkeys(str(name) for name in images.column("name")))
         settings = TextLensSettings(labels="column:name", template="an emoji of {}")
         emoji = text_lens(
@@ -180,15 +180,17 @@ def text_part() -> dict[str, Any]:
 
 
 def hallucination_part() -> dict[str, Any]:
-    """Planted hallucinations of the small LLaVA: shapes that are not there."""
-    result = hallucination(
-        vp.load_vlm("demo"),
-        object_questions(200),
-        settings=HallucinationSettings(),
-        announce=logger.info,
-    )
-    tables = text_of(result.table(), result.seen_table())
-    return {"drawn shapes": {**result.to_dict(), "table": tables}}
+    """Planted hallucinations of the small LLaVA: shapes, plain and coloured, that are not there."""
+    vlm = vp.load_vlm("demo")
+    found = {}
+    for name, coloured in (("drawn shapes", False), ("drawn coloured shapes", True)):
+        settings = HallucinationSettings(weights=(1.0, 5.0), strengths=(0.9, 5.0), n_random=1)
+        result = hallucination(
+            vlm, object_questions(140, coloured=coloured), settings=settings, announce=logger.info
+        )
+        tables = text_of(result.table(), result.seen_table())
+        found[name] = {**result.to_dict(), "table": tables}
+    return found
 
 
 PARTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {

@@ -24,7 +24,9 @@ class HallucinationConfig(HallucinationSettings):
     n_images: int = 400
     """Number of drawn images; settings are chosen on one half and figures are of the other."""
     absent: int = 2
-    """Shapes to ask about that are not in an image, for each image."""
+    """Objects to ask about that are not in an image, for each image."""
+    coloured: bool = False
+    """Ask for shapes of a colour; absent ones have the shape or the colour of the image."""
     device: str = "cpu"
     """Device that the model runs on."""
 
@@ -49,7 +51,9 @@ def run(arguments: Sequence[str]) -> None:
 
     out = console()
     vlm = load_vlm(cfg.model_name, device=cfg.device)
-    data = object_questions(cfg.n_images, absent=cfg.absent, seed=3000 + cfg.seed)
+    data = object_questions(
+        cfg.n_images, absent=cfg.absent, coloured=cfg.coloured, seed=3000 + cfg.seed
+    )
     settings = pick(HallucinationSettings, cfg)
     result = hallucination(vlm, data, settings=settings, announce=out.print)
     result.save(cfg.output_path)

@@ -78,7 +78,7 @@ def fit_head(
             loss = nn.functional.cross_entropy(z @ weight.T, labels[rows[some]])
             loss = loss + l1 * weight.abs().mean()
             adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             adam.step()
     return SparseHead(weight.detach(), l1, learning_rate)
 

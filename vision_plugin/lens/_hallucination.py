@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -174,7 +174,8 @@ class _Study:
         gate = self.confidence[1] <= cut
         how = f"layer {layer}, weight {weight:g}"
         for number, name in enumerate(self.halves[1].objects):
-            self.edits[f"erase-{kind}-{_safe(name)}"] = edits(number)
+            if len(edits(number)):
+                self.edits[f"erase-{kind}-{_safe(name)}"] = edits(number)
         gated = f"{how}, confidence up to {cut:.3g}"
         row = self._row(f"project_away:{kind}", gated, edits, None, gate)
         name = f"project_away:{kind}, always"
@@ -188,32 +189,38 @@ class _Study:
 
     def _edits(self, directions: Tensor, layer: int, weight: float) -> Callable[[int], Edit]:
         hook = self.passes[0].reading.hooks[layer]
-        return lambda number: erase(hook, directions[number], weight)
+
+        def edit(number: int) -> Edit:
+            known = bool(directions[number].any())
+            return erase(hook, directions[number], weight) if known else Edit()
+
+        return edit
 
     def _directions(self, kind: str, layer: int) -> Float[Tensor, "objects d_model"]:
-        if kind != "diff_mean":
-            named = partial(word_direction, self.vlm, layer=layer, kind=kind)
-            return torch.stack([named(name).cpu() for name in self.halves[0].objects])
+        for known in DIRECTION_KINDS:
+            if kind == known:
+                named = partial(word_direction, self.vlm, layer=layer, kind=known)
+                return torch.stack([named(name).cpu() for name in self.halves[0].objects])
         half = self.halves[0]
-        states = self._states()[:, layer]
+        states = self._states[:, layer]
         found = []
         for number in range(len(half.objects)):
             shown = half.image[(half.asked == number) & half.there].unique()
             if len(shown) == 0:
-                found.append(torch.full((states.shape[1],), 1e-6))  # nothing to tell it by
+                found.append(torch.zeros(states.shape[1]))  # nothing to tell it by: no edit
                 continue
             found.append(states[shown].mean(0) - states.mean(0))
         return torch.stack(found)
 
+    @cached_property
     def _states(self) -> Tensor:
-        if not hasattr(self, "_kept"):
-            self._kept = self.passes[0].mean_states()
-        return self._kept
+        return self.passes[0].mean_states()
 
     def _noise(self, like: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.cfg.seed + 1000 + seed)
         drawn = torch.randn(like.shape, generator=generator)
-        return drawn / drawn.norm(dim=1, keepdim=True) * like.norm(dim=1, keepdim=True)
+        scaled: Tensor = drawn / drawn.norm(dim=1, keepdim=True) * like.norm(dim=1, keepdim=True)
+        return scaled
 
     # ------------------------------------------------------------------ steering
 
@@ -324,7 +331,8 @@ def _cuts(scores: Float[Tensor, " q"]) -> list[float]:
 
 def _best_cut(scores: Float[Tensor, " q"], there: Bool[Tensor, " q"]) -> float:
     ordered = scores.double().unique()
-    cuts = [float(ordered[0]) - 1.0, *((ordered[1:] + ordered[:-1]) / 2).tolist()]
+    middles: list[float] = ((ordered[1:] + ordered[:-1]) / 2).tolist()
+    cuts = [float(ordered[0]) - 1.0, *middles]
     return max(cuts, key=lambda cut: balanced(scores > cut, there))
 
 

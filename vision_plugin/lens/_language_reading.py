@@ -56,15 +56,16 @@ class LanguageReading:
         """
         config = self.vlm.native.config
         token = getattr(config, "image_token_id", None)
-        token = getattr(config, "image_token_index", None) if token is None else token
-        found = input_ids == token
+        token = config.image_token_index if token is None else token
+        found = torch.eq(input_ids, int(token))
         counts = found.sum(1)
         if int(counts.min()) == 0 or int(counts.min()) != int(counts.max()):
             raise ValueError(
                 f"the prompts of {self.vlm.cfg.model_name} have {int(counts.min())} to "
                 f"{int(counts.max())} image tokens: give one image of one size per prompt"
             )
-        return found.nonzero()[:, 1].view(len(input_ids), -1)
+        rows: Tensor = found.nonzero()[:, 1].view(len(input_ids), -1)
+        return rows
 
     @torch.no_grad()
     def read(

@@ -171,8 +171,9 @@ class ClassHead:
         self.n_classes = int(logits.shape[1])
         tokens = sample.flatten(0, 1)[:: max(1, sample.shape[1] // 3)][:4]
         slow, quick = self._by_stream(tokens), self._by_parts(tokens)
-        fits = quick is not None and quick.shape == slow.shape
-        self.is_quick = bool(fits and torch.allclose(quick, slow, atol=1e-4, rtol=1e-4))
+        self.is_quick = False
+        if quick is not None and quick.shape == slow.shape:
+            self.is_quick = torch.allclose(quick, slow, atol=1e-4, rtol=1e-4)
 
     def whole(self, stream: Float[Tensor, "n tokens d_model"]) -> Tensor:
         """Return what the head reads off a whole residual stream, as if it were the last."""

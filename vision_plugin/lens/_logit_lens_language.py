@@ -80,17 +80,22 @@ class LanguageLens:
             {"number": layer, "positions": self._positions(image, layer)}
             for layer in range(self.tokens.shape[1])
         ]
-        return _environment().get_template("language_lens.html").render(
-            title=self.ids[image],
-            model=self.model,
-            prompt=self.prompt,
-            answer=self.answers[image],
-            picture=_data_uri(self.pictures[image]),
-            layers=layers,
-            rows=self.grid[0],
-            columns=self.grid[1],
-            made_by=f"Made by vision_plugin {__version__}",
-        )  # fmt: skip
+        text: str = (
+            _environment()
+            .get_template("language_lens.html")
+            .render(
+                title=self.ids[image],
+                model=self.model,
+                prompt=self.prompt,
+                answer=self.answers[image],
+                picture=_data_uri(self.pictures[image]),
+                layers=layers,
+                rows=self.grid[0],
+                columns=self.grid[1],
+                made_by=f"Made by vision_plugin {__version__}",
+            )
+        )
+        return text
 
     def _positions(self, image: int, layer: int) -> list[dict[str, Any]]:
         found = []
@@ -107,10 +112,17 @@ class LanguageLens:
              "picture": _data_uri(self.pictures[place], side=64)}
             for place, name in enumerate(self.ids)
         ]  # fmt: skip
-        return _environment().get_template("language_index.html").render(
-            model=self.model, prompt=self.prompt, rows=rows,
-            made_by=f"Made by vision_plugin {__version__}",
-        )  # fmt: skip
+        text: str = (
+            _environment()
+            .get_template("language_index.html")
+            .render(
+                model=self.model,
+                prompt=self.prompt,
+                rows=rows,
+                made_by=f"Made by vision_plugin {__version__}",
+            )
+        )
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result ready for JSON."""
