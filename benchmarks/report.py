@@ -47,22 +47,32 @@ SHAPES = {
     "small CLIP": {"width": 192, "layers": 6, "size": 64, "patch": 8},
 }
 ACTIONS = {
-    "sort by a score": "document.querySelector('[data-sort=score1]').click()",
-    "sort by name, first time": "document.querySelector('[data-sort=name]').click()",
-    "sort by name again": "document.querySelector('[data-sort=name]').click()",
+    "nothing, on the empty page": "void 0",
+    "sort by a score": "choose('sort', 'score1')",
+    "sort by name, first time": "choose('sort', 'name')",
+    "turn round": "document.getElementById('turn').click()",
     "filter dead": "document.querySelector('[name=state][value=dead]').click()",
-    "filter alive": "document.querySelector('[name=state][value=alive]').click()",
+    "filter usual": "document.querySelector('[name=state][value=usual]').click()",
     "search": "set('query', 'name 42')",
     "clear": "document.getElementById('clear').click()",
-    "range of a score": "set('range-low', '0.5')",
-    "next page": "document.getElementById('next').click()",
-    "last page": "document.getElementById('last').click()",
+    "range of a score": "limit('0.5')",
+    "list": "document.querySelector('[name=mode][value=list]').click()",
 }
+EMPTY = "nothing, on the empty page"
 TIMER = """async (action) => {
   const set = (id, text) => {
     const field = document.getElementById(id);
     field.value = text;
     field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const choose = (id, value) => {
+    document.getElementById(id).value = value;
+    document.getElementById(id).dispatchEvent(new Event("change"));
+  };
+  const limit = (text) => {
+    const field = document.querySelector(".histogram input");
+    field.value = text;
+    field.dispatchEvent(new Event("change"));
   };
   await new Promise((done) => requestAnimationFrame(done));
   const start = performance.now();
@@ -71,6 +81,45 @@ TIMER = """async (action) => {
   await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
   return [scripted, performance.now() - start];
 }"""
+
+
+SCROLL = """async (steps) => {
+  let blank = 0;
+  const height = document.documentElement.scrollHeight, left = innerWidth / 2;
+  for (let i = 0; i < steps; i++) {
+    scrollTo(0, ((i * 7919) % steps) / steps * height);
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+    const list = document.getElementById("view").getBoundingClientRect();
+    for (const y of [80, innerHeight / 2, innerHeight - 4]) {
+      const inside = y > list.top + 8 && y < list.bottom - 8;
+      // Between two items there is a gap: a little below it, too.
+      const at = (d) => document.elementFromPoint(left, Math.min(innerHeight - 1, y + d));
+      const found = [0, 12].some((d) => at(d)?.closest(".item"));
+      if (inside && !found) blank++;
+    }
+  }
+  return blank;
+}"""
+"""Jumps all over the list, and counts the places of the window without a row."""
+EMOJI = Path(__file__).parents[2] / "shared"
+
+
+class Backgrounds:
+    """Emoji on as many backgrounds as it takes, with ids: a source of any number of images."""
+
+    def __init__(self, n: int) -> None:
+        self.emoji = vp.open_images(str(EMOJI / "data" / "noto.parquet"), label_column="subgroup")
+        self.ids = [f"{i}" for i in range(n)]
+        self.labels = [self.emoji.labels[i % len(self.emoji)] for i in range(n)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Emoji come on white: what is white takes the colour of the background."""
+        image = self.emoji[index % len(self.emoji)]
+        tint = np.random.default_rng(index).integers(150, 256, 3)
+        return Image.fromarray((np.asarray(image) / 255 * tint).astype(np.uint8))
 
 
 def images(n: int, size: int) -> list[Image.Image]:
@@ -174,6 +223,31 @@ def builds(arguments: argparse.Namespace, scratch: Path) -> dict[str, dict[str, 
     return found
 
 
+def slopes(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any] | None:
+    """Builds with the emoji CLIP, and what a feature and an image more cost; None without it."""
+    folder = EMOJI / "models" / "emoji-clip"
+    if not folder.is_dir():
+        logger.warning("there is no emoji-clip beside the checkout: slopes are not measured")
+        return None
+    model = vp.load_model(str(folder))
+    few, many = arguments.features // 4, arguments.features
+    some, all_ = arguments.emoji_images // 4, arguments.emoji_images
+    found = {}
+    for n_features, n_images in ((few, some), (many, some), (many, all_)):
+        sae = topk(192, n_features, "blocks.4.hook_resid_post")
+        where = scratch / f"emoji-{n_features}-{n_images}"
+        found[f"{n_features} features, {n_images} images"] = build(
+            where, sae=sae, model=model, images=Backgrounds(n_images), n_image_pages=100
+        )
+    small, wide, large = found.values()
+    return {
+        "builds": found,
+        "ms_per_feature": round(1000 * (wide["seconds"] - small["seconds"]) / (many - few), 2),
+        "ms_per_image": round(1000 * (large["seconds"] - wide["seconds"]) / (all_ - some), 2),
+        "target_mib": 100,
+    }
+
+
 def large_index(arguments: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, float]]:
     """A report of ``arguments.rows`` features from latents at hand."""
     folder = scratch / "large"
@@ -198,7 +272,7 @@ def in_browser(folder: Path, repeats: int) -> dict[str, Any] | None:
         return None
     from playwright.sync_api import sync_playwright
 
-    opened, actions, heap = [], {name: [] for name in ACTIONS}, 0.0
+    opened, actions, heap, blank = [], {name: [] for name in ACTIONS}, 0.0, 0
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
         flags += ["--disable-background-networking", "--disable-component-update"]
@@ -210,8 +284,14 @@ def in_browser(folder: Path, repeats: int) -> dict[str, Any] | None:
             page.goto((folder / "index.html").as_uri())
             page.wait_for_selector("html[data-ready]")
             opened.append((time.perf_counter() - start) * 1000)
+            empty = browser.new_page()
+            actions[EMPTY].append(empty.evaluate(TIMER, ACTIONS[EMPTY]))
+            empty.close()
             for name, action in ACTIONS.items():
+                if name == EMPTY:
+                    continue
                 actions[name].append(page.evaluate(TIMER, action))
+            blank += page.evaluate(SCROLL, 60)
             heap = page.evaluate("performance.memory.usedJSHeapSize") / 2**20
             page.context.close()
         browser_version = browser.version
@@ -220,6 +300,7 @@ def in_browser(folder: Path, repeats: int) -> dict[str, Any] | None:
         "chromium": browser_version,
         "open_ms": round(statistics.median(opened), 1),
         "heap_mib": round(heap, 1),
+        "blank_places_while_scrolling": blank,
         "actions_ms": {
             name: {
                 "script": round(statistics.median(t[0] for t in times), 1),
@@ -236,6 +317,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--emoji-images", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -246,6 +328,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         built = builds(arguments, scratch)
+        emoji = slopes(arguments, scratch)
         folder, large = large_index(arguments, scratch)
         browser = in_browser(folder, arguments.repeats)
     record = {
@@ -256,6 +339,7 @@ def main() -> None:
         "target_build_s": TARGET_BUILD_S,
         "target_action_ms": TARGET_ACTION_MS,
         "builds": built,
+        "emoji": emoji,
         "large_build": large,
         "browser": browser,
     }

@@ -83,8 +83,18 @@ REPORT = Kind(
     marker="report.json",
     is_marked=lambda content: content.get("kind") == "vision_plugin.report",
     contents=re.compile(  # reports of version 0.1.0 keep their images in ``pictures``
-        r"report\.json|checksums\.json|\.building|index\.html|data\.js|assets(/[\w.-]+)?"
-        r"|features(/[0-9]+\.html)?|(images|pictures)(/[0-9]+\.(png|jpg))?"
+        r"report\.json|checksums\.json|\.building|(data|map|compare)\.js|assets(/[\w.-]+)?"
+        r"|(index|map|images|compare|summary)\.html|patches(/[0-9]+\.js)?"
+        r"|features(/[0-9]+\.html)?|(images|pictures|thumbs)(/[0-9]+\.(png|jpg))?"
+    ),
+)
+REPORT_WORK = Kind(
+    noun="what a killed report left",
+    marker="work.json",
+    is_marked=lambda content: content.get("kind") == "vision_plugin.report-work",
+    contents=re.compile(
+        r"work\.json|heat\.part|(\.unfinished-[0-9]+-)?(counts|maps)\.safetensors"
+        r"|(images|thumbs)(/[0-9]+\.(png|jpg))?"
     ),
 )
 STUDY = Kind(

@@ -103,6 +103,10 @@ def built(tmp_path_factory, model, sae, images):
         out,
         scores=scores,
         names=[f"concept {k:02d}" for k in range(40)],
+        answers={9: [{"prompt": "What is it?", "before": "a", "after": "b", "strength": 20}]},
+        compare={"another seed": topk_sae(seed=1), "neurons": "neurons"},
+        strengths=[0, 50],
+        n_image_pages=20,
         concepts=["a red circle", "a blue square", "a green star"],
         title="Features of a tiny CLIP",
         n_top=6,
@@ -154,12 +158,26 @@ class Visit:
             self.complaints.append(f"{request.failure}: {request.url}")
 
     def open(self, name="index.html"):
-        self.page.goto((self.folder / name).resolve().as_uri())
+        return self.open_address(name)
+
+    def open_address(self, address):
+        """Open a page with its state."""
+        name, _, state = address.partition("#")
+        uri = (self.folder / name).resolve().as_uri()
+        self.page.goto(f"{uri}#{state}" if state else uri)
         return self.page
 
     def rows(self):
-        """Number of the feature in each row."""
-        return [int(t) for t in self.page.locator("#rows th a").all_text_contents()]
+        """Number of the feature at each place of the list that is there, in order."""
+        found = self.page.evaluate(
+            "[...document.querySelectorAll('#view .item')].sort((a, b) => a.dataset.place -"
+            " b.dataset.place).map((e) => Number(e.querySelector('a').textContent))"
+        )
+        return list(found)
+
+    def shown(self, n):
+        """Whether the list says that it has so many features."""
+        return self.page.locator("#count").text_content().startswith(f"{n} ")
 
     def check_quiet(self):
         root = self.folder.resolve().as_uri()

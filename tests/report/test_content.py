@@ -36,6 +36,25 @@ def feature(folder, number):
     return (folder / "features" / f"{number}.html").read_text(encoding="utf-8")
 
 
+def numbers_in(data, latent):
+    """Numbers of a feature's top images in the index."""
+    return [data["pictures"]["numbers"][slot] for slot in data["images"][latent]]
+
+
+def shown_in(page):
+    """Numbers of the images on a part of a feature's page."""
+    return [int(n) for n in re.findall(r'class="frame" data-number="(\d+)"', page)]
+
+
+def picture(folder, page, number):
+    """The copy of an image on a page: its part of a sheet, as the page places it."""
+    frame = page.split(f'data-number="{number}"')[1]
+    box = re.search(r'viewBox="0 0 (\d+) (\d+)".*?href="\.\./([^"]+)" x="-(\d+)" y="-(\d+)"', frame)
+    width, height, source, x, y = box.groups()
+    x, y, width, height = int(x), int(y), int(width), int(height)
+    return Image.open(folder / source).convert("RGB").crop((x, y, x + width, y + height))
+
+
 def heat_maps(page):
     """The heat maps of a page as grey arrays."""
     uris = re.findall(r'class="heat" src="data:image/png;base64,([^"]+)"', page)
@@ -47,7 +66,7 @@ def test_top_images_are_those_with_the_largest_latent(built, token_latents):
     for latent in range(40):
         fired = int((per_image[:, latent] > 0).sum())
         expected = per_image[:, latent].sort(descending=True, stable=True).indices[: min(6, fired)]
-        assert data["images"][latent] == expected.tolist()
+        assert numbers_in(data, latent) == expected.tolist()
 
 
 def test_frequencies_and_maxima_are_those_of_the_latents(built, token_latents):
@@ -69,7 +88,8 @@ def test_a_dead_feature_is_listed_and_says_so(built):
 
 def test_scores_and_names_stand_in_index_and_page(built):
     data = read_data(built)
-    assert [c["title"] for c in data["columns"]][:2] == ["monosemanticity", "steerability"]
+    titles = [c["title"] for c in data["columns"]]
+    assert titles[:3] == ["At least", "monosemanticity", "steerability"]
     assert column(data, "monosemanticity")[5] is None
     assert column(data, "monosemanticity")[6] == pytest.approx(0.05)
     assert data["names"][12] == "concept 12"
@@ -81,34 +101,37 @@ def test_heat_maps_are_the_patch_latents_of_the_images(built, token_latents):
     latent = int(np.argmax(column(read_data(built), "Images")))
     page = feature(built, latent)
     maps = heat_maps(page)
-    shown = [int(n) for n in re.findall(r'class="image" src="\.\./images/(\d+)\.png', page)]
-    assert len(maps) == len(shown) == 6 + 4
+    shown = shown_in(page)
+    assert len(shown) == 6 + 4
     patches = token_latents[shown][:, 1:, latent].reshape(len(shown), 4, 4)
-    for drawn, expected in zip(maps, patches / patches.max(), strict=True):
-        assert np.abs(drawn / 255 - expected.clamp(0, 1).numpy()).max() < 0.5 / 31 + 0.005
+    # An image on which the feature fires elsewhere alone has no map that would only be black.
+    mapped = [one for one in patches / patches.max() if float(one.max()) > 0.02]
+    assert len(mapped) > 5
+    for drawn, expected in zip(maps, mapped, strict=True):
+        assert np.abs(drawn / 255 - expected.clamp(0, 1).numpy()).max() < 0.5 / 127 + 0.005
 
 
 def test_a_value_on_the_cls_token_is_marked(built, token_latents):
     data = read_data(built)
     for latent in range(40):
-        top = data["images"][latent]
+        top = numbers_in(data, latent)
         on_cls = token_latents[top][:, 0, latent] > token_latents[top][:, 1:, latent].amax(1)
-        head = feature(built, latent).split("A random sample")[0]
-        assert head.count(">CLS</abbr>") == int(on_cls.sum())
+        head = feature(built, latent).split("From its strongest")[0]
+        assert head.count(">CLS") == int(on_cls.sum())
 
 
 def test_the_sample_is_drawn_from_images_on_which_it_fires(built, token_latents):
     per_image = token_latents.amax(1)
     latent = int((per_image > 0).sum(0).argmax())
-    sample = feature(built, latent).split("A random sample")[1].split('class="columns"')[0]
-    numbers = [int(n) for n in re.findall(r"images/(\d+)\.png", sample)]
+    sample = feature(built, latent).split("From its strongest")[1].split('class="columns"')[0]
+    numbers = shown_in(sample)
     assert len(set(numbers)) == 4
     assert bool((per_image[numbers, latent] > 0).all())
 
 
 def test_images_are_what_the_model_sees(built, model, images):
-    number = read_data(built)["images"][0][0]
-    seen = np.asarray(Image.open(built / "images" / f"{number}.png").convert("RGB"))
+    number = numbers_in(read_data(built), 0)[0]
+    seen = np.asarray(picture(built, feature(built, 0), number))
     pixels = model.preprocess(images[number])[0]
     assert seen.shape == (32, 32, 3)
     processor = model.image_processor.processor
@@ -122,7 +145,7 @@ def test_decoder_neighbours_are_the_largest_cosines(built, sae):
     cosines = torch.nn.functional.cosine_similarity(rows[7], rows, dim=1)
     cosines[7] = -2
     best = cosines.sort(descending=True)
-    table = feature(built, 7).split("Decoder neighbours")[1]
+    table = feature(built, 7).split("Decoder neighbours")[1].split("</table>")[0]
     assert [int(n) for n in re.findall(r'href="(\d+)\.html"', table)] == best.indices[:8].tolist()
     shown = [float(x) for x in re.findall(r"<td class=\"number\">(-?[\d.]+)</td>", table)]
     assert shown == pytest.approx(best.values[:8].tolist(), abs=6e-4)
@@ -184,8 +207,9 @@ def test_given_latents_rank_as_computed_ones(
 def test_no_model_is_needed_where_latents_are_given(tmp_path, sae, images, token_latents):
     out = tmp_path / "r"
     vp.report(sae, None, images, out, latents=token_latents.amax(1), n_top=6)
-    number = read_data(out)["images"][0][0]
-    assert Image.open(out / "images" / f"{number}.jpg").size == (48, 48)
+    page = feature(out, 0)
+    assert picture(out, page, shown_in(page)[0]).size == (48, 48)
+    assert not (out / "images.html").exists()
     assert 'class="heat"' not in feature(out, 0)
     assert 'id="heat"' not in feature(out, 0)
 
@@ -226,7 +250,7 @@ def test_only_the_features_asked_for_are_reported(tmp_path, model, sae, images):
 
 
 def test_every_link_and_image_of_every_page_is_there(built):
-    for page in [built / "index.html", *sorted((built / "features").iterdir())]:
+    for page in [*sorted(built.glob("*.html")), *sorted((built / "features").iterdir())]:
         for target in re.findall(r'(?:src|href)="([^"#]+)"', page.read_text(encoding="utf-8")):
             if not target.startswith("data:"):
                 assert (page.parent / target).is_file(), (page.name, target)
@@ -245,7 +269,8 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, model, sae
     index = (out / "index.html").read_text()
     assert "2 of 12 images could not be read" in index
     assert "the file is &lt;cut&gt; off" in index
-    shown = {p for row in read_data(out)["images"] for p in row}
+    data = read_data(out)
+    shown = {number for latent in range(40) for number in numbers_in(data, latent)}
     assert shown.isdisjoint({2, 5})
     with pytest.raises(ValueError, match=r"cannot be read.*max_bad_images"):
         vp.report(sae, model, source, tmp_path / "s", max_bad_images=1)
@@ -277,7 +302,7 @@ def test_a_stream_of_images_is_read_in_order(tmp_path, model, sae):
     vp.report(sae, model, Stream(draw_images(20)), out)
     assert Stream.read[:20] == list(range(20))
     assert Stream.read[20:] == sorted(Stream.read[20:])
-    number = read_data(out)["images"][0][0]
+    number = numbers_in(read_data(out), 0)[0]
     assert f"label {number}" in feature(out, 0)
 
 

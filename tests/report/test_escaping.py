@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 import vision_plugin as vp
-from tests.report.conftest import Drawn, draw_images
+from tests.report.conftest import Drawn, draw_images, topk_sae
 from tests.report.test_content import read_data
 
 HOSTILE = [
@@ -60,6 +60,10 @@ def hostile(tmp_path_factory, model, sae):
             text: model.encode_text(["a red circle"])[0] + i for i, text in enumerate(HOSTILE)
         },
         title="".join(HOSTILE[:4]),
+        answers={0: [{"prompt": HOSTILE[0], "before": HOSTILE[1], "after": HOSTILE[2]}]},
+        compare={HOSTILE[1]: topk_sae(seed=1)},
+        evaluation={"summary": {f"{HOSTILE[0]}/{HOSTILE[2]}": {HOSTILE[3]: HOSTILE[1]}}},
+        n_image_pages=10,
         n_top=5,
         n_sample=2,
     )
@@ -67,7 +71,7 @@ def hostile(tmp_path_factory, model, sae):
 
 
 def test_no_text_becomes_markup(hostile):
-    pages = [hostile / "index.html", *sorted((hostile / "features").iterdir())]
+    pages = [*sorted(hostile.glob("*.html")), *sorted((hostile / "features").iterdir())]
     for path in pages:
         page = Reader()
         page.feed(path.read_text(encoding="utf-8"))
@@ -81,10 +85,11 @@ def test_no_text_becomes_markup(hostile):
 
 
 def test_no_text_ends_the_data_script(hostile):
-    text = (hostile / "data.js").read_text(encoding="ascii")
-    assert "<" not in text
-    assert ">" not in text
-    assert "\x00" not in text
+    for name in ("data.js", "compare.js", "patches/0.js"):
+        text = (hostile / name).read_text(encoding="ascii")
+        assert "<" not in text
+        assert ">" not in text
+        assert "\x00" not in text
     data = read_data(hostile)
     assert data["names"][0] == HOSTILE[0]
     assert data["names"][10] == HOSTILE[10]
@@ -111,7 +116,12 @@ def test_no_script_of_a_text_runs_in_a_browser(hostile, visit):
     page = visitor.open()
     page.wait_for_selector("html[data-ready]")
     assert page.evaluate("window.hit") is None
-    assert page.locator("#rows td.name bdi").count() == 40
+    assert page.locator("#view .card .text bdi").count() == 40
+    page.locator("#distributions summary").click()
+    for name in ("map.html", "images.html", "compare.html", "summary.html"):
+        page = visitor.open(name)
+        page.wait_for_timeout(100)
+        assert page.evaluate("window.hit") is None
     for number in range(0, 15):
         page = visitor.open(f"features/{number}.html")
         assert page.evaluate("window.hit") is None

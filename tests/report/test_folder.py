@@ -17,7 +17,10 @@ import vision_plugin as vp
 from tests._processes import ended, in_child, kill_at_change
 from tests.report.conftest import draw_images, topk_sae
 from tests.report.test_content import read_data
+from vision_plugin.report import _resume
+from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._folder import new_folder, write_marker
+from vision_plugin.report._resume import Checkpoint
 
 
 def digest(folder):
@@ -53,7 +56,8 @@ def test_batches_do_not_change_the_report(tmp_path, model, sae, images, monkeypa
     whole, parts = read_data(tmp_path / "a"), read_data(tmp_path / "b")
     assert whole["images"] == parts["images"]
     for first, second in zip(whole["values"], parts["values"], strict=True):
-        assert first == pytest.approx(second, rel=1e-4)
+        plain = [[-1.0 if v is None else v for v in values] for values in (first, second)]
+        assert plain[0] == pytest.approx(plain[1], rel=1e-4)
 
 
 def test_an_earlier_report_is_replaced(tmp_path, model, sae, images):
@@ -161,19 +165,69 @@ KILLED = """
     torch.set_num_threads(1)
     import vision_plugin as vp
     from tests.report.conftest import draw_images, topk_sae
-    from vision_plugin.report import _build
+    from vision_plugin.report._pages import Pages
 
-    write = _build.write_features
+    write = Pages.write_features
 
-    def stall(folder, pages):
-        write(folder, pages)
+    def stall(self, pages):
+        write(self, pages)
         print("HALFWAY", flush=True)
         time.sleep(600)
 
-    _build.write_features = stall
+    Pages.write_features = stall
     model = vp.load_model(sys.argv[1])
     vp.report(topk_sae(dead=(3, 17)), model, draw_images(12), sys.argv[2])
 """
+
+
+def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae, monkeypatch):
+    images, n_saved, encoded = draw_images(300), [0], []
+    vp.report(sae, model, images, tmp_path / "whole", n_image_pages=300)
+    monkeypatch.setattr(_resume, "SAVE_EVERY_S", 0.0)
+    save, pixels = Checkpoint.save, TokenEncoder.pixels
+
+    def stop_after(self, name, state):
+        save(self, name, state)
+        n_saved[0] += 1
+        if n_saved[0] in (3, 11):
+            raise KeyboardInterrupt
+
+    def note(self, found):
+        encoded.append(len(found))
+        return pixels(self, found)
+
+    monkeypatch.setattr(Checkpoint, "save", stop_after)
+    monkeypatch.setattr(TokenEncoder, "pixels", note)
+    arguments = (sae, model, images, tmp_path / "r")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            vp.report(*arguments, n_image_pages=300)
+        assert not (tmp_path / "r").exists()
+    vp.report(*arguments, n_image_pages=300)
+    assert digest(tmp_path / "r") == digest(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "whole"]
+    # No image was encoded again, although the build was stopped in both passes.
+    n_shown = len(read_data(tmp_path / "r")["pictures"]["numbers"])
+    assert sum(encoded) == 300 + n_shown
+
+
+def test_what_a_build_of_another_report_left_is_not_gone_on_from(tmp_path, model, sae, monkeypatch):
+    monkeypatch.setattr(_resume, "SAVE_EVERY_S", 0.0)
+    save = Checkpoint.save
+
+    def stop(self, name, state):
+        save(self, name, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            vp.report(topk_sae(seed=5), model, draw_images(40), tmp_path / "r")
+    assert (tmp_path / ".r.going-on").is_dir()
+    vp.report(sae, model, draw_images(40), tmp_path / "r")
+    vp.report(sae, model, draw_images(40), tmp_path / "clean")
+    assert digest(tmp_path / "r") == digest(tmp_path / "clean")
+    assert not (tmp_path / ".r.going-on").exists()
 
 
 @pytest.mark.slow
@@ -194,7 +248,7 @@ def test_a_killed_build_leaves_the_earlier_report(tmp_path, tiny_clip, model, sa
     process.stdout.close()
     assert digest(out) == before
     left = [p.name for p in tmp_path.iterdir()]
-    assert len(left) == 2
+    assert {name.partition("-")[0] for name in left} == {"r", ".r.part", ".r.going"}
     vp.report(sae, model, draw_images(12), out, features=[4])
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
     assert [p.name for p in (out / "features").iterdir()] == ["4.html"]
@@ -208,6 +262,7 @@ def test_a_hundred_features_are_quick_and_small(tmp_path, model, images):
         str(p.relative_to(tmp_path / "r")): p.stat().st_size for p in (tmp_path / "r").rglob("*")
     }
     assert len(list((tmp_path / "r/images").iterdir())) <= len(images)
-    assert max(s for n, s in sizes.items() if n.startswith("features/")) < 40_000
+    assert len(list((tmp_path / "r/thumbs").iterdir())) == 1
+    assert max(s for n, s in sizes.items() if n.startswith("features/")) < 60_000
     assert sizes["data.js"] < 20_000
     assert sizes["index.html"] < 40_000

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from vision_plugin._paths import local_path
 from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import as_flags, parse, pick
@@ -47,6 +50,24 @@ def run(arguments: Sequence[str]) -> None:
         out.print(equal_firing_table(result, embedder))
     for note in [*equal_firing_notes(result), *notes(result)]:
         out.print(note)
+    if result.path is not None:
+        out.print(report_line(cfg), soft_wrap=True)
+
+
+def report_line(cfg: Any) -> str:
+    """Return where the report of an SAE is, or the command that writes it."""
+    written = local_path(cfg.sae) / "report" / "index.html"
+    if written.is_file():
+        return f"Open {written} in a browser."
+    return (
+        f"See its features: vision-plugin report --sae {shlex.quote(cfg.sae)} "
+        f"--images {shlex.quote(cfg.images)} --evaluation {shlex.quote(str(result_path(cfg)))}"
+    )
+
+
+def result_path(cfg: Any) -> Path:
+    """Return where the JSON of an evaluation is."""
+    return Path(cfg.output_path) if cfg.output_path else Path(cfg.sae) / "evaluation.json"
 
 
 def latents_table(result: Any, latents: Sequence[int], names: dict[int, str]) -> Table:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vision_plugin._inputs import Inputs
 from vision_plugin._ours import REPORT, check_replaceable
 from vision_plugin._paths import local_path
-from vision_plugin._untrusted import read_json
+from vision_plugin._untrusted import parse_json, read_json, read_regular
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse
 
@@ -34,8 +34,20 @@ class ReportConfig(Inputs):
     """JSON of ``vision-plugin eval``; by default ``evaluation.json`` beside the SAE, if any."""
     features: tuple[int, ...] = ()
     """Numbers of the latents to report; all by default."""
+    compare: tuple[str, ...] = ()
+    """SAEs at hooks of the same model to compare with, or ``neurons``."""
+    concepts: tuple[str, ...] = ()
+    """Texts whose probabilities are compared before and while each feature is held."""
+    strengths: tuple[float, ...] = ()
+    """Values to hold features at, for a curve over strengths; it needs ``concepts``."""
+    study: str | None = None
+    """``sparsity.json`` of a sparsity study, for L0 and explained variance by layer."""
+    layout: Literal["auto", "umap", "pca", "none"] = "auto"
+    """How the map is laid out; ``umap`` needs the extra ``map``."""
     title: str | None = None
     """Heading of the pages; by default it names the hook."""
+    open: bool = False
+    """Open the index in a browser when it is written."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -48,23 +60,33 @@ def run(arguments: Sequence[str]) -> None:
     )
     check_replaceable(local_path(cfg.output_path), REPORT)
     known = read_scores(cfg.evaluation, cfg.sae)
+    known |= {"training": read_training(cfg.sae), "study": read_study(cfg.study)}
     from vision_plugin.report import report
 
     sae = cfg.open_sae(cfg.sae)
-    report(
+    written = report(
         sae,
         cfg.open_model(sae, where=cfg.sae),
         cfg.open_images(),
         cfg.output_path,
         features=list(cfg.features) or None,
+        compare={
+            Path(name).name: name if name == "neurons" else cfg.open_sae(name)
+            for name in cfg.compare
+        },
+        concepts=list(cfg.concepts) or None,
+        strengths=list(cfg.strengths),
+        layout=cfg.layout,
         title=cfg.title,
         **known,
     )
     console().print(f"Open {cfg.output_path}/index.html in a browser.", soft_wrap=True)
+    if cfg.open:
+        webbrowser.open(written.as_uri())
 
 
 def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
-    """Return score columns and names from an evaluation's JSON; nothing if there is none.
+    """Return an evaluation's JSON and the names in it; nothing if there is none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,18 +110,52 @@ def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
         name: _item(_item(latents, name, dict, path), "sae", dict, path, optional=True)
         for name in latents
     }
-    scores = {
-        name: [math.nan if value is None else value for value in _numbers(found, "score", path)]
-        for name, found in of_sae.items()
-        if found
-    }
+    for found in of_sae.values():
+        for column in ("score", "z", "low") if found else ():
+            if found.get(column) is not None:
+                _numbers(found, column, path)
+    for part in ("summary", "equal_firing", "left_out", "embedders"):
+        for value in _item(content, part, dict, path, optional=True).values():
+            if not isinstance(value, str if part in ("left_out", "embedders") else dict):
+                raise _damaged(path, part)
     if not of_sae.get("steerability"):
-        return {"scores": scores}
+        return {"evaluation": content}
     concepts = _item(content, "concepts", list, path)
     top = _numbers(of_sae["steerability"], "top_concept", path)
     if not all(isinstance(place, int) and place < len(concepts) for place in top):
         raise _damaged(path, "top_concept")
-    return {"scores": scores, "names": [concepts[i] if i >= 0 else "" for i in top]}
+    return {"evaluation": content, "names": [concepts[i] if i >= 0 else "" for i in top]}
+
+
+def read_training(sae: str) -> list[dict[str, Any]]:
+    """Return the lines of ``validation.jsonl`` beside an SAE; none where it cannot be read."""
+    path = local_path(sae) / "validation.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        lines = read_regular(path, limit=MAX_BYTES).decode().splitlines()
+        found = [parse_json(line.encode(), str(path)) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        logger.warning("the report shows no training curves: %s", error)
+        return []
+    return [record for record in found if isinstance(record, dict)]
+
+
+def read_study(path: str | None) -> dict[str, Any] | None:
+    """Return the JSON of a sparsity study; None where none is named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a sparsity study.
+    """
+    if path is None:
+        return None
+    content = read_json(local_path(path), limit=MAX_BYTES, max_values=MAX_VALUES)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if not str(schema).startswith("vision_plugin.sparsity/"):
+        raise ValueError(f"{path} is not the sparsity.json of a sparsity study: name that file")
+    found: dict[str, Any] = content
+    return found
 
 
 def _item(

@@ -315,16 +315,13 @@ def _report(
 ) -> Path:
     from vision_plugin.report import report
 
-    steerability = evaluation.steerability["sae"]
     return report(
         sae,
         model,
         images,
         out,
-        scores={
-            "monosemanticity": evaluation.monosemanticity["sae"].score.tolist(),
-            "steerability": steerability.score.tolist(),
-        },
+        evaluation=evaluation.to_dict(),
+        compare="neurons",
         names=[name.removeprefix("a picture of ") for name in names],
         title="Features of the demo CLIP",
     )

@@ -12,23 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vision_plugin.report._content import Content, feature_pages
+from vision_plugin.report._columns import make_columns, states_of
+from vision_plugin.report._compare import Other, compare_data, top_images_of
+from vision_plugin.report._content import Content
 from vision_plugin.report._encoding import TokenEncoder
+from vision_plugin.report._evaluation import layer_charts, score_table, training_charts
+from vision_plugin.report._feature_page import feature_pages
 from vision_plugin.report._folder import write_marker
-from vision_plugin.report._images import LOSSLESS_BELOW, ImageReader, ImageWriter, ModelView
+from vision_plugin.report._image_page import images_data, write_patches
+from vision_plugin.report._images import ImageReader, ModelView
+from vision_plugin.report._index_page import tiles
 from vision_plugin.report._inputs import clean
+from vision_plugin.report._map import FeatureMap, feature_map
+from vision_plugin.report._names import Name
 from vision_plugin.report._neighbours import decoder_neighbours
-from vision_plugin.report._pages import write_assets, write_features, write_index
+from vision_plugin.report._numbers import plain
+from vision_plugin.report._pages import Pages
 from vision_plugin.report._passes import (
+    Counted,
+    Counter,
     HeatMaps,
-    map_heat,
+    MapPass,
+    count,
+    count_given,
     show_images,
-    summarise,
-    summarise_given,
     watch,
 )
-from vision_plugin.report._statistics import LatentStatistics, LatentSummary
+from vision_plugin.report._patches import PatchRecorder
+from vision_plugin.report._places import TokenPlaces
+from vision_plugin.report._private import without_paths
+from vision_plugin.report._resume import Checkpoint
+from vision_plugin.report._scripts import write_script
+from vision_plugin.report._sprites import ImageWriter
+from vision_plugin.report._statistics import LatentStatistics
 from vision_plugin.report._steering import Steerer, effects
+from vision_plugin.report._together import KeptLatents, images_to_keep, partners
 from vision_plugin.report._verify import write_checksums
 from vision_plugin.steering import SteeringEffect
 
@@ -45,6 +63,7 @@ class Sizes:
     n_sample: int
     n_neighbours: int
     n_steered_images: int
+    n_image_pages: int
     image_size: int
 
     def __post_init__(self) -> None:
@@ -64,46 +83,69 @@ class Job:
     """Model and SAE; None where only ``latents`` are given."""
     latents: Any
     scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
-    names: list[str] | None
+    chance: float
+    names: list[tuple[Name, ...]] | None
+    answers: dict[int, list[dict[str, str]]]
     features: list[int]
     steering: Mapping[int, SteeringEffect] | None
     steerer: Steerer | None
+    others: dict[str, Any]
+    """Dictionaries to compare with, by name."""
+    evaluation: Mapping[str, Any] | None
+    training: Sequence[Mapping[str, Any]]
+    study: Mapping[str, Any] | None
+    layout: str
     title: str | None
     sizes: Sizes
     progress: bool
 
 
-def build(job: Job, folder: Path) -> None:
+@dataclass(frozen=True)
+class Gathered:
+    """All that the pages are made from."""
+
+    content: Content
+    others: list[Other]
+    recorder: PatchRecorder | None
+    map: FeatureMap | None
+
+
+def build(job: Job, folder: Path, checkpoint: Checkpoint) -> None:
     """Write the whole report into an empty folder."""
-    summary = _summarise(job)
-    shown = torch.cat([summary.top.images, summary.sample.images], dim=1)[job.features].numpy()
-    writer, heat = _write_images(job, shown, folder)
-    content = Content(
-        title=clean(job.title or _title(job.sae)),
-        facts=tuple(clean(fact) for fact in _facts(job, summary)),
-        tokens=None if job.encoder is None or job.latents is not None else job.encoder.tokens,
-        features=job.features,
-        names=job.names,
-        scores=job.scores,
-        summary=summary,
-        shown=shown,
-        n_top=job.sizes.n_top,
-        reader=job.reader,
-        writer=writer,
-        heat=heat,
-        neighbours=decoder_neighbours(job.sae, job.features, job.sizes.n_neighbours),
+    gathered = _gather(job, folder, checkpoint)
+    content = gathered.content
+    pages = Pages(folder, content.pages)
+    pages.write_assets()
+    made = feature_pages(content, effects(job.steering, job.steerer, job.features))
+    pages.write_features(
+        watch(made, "writing pages", progress=job.progress, total=len(job.features))
     )
-    effect_of = effects(job.steering, job.steerer, job.features)
-    n_pages = len(job.features)
-    pages = watch(
-        feature_pages(content, effect_of), "writing pages", progress=job.progress, total=n_pages
-    )
-    write_assets(folder)
-    write_features(folder, pages)
-    write_index(folder, content)
+    pages.write_index(content)
+    if gathered.map is not None:
+        places = [[plain(float(v), 4) for v in point] for point in gathered.map.points]
+        about = {"method": gathered.map.method, "note": gathered.map.note, "points": places}
+        write_script(folder / "map.js", "MAP", about)
+        pages.write("map.html", content, note=gathered.map.note)
+    if gathered.recorder is not None:
+        numbers = write_patches(folder, content, gathered.recorder.records())
+        pages.write("images.html", content, data=images_data(content, numbers))
+    if gathered.others:
+        write_script(
+            folder / "compare.js", "COMPARE", compare_data(content, job.sae, gathered.others)
+        )
+        pages.write("compare.html", content)
+    pages.write("summary.html", content, tiles=tiles(content), **_summary(job))
     write_marker(folder, _about(content))
     (folder / _SCRATCH).unlink(missing_ok=True)
     write_checksums(folder)
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return {
+        "table": None if job.evaluation is None else score_table(job.evaluation),
+        "training": training_charts(job.training),
+        "layers": [] if job.study is None else layer_charts(job.study),
+    }
 
 
 def make_steerer(
@@ -111,6 +153,7 @@ def make_steerer(
     encoder: TokenEncoder | None,
     reader: ImageReader,
     strength: float,
+    strengths: Sequence[int | float],
     n_images: int,
 ) -> Steerer | None:
     """Return a steerer for images spread over the source; None without concepts or a model."""
@@ -119,8 +162,8 @@ def make_steerer(
     # Only the first images of a stream are cheap to read.
     step = 1 if reader.sequential else max(1, len(reader) // n_images)
     numbers = range(0, len(reader), step)[:n_images]
-    images = [image for n in numbers if (image := reader.read(n)) is not None]
-    if not images:
+    found = {n: image for n in numbers if (image := reader.read(n)) is not None}
+    if not found:
         raise ValueError(
             f"none of the {len(numbers)} images to steer could be read: raise "
             "n_steered_images=, or mend images="
@@ -128,67 +171,158 @@ def make_steerer(
     return Steerer(
         encoder.model,
         encoder.sae,
-        encoder.pixels(images),
+        encoder.pixels(list(found.values())),
         concepts,
         strength=strength,
+        strengths=strengths,
+        numbers=list(found),
         tokens=encoder.tokens,
     )
 
 
-def _summarise(job: Job) -> LatentSummary:
+def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
+    """Run both passes, and join what they found."""
+    counted, others = _count(job, checkpoint)
+    summary = counted.summary
+    shown = torch.cat([summary.top.images, summary.sample.images], dim=1)[job.features].numpy()
+    wanted = _image_pages(job)
+    steered = () if job.steerer is None else job.steerer.numbers
+    order = sorted({*np.unique(shown).tolist(), *wanted, *steered, *top_images_of(others)} - {-1})
+    writer, heat, recorder = _write_images(job, shown, order, wanted, folder, checkpoint)
+    together = partners(counted.kept, job.features, counted.kept, job.sizes.n_neighbours)
+    placed = feature_map(job.sae, job.features, job.layout)
+    there = {
+        "index.html": True,
+        "map.html": placed is not None,
+        "images.html": recorder is not None and bool(recorder.found),
+        "compare.html": bool(others),
+        "summary.html": True,
+    }
+    content = Content(
+        title=without_paths(job.title or _title(job.sae)),
+        facts=tuple(without_paths(fact) for fact in _facts(job, counted)),
+        tokens=None if job.encoder is None or job.latents is not None else job.encoder.tokens,
+        features=job.features,
+        names=job.names,
+        answers=job.answers,
+        columns=make_columns(counted, job.scores, job.names, job.reader, chance=job.chance),
+        states=states_of(counted),
+        counted=counted,
+        shown=shown,
+        n_top=job.sizes.n_top,
+        reader=job.reader,
+        writer=writer,
+        heat=heat,
+        neighbours=decoder_neighbours(job.sae, job.features, job.sizes.n_neighbours),
+        together=together,
+        pages=tuple(address for address, is_there in there.items() if is_there),
+        image_pages=frozenset(recorder.found) if recorder is not None else frozenset(),
+    )
+    return Gathered(content, others, recorder if there["images.html"] else None, placed)
+
+
+def _count(job: Job, checkpoint: Checkpoint) -> tuple[Counted, list[Other]]:
+    """Run the first pass over the SAE and what it is compared with."""
     d_sae, sizes = int(job.sae.cfg.d_sae), job.sizes
-    statistics = LatentStatistics(d_sae, n_top=sizes.n_top, n_sample=sizes.n_sample)
+    widest = max([d_sae, *(int(one.cfg.d_sae) for one in job.others.values())])
+    keep = images_to_keep(len(job.reader), len(job.features), widest)
+
+    def counter(encoder: TokenEncoder | None, d: int, n_sample: int) -> Counter:
+        kinds = None if encoder is None else encoder.site.token_kinds or ("pooled",)
+        return Counter(
+            encoder,
+            LatentStatistics(d, n_top=sizes.n_top, n_sample=n_sample),
+            None if kinds is None else TokenPlaces(d, kinds),
+            KeptLatents(d, keep),
+        )
+
     if job.latents is not None or job.encoder is None:
-        return summarise_given(job.latents, statistics)
-    summary = summarise(job.reader, job.encoder, statistics, progress=job.progress)
-    if summary.n_images == 0:
+        return count_given(job.latents, counter(None, d_sae, sizes.n_sample)), []
+    model, tokens = job.encoder.model, job.encoder.tokens
+    counters = [counter(job.encoder, d_sae, sizes.n_sample)]
+    for one in job.others.values():
+        encoder = TokenEncoder(model, one, tokens=tokens)
+        counters.append(counter(encoder, int(one.cfg.d_sae), 0))
+    counted, *rest = count(job.reader, counters, progress=job.progress, checkpoint=checkpoint)
+    if counted.summary.n_images == 0:
         raise ValueError(f"none of the {len(job.reader)} images could be read: mend images=")
-    return summary
+    pairs = zip(job.others.items(), rest, strict=True)
+    return counted, [Other(name, one, found) for (name, one), found in pairs]
+
+
+def _image_pages(job: Job) -> list[int]:
+    """Return the images that have a page of their own, spread over the source."""
+    encoder, n = job.encoder, job.sizes.n_image_pages
+    if encoder is None or not encoder.has_patches or n == 0:
+        return []
+    n = min(n, len(job.reader))
+    return sorted({i * len(job.reader) // n for i in range(n)})
 
 
 def _write_images(
-    job: Job, shown: np.ndarray[Any, np.dtype[np.int64]], folder: Path
-) -> tuple[ImageWriter, HeatMaps | None]:
+    job: Job,
+    shown: np.ndarray[Any, np.dtype[np.int64]],
+    order: list[int],
+    wanted: list[int],
+    folder: Path,
+    checkpoint: Checkpoint,
+) -> tuple[ImageWriter, HeatMaps | None, PatchRecorder | None]:
     """Write small copies of the images shown; return heat maps if the model can run on them."""
-    images, size = folder / "images", job.sizes.image_size
+    size, n_features = job.sizes.image_size, len(job.features)
     view = None if job.encoder is None else ModelView(job.encoder.model)
     if job.encoder is None or view is None or not view.usable:
         if view is not None:
             logger.warning("the model's pixels are not colours, so the report has no heat maps")
-        writer = ImageWriter(images, size=size, lossless=False)
-        show_images(job.reader, writer, shown, progress=job.progress)
-        return writer, None
-    writer = ImageWriter(images, size=size, lossless=max(view.size) <= LOSSLESS_BELOW)
-    heat = map_heat(
+        writer = ImageWriter(folder, order, size=size, n_features=n_features)
+        show_images(job.reader, writer, progress=job.progress)
+        return writer, None, None
+    size = min(size, max(view.size))
+    # What outlasts a kill lies beside the folder, which does not, until it is whole.
+    place = checkpoint.place or folder
+    writer = ImageWriter(place, order, size=size, n_features=n_features)
+    d_sae = int(job.sae.cfg.d_sae)
+    recorder = PatchRecorder(wanted, job.features, d_sae) if wanted else None
+    heat = MapPass(
         job.reader,
         job.encoder,
         view,
         writer,
         shown,
         job.features,
-        folder / _SCRATCH,
-        progress=job.progress,
-    )
-    return writer, heat
+        recorder,
+        place / _SCRATCH,
+        checkpoint,
+        job.progress,
+    ).run()
+    if place != folder:
+        for name in ("images", "thumbs"):
+            (place / name).rename(folder / name)
+    return writer, heat, recorder
 
 
 def _title(sae: Any) -> str:
     return f"Features at {sae.cfg.metadata.get('hook_name') or 'an unnamed hook'}"
 
 
-def _facts(job: Job, summary: LatentSummary) -> list[str]:
+def _facts(job: Job, counted: Counted) -> list[str]:
     cfg = job.sae.cfg
     architecture = cfg.architecture() if callable(getattr(cfg, "architecture", None)) else "SAE"
-    facts = [f"{architecture}, {int(cfg.d_in):,} → {summary.d_sae:,}"]
+    facts = [f"{architecture}, {int(cfg.d_in):,} → {counted.summary.d_sae:,}"]
     facts.append(cfg.metadata.get("hook_name"))
     if job.encoder is None:
-        facts.append(cfg.metadata.get("model_name"))
+        facts.append(_model_name(cfg.metadata.get("model_name")))
     else:
         tokens = job.encoder.tokens
-        facts.append(job.encoder.model.cfg.model_name)
+        facts.append(_model_name(job.encoder.model.cfg.model_name))
         facts.append("all tokens" if tokens == "all" else f"{tokens} tokens")
-    facts.append(f"{summary.n_images:,} images")
-    return [str(fact) for fact in facts if fact]
+    facts.append(f"{counted.summary.n_images:,} images")
+    return [clean(fact) for fact in facts if fact]
+
+
+def _model_name(name: Any) -> str:
+    """Return the name of a model; the last part of it where it is a folder here."""
+    text = without_paths(name or "")
+    return Path(text).name if name and Path(str(name)).is_dir() else text
 
 
 def _about(content: Content) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""Histograms as bars that a template can draw, without a drawing library or scripts."""
+"""Charts of bars and lines that a template can draw, without a drawing library or scripts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
+from vision_plugin.report._inputs import clean
 from vision_plugin.report._numbers import compact
 from vision_plugin.report._statistics import BINS_PER_OCTAVE, LOWEST_OCTAVE
+from vision_plugin.report._steering import Curve
 
 WIDTH, HEIGHT = 360, 96
-N_BINS = 30
 
 
 @dataclass(frozen=True)
@@ -82,40 +83,91 @@ def activation_chart(
     )
 
 
-def frequency_chart(frequency: Float[np.ndarray, " n"], n_images: int) -> Chart | None:
-    """Return the histogram of log10 firing frequency over the latents that fire."""
-    alive = frequency[frequency > 0]
-    if len(alive) == 0:
-        return None
-    low = math.log10(1 / max(1, n_images))
-    return _chart("Firing frequency (log scale)", np.log10(alive), low, 0.0, power=True)
+@dataclass(frozen=True)
+class Line:
+    """A line through points, as an SVG path's ``points``."""
+
+    title: str
+    points: str
+    last: str
+    """Value at the right end."""
+    colour: int
 
 
-def score_chart(title: str, values: Float[np.ndarray, " n"]) -> Chart | None:
-    """Return the histogram of a score over the latents that have one."""
-    defined = values[np.isfinite(values)]
-    if len(defined) == 0:
-        return None
-    return _chart(title, defined, float(defined.min()), float(defined.max()))
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over one axis, ``width`` x ``height`` units, with a sentence that describes them."""
+
+    title: str
+    lines: tuple[Line, ...]
+    ticks: tuple[Tick, ...]
+    description: str
+    low: str
+    high: str
+    width: int = WIDTH
+    height: int = HEIGHT
 
 
-def _chart(
-    title: str, values: Float[np.ndarray, " n"], low: float, high: float, *, power: bool = False
-) -> Chart:
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    counts, cuts = np.histogram(np.clip(values, low, high), bins=N_BINS, range=(low, high))
-    edges = [10**cut if power else cut for cut in cuts.tolist()]
-    median = float(np.median(values))
-    middle = 10**median if power else median
-    return Chart(
-        title=title,
-        bars=_bars(counts.tolist(), edges, "feature"),
-        ticks=_ticks(edges),
-        description=f"{title} of {len(values):,} features, median {compact(middle)}",
-        marker=round((median - low) / (high - low) * WIDTH, 2),
-        marker_note=f"median {compact(middle)}",
+def curves_chart(curve: Curve) -> LineChart:
+    """Return the concepts' mean probabilities over the values that a latent is held at."""
+    series = {clean(c): list(s) for c, s in zip(curve.concepts, curve.shares, strict=True)}
+    ends = f"{compact(curve.strengths[0])} to {compact(curve.strengths[-1])}"
+    return line_chart(
+        "Mean probability over strengths",
+        [float(place) for place in range(len(curve.strengths))],
+        [compact(s) for s in curve.strengths],
+        series,
+        low=0.0,
+        high=1.0,
+        about=f"Mean probability of {', '.join(series)} with the feature held at {ends}",
     )
+
+
+def line_chart(
+    title: str,
+    x: Sequence[float],
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    about: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> LineChart:
+    """Return lines through points of the same places.
+
+    Args:
+        title: Heading.
+        x: Places, ascending.
+        labels: Text of each place.
+        series: Values by the name of a line; those that are not finite are left out.
+        about: A sentence that describes the chart.
+        low: Value at the bottom; by default the smallest.
+        high: Value at the top; by default the largest.
+    """
+    values = [v for line in series.values() for v in line if math.isfinite(v)]
+    low = min(values, default=0.0) if low is None else low
+    high = max(values, default=1.0) if high is None else high
+    span, width = (high - low) or 1.0, (x[-1] - x[0]) or 1.0
+    lines = []
+    for colour, (name, line) in enumerate(series.items()):
+        points = [
+            f"{(place - x[0]) / width * WIDTH:.1f},{(1 - (value - low) / span) * HEIGHT:.1f}"
+            for place, value in zip(x, line, strict=True)
+            if math.isfinite(value)
+        ]
+        last = next((v for v in reversed(list(line)) if math.isfinite(v)), math.nan)
+        lines.append(Line(name, " ".join(points), compact(last), colour))
+    n = len(labels)
+    shown = range(n) if n <= 6 else (0, n // 2, n - 1)
+    ticks = tuple(
+        Tick(
+            round((x[i] - x[0]) / width * WIDTH, 1),
+            labels[i],
+            "start" if i == 0 else "end" if i == n - 1 else "middle",
+        )
+        for i in shown
+    )
+    return LineChart(title, tuple(lines), ticks, about, compact(low), compact(high))
 
 
 def _bars(counts: Sequence[int], edges: Sequence[float], noun: str) -> tuple[Bar, ...]:

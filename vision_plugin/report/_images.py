@@ -1,4 +1,4 @@
-"""Images of any source with ids and labels, and the small copies that the pages show."""
+"""Images of any source with ids and labels, and the model's view of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from vision_plugin.images import label_text, open_images
 from vision_plugin.models import as_rgb
+from vision_plugin.report._inputs import clean
 
 logger = logging.getLogger(__name__)
 
-LOSSLESS_BELOW = 128
-"""Largest side, in pixels, of images kept as PNG, since JPEG would show on them."""
+_MAX_TEXTS = 12
+"""Columns of texts that can be searched."""
 
 
 class ImageReader:
-    """Images by number, with an id and a label each; unreadable ones are counted and left out."""
+    """Images by number, with an id and labels each; unreadable ones are counted and left out."""
 
     def __init__(self, images: Any, *, max_bad_images: int) -> None:
         """Open the images.
@@ -45,6 +46,8 @@ class ImageReader:
         self._labels = None if self.sequential else getattr(images, "labels", None)
         self._label_of = getattr(images, "label", None) if self.sequential else None
         self._seen_labels: dict[int, str] = {}
+        # Asking a stream for a column reads all of it.
+        self.columns = {} if self.sequential else _text_columns(images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,10 +72,18 @@ class ImageReader:
         return str(index) if self._ids is None else str(self._ids[index])
 
     def label(self, index: int) -> str:
-        """Return the image's label, or an empty text."""
+        """Return the image's label, or its first text, or an empty text."""
         if self._labels is not None:
             return label_text(self._labels[index])
+        for values in self.columns.values():
+            return values[index]
         return self._seen_labels.get(index, "")
+
+    def texts(self, index: int) -> dict[str, str]:
+        """Return all that is written about an image, by column; ``label`` for its label."""
+        found = {name: values[index] for name, values in self.columns.items() if values[index]}
+        label = self.label(index)
+        return found if not label or label in found.values() else {"label": label, **found}
 
     def _note(self, index: int, error: Exception) -> None:
         if index in self.bad:
@@ -84,6 +95,24 @@ class ImageReader:
                 f"{len(self.bad)} of {len(self)} images cannot be read, the last {self.id(index)}"
                 f" ({self.bad[index]}): mend images=, or allow more with max_bad_images="
             ) from error
+
+
+def _text_columns(images: Any) -> dict[str, list[str]]:
+    """Return the columns of texts beside the images, cleaned; lists of texts become one text."""
+    found: dict[str, list[str]] = {}
+    for name in list(getattr(images, "column_names", ()))[:_MAX_TEXTS]:
+        values = images.column(name)
+        first = next((value for value in values if value is not None), None)
+        is_list = isinstance(first, (list, tuple)) and all(isinstance(v, str) for v in first)
+        if isinstance(first, str) or is_list:
+            found[clean(name)] = [_joined(value) for value in values]
+    return found
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(str(part) for part in value)
+    return clean(label_text(value))
 
 
 class ModelView:
@@ -111,26 +140,3 @@ class ModelView:
         values = ((pixels.detach().float().cpu() - black) / span * 255).round().clamp(0, 255)
         arrays = values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         return [Image.fromarray(array) for array in arrays]
-
-
-class ImageWriter:
-    """Write one small copy per image, named by its number alone."""
-
-    def __init__(self, folder: Path, *, size: int, lossless: bool) -> None:
-        self.folder, self.size = folder, size
-        self.suffix = "png" if lossless else "jpg"
-        self.written: set[int] = set()
-        folder.mkdir()
-
-    def write(self, index: int, image: Image.Image) -> None:
-        """Shrink an image to fit and save it, unless it is saved already."""
-        if index in self.written:
-            return
-        small = image.copy()
-        small.thumbnail((self.size, self.size), Image.Resampling.LANCZOS)
-        path = self.folder / f"{index}.{self.suffix}"
-        if self.suffix == "png":
-            small.save(path, format="PNG")
-        else:
-            small.save(path, format="JPEG", quality=88)
-        self.written.add(index)

@@ -50,33 +50,6 @@ def read_scores(
     return columns
 
 
-def read_names(names: Any, d_sae: int) -> list[str] | None:
-    """Return one text per latent, empty where there is none; None if no latent has a name.
-
-    Args:
-        names: A sequence of ``d_sae`` texts or None, or a mapping from latents to texts.
-        d_sae: Number of latents.
-
-    Raises:
-        ValueError: the sequence has another length, or a latent is out of range.
-    """
-    if names is None:
-        return None
-    texts = [""] * d_sae
-    if isinstance(names, Mapping):
-        for latent, text in names.items():
-            check_latent(latent, d_sae, "names")
-            texts[latent] = clean("" if text is None else text)
-    else:
-        if isinstance(names, str) or len(names) != d_sae:
-            raise ValueError(
-                f"names= has {len(names)} entries, but the SAE has {d_sae} latents: give one text "
-                "per latent, or a mapping from latents to texts"
-            )
-        texts = [clean("" if text is None else text) for text in names]
-    return texts if any(texts) else None
-
-
 def read_features(features: Sequence[int] | Tensor | None, d_sae: int) -> list[int]:
     """Return the latents to report, ascending and without repeats.
 

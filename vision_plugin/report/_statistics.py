@@ -35,8 +35,8 @@ class LatentSummary:
     """Number of images on which it fires."""
     histogram: Int[Tensor, "d_sae n_bins"]
     """Its positive values on images, counted in half octaves."""
-    token_frequency: Float[Tensor, " d_sae"] | None
-    """Share of tokens on which it fires, where tokens were seen."""
+    total: Float[Tensor, " d_sae"]
+    """Sum of its positive values over images."""
 
     @property
     def d_sae(self) -> int:
@@ -65,6 +65,7 @@ class LatentStatistics:
         self._sample = _Running(d_sae, n_sample)
         self._n_fired = torch.zeros(d_sae, dtype=torch.int64)
         self._histogram = torch.zeros(d_sae * N_BINS, dtype=torch.int32)
+        self._total = torch.zeros(d_sae, dtype=torch.float64)
         self._n_images = 0
 
     def update(self, latents: Float[Tensor, "b d_sae"], image_indices: Int[Tensor, " b"]) -> None:
@@ -74,15 +75,29 @@ class LatentStatistics:
             latents: Image-level latents, dense or sparse COO.
             image_indices: Numbers of the images in the source; later calls must have larger ones.
         """
-        rows, features, values = _positive(latents)
+        rows, features, values = positive(latents)
         images = image_indices
         self._n_images += len(images)
         self._n_fired += torch.bincount(features, minlength=self.d_sae)
+        self._total.index_add_(0, features, values.double())
         self._count(features, values)
         numbers = images[rows]
         self._top.merge(features, values, values, numbers)
         keys = _sampling_keys(images, self.seed)[rows]
         self._sample.merge(features, keys, values, numbers)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that was counted so far, by name."""
+        counted = {"fired": self._n_fired, "histogram": self._histogram, "total": self._total}
+        counted["n_images"] = torch.tensor(self._n_images)
+        return {**counted, **self._top.state("top"), **self._sample.state("sample")}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        self._n_fired, self._histogram = state["fired"], state["histogram"]
+        self._total, self._n_images = state["total"], int(state["n_images"])
+        self._top.restore("top", state)
+        self._sample.restore("sample", state)
 
     def compute(self) -> LatentSummary:
         """Return the statistics of all images so far."""
@@ -92,7 +107,7 @@ class LatentStatistics:
             sample=self._sample.ranking(by_value=True),
             n_fired=self._n_fired,
             histogram=self._histogram.reshape(self.d_sae, N_BINS),
-            token_frequency=None,
+            total=self._total,
         )
 
     def _count(self, features: Tensor, values: Tensor) -> None:
@@ -102,28 +117,7 @@ class LatentStatistics:
         self._histogram.scatter_add_(0, features * N_BINS + bins, ones)
 
 
-class TokenFrequency:
-    """Count the tokens on which each latent fires; the loop feeds it like a metric."""
-
-    sparse_latents = True
-    latents_per = "token"
-
-    def __init__(self, d_sae: int) -> None:
-        self._fired = torch.zeros(d_sae, dtype=torch.int64)
-        self._n_tokens = 0
-
-    def update(self, latents: Tensor) -> None:
-        """Add latents, ``[..., d_sae]`` dense or ``[tokens, d_sae]`` sparse COO."""
-        _, features, _ = _positive(latents if latents.is_sparse else latents.flatten(0, -2))
-        self._fired += torch.bincount(features, minlength=len(self._fired))
-        self._n_tokens += latents.shape[:-1].numel()
-
-    def compute(self) -> Float[Tensor, " d_sae"]:
-        """Return the share of tokens on which each latent fires, in float64."""
-        return self._fired.double() / max(1, self._n_tokens)
-
-
-def _positive(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def positive(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row, latent and value of every positive entry, row by row, on the CPU."""
     if latents.is_sparse:
         entries = latents.coalesce()
@@ -170,6 +164,16 @@ class _Running:
         self.priorities[where] = priorities[order]
         self.values[where] = values[order]
         self.images[where] = images[order]
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Return the entries by name."""
+        parts = {"priorities": self.priorities, "values": self.values, "images": self.images}
+        return {f"{name}_{part}": values for part, values in parts.items()}
+
+    def restore(self, name: str, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        self.priorities, self.values = state[f"{name}_priorities"], state[f"{name}_values"]
+        self.images = state[f"{name}_images"]
 
     def ranking(self, *, by_value: bool = False) -> Ranking:
         """Return the entries by priority, or by value, highest first."""

@@ -13,7 +13,7 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import in_eval_mode
 from vision_plugin.steering import EffectPass, SteeringEffect
 
-N_LIKELIEST, N_FALLEN = 6, 3
+N_LIKELIEST, N_FALLEN, N_CURVES = 6, 3, 4
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,27 @@ class ConceptShift:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Mean probabilities of some concepts over the values that a latent was held at."""
+
+    strengths: tuple[float, ...]
+    """Ascending; at 0 the latent is switched off."""
+    concepts: tuple[str, ...]
+    shares: tuple[tuple[float, ...], ...]
+    """By concept and strength."""
+    unsteered: tuple[float, ...]
+    """By concept, without steering."""
+
+
+@dataclass(frozen=True)
 class Steered:
     """The effect of steering, and the value the latent was held at, where it is known."""
 
     effect: SteeringEffect
     strength: float | None
+    numbers: tuple[int, ...] = ()
+    """Numbers of the images, where they are of the report's source."""
+    curve: Curve | None = None
 
 
 def shifts(effect: SteeringEffect) -> list[ConceptShift]:
@@ -51,6 +67,8 @@ class Steerer:
         pixels: Images prepared by ``model.preprocess``.
         concepts: Texts, or texts with their embeddings ``[d_embed]``.
         strength: Activation that latents are held at.
+        strengths: Further values for a curve.
+        numbers: Numbers of the images in their source.
         tokens: Kind of token to steer.
 
     Raises:
@@ -67,8 +85,11 @@ class Steerer:
         *,
         strength: float,
         tokens: str,
+        strengths: Sequence[int | float] = (),
+        numbers: Sequence[int] = (),
     ) -> None:
-        self.strength = float(strength)
+        self.strength, self.numbers = float(strength), tuple(numbers)
+        self.strengths = sorted({*map(float, strengths), self.strength} if strengths else set())
         with in_eval_mode(model):
             width = model.encode_image(pixels[:1]).shape[1]
         texts = _embeddings(model, concepts).to(pixels)
@@ -80,9 +101,28 @@ class Steerer:
         names = [str(name) for name in concepts]
         self.images = EffectPass(model, sae, pixels, texts, concepts=names, tokens=tokens)
 
-    def effect(self, latent: int) -> SteeringEffect:
-        """Return probabilities per image, before and with the latent held."""
-        return self.images.effect({latent: self.strength})
+    def steer(self, latent: int) -> Steered:
+        """Return probabilities per image, before and with the latent held, and the curve."""
+        effect = self.images.effect({latent: self.strength})
+        curve = self._curve(latent, effect) if self.strengths else None
+        return Steered(effect, self.strength, self.numbers, curve)
+
+    def _curve(self, latent: int, effect: SteeringEffect) -> Curve:
+        """Return the means of the concepts that move most, over all strengths."""
+        before = effect.before.double().mean(0)
+        moved = effect.after.double().mean(0) - before
+        chosen = torch.sort(moved.abs(), descending=True, stable=True).indices[:N_CURVES]
+        means = [
+            effect.after if s == self.strength else self.images.effect({latent: s}).after
+            for s in self.strengths
+        ]
+        shares = torch.stack([mean.double().mean(0)[chosen] for mean in means], 1)
+        return Curve(
+            tuple(self.strengths),
+            tuple(effect.concepts[c] for c in chosen.tolist()),
+            tuple(tuple(row) for row in shares.tolist()),
+            tuple(before[chosen].tolist()),
+        )
 
 
 def effects(
@@ -93,7 +133,7 @@ def effects(
         if given is not None and latent in given:
             yield Steered(given[latent], None)
         elif steerer is not None:
-            yield Steered(steerer.effect(latent), steerer.strength)
+            yield steerer.steer(latent)
         else:
             yield None
 

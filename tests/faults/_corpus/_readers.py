@@ -104,7 +104,11 @@ def masks(path: Path) -> None:
 def scores(path: Path) -> None:
     """Read an evaluation's scores as the report does."""
     from vision_plugin.cli._report import read_scores
+    from vision_plugin.report._evaluation import chance_of, score_table, scores_of
 
     found = read_scores(str(path), "")
-    columns = found.get("scores", {})
+    evaluation = found.get("evaluation", {})
+    columns = scores_of(evaluation)
     assert all(len(list(itertools.islice(column, 5))) <= 5 for column in columns.values())
+    chance_of(evaluation)
+    score_table(evaluation)

@@ -1,235 +1,293 @@
 "use strict";
 
-// REPORT comes from data.js. Everything that is text is set as text, never as markup.
+// The index: a grid or a list of all features, with filters that the address keeps.
 (() => {
-  const report = REPORT;
-  const n = report.ids.length;
-  const byId = (id) => document.getElementById(id);
-  const columns = report.columns;
-  const values = report.values.map((list) => Float64Array.from(list, (v) => (v === null ? NaN : v)));
-  const searched = report.names ? report.names.map((name) => name.toLocaleLowerCase()) : null;
-  const fired = values[columns.findIndex((column) => column.key === "frequency")];
-  const initial = { sort: report.sort, down: true, query: "", state: "all", column: "", low: "", high: "", page: 1, size: 50 };
-  let view = { ...initial };
-  let order = new Int32Array(0);
-  let nameRanks = null;
+  const { byId, element, isolated, thumb } = VP;
+  const { report, columns, names, STATES } = Columns;
+  const initial = { query: "", state: "all", sort: report.sort, down: true, mode: "grid", across: columns[0].key, up: "frequency", colour: columns.at(-1).key, open: "" };
+  let view = { ...initial }, filters = new Map(), picked = new Set(), order = new Int32Array(0), matched = null, before = null;
+  const shownValue = () => (view.sort === "id" || view.sort === "name" ? report.sort : view.sort);
+  const hrefOf = (id) => `features/${id}.html`;
 
-  // ---------------------------------------------------------------- numbers
+  // ---------------------------------------------------------------- cards and rows
 
-  const format = (value, kind) => {
-    if (Number.isNaN(value)) return "–";
-    if (kind === "share") return (value * 100 >= 10 || value === 0 ? (value * 100).toFixed(value === 0 ? 0 : 1) : (value * 100).toPrecision(2)) + "%";
-    const size = Math.abs(value);
-    if (value === 0) return "0";
-    if (size >= 1e6 || size < 1e-3) return value.toExponential(1);
-    return size >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+  const textOf = (row) => {
+    if (names && names[row]) return names[row];
+    const common = Columns.commonest(row);
+    return common ? (common.times > 1 ? `${common.text} (${common.times} of ${common.of})` : common.text) : "";
   };
 
-  const keyOf = (name) => {
-    if (name === "id") return Float64Array.from(report.ids);
-    if (name === "name") return (nameRanks ??= rankNames());
-    return values[columns.findIndex((column) => column.key === name)];
-  };
-
-  const rankNames = () => {
-    const collator = new Intl.Collator(undefined, { numeric: true });
-    const sorted = Array.from({ length: n }, (_, row) => row);
-    sorted.sort((a, b) => collator.compare(report.names[a], report.names[b]) || a - b);
-    const ranks = new Float64Array(n);
-    // Features without a name come last in either direction.
-    sorted.forEach((row, rank) => { ranks[row] = report.names[row] ? rank : NaN; });
-    return ranks;
-  };
-
-  // ---------------------------------------------------------------- filter and sort
-
-  const limit = (text, otherwise, kind) => {
-    const trimmed = text.trim();
-    const number = Number(trimmed.replace(/%$/, ""));
-    if (trimmed === "" || Number.isNaN(number)) return otherwise;
-    return trimmed.endsWith("%") && kind === "share" ? number / 100 : number;
-  };
-
-  const select = () => {
-    const query = view.query.trim().toLocaleLowerCase();
-    const exact = query.startsWith("#") ? query.slice(1) : null;
-    const ranged = columns.findIndex((column) => column.key === view.column);
-    const kind = ranged < 0 ? "" : columns[ranged].kind;
-    const low = limit(view.low, -Infinity, kind), high = limit(view.high, Infinity, kind);
-    const bounded = ranged >= 0 && (low > -Infinity || high < Infinity);
-    const found = [];
-    for (let row = 0; row < n; row++) {
-      if (view.state !== "all" && (fired[row] > 0) !== (view.state === "alive")) continue;
-      if (bounded && !(values[ranged][row] >= low && values[ranged][row] <= high)) continue;
-      if (exact !== null) {
-        if (exact && String(report.ids[row]) !== exact) continue;
-      } else if (query && !(searched && searched[row].includes(query)) && !String(report.ids[row]).startsWith(query)) continue;
-      found.push(row);
+  const valueText = (row) => {
+    if (view.sort === "match" && matched) {
+      const hits = matched[row] % 100, of = report.images[row].length;
+      return matched[row] >= 100 && hits === 0 ? "by name" : `${hits} of ${of}`;
     }
-    const key = keyOf(view.sort), sign = view.down ? -1 : 1;
-    // What has no number comes last in either direction.
-    found.sort((a, b) => {
-      const x = key[a], y = key[b];
-      if (x === y) return a - b;
-      if (Number.isNaN(x)) return Number.isNaN(y) ? a - b : 1;
-      if (Number.isNaN(y)) return -1;
-      return sign * (x - y);
-    });
-    order = Int32Array.from(found);
+    return Columns.text(view.sort === "match" ? report.sort : shownValue(), row);
+  };
+
+  const checkbox = (id) => {
+    const box = element("input", { type: "checkbox", "aria-label": `Select feature ${id}` });
+    box.checked = picked.has(id);
+    box.addEventListener("change", () => pick(id, box.checked));
+    return box;
+  };
+
+  const badge = (row) => {
+    const state = STATES[Columns.states[row]];
+    return state === "usual" ? [] : [element("span", { class: `badge ${state}` }, state === "few" ? "few" : state)];
+  };
+
+  const card = (row) => {
+    const id = report.ids[row], text = textOf(row), images = report.images[row].slice(0, 4);
+    const four = element("div", { class: "tiles-four", "aria-hidden": "true" }, ...images.map((slot) => thumb(report, slot)));
+    four.addEventListener("click", () => { location.href = hrefOf(id); });
+    return element("div", { class: picked.has(id) ? "card picked" : "card", role: "listitem" },
+      element("div", { class: "head" }, checkbox(id), element("a", { href: hrefOf(id) }, String(id)), ...badge(row), element("span", { class: "value" }, valueText(row))),
+      element("span", { class: "text quiet", title: text }, isolated(text)), four);
+  };
+
+  const line = (row, place) => {
+    const id = report.ids[row], text = textOf(row);
+    const cell = (name, ...children) => element("div", { class: `cell ${name}`, role: "cell" }, ...children);
+    const made = element("div", { class: "row", role: "presentation" },
+      cell("id", checkbox(id), element("a", { href: hrefOf(id) }, String(id)), ...badge(row)),
+      cell("text", isolated(text)),
+      ...shownColumns().map((key) => cell("value", key === "match" ? valueText(row) : Columns.text(key, row))),
+      cell("thumbs", ...report.images[row].slice(0, thumbsInLine()).map((slot) => thumb(report, slot))));
+    return element("div", { class: picked.has(id) ? "picked" : "", role: "row", "aria-rowindex": place + 2 }, made);
+  };
+
+  const width = () => byId("view").clientWidth;
+  const thumbsInLine = () => (width() > 1100 ? 8 : width() > 800 ? 6 : width() > 520 ? 4 : 2);
+  const shownColumns = () => {
+    const first = view.sort === "match" && matched ? "match" : shownValue() === "match" ? report.sort : shownValue();
+    const room = Math.max(1, Math.floor((width() - 330 - thumbsInLine() * 55) / 98));
+    return [first, ...columns.map((column) => column.key).filter((key) => key !== first)].slice(0, room);
+  };
+
+  const layout = () => {
+    const w = width();
+    if (view.mode === "list") return { width: w, height: 68, across: 1, gap: 4 };
+    const gap = 10, across = Math.max(2, Math.floor((w + gap) / 178)), card = Math.floor((w + gap) / across) - gap;
+    return { width: card, height: card + 40 + gap, across, gap };
+  };
+
+  const list = new VirtualList(byId("view"), { layout, make: (row, place) => (view.mode === "list" ? line(row, place) : card(row)) });
+
+  const drawHeads = () => {
+    const root = byId("view");
+    byId("heads")?.remove();
+    root.setAttribute("role", view.mode === "list" ? "table" : "list");
+    root.setAttribute("aria-label", "Features");
+    if (view.mode !== "list") { root.removeAttribute("aria-rowcount"); return; }
+    root.setAttribute("aria-rowcount", order.length + 1);
+    const head = (key, title, name, note) => {
+      const button = element("button", { type: "button", "data-sort": key, title: note || undefined }, isolated(title));
+      const made = element("div", { class: `cell ${name}`, role: "columnheader" }, button);
+      if (view.sort === key) {
+        made.setAttribute("aria-sort", view.down ? "descending" : "ascending");
+        button.append(view.down ? " ▼" : " ▲");
+      }
+      button.addEventListener("click", () => sortBy(key));
+      return made;
+    };
+    const heads = element("div", { class: "heads", id: "heads", role: "row", "aria-rowindex": 1 }, head("id", "Feature", "id"),
+      names ? head("name", "Name", "text") : element("div", { class: "cell text", role: "columnheader" }, "Commonest label"),
+      ...shownColumns().map((key) => (key === "match" ? element("div", { class: "cell value", role: "columnheader" }, "Match") : head(key, Columns.columnOf(key).title, "value", Columns.columnOf(key).note))),
+      element("div", { class: "cell thumbs", role: "columnheader" }, "Top images"));
+    root.before(element("div", { id: "heads-place" }));
+    byId("heads-place").replaceWith(heads);
+    // Heads stand before the rows, which are placed by number; the table owns both.
+    root.setAttribute("aria-owns", "heads");
   };
 
   // ---------------------------------------------------------------- drawing
 
-  const element = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
+  const plot = new Plot(byId("plot"), {
+    pick: (outline) => {
+      const xs = outline.map(([x]) => x), ys = outline.map(([, y]) => y), canvas = byId("plot");
+      const t = (v, size) => Math.min(1, Math.max(0, (v - 14) / (size - 28)));
+      const across = Columns.scaleOf(view.across), up = Columns.scaleOf(view.up);
+      const range = (scale, a, b) => [a <= 0 ? -Infinity : Number(scale.from(a).toPrecision(4)), b >= 1 ? Infinity : Number(scale.from(b).toPrecision(4))];
+      filters.set(view.across, range(across, t(Math.min(...xs), canvas.clientWidth), t(Math.max(...xs), canvas.clientWidth)));
+      filters.set(view.up, range(up, 1 - t(Math.max(...ys), canvas.clientHeight), 1 - t(Math.min(...ys), canvas.clientHeight)));
+      update();
+    },
+    open: (row) => { if (row >= 0) location.href = hrefOf(report.ids[row]); },
+    hover: (row) => {
+      plot.marked = row;
+      plot.draw();
+      byId("plot-note").textContent = row < 0 ? axes() : `Feature ${report.ids[row]}: ${textOf(row)} · ${Columns.text(view.across, row)} across, ${Columns.text(view.up, row)} up`;
+    },
+  });
+  plot.stretch = true;
+
+  const axes = () => {
+    const told = (key) => { const column = Columns.columnOf(key), scale = Columns.scaleOf(key); return column.kind === "category" ? column.title : `${column.title} ${VP.format(scale.low, column.kind)} to ${VP.format(scale.high, column.kind)}${scale.log ? " (log)" : ""}`; };
+    return `Across: ${told(view.across)}. Up: ${told(view.up)}.`;
   };
 
-  const isolated = (text) => element("bdi", {}, text);
-
-  const drawHead = () => {
-    const heads = [["id", "Feature", ""]];
-    if (report.names) heads.push(["name", "Name", ""]);
-    for (const column of columns) heads.push([column.key, column.title, column.note]);
-    for (const [key, title, note] of heads) {
-      const button = element("button", { type: "button", "data-sort": key }, isolated(title), element("span", { "aria-hidden": "true" }));
-      if (note) button.title = note;
-      button.addEventListener("click", () => change({ sort: key, down: view.sort === key ? !view.down : key !== "id" && key !== "name", page: 1 }));
-      byId("head").append(element("th", { scope: "col", class: key === "id" || key === "name" ? "" : "number" }, button));
-    }
-    byId("head").append(element("th", { scope: "col" }, "Top images"));
-    for (const column of columns) byId("range-column").append(element("option", { value: column.key }, column.title));
+  const drawPlot = () => {
+    if (!byId("scatter").open) return;
+    const place = (key) => { const scale = Columns.scaleOf(key); return Float64Array.from(Columns.valuesOf(key), (v) => Math.min(1, Math.max(0, scale.to(v)))); };
+    plot.points = { x: place(view.across), y: place(view.up) };
+    plot.colour = Columns.colours(view.colour).of;
+    const inside = new Uint8Array(report.ids.length);
+    for (const row of order) inside[row] = 1;
+    plot.chosen = order.length === report.ids.length ? null : (row) => inside[row] === 1;
+    byId("plot-note").textContent = axes();
+    plot.draw();
   };
 
-  const drawRow = (row) => {
-    const id = report.ids[row], href = `features/${id}.html`, name = report.names ? report.names[row] : "";
-    const line = element("tr", {}, element("th", { scope: "row" }, element("a", { href }, String(id))));
-    if (fired[row] === 0) line.firstChild.append(" ", element("span", { class: "badge dead" }, "dead"));
-    if (report.names) line.append(element("td", { class: "name", title: name }, isolated(name)));
-    columns.forEach((column, place) => line.append(element("td", { class: "number" }, format(values[place][row], column.kind))));
-    const strip = element("a", { href, tabindex: "-1", "aria-label": `Feature ${id}: images` });
-    for (const image of report.images[row]) {
-      strip.append(element("img", { src: `images/${image}.${report.suffix}`, alt: "", width: 64, height: 64, loading: "lazy", decoding: "async" }));
-    }
-    line.append(element("td", { class: "strip" }, strip));
-    return line;
+  const drawFilters = () => {
+    const chips = [...filters].map(([key, range]) => {
+      const column = Columns.columnOf(key);
+      const text = column.kind === "category" ? range.map((i) => column.names[i]).join(", ")
+        : range[0] === -Infinity ? `at most ${VP.format(range[1], column.kind)}` : range[1] === Infinity ? `at least ${VP.format(range[0], column.kind)}` : `${VP.format(range[0], column.kind)} to ${VP.format(range[1], column.kind)}`;
+      const button = element("button", { type: "button", "aria-label": `Remove the filter ${column.title} ${text}` }, isolated(column.title), ` ${text} ×`);
+      button.addEventListener("click", () => { filters.delete(key); update(); });
+      return button;
+    });
+    byId("filters").replaceChildren(...chips);
   };
 
-  const draw = () => {
-    const pages = Math.max(1, Math.ceil(order.length / view.size));
-    view.page = Math.min(Math.max(1, view.page), pages);
-    const start = (view.page - 1) * view.size;
-    const lines = Array.from(order.subarray(start, start + view.size), drawRow);
-    byId("rows").replaceChildren(...lines);
+  const drawPicked = () => {
+    byId("picked").hidden = picked.size === 0;
+    byId("n-picked").textContent = `${picked.size.toLocaleString("en")} selected`;
+    byId("latents").value = VP.listOf(picked);
+  };
+
+  const drawControls = () => {
+    byId("query").value = view.query;
+    byId("sort").value = view.sort;
+    byId("turn").textContent = view.down ? "▼" : "▲";
+    for (const name of ["state", "mode"]) for (const radio of document.getElementsByName(name)) radio.checked = radio.value === view[name];
+    for (const [id, name] of [["across", "across"], ["up-column", "up"], ["colour", "colour"]]) byId(id).value = view[name];
+    byId("distributions").open = view.open.includes("d");
+    byId("scatter").open = view.open.includes("s");
+  };
+
+  const update = ({ same = false } = {}) => {
+    ({ order, matched } = Columns.select({ ...view, filters }));
+    drawControls();
+    drawHeads();
+    list.setOrder(order);
     byId("empty").hidden = order.length > 0;
-    byId("count").textContent = order.length === n
-      ? `${n.toLocaleString("en")} features`
-      : `${order.length.toLocaleString("en")} of ${n.toLocaleString("en")} features`;
-    byId("page").value = view.page;
-    byId("pages").textContent = `of ${pages.toLocaleString("en")}`;
-    byId("first").disabled = byId("previous").disabled = view.page === 1;
-    byId("next").disabled = byId("last").disabled = view.page === pages;
+    const all = report.ids.length;
+    byId("count").textContent = order.length === all ? VP.count(all, "feature") : `${order.length.toLocaleString("en")} of ${VP.count(all, "feature")}`;
     byId("random").disabled = order.length === 0;
-    for (const button of document.querySelectorAll("[data-sort]")) {
-      const sorted = button.dataset.sort === view.sort;
-      button.lastChild.textContent = sorted ? (view.down ? " ▼" : " ▲") : "";
-      if (sorted) button.parentElement.setAttribute("aria-sort", view.down ? "descending" : "ascending");
-      else button.parentElement.removeAttribute("aria-sort");
-    }
+    drawFilters();
+    drawPicked();
+    if (byId("distributions").open) Histograms.draw(order, filters);
+    drawPlot();
+    if (!same) remember();
   };
 
   // ---------------------------------------------------------------- state, kept in the address
 
   const remember = () => {
-    const kept = Object.entries(view).filter(([name, value]) => value !== initial[name]);
-    const hash = new URLSearchParams(kept.map(([name, value]) => [name, String(value)])).toString();
-    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
-    try {
-      sessionStorage.setItem("vision_plugin.index:" + new URL(".", location.href).pathname, location.hash);
-    } catch { /* storage is forbidden here: the pages of features then link to the plain index */ }
+    const pairs = Object.entries(view).filter(([name, value]) => value !== initial[name]).map(([name, value]) => [name, String(value)]);
+    const end = (value) => (Number.isFinite(value) ? String(value) : "");
+    for (const [key, range] of filters) pairs.push([`f.${key}`, Columns.columnOf(key).kind === "category" ? range.join(",") : `${end(range[0])}:${end(range[1])}`]);
+    if (picked.size && picked.size <= 1000) pairs.push(["pick", VP.listOf(picked)]);
+    VP.writeHash(pairs);
+    VP.stored("vision_plugin.index:" + new URL(".", location.href).pathname, location.hash);
   };
 
   const recall = () => {
     view = { ...initial };
-    for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
-      if (!Object.hasOwn(initial, name)) continue;
-      if (typeof initial[name] === "number") view[name] = Math.max(1, parseInt(text, 10) || initial[name]);
-      else if (typeof initial[name] === "boolean") view[name] = text === "true";
-      else view[name] = text;
+    filters = new Map();
+    picked = new Set();
+    for (const [name, text] of VP.readHash()) {
+      if (name === "pick") picked = new Set(text.split(" ").filter(Boolean).map(Number).filter((id) => Columns.rowOf.has(id)));
+      else if (name.startsWith("f.") && Columns.columnOf(name.slice(2))) {
+        const column = Columns.columnOf(name.slice(2));
+        if (column.kind === "category") filters.set(column.key, text.split(",").map(Number).filter((i) => i in column.names));
+        else { const [low, high] = text.split(":"); filters.set(column.key, [low ? Number(low) : -Infinity, high ? Number(high) : Infinity]); }
+      } else if (Object.hasOwn(initial, name)) view[name] = typeof initial[name] === "boolean" ? text === "true" : text;
     }
-    if (!["25", "50", "100", "200"].includes(String(view.size))) view.size = initial.size;
-    if (!["all", "alive", "dead"].includes(view.state)) view.state = "all";
-    if (!keyOf(view.sort)) view.sort = initial.sort;
-    byId("query").value = view.query;
-    byId("range-column").value = columns.some((column) => column.key === view.column) ? view.column : columns[0].key;
-    byId("range-low").value = view.low;
-    byId("range-high").value = view.high;
-    byId("size").value = String(view.size);
-    for (const radio of document.getElementsByName("state")) radio.checked = radio.value === view.state;
+    if (view.state !== "all" && !STATES.includes(view.state)) view.state = "all";
+    if (!["grid", "list"].includes(view.mode)) view.mode = "grid";
+    for (const name of ["sort", "across", "up", "colour"]) {
+      const known = Columns.columnOf(view[name]) || (name === "sort" && ["id", "match", ...(names ? ["name"] : [])].includes(view[name]));
+      if (!known) view[name] = initial[name];
+    }
+    for (const [key, range] of filters) if (range.some(Number.isNaN)) filters.delete(key);
   };
 
-  const change = (changes) => {
-    const turned = Object.keys(changes).every((name) => name === "page");
-    Object.assign(view, changes);
-    if (!turned) select();
-    draw();
+  const change = (changes) => { Object.assign(view, changes); update(); };
+  const sortBy = (key) => change({ sort: key, down: view.sort === key ? !view.down : key !== "id" && key !== "name" });
+
+  const pick = (id, is) => {
+    if (is) picked.add(id); else picked.delete(id);
+    drawPicked();
+    for (const item of byId("view").children) if (item.querySelector("input")?.getAttribute("aria-label") === `Select feature ${id}`) {
+      item.classList.toggle("picked", is);
+      item.querySelector("input").checked = is;
+    }
     remember();
-    if (turned) byId("table").scrollIntoView({ block: "start" });
   };
 
-  const readControls = () => {
-    const bounded = byId("range-low").value || byId("range-high").value;
-    change({
-      query: byId("query").value, low: byId("range-low").value, high: byId("range-high").value,
-      column: bounded ? byId("range-column").value : "", page: 1,
-      state: document.querySelector("[name=state]:checked").value,
-    });
+  const search = () => {
+    const query = byId("query").value, was = view.query.trim(), is = query.trim() && !query.trim().startsWith("#");
+    // A search lists what matches best first, and its end brings back the order before.
+    if (is && (!was || was.startsWith("#"))) { before = view.sort === "match" ? report.sort : view.sort; view.sort = "match"; }
+    if (!is && view.sort === "match") view.sort = before ?? report.sort;
+    change({ query });
   };
 
-  const clear = () => {
-    history.replaceState(null, "", location.pathname + location.search);
-    const { sort, down, size } = view;
-    recall();
-    change({ sort, down, size, page: 1 });
-  };
-
-  const openRandom = () => {
-    if (order.length === 0) return;
-    location.href = `features/${report.ids[order[Math.floor(Math.random() * order.length)]]}.html`;
-  };
+  const clear = () => { const { sort, down, mode, open } = view; view = { ...initial, sort: sort === "match" ? before ?? report.sort : sort, down, mode, open }; filters = new Map(); update(); };
+  const openRandom = () => { if (order.length) location.href = hrefOf(report.ids[order[Math.floor(Math.random() * order.length)]]); };
 
   // ---------------------------------------------------------------- wiring
 
-  drawHead();
-  const controls = byId("controls");
-  controls.addEventListener("input", readControls);
-  controls.addEventListener("submit", (event) => event.preventDefault());
-  controls.addEventListener("reset", (event) => { event.preventDefault(); clear(); });
+  const counts = [0, 0, 0, 0];
+  for (const state of Columns.states) counts[state]++;
+  STATES.forEach((state, i) => { document.querySelector(`[name=state][value=${state}] + span small`).textContent = counts[i].toLocaleString("en"); });
+  Columns.options(byId("sort"), report.sort, [["match", "Best match"], ["id", "Number"], ...(names ? [["name", "Name"]] : [])]);
+  for (const id of ["across", "up-column", "colour"]) Columns.options(byId(id), report.sort);
+  Histograms.start(byId("histograms"), (key, range) => { if (range) filters.set(key, range); else filters.delete(key); update(); });
+  byId("query").addEventListener("input", search);
+  byId("sort").addEventListener("change", () => change({ sort: byId("sort").value, down: !["id", "name"].includes(byId("sort").value) }));
+  byId("turn").addEventListener("click", () => change({ down: !view.down }));
+  for (const name of ["state", "mode"]) for (const radio of document.getElementsByName(name)) radio.addEventListener("change", () => change({ [name]: radio.value }));
+  for (const [id, name] of [["across", "across"], ["up-column", "up"], ["colour", "colour"]]) byId(id).addEventListener("change", () => change({ [name]: byId(id).value }));
+  for (const [id, letter] of [["distributions", "d"], ["scatter", "s"]]) {
+    byId(id).addEventListener("toggle", () => {
+      const open = [...new Set([...view.open].filter((each) => each !== letter).concat(byId(id).open ? [letter] : []))].sort().join("");
+      if (open === view.open) return;
+      view.open = open;
+      if (byId("distributions").open) Histograms.draw(order, filters);
+      drawPlot();
+      remember();
+      list.draw();
+    });
+  }
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  byId("controls").addEventListener("reset", (event) => { event.preventDefault(); clear(); });
   byId("clear-empty").addEventListener("click", clear);
   byId("random").addEventListener("click", openRandom);
-  byId("first").addEventListener("click", () => change({ page: 1 }));
-  byId("previous").addEventListener("click", () => change({ page: view.page - 1 }));
-  byId("next").addEventListener("click", () => change({ page: view.page + 1 }));
-  byId("last").addEventListener("click", () => change({ page: Infinity }));
-  byId("page").addEventListener("change", (event) => change({ page: parseInt(event.target.value, 10) || 1 }));
-  byId("size").addEventListener("change", (event) => change({ size: Number(event.target.value), page: 1 }));
+  byId("pick-all").addEventListener("click", () => { for (const row of order) picked.add(report.ids[row]); update(); });
+  byId("unpick").addEventListener("click", () => { picked.clear(); update(); });
+  byId("copy").addEventListener("click", () => VP.copy(byId("latents"), byId("copied")));
+
+  const placeOf = (target) => { const item = target.closest?.(".item"); return item ? Number(item.dataset.place) : -1; };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.matches("input, select, textarea")) {
-      // In a search field the browser would also empty it.
-      if (event.key === "Escape") { event.preventDefault(); event.target.blur(); }
-      return;
-    }
+    if (event.target === byId("query") && event.key === "Escape") { event.preventDefault(); byId("query").blur(); return; }
+    if (event.target === byId("query") && event.key === "ArrowDown") { event.preventDefault(); list.focus(0); return; }
+    if (VP.typing(event) || event.target.matches("[type=radio]")) return;
+    const at = placeOf(event.target), step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: list.across, ArrowUp: -list.across }[event.key];
+    const key = event.key.toLowerCase();
     if (event.key === "/") { event.preventDefault(); byId("query").focus(); }
-    else if (event.key === "ArrowLeft") byId("previous").click();
-    else if (event.key === "ArrowRight") byId("next").click();
-    else if (event.key === "r" || event.key === "R") openRandom();
+    else if (step && (at >= 0 || event.key === "ArrowDown")) { if (at < 0 && document.activeElement !== document.body && document.activeElement !== byId("main")) return; event.preventDefault(); list.focus(at < 0 ? 0 : at + step); }
+    else if (key === "x" && at >= 0) { const id = report.ids[order[at]]; pick(id, !picked.has(id)); }
+    else if (key === "g") change({ mode: view.mode === "grid" ? "list" : "grid" });
+    else if (key === "r") openRandom();
   });
-  window.addEventListener("hashchange", () => { recall(); select(); draw(); });
+  addEventListener("hashchange", () => { recall(); update({ same: true }); });
+  let known = 0;
+  new ResizeObserver(() => { if (width() !== known) { known = width(); drawHeads(); list.redraw(); drawPlot(); } }).observe(byId("view"));
   recall();
-  select();
-  draw();
+  update({ same: true });
   document.documentElement.dataset.ready = "";
 })();

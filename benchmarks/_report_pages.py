@@ -1,0 +1,82 @@
+"""Screenshots of a report's pages, and what its search finds, in headless Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A running browser.
+
+    Raises:
+        FileNotFoundError: there is no Chromium on the path.
+    """
+    path = shutil.which("chromium")
+    if path is None:
+        raise FileNotFoundError("there is no chromium on the path: install it to take pictures")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, folder: Path, address: str, **context: Any) -> Any:
+    """A page of a report, once its script has run."""
+    page = browser.new_context(**context).new_page()
+    page.goto(f"{folder.resolve().as_uri()}/{address}")
+    if not address.startswith("features/") and "summary" not in address:
+        page.wait_for_selector("html[data-ready]")
+    return page
+
+
+def search_for(folder: Path, words: Sequence[str]) -> dict[str, list[str]]:
+    """The first five features that a search for each word lists, with what they match."""
+    found = {}
+    with chromium() as browser:
+        for word in words:
+            page = opened(browser, folder, f"index.html#query={word}&sort=match")
+            cards = page.locator("#view .card").all()[:5]
+            found[word] = [
+                f"{card.locator('a').text_content()}: {card.locator('.value').text_content()}"
+                for card in cards
+            ]
+            page.context.close()
+    return found
+
+
+def take_pages(folder: Path, out: Path) -> None:
+    """Write ``report-<page>.png`` for index, feature, image, map and compare."""
+    view = {"viewport": {"width": 1200, "height": 800}}
+    with chromium() as browser:
+        page = opened(browser, folder, "index.html#state=usual", **view)
+        first = page.locator("#view .card a").first.text_content()
+        addresses = {
+            "index": "index.html#state=usual",
+            "feature": f"features/{first}.html",
+            "image": "images.html",
+            "map": f"map.html#feature={first}",
+            "compare": "compare.html",
+            "summary": "summary.html",
+        }
+        for name, address in addresses.items():
+            page = opened(browser, folder, address, **view)
+            if name == "image":
+                stage = page.locator("#stage")
+                page.wait_for_selector("#stage .image")
+                stage.click(position={"x": 200, "y": 200})
+                page.locator("#over-image li").first.hover()
+            page.wait_for_timeout(500)  # images of the sheets are decoded
+            page.screenshot(path=out / f"report-{name}.png")
+            page.context.close()
