@@ -36,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 import vision_plugin as vp
 from benchmarks._machine import machine
 from vision_plugin.cli import main as vision_plugin
-from vision_plugin.demo import zero_shot_prompts
+from vision_plugin.demo import FACTORS, zero_shot_prompts
 from vision_plugin.demo.attacks import attack
 from vision_plugin.demo.attributes import factor_split
+from vision_plugin.demo.dialogue import QUESTIONS
 from vision_plugin.demo.groups import CONFOUNDS, group_split
+from vision_plugin.demo.multimodal import asked
 
 logger = logging.getLogger("benchmarks.tasks")
 
@@ -56,6 +58,8 @@ class Task:
     arguments: Sequence[str]
     small: Sequence[str]
     check: Callable[[Path, dict[str, Any], int], list[dict[str, Any]]] | None = None
+    n_fresh: int = FRESH
+    """Number of those images."""
     images: Callable[[Path], Path] | None = None
     """Writes the images into a folder, where the command has to be given some."""
 
@@ -163,6 +167,47 @@ def check_ravel(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, 
             {"kind": row["kind"], "figure": name, **compared(row[name], values, len(values))}
             for name, values in (("cause", cause), ("isolate", isolate))
         ]
+def check_llava(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Return what each value's edit does to the answers about fresh images, by ``generate``."""
+    vlm = vp.load_vlm("demo")
+    fresh = asked(n, seed=FRESH_SEED)
+    images, random = list(fresh.images), torch.Generator().manual_seed(0)
+    plain = {name: vlm.generate(images, text, do_sample=False) for name, text in QUESTIONS.items()}
+    truth = {
+        name: [FACTORS[name][label] for label in fresh.labels[name].tolist()] for name in QUESTIONS
+    }
+        goal, _, choice = row["how"].partition(", ")
+        kind = row["kind"]
+        if choice != "winner" or row["method"] != "sae_without_error":
+        (test,) = (
+            one
+            for one in result["rows"]
+            if one["how"] == f"{goal}, best" and one["kind"] == kind and one["edit"] == row["edit"]
+            and row["edit"].startswith(f"{one['method']},")
+        )  # fmt: skip
+        steps = torch.randint(1, len(FACTORS[kind]), (n,), generator=random)
+        steps = steps if goal == "insertion" else torch.zeros_like(steps)
+        goals = (fresh.labels[kind] + steps) % len(FACTORS[kind])
+        done, kept = torch.zeros(n), torch.zeros(n)
+        for number in goals.unique().tolist():
+            value = FACTORS[kind][number]
+            rows = (goals == number).nonzero()[:, 0].tolist()
+            with vlm.edit(vp.Edit.load(folder / "edits" / f"{goal}-{kind}-{value}.json")):
+                after = {
+                    name: vlm.generate([images[i] for i in rows], text, do_sample=False)
+                    for name, text in QUESTIONS.items()
+                }
+            for place, i in enumerate(rows):
+                done[i] = float((after[kind][place] == value) == (goal == "insertion"))
+                kept[i] = sum(
+                    after[name][place] == plain[name][i] == truth[name][i]
+                    for name in QUESTIONS if name != kind
+                ) / (len(QUESTIONS) - 1)  # fmt: skip
+        right = torch.tensor([a == b for a, b in zip(plain[kind], truth[kind], strict=True)])
+        name = "inserted" if goal == "insertion" else "suppressed"
+        for figure, values in ((name, done[right]), ("preserved", kept[right])):
+            checked = compared(test[figure], values, len(values))
+            found.append({"kind": kind, "figure": f"{goal}: {figure}", **checked})
     return found
 
 
@@ -232,6 +277,7 @@ SMALL_RAVEL = (
 TASKS = {
     "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA),
     "ravel": Task(("ravel", "--model-name", "demo"), SMALL_RAVEL, check_ravel),
+    "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA, check_llava, 200),
     "background": Task(("background", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "attribute": Task(("attribute", "--model-name", "demo"), SMALL_GROUPS, check_groups),
     "typographic": Task(("typographic", "--model-name", "demo"), SMALL, check_typographic),
@@ -267,7 +313,7 @@ def run(name: str, task: Task, *, small: bool) -> tuple[dict[str, Any], str]:
             raise SystemExit(code)
         result = json.loads(placeless((folder / "results.json").read_text()))
         table = placeless((folder / "table.txt").read_text())
-        n_fresh = 60 if small else FRESH
+        n_fresh = 60 if small else task.n_fresh
         checked = [] if task.check is None else task.check(folder, result, n_fresh)
     shown = ["vision-plugin", *line, "--output-path", "O"]
     command = placeless(shlex.join(shown).replace(place, "."))
@@ -298,8 +344,7 @@ def markdown(found: dict[str, Any], table: str) -> str:
     if found["fresh"]:
         lines += [
             "",
-            f"The edits of `sae`, loaded from their files, on {found['n_fresh']:,} images drawn "
-            "anew:",
+            f"The chosen edits, loaded from their files, on {found['n_fresh']:,} new images:",
             "",
             "| kind | figure | test | fresh | agree |",
             "|---|---|---|---|---|",

@@ -240,6 +240,36 @@ def test_device_map_spreads_a_model_that_is_wrapped(tmp_path) -> None:
     assert torch.equal(vp.wrap_vlm(loaded)(inputs), module(**inputs).logits)
 
 
+@torch.no_grad()
+def test_steering_adds_at_most_a_copy_of_the_towers_activations() -> None:
+    from benchmarks._live_memory import peak_bytes
+
+    vlm, inputs = vp.wrap_vlm(tiny_vlm("llava")), tiny_inputs("llava", batch=16)
+    sae = make_sae(READ)
+
+    def written() -> Tensor:
+        return vlm.generate(inputs, return_type="tokens", **GREEDY)
+
+    plain = written()
+    without = peak_bytes(written)
+    copy_of_all = 16 * 17 * 32 * 4
+    ballast = peak_bytes(lambda: (written(), torch.zeros(without + copy_of_all, dtype=torch.int8)))
+    assert ballast >= without + copy_of_all  # the measure sees what is there
+    with vlm.steer(sae, {3: 900.0}):
+        assert not torch.equal(written(), plain)
+        assert peak_bytes(written) <= without + copy_of_all
+
+
+@torch.no_grad()
+def test_a_batch_writes_what_each_image_gets_alone(family, vlm) -> None:
+    inputs = tiny_inputs(family, batch=3)
+    tokens = vlm.generate(inputs, return_type="tokens", **GREEDY)
+    for row in range(3):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        expected = vlm.native.generate(**alone, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(tokens[row, : len(expected)], expected)
+
+
 # ---------------------------------------------------------------------- the tower and its SAEs
 
 
@@ -335,6 +365,25 @@ def test_a_tower_without_an_adapter_is_named() -> None:
     module = hf.Qwen2_5_VLForConditionalGeneration(config)
     message = r"its vision tower, model\.visual, is a Qwen2_5_VisionTransformerPretrainedModel"
     with pytest.raises(UnsupportedModelError, match=message):
+        vp.wrap_vlm(module)
+
+
+def test_a_newer_tower_without_an_adapter_is_named_too() -> None:
+    import transformers as hf
+
+    config = hf.Qwen3VLConfig(
+        text_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [0],
+        },
+    )  # fmt: skip
+    module = hf.Qwen3VLForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match=r"model\.visual, is a Qwen3VLVisionModel"):
         vp.wrap_vlm(module)
 
 

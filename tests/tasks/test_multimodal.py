@@ -14,7 +14,7 @@ from vision_plugin.demo.multimodal import multimodal_data
 from vision_plugin.steering import LatentEditor
 from vision_plugin.tasks import MultimodalData
 from vision_plugin.tasks._answers import AnswerPass
-from vision_plugin.tasks._multimodal_result import clustered
+from vision_plugin.tasks._clustered import clustered
 from vision_plugin.tasks._reading import PatchReading, average_precision
 
 READ = "blocks.2.hook_resid_post"

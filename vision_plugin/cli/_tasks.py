@@ -91,6 +91,8 @@ def run(arguments: Sequence[str]) -> None:
     result.save(cfg.output_path, sae=sae)
     out = console()
     out.print(result.table())
+    if getattr(result, "one_word", None) is not None:
+        out.print(result.one_word.table())
     for dialogue in getattr(result, "dialogues", ()):
         out.print(str(dialogue), soft_wrap=True)
     kept = "" if isinstance(sae, str) else ", sae/"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ class LlavaConfig(TrainsSAE):
     """Images that are reported on."""
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value to try."""
-    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 3.0)
+    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
     """Strengths to try, as multiples of a latent's natural strength or of a difference of means."""
+    alpha: float = 100.0
+    """Value of the one latent that is set while the model says in one word what it sees."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,8 +44,13 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     """Return the result, and the SAE or where it lies."""
     from vision_plugin.demo.multimodal import multimodal_data
     from vision_plugin.formats import load_sae
-    from vision_plugin.models import load_vlm
-    from vision_plugin.tasks import MultimodalSettings, check_reads_one_block, multimodal
+    from vision_plugin.models import load_model, load_vlm
+    from vision_plugin.tasks import (
+        MultimodalSettings,
+        check_reads_one_block,
+        multimodal,
+        one_word,
+    )
 
     out = console()
     settings = MultimodalSettings(sizes=cfg.sizes, strengths=cfg.strengths, seed=cfg.seed)
@@ -65,6 +72,18 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     result = multimodal(
         vlm, sae, data, settings=settings, name=cfg.sae or "sae", announce=out.print
     )
+    out.print(f"Asking for one word, each latent at {cfg.alpha:g}")
+    said = one_word(
+        vlm,
+        sae,
+        data.train.images,
+        [data.values["shape"][label] for label in data.train.labels["shape"].tolist()],
+        clip=load_model("demo", device=cfg.device),
+        asked=data.test.images,
+        alpha=cfg.alpha,
+        seed=cfg.seed,
+    )
+    result = replace(result, one_word=said)
     return result, sae if cfg.sae is None else str(local_path(cfg.sae).absolute())
 
 

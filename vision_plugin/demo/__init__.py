@@ -1,4 +1,4 @@
-"""The demo world: drawn images whose factors are all known, and a small CLIP trained on them.
+"""The demo world: drawn images whose factors are all known, a small CLIP and a small LLaVA.
 
 ```python
 from vision_plugin.demo import checkpoint_path, draw, factor_codes

@@ -7,16 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
 from vision_plugin._rich import Table
 from vision_plugin.steering import Edit
-from vision_plugin.tasks._measure import LEAST, RESAMPLES, Figure, interval
+from vision_plugin.tasks._one_word import OneWordResult
 from vision_plugin.tasks._row import Row, cell, printed
 
 SCHEMA = 1
@@ -63,6 +59,7 @@ class MultimodalResult:
         dialogues: What the model says before and after.
         edit: The edit that did best on validation of all.
         edits: The edit of each value, by goal, factor and value.
+        one_word: What is said in one word about a white image, where that was asked for.
     """
 
     model: str
@@ -73,6 +70,7 @@ class MultimodalResult:
     dialogues: Sequence[Dialogue]
     edit: Edit
     edits: Mapping[tuple[str, str, str], Edit]
+    one_word: OneWordResult | None = None
 
     def row(self, method: str, *, kind: str, how: str) -> Row:
         """Return one row.
@@ -118,6 +116,7 @@ class MultimodalResult:
             "rows": [row.to_dict() for row in self.rows],
             "search": [dict(entry) for entry in self.search],
             "dialogues": [asdict(dialogue) for dialogue in self.dialogues],
+            "one_word": None if self.one_word is None else self.one_word.to_dict(),
         }
 
     def save(self, folder: str | Path, *, sae: Any = None) -> Path:
@@ -143,28 +142,7 @@ class MultimodalResult:
             for names, edit in self.edits.items():
                 edit.save(made / "edits" / f"{'-'.join(names)}.json", sae=deeper)
             write_json(self.to_dict(), made / "results.json")
-            text = [printed(self.table()), *map(str, self.dialogues), ""]
+            tables = [self.table(), *([] if self.one_word is None else [self.one_word.table()])]
+            text = [*map(printed, tables), *map(str, self.dialogues), ""]
             (made / "table.txt").write_text("\n".join(text), encoding="utf-8")
         return place
-
-
-def clustered(values: Float[Tensor, " m"], images: Int[Tensor, " m"], *, seed: int = 0) -> Figure:
-    """Return a mean with its 95% bootstrap interval, whole images drawn with all their values.
-
-    Raises:
-        ValueError: there are too few images for an interval.
-    """
-    names, cluster = torch.unique(images, return_inverse=True)
-    n = len(names)
-    if n < LEAST:
-        raise ValueError(
-            f"{n} images are too few for an interval, which needs {LEAST}: take more, or a model "
-            "that answers more of them right"
-        )
-    total = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, values.double())
-    count = torch.zeros(n, dtype=torch.float64).index_add_(
-        0, cluster, torch.ones_like(total[cluster])
-    )
-    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
-    means = total[drawn].sum(1) / count[drawn].sum(1)
-    return interval(float(values.double().mean()), means)

@@ -26,15 +26,15 @@ class MultimodalSettings:
 
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value."""
-    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 3.0)
+    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
     """Multiples of the natural strength, or of a difference of means."""
     preserved: float = 0.9
     """Share of other answers to preserve for the second choice."""
     targets: int = 2
     """Values that are put into each test image."""
-    screened: int = 50
+    screened: int = 40
     """Validation images that see every candidate; the best candidates see all of them."""
-    finalists: int = 3
+    finalists: int = 2
     """Candidates of each method that see all validation images, by either choice."""
     pulled: int = 100
     """Training images whose gradients say which latents move an answer."""

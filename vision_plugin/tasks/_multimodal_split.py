@@ -13,10 +13,11 @@ from torch import Tensor
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import LatentEditor
 from vision_plugin.tasks._answers import AnswerPass
+from vision_plugin.tasks._clustered import clustered
 from vision_plugin.tasks._measure import LEAST, Figure
 from vision_plugin.tasks._multimodal_change import Changes
 from vision_plugin.tasks._multimodal_data import AskedImages, MultimodalData
-from vision_plugin.tasks._multimodal_result import Dialogue, clustered
+from vision_plugin.tasks._multimodal_result import Dialogue
 from vision_plugin.tasks._multimodal_settings import DONE, Goal, MultimodalSettings, Recipe
 from vision_plugin.tasks._reading import Knowledge, PatchReading
 from vision_plugin.tasks._row import Row

@@ -9,6 +9,7 @@ changed, ``unit_vector`` sets all other latents to 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 from vision_plugin.steering import LatentEditor
 from vision_plugin.tasks._answers import AnswerPass
+from vision_plugin.tasks._clustered import clustered
 from vision_plugin.tasks._measure import Figure, unit
-from vision_plugin.tasks._multimodal_result import clustered
 from vision_plugin.tasks._reading import PatchReading
 from vision_plugin.tasks._row import cell
 
@@ -98,7 +99,10 @@ class OneWordResult:
         return {
             "alpha": self.alpha,
             "rows": [row.to_dict() for row in self.rows],
-            "words": {str(latent): dict(said) for latent, said in self.words.items()},
+            "said_about_white": {
+                method: dict(Counter(said[method] for said in self.words.values()).most_common())
+                for method in ("none", *READINGS)
+            },
         }
 
 
