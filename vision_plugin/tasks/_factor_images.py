@@ -63,13 +63,14 @@ def read_factors(
     columns = {factor: [_text(value) for value in source.column(factor)] for factor in factors}
     rows = _frequent(columns, least)
     names = {factor: tuple(sorted({columns[factor][row] for row in rows})) for factor in factors}
-    for factor, values in names.items():
-        if len(values) < 2:
-            raise ValueError(
-                f"the column {factor!r} of {source!r} has {len(values)} value"
-                f"{'' if len(values) == 1 else 's'} with {least} images or more, so there is "
-                "nothing to swap: name another column, or take rarer values with least="
-            )
+    few = [factor for factor, values in names.items() if len(values) < 2]
+    if few:  # a column of rare values leaves no image for the others, so it is the one to name
+        worst = min(few, key=lambda factor: max(Counter(columns[factor]).values(), default=0))
+        raise ValueError(
+            f"the column {worst!r} of {source!r} leaves too few images: fewer than two of its "
+            f"values have {least} images or more, so there is nothing to swap: name another "
+            "column, or take rarer values with least="
+        )
     sizes = (readers if prompts is None else 0, train, validation, test)
     wanted = {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
     split_rows = parts(rows, tuple(wanted.values()), seed, names=tuple(wanted))
