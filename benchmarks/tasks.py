@@ -167,6 +167,10 @@ def check_ravel(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, 
             {"kind": row["kind"], "figure": name, **compared(row[name], values, len(values))}
             for name, values in (("cause", cause), ("isolate", isolate))
         ]
+    return found
+
+
+@torch.no_grad()
 def check_llava(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, Any]]:
     """Return what each value's edit does to the answers about fresh images, by ``generate``."""
     vlm = vp.load_vlm("demo")
@@ -176,9 +180,12 @@ def check_llava(folder: Path, result: dict[str, Any], n: int) -> list[dict[str, 
     truth = {
         name: [FACTORS[name][label] for label in fresh.labels[name].tolist()] for name in QUESTIONS
     }
+    found = []
+    for row in result["rows"]:
         goal, _, choice = row["how"].partition(", ")
         kind = row["kind"]
         if choice != "winner" or row["method"] != "sae_without_error":
+            continue
         (test,) = (
             one
             for one in result["rows"]
@@ -275,7 +282,6 @@ SMALL_RAVEL = (
     *("--steps", "10"),
 )
 TASKS = {
-    "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA),
     "ravel": Task(("ravel", "--model-name", "demo"), SMALL_RAVEL, check_ravel),
     "llava": Task(("llava", "--model-name", "demo"), SMALL_LLAVA, check_llava, 200),
     "background": Task(("background", "--model-name", "demo"), SMALL_GROUPS, check_groups),

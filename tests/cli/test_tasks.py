@@ -51,7 +51,7 @@ def test_what_a_vision_language_model_says_is_steered(tmp_path: Path, capsys) ->
     assert main(["tasks", "llava", "--output-path", str(out), *small]) == 0
     said = capsys.readouterr().out
     assert "insertion of colour" in said
-    assert "results.json, table.txt with dialogues, sae/" in said
+    assert "results.json, edit.json, edits/, table.txt with dialogues, sae/" in said
     content = json.loads((out / "results.json").read_text())
     rows = {(row["kind"], row["how"], row["method"]): row for row in content["rows"]}
     assert rows["colour", "as it is", "none"]["accuracy"]["value"] > 0.9

@@ -208,7 +208,8 @@ def non_negative_codes(
 def _scaled(components: Any) -> Tensor:
     """Return directions of norm 1, so that latents are in units of activations."""
     rows: Tensor = torch.as_tensor(components, dtype=torch.float64)
-    return (rows / rows.norm(dim=1, keepdim=True).clamp(min=_EPSILON)).float()
+    lengths: Tensor = rows.norm(dim=1, keepdim=True).clamp(min=_EPSILON)
+    return (rows / lengths).float()
 
 
 def _float(values: Any) -> Tensor:

@@ -108,8 +108,9 @@ class BridgedTower(nn.Module):
             ValueError: something changes an activation that the language model does not read.
         """
         self._check_changes()
-        if self.stream is not None and self.reach.layers == (self.start,):
-            return self._read_at_once(self.stream, self.start)
+        start = self.start
+        if self.stream is not None and start is not None and self.reach.layers == (start,):
+            return self._read_at_once(self.stream, start)
         wanted = kwargs.get("output_hidden_states")
         others = {name: v for name, v in kwargs.items() if name not in _NOT_FOR_BLOCKS}
         vision = self.__dict__["vision"]

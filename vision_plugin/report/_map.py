@@ -45,8 +45,9 @@ def feature_map(sae: Any, features: list[int], method: str) -> FeatureMap | None
     if method not in METHODS:
         raise ValueError(f"layout={method!r}: use one of {', '.join(METHODS)}")
     decoder = getattr(sae, "W_dec", None)
-    fits = isinstance(decoder, Tensor) and decoder.ndim == 2 and len(decoder) == sae.cfg.d_sae
-    if method == "none" or not fits or len(features) < 3:
+    if method == "none" or len(features) < 3 or not isinstance(decoder, Tensor):
+        return None
+    if decoder.ndim != 2 or len(decoder) != sae.cfg.d_sae:
         return None
     rows = decoder.detach().float().cpu()[features]
     unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -295,7 +295,7 @@ def _mapped(
     """Return a file as numbers, with room for all of it: a full disk kills later writes."""
     if not new:
         return np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
-    if hasattr(os, "posix_fallocate") and math.prod(shape):
+    if hasattr(os, "posix_fallocate") and all(shape):
         path.unlink(missing_ok=True)
         with path.open("wb") as stream:
             os.posix_fallocate(stream.fileno(), 0, math.prod(shape) * 2)

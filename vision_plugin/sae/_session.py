@@ -109,6 +109,7 @@ class TrainingSession:
             self.first.fit()
         else:
             self._together().fit()
+        self._check_finite()
         self._validate()
         self._look_back()
 
@@ -217,9 +218,9 @@ class TrainingSession:
         Raises:
             DivergedError: a weight is not finite.
         """
-        self._check_finite()
         if not self.validators:
             return
+        self._check_finite()
         found: dict[str, Any] = {}
         before = random_state()
         with torch.no_grad():

@@ -131,7 +131,7 @@ class _Plain:
         targets: Tensor,
         operate: Operate,
         include_error: bool,
-        reading: None = None,
+        reading: Reading | None = None,
     ) -> Tensor:
         """Return the activation with new coefficients."""
         del editor, source, include_error, reading

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ class EditPass:
             with torch.enable_grad(), in_eval_mode(self.model), self._last_block([begin]):
                 for batch in entry.split(self.batch_size):
                     some = slice(at, at + len(batch))
-                    parts.append(begin.slope(batch, partial(lead, some=some)))
+                    parts.append(begin.slope(batch, partial(_of_slice, lead, some)))
                     at += len(batch)
             self._slopes[key] = torch.cat(parts)
         return self._slopes[key]
@@ -239,3 +238,7 @@ class EditPass:
             (worker, others.activations(worker.site.hook_name).split(self.batch_size))
             for worker in swaps
         ]
+
+
+def _of_slice(lead: Callable[[Tensor, slice], Tensor], some: slice, embeddings: Tensor) -> Tensor:
+    return lead(embeddings, some)

@@ -176,7 +176,7 @@ Proposal = tuple[Edit, int, str, FoundLatents | None]
 def _by_rule(
     place: Place, method: str, factor: str, *, rules: Any, sizes: Any, **_: Any
 ) -> Iterator[Proposal]:
-    _, swap = place.dictionary(method)
+    swap = place.dictionary(method)[1]
     for rule in rules:
         every = place.found(method, factor, rule)
         for size in sizes:
