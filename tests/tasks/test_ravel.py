@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(40, 3, 32, 32, generator=generator)
     q = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q.T
-    basis = torch.randn(48, 32, generator=generator)
+    basis = torch.nn.functional.normalize(torch.randn(48, 32, generator=generator), dim=1)
     basis[:32] = q
     rows = [latent for latents in PLANTED.values() for latent in latents]
     order = [row for row in range(48) if row not in rows]
@@ -134,7 +134,7 @@ def test_no_swap_keeps_everything_and_a_whole_swap_takes_everything(result: Task
 def test_a_learned_rotation_finds_the_planted_subspace(world, result, method: str) -> None:
     for factor in PLANTED:
         figures = result.row(method, kind=factor).figures
-        assert figures["disentangle"].value > 0.95, factor
+        assert figures["disentangle"].value > 0.9, factor
         # What tells the values apart, differences of the planted directions, lies in the subspace.
         (change,) = result.edits[factor, method].changes
         found = change.basis.vectors

@@ -112,7 +112,7 @@ def read_scores(evaluation: str | None, sae: str) -> dict[str, Any]:
     }
     for found in of_sae.values():
         for column in ("score", "z", "low") if found else ():
-            if found.get(column) is not None:
+            if column == "score" or found.get(column) is not None:
                 _numbers(found, column, path)
     for part in ("summary", "equal_firing", "left_out", "embedders"):
         for value in _item(content, part, dict, path, optional=True).values():

@@ -124,13 +124,13 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     """
     seconds: dict[str, float] = {}
     out = local_path(cfg.output_path)
-    _check_ours(out)
     # Each checks itself, before anything is written.
     extraction, training = _extraction(cfg, out), _training(cfg, out)
     scoring = _evaluation(cfg, out)
     for part, kind in ((out / "sae", SAE_FOLDER), (out / "report", REPORT)):
         check_replaceable(part, kind)
     check_replaceable_file(out / "results.json", KIND)
+    _check_ours(out)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
     with _stage(f"Extracting activations of {cfg.training_images} images", seconds, announce):

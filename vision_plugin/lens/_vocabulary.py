@@ -21,6 +21,8 @@ PACKAGED = Path(__file__).parent / "vocabulary.txt"
 MAX_BYTES = 16 * 2**20
 MAX_WORDS = 500_000
 MAX_LENGTH = 300
+_MOST_RAW, _MOST_LINES = 10_000, 250_000
+"""Bounds on what is cleaned before the words are counted."""
 """Characters of a name."""
 _PROBES = 8
 _TOLERANCE = 0.02
@@ -116,20 +118,32 @@ def read_vocabulary(source: str | Path | Sequence[str] | Vocabulary | None = Non
 
 def _vocabulary(words: Any, name: str, where: Path | None = None) -> Vocabulary:
     shown = where or "vocabulary="
-    found = tuple(dict.fromkeys(word for word in (clean_name(str(w)) for w in words) if word))
+    texts = list(dict.fromkeys(map(str, words)))
+    if len(texts) > _MOST_LINES:
+        raise ValueError(f"{shown} has {len(texts):,} words, above the limit of {MAX_WORDS:,}")
+    longest = max(texts, key=len, default="")
+    if len(longest) > _MOST_RAW:  # before each character is looked at
+        raise ValueError(_too_long(shown, longest))
+    found = tuple(dict.fromkeys(word for word in map(clean_name, texts) if word))
     if not found:
         raise ValueError(f"{shown} has no words: write at least one, a word a line")
     if len(found) > MAX_WORDS:
         raise ValueError(f"{shown} has {len(found):,} words, above the limit of {MAX_WORDS:,}")
     longest = max(found, key=len)
     if len(longest) > MAX_LENGTH:
-        raise ValueError(
-            f"{shown} has a text of {len(longest):,} characters, {longest[:30]!r}..., above the "
-            f"limit of {MAX_LENGTH}: write a word or a short text a line"
-        )
+        raise ValueError(_too_long(shown, longest))
     return Vocabulary(found, name)
+
+
+def _too_long(shown: object, text: str) -> str:
+    return (
+        f"{shown} has a text of {len(text):,} characters, {text[:30]!r}..., above the limit of "
+        f"{MAX_LENGTH}: write a word or a short text a line"
+    )
 
 
 def clean_name(text: str) -> str:
     """Return text as one line, without what a terminal would not print."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split())

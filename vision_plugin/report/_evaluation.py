@@ -30,7 +30,7 @@ def scores_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric, by_dictionary in (evaluation or {}).get("per_latent", {}).items():
         of_sae = by_dictionary.get("sae") or {}
-        if not of_sae.get("score"):
+        if not of_sae:
             continue
         found[metric] = of_sae["score"]
         if metric.partition("@")[0] == "monosemanticity":

@@ -44,6 +44,22 @@ BASES: dict[str, tuple[str, ...]] = {
         *("--images", "demo:24", "--model-name", MODEL, "--sae", SAE, "--output-path", OUT),
         *("--vocabulary", f"{HERE}/concepts.txt", "--methods", "dissect", "--top-images", "5"),
     ),
+    "bottleneck": (
+        *("--images", "demo:200", "--labels", "column:texture", "--model-name", MODEL),
+        *("--sae", SAE, "--output-path", OUT, "--epochs", "2"),
+    ),
+    "splice": (
+        *("--images", "demo:24", "--model-name", MODEL, "--output-path", OUT),
+        *("--vocabulary", f"{HERE}/concepts.txt"),
+    ),
+    "lens": (
+        *("text", "--images", "demo:24", "--model-name", MODEL, "--output-path", OUT),
+        *("--texts", f"{HERE}/concepts.txt"),
+    ),
+    "hallucination": (
+        *("--output-path", OUT, "--n-images", "40", "--absent", "1", "--demonstrations", "4"),
+        *("--n-masks", "1", "--n-random", "1"),
+    ),
     "report": (*_ON_IMAGES, "--sae", SAE, "--output-path", OUT, "--features", "0", "1"),
     "tasks": (
         *("typographic", "--output-path", OUT, "--train-pairs", "30", "--validation-pairs", "30"),
@@ -188,8 +204,11 @@ def _classes(command: str) -> list[type]:
         evaluation = import_module("vision_plugin.evaluation")
         name = {"eval": "EvaluationConfig", "sparsity": "SparsityStudyConfig"}[command]
         return [getattr(evaluation, name)]
-    if command == "name":
-        return [import_module("vision_plugin.lens").NamesConfig]
+    if command in ("name", "decompose"):
+        lens = import_module("vision_plugin.lens")
+        return [{"name": lens.NamesConfig, "decompose": lens.DecomposeConfig}[command]]
+    if command == "lens":
+        return [import_module("vision_plugin.cli._lens").TextLensConfig]
     if command == "extract":
         return [import_module("vision_plugin.activations").ExtractionConfig]
     if command == "tasks":
