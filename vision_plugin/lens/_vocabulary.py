@@ -21,8 +21,8 @@ PACKAGED = Path(__file__).parent / "vocabulary.txt"
 MAX_BYTES = 16 * 2**20
 MAX_WORDS = 500_000
 MAX_LENGTH = 300
-_MOST_RAW, _MOST_LINES = 10_000, 250_000
-"""Bounds on what is cleaned before the words are counted."""
+_MOST_RAW = 10_000
+"""Longest text that is cleaned before it is refused."""
 """Characters of a name."""
 _PROBES = 8
 _TOLERANCE = 0.02
@@ -119,7 +119,7 @@ def read_vocabulary(source: str | Path | Sequence[str] | Vocabulary | None = Non
 def _vocabulary(words: Any, name: str, where: Path | None = None) -> Vocabulary:
     shown = where or "vocabulary="
     texts = list(dict.fromkeys(map(str, words)))
-    if len(texts) > _MOST_LINES:
+    if len(texts) > MAX_WORDS:
         raise ValueError(f"{shown} has {len(texts):,} words, above the limit of {MAX_WORDS:,}")
     longest = max(texts, key=len, default="")
     if len(longest) > _MOST_RAW:  # before each character is looked at
