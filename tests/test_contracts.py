@@ -15,12 +15,12 @@ from tests.metrics_stub import STUB, exports
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "activations": 17,
-    "evaluation": 31,
+    "activations": 23,
+    "evaluation": 32,
     "formats": 15,
     "images": 8,
     "models": 19,
-    "sae": 22,
+    "sae": 25,
     "steering": 19,
     "tasks": 32,
 }

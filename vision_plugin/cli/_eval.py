@@ -8,15 +8,17 @@ from typing import Any
 
 from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import as_flags, parse
+from vision_plugin.cli._engine import EngineFlags, opened
+from vision_plugin.cli._flags import as_flags, parse_two
 
 
 def run(arguments: Sequence[str]) -> None:
     """Score an SAE from flags, print the table, and say where the results are."""
     from vision_plugin.evaluation import EvaluationConfig
 
-    cfg = parse(
+    cfg, engine_flags = parse_two(
         EvaluationConfig,
+        EngineFlags,
         arguments,
         command="eval",
         description="Score an SAE by any of the registered metrics, beside the raw neurons at the "
@@ -25,7 +27,8 @@ def run(arguments: Sequence[str]) -> None:
     from vision_plugin.evaluation import evaluate_config
 
     out = console()
-    result = evaluate_config(cfg)
+    with opened(engine_flags) as engine:
+        result = evaluate_config(cfg, engine=engine)
     out.print(scores_table(result))
     for embedder in result.equal_firing:
         out.print(equal_firing_table(result, embedder))
