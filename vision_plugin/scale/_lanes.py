@@ -60,7 +60,7 @@ class LaneTrainer(SteppedTrainer):
         with self.autocast_if_enabled:
             encoded = step.encode(lanes) if isinstance(sae, BatchTopKTrainingSAE) else None
         for place, rows in enumerate(lanes):
-            with self.autocast_if_enabled, _encoded(sae, encoded and encoded[place]):
+            with self.autocast_if_enabled, _encoded(sae, encoded[place] if encoded else None):
                 output = sae.training_forward_pass(self._input(rows))
             step.count(place, output)
             output.loss.backward()
