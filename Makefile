@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-slow hostile check exports quality clean
+.PHONY: setup demo test test-slow test-scale hostile check exports quality clean
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ test: $(READY)
 # The longer proofs: more cases of the same matrices, real models, a browser, whole jobs.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Real clusters whose workers, nodes, head and driver are killed, and one SAE over several workers.
+test-scale: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
 
 # The whole hostile corpus, and a thousand kills: two hours on two cores.
 hostile: $(READY)

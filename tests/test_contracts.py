@@ -15,13 +15,13 @@ from tests.metrics_stub import STUB, exports
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "activations": 17,
-    "evaluation": 32,
+    "activations": 23,
+    "evaluation": 33,
     "formats": 15,
     "images": 8,
     "lens": 71,
     "models": 20,
-    "sae": 24,
+    "sae": 27,
     "steering": 22,
     "tasks": 43,
 }

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
+import socket
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -45,6 +47,8 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PART, _LOCK, _NEW, _REPLACED = ".part-", "lock", "new", "replaced"
 _UNFINISHED = ".unfinished-"
+WRITER = r"([0-9A-Za-z]+-)?[0-9]+-([0-9a-f]{8}-)?"
+"""Pattern of what follows the prefix of an unfinished file: host, process, something random."""
 
 
 @contextmanager
@@ -194,6 +198,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def unfinished(path: Path, *, prefix: str = _UNFINISHED) -> Path:
+    """Return a new name for a file while it is written, which no other host or process takes."""
+    host = re.sub(r"[^0-9A-Za-z]", "", socket.gethostname())[:32] or "host"
+    return path.with_name(f"{prefix}{host}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
 @contextmanager
 def whole_file(path: Path, *, prefix: str = _UNFINISHED) -> Iterator[BinaryIO]:
     """Yield a stream to write to, and give what was written the name ``path`` when the block ends.
@@ -209,18 +219,18 @@ def whole_file(path: Path, *, prefix: str = _UNFINISHED) -> Iterator[BinaryIO]:
         OSError: there is no room (``error.errno in NO_ROOM``), or the system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{prefix}{os.getpid()}-{path.name}")
+    part = unfinished(path, prefix=prefix)
     try:
-        with unfinished.open("wb") as stream:
+        with part.open("wb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # says that a process is at it
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.replace(path)
+        part.replace(path)
         sync(path.parent)
     except BaseException:
         with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         raise
 
 
@@ -228,7 +238,7 @@ def _remove_unfinished_files(path: Path) -> None:
     """Remove unfinished files of a name; those that a running process writes are locked."""
     if not path.parent.is_dir():
         return
-    name = re.compile(rf"{re.escape(_UNFINISHED)}[0-9]+-{re.escape(path.name)}")
+    name = re.compile(rf"{re.escape(_UNFINISHED)}{WRITER}{re.escape(path.name)}")
     for left in sorted(path.parent.iterdir()):
         if name.fullmatch(left.name) and left.is_file() and not left.is_symlink():
             with suppress(OSError), left.open("r+b") as stream:

@@ -67,7 +67,8 @@ SAE_FOLDER = Kind(
         )
     ),
     contents=re.compile(
-        r"cfg\.json|runner_cfg\.json|(\.unfinished-[0-9]+-)?(evaluation|names)\.json"
+        r"cfg\.json|runner_cfg\.json"
+        r"|(\.unfinished-([0-9A-Za-z]+-)?[0-9]+-([0-9a-f]{8}-)?)?(evaluation|names)\.json"
         r"|validation\.jsonl|sae_weights\.safetensors|sparsity\.safetensors"
     ),
 )

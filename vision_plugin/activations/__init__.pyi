@@ -9,6 +9,12 @@ from ._errors import StoreLockedError as StoreLockedError
 from ._errors import StoreMismatchError as StoreMismatchError
 from ._errors import TooManyBadImagesError as TooManyBadImagesError
 from ._extract import extract as extract
+from ._maker import ShardJob as ShardJob
+from ._maker import ShardMaker as ShardMaker
+from ._maker import receive as receive
+from ._plan import ShardTask as ShardTask
+from ._plan import StorePlan as StorePlan
+from ._records import ShardRecord as ShardRecord
 from ._store import ActivationStore as ActivationStore
 from ._stream import ActivationStream as ActivationStream
 from ._verify import VerificationReport as VerificationReport

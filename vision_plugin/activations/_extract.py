@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vision_plugin._engines import opened
 from vision_plugin._ours import check_parent
 from vision_plugin._paths import local_path
 from vision_plugin._progress import Progress
 from vision_plugin.activations._config import ExtractionConfig
-from vision_plugin.activations._decoding import DecodedBatch, default_workers
+from vision_plugin.activations._decoding import DecodedBatch
 from vision_plugin.activations._errors import (
     StoreError,
     StoreMismatchError,
@@ -30,8 +30,8 @@ from vision_plugin.activations._files import (
     to_json,
     whole_file,
 )
-from vision_plugin.activations._making import make_plan
-from vision_plugin.activations._plan import StorePlan
+from vision_plugin.activations._maker import ShardJob, ShardMaker, signed
+from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import (
     MANIFEST,
     PLAN,
@@ -42,16 +42,19 @@ from vision_plugin.activations._records import (
     read_marker,
     read_plan,
 )
-from vision_plugin.activations._running import run_tasks
 from vision_plugin.activations._shortening import is_longer, shorten, with_shards_of
 from vision_plugin.activations._store import ActivationStore
-from vision_plugin.images import ImageSource, open_images
+from vision_plugin.images import ImageSource
 
 logger = logging.getLogger(__name__)
 
 
 def extract(
-    config: ExtractionConfig, *, model: Any = None, images: ImageSource | Any = None
+    config: ExtractionConfig,
+    *,
+    model: Any = None,
+    images: ImageSource | Any = None,
+    engine: Any = None,
 ) -> ActivationStore:
     """Run images through a model and store the activations at some hook points.
 
@@ -62,6 +65,9 @@ def extract(
         config: What to extract, and the folder of the store.
         model: A bridge to use instead of ``config.model_name``.
         images: Anything that ``open_images`` takes, to use instead of ``config.images``.
+        engine: Where the shards are made: ``"ray"``, an engine in hand such as
+            ``vision_plugin.scale.RayEngine(address="auto")``, or None for this process. The bytes
+            of the store are the same. An engine opens the model and the images by name.
 
     Returns:
         The complete store.
@@ -75,34 +81,33 @@ def extract(
     """
     folder = local_path(config.output_path)
     check_folder(folder)
-    source = open_images(
-        config.images if images is None else images,
-        column=config.image_column,
-        split=config.split,
-        label_column=config.label_column,
-        n_images=config.n_images,
-        streaming=config.streaming,
-    )
-    model = _load(config) if model is None else model
-    plan = make_plan(config, model, source)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        remove_partial(folder)
-        check_folder(folder)
-        if config.images_per_shard is None:
-            plan = with_shards_of(folder, plan)
-        plan = settle_plan(folder, plan, overwrite=config.overwrite)
-        _Extraction(config, plan, folder, model, source).run()
+    if engine is not None and not (model is None and images is None):
+        raise ValueError(
+            "an engine opens the model and the images on every machine: leave out model= and "
+            "images=, and name them in the configuration"
+        )
+    with opened(engine) as elsewhere:
+        maker = ShardMaker(config, model=model, images=images) if elsewhere is None else None
+        plan, probe = elsewhere.plan(config) if maker is None else (maker.plan(), "")
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            remove_partial(folder)
+            check_folder(folder)
+            if config.images_per_shard is None:
+                plan = with_shards_of(folder, plan)
+            plan = settle_plan(folder, plan, overwrite=config.overwrite)
+            job = ShardJob(config, plan, probe, folder)
+            make = maker.events if maker is not None else partial(_shared, elsewhere, job)
+            _Extraction(config, plan, folder, make, elsewhere is not None).run()
     return ActivationStore(folder)
 
 
-def _load(config: ExtractionConfig) -> Any:
-    from vision_plugin.models import load_model
-
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(
-        config.model_name, pretrained=config.pretrained, device=device, revision=config.revision
-    )
+def _shared(
+    engine: Any, job: ShardJob, plan: StorePlan, tasks: Iterable[ShardTask], folder: Path
+) -> Generator[ShardRecord, None, None]:
+    del plan, folder
+    with signed(job.folder) as sign:
+        yield from engine.shards(replace(job, sign=sign), list(tasks))
 
 
 def check_folder(folder: Path) -> None:
@@ -184,8 +189,9 @@ class _Extraction:
     config: ExtractionConfig
     plan: StorePlan
     folder: Path
-    model: Any
-    source: ImageSource
+    make: Callable[..., Generator[DecodedBatch | ShardRecord, None, None]]
+    elsewhere: bool
+    """Whether other machines make the shards, so that their batches are not seen here."""
     bad: dict[int, BadImage] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -201,31 +207,22 @@ class _Extraction:
             )
         n_pending = sum(task.stop - task.start for task in pending)
         with Progress(n_pending, f"extracting to {self.folder}") as progress:
-            events = run_tasks(
-                self.plan,
-                pending,
-                folder=self.folder,
-                model=self.model,
-                source=self.source,
-                n_workers=self._n_workers(),
-            )
+            events = self.make(self.plan, pending, self.folder)
             # Closed before the lock is released, in every case: a shard may still be in writing.
             with closing(events):
                 for event in events:
                     if isinstance(event, DecodedBatch):
                         self._count(event.bad)
                         progress.advance(event.task.stop - event.task.start)
+                    elif self.elsewhere:
+                        self._count(event.bad_images)
+                        progress.advance(event.n_images + len(event.bad_images))
         write_manifest(self.folder, self.plan)
         if self.bad:
             logger.warning(
                 "%d of %d images could not be read and are not in %s: %s",
                 *(len(self.bad), self.plan.n_images, self.folder, self._first_bad()),
             )
-
-    def _n_workers(self) -> int:
-        if self.config.n_workers is None:
-            return default_workers(self.source, self.model.device.type != "cpu")
-        return min(self.config.n_workers, 1) if self.source.sequential else self.config.n_workers
 
     def _count(self, bad: Iterable[BadImage]) -> None:
         self.bad.update({image.index: image for image in bad})

@@ -27,7 +27,7 @@ TEMPORARY = ".partial-"
 """Prefix of the name of a file that is being written."""
 LOCK = ".lock"
 STORE_FILE = re.compile(
-    rf"{re.escape(LOCK)}|({re.escape(TEMPORARY)}[0-9]+-)?"
+    rf"{re.escape(LOCK)}|({re.escape(TEMPORARY)}{_disk.WRITER})?"
     r"(plan\.json|manifest\.json|shard-[0-9]{5,7}\.(json|safetensors))"
 )
 """Names of all files that an extraction writes."""

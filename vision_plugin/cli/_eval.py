@@ -12,7 +12,8 @@ from typing import Any
 from vision_plugin._paths import local_path
 from vision_plugin._rich import Table
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import as_flags, parse, pick
+from vision_plugin.cli._engine import EngineFlags, opened
+from vision_plugin.cli._flags import as_flags, parse_two, pick
 from vision_plugin.cli._name import names_beside, resolve_latents
 
 
@@ -28,8 +29,9 @@ def run(arguments: Sequence[str]) -> None:
         """Latents whose scores are printed one by one: by number, or as ``name:WORD`` for all whose
         name in ``names.json`` beside the SAE has that word."""
 
-    flags = parse(
+    flags, engine_flags = parse_two(
         EvalConfig,
+        EngineFlags,
         arguments,
         command="eval",
         description="Score an SAE by any of the registered metrics, beside the raw neurons at the "
@@ -42,7 +44,8 @@ def run(arguments: Sequence[str]) -> None:
     if flags.latents:
         sae = cfg.open_sae(cfg.sae)
         shown = resolve_latents(flags.latents, sae, cfg.sae)
-    result = evaluate_config(cfg, sae=sae)
+    with opened(engine_flags) as engine:
+        result = evaluate_config(cfg, sae=sae, engine=engine)
     out.print(scores_table(result))
     if flags.latents:
         out.print(latents_table(result, shown, names_beside(cfg.sae, sae)))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vision_plugin.cli._console import console
-from vision_plugin.cli._flags import parse
+from vision_plugin.cli._engine import EngineFlags, opened
+from vision_plugin.cli._flags import parse_two
 
 
 def run(arguments: Sequence[str]) -> None:
     """Extract activations from flags and print what the store holds."""
     from vision_plugin.activations import ExtractionConfig
 
-    cfg = parse(
+    cfg, engine_flags = parse_two(
         ExtractionConfig,
+        EngineFlags,
         arguments,
         command="extract",
         description="Run images through a model and write the activations at some hooks to a "
@@ -21,7 +23,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     from vision_plugin.activations import extract, info
 
-    extract(cfg)
+    with opened(engine_flags) as engine:
+        extract(cfg, engine=engine)
     facts = info(cfg.output_path)
     out = console()
     for name, value in facts.items():

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _parsed: list[type] = []
 """The configuration that was parsed last, that of the running command."""
@@ -33,14 +34,34 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
     Raises:
         ValueError: the line cannot be read, or the configuration refuses the values.
     """
-    _parsed[:] = [cls]
     # The reader of flags would draw a box around what the configuration's own checks say.
     has_checks = hasattr(cls, "__post_init__")
+    flags_class = flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls
+    _parsed[:] = [cls]
+    flags: Any = _read(flags_class, arguments, command, description)
+    return pick(cls, flags) if has_checks else flags
+
+
+def parse_two(
+    cls: type[T], other: type[U], arguments: Sequence[str], *, command: str, description: str
+) -> tuple[T, U]:
+    """Return two frozen configurations from one line of flags.
+
+    Raises:
+        ValueError: as :func:`parse` raises it.
+    """
+    both = flat_class(cls.__name__, [(cls, ()), (other, ())], {})
+    _parsed[:] = [both]
+    flags = _read(both, arguments, command, description)
+    return pick(cls, flags), pick(other, flags)
+
+
+def _read(cls: type, arguments: Sequence[str], command: str, description: str) -> Any:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            flags: Any = tyro.cli(
-                flat_class(cls.__name__, [(cls, ())], {}) if has_checks else cls,
+            return tyro.cli(
+                cls,
                 args=list(arguments),
                 prog=f"vision-plugin {command}",
                 description=description,
@@ -49,7 +70,6 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, description: 
         if not stop.code:
             raise
         raise ValueError(_sentence(box.getvalue(), command)) from None
-    return pick(cls, flags) if has_checks else flags
 
 
 def _sentence(box: str, command: str) -> str:

@@ -5,6 +5,7 @@ from ._config import SparsityStudyConfig as SparsityStudyConfig
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import evaluate as evaluate
 from ._evaluate import evaluate_config as evaluate_config
+from ._evaluate import score_part as score_part
 from ._facts import Facts as Facts
 from ._facts import class_of_images as class_of_images
 from ._facts import read_concepts as read_concepts

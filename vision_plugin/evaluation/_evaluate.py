@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._disk import write_json
+from vision_plugin._engines import opened
 from vision_plugin._inputs import named
 from vision_plugin._ours import check_replaceable_file
 from vision_plugin._paths import local_path
@@ -17,6 +18,7 @@ from vision_plugin.evaluation._controls import make_subjects
 from vision_plugin.evaluation._facts import Facts, read_concepts
 from vision_plugin.evaluation._judges import OWN, Judges
 from vision_plugin.evaluation._keep import EncodedImages
+from vision_plugin.evaluation._part import Part, taken
 from vision_plugin.evaluation._run import Run
 from vision_plugin.metrics import (
     EqualFiringResult,
@@ -129,7 +131,13 @@ class Evaluation:
 
 
 def evaluate(
-    sae: Any, model: Any = None, images: Any = None, *, progress: bool = True, **settings: Any
+    sae: Any,
+    model: Any = None,
+    images: Any = None,
+    *,
+    progress: bool = True,
+    engine: Any = None,
+    **settings: Any,
 ) -> Evaluation:
     """Score an SAE beside its controls by any registered metrics.
 
@@ -139,6 +147,9 @@ def evaluate(
             the SAE's metadata names.
         images: Whatever ``vp.open_images`` takes.
         progress: Show how far it is on a terminal, or log a line every half minute.
+        engine: Where the images go through the model: ``"ray"``, an engine in hand such as
+            ``vision_plugin.scale.RayEngine(address="auto")``, or None for this process. The
+            numbers are the same. An engine opens the SAE, the model and the images by name.
         **settings: Fields of :class:`EvaluationConfig`: ``metrics``, ``controls`` and so on;
             ``concepts`` may be a list of texts. Results are written to ``output_path``, or beside
             an SAE that came from a folder.
@@ -158,8 +169,18 @@ def evaluate(
     given["model_name"] = named(model) if isinstance(model, str) else given.get("model_name")
     cfg = EvaluationConfig(sae=named(sae), images=named(images), **given)
     in_hand = None if isinstance(model, str) else model
+    if engine is not None and not (isinstance(sae, str | Path) and isinstance(images, str | Path)):
+        raise ValueError(
+            "an engine opens the SAE and the images on every machine: give sae= and images= by name"
+        )
     return evaluate_config(
-        cfg, sae=sae, model=in_hand, images=images, concepts=concepts, progress=progress
+        cfg,
+        sae=sae,
+        model=in_hand,
+        images=images,
+        concepts=concepts,
+        progress=progress,
+        engine=engine,
     )
 
 
@@ -171,6 +192,7 @@ def evaluate_config(
     images: Any = None,
     concepts: Sequence[str] | None = None,
     progress: bool = True,
+    engine: Any = None,
 ) -> Evaluation:
     """Score what a configuration names, and write the results as JSON.
 
@@ -181,6 +203,7 @@ def evaluate_config(
         images: Images in hand, in place of ``cfg.images``.
         concepts: Concepts in hand, in place of ``cfg.concepts``.
         progress: As in :func:`evaluate`.
+        engine: As in :func:`evaluate`.
 
     Raises:
         ValueError: as :func:`evaluate` raises it.
@@ -189,6 +212,47 @@ def evaluate_config(
     place = _place(cfg)
     if place is not None:
         check_replaceable_file(place, KIND)
+    run, chosen, left_out = open_run(cfg, sae=sae, model=model, images=images, concepts=concepts)
+    with opened(engine) as elsewhere:
+        encoded = run.score_images(progress=progress, engine=elsewhere)
+    run.compare_weights()
+    if "steerability" in chosen:
+        run.steer(encoded.indices, progress=progress)
+    results = {name: found for name, found in run.results.items() if found}
+    if not results and chosen:
+        raise ValueError(f"no metric could be computed: {next(iter(run.failures.values()))}")
+    encoded.fidelity.update(_fidelity(results))
+    result = Evaluation(
+        config=cfg,
+        encoded=encoded,
+        results={name: results[name] for name in _order(cfg, results)},
+        concepts=run.facts.concepts,
+        embedders={name: name == OWN for name in run.judges.models},
+        left_out=left_out | run.failures,
+        seen_in_training=run.subjects[0].dictionary.cfg.metadata.get("dataset_path") == cfg.images,
+    )
+    if place is not None:
+        check_replaceable_file(place, KIND)
+        write_json(result.to_dict(), place)
+    return result
+
+
+def open_run(
+    cfg: EvaluationConfig,
+    *,
+    sae: Any = None,
+    model: VisionBridge | None = None,
+    images: Any = None,
+    concepts: Sequence[str] | None = None,
+) -> tuple[Run, list[str], dict[str, str]]:
+    """Open what a configuration names.
+
+    Returns:
+        The run, which has seen no image; the metrics that were chosen; why others are left out.
+
+    Raises:
+        ValueError: as :func:`evaluate` raises it.
+    """
     sae = cfg.open_sae(cfg.sae if sae is None else sae)
     model = cfg.open_model(sae, model, where=cfg.sae)
     site = Site.of(model, sae, tokens=cfg.tokens)
@@ -205,8 +269,7 @@ def evaluate_config(
         domain_images=cfg.domain_images,
         domain_split=cfg.domain_split,
     )
-    metadata = sae.cfg.metadata
-    itself = {cfg.model_name, metadata.get("model_name")}
+    itself = {cfg.model_name, sae.cfg.metadata.get("model_name")}
     judges = Judges(cfg.embedder, model, itself, facts)
     subjects = make_subjects(
         sae, site, facts, controls=cfg.controls, batch_size=cfg.batch_size, seed=cfg.seed
@@ -219,28 +282,7 @@ def evaluate_config(
     )
     # Steering has a way of its own, which runs the model below the hook once for all latents.
     of_loop = [name for name in chosen if name != "steerability"]
-    run = Run(cfg, facts, subjects, of_loop, judges)
-    encoded = run.score_images(progress=progress)
-    run.compare_weights()
-    if "steerability" in chosen:
-        run.steer(encoded.indices, progress=progress)
-    results = {name: found for name, found in run.results.items() if found}
-    if not results and chosen:
-        raise ValueError(f"no metric could be computed: {next(iter(run.failures.values()))}")
-    encoded.fidelity.update(_fidelity(results))
-    result = Evaluation(
-        config=cfg,
-        encoded=encoded,
-        results={name: results[name] for name in _order(cfg, results)},
-        concepts=facts.concepts,
-        embedders={name: name == OWN for name in judges.models},
-        left_out=left_out | run.failures,
-        seen_in_training=metadata.get("dataset_path") == cfg.images,
-    )
-    if place is not None:
-        check_replaceable_file(place, KIND)
-        write_json(result.to_dict(), place)
-    return result
+    return Run(cfg, facts, subjects, of_loop, judges), chosen, left_out
 
 
 def _place(cfg: EvaluationConfig) -> Path | None:
@@ -279,3 +321,28 @@ def _plain(result: Any) -> Any:
     if isinstance(result, SteerabilityResult):
         plain = {name: value for name, value in plain.items() if name not in ("delta", "concepts")}
     return plain
+
+
+_opened: dict[str, Run] = {}
+"""The run that a worker has opened, by its configuration."""
+
+
+def score_part(cfg: EvaluationConfig, places: range, at_once: int) -> Part:
+    """Feed new metrics with a range of the images, in any process of any machine.
+
+    Args:
+        cfg: What to score, and how; the process keeps what it opens for the next range.
+        places: Places of the images.
+        at_once: Images per forward pass.
+
+    Raises:
+        ValueError: as :func:`evaluate` raises it.
+    """
+    key = repr(cfg)
+    if key not in _opened:
+        _opened.clear()
+        _opened[key], _, _ = open_run(cfg)
+    run = _opened[key]
+    loop = run.loop()
+    part = run.read(loop, places, at_once)
+    return Part(part.keep, part.bad, taken(loop), loop.failures)

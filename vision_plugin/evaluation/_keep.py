@@ -85,6 +85,14 @@ class Keeper:
         for name, embedded in embeddings.items():
             self.embeddings.setdefault(name, []).append(embedded)
 
+    def extend(self, later: Keeper) -> None:
+        """Append what another keeper kept of later images."""
+        self.width = later.width or self.width
+        for name in ("indices", "lengths", "columns", "values", "neurons"):
+            getattr(self, name).extend(getattr(later, name))
+        for name, embedded in later.embeddings.items():
+            self.embeddings.setdefault(name, []).extend(embedded)
+
     def finish(self, images: Any, bad: dict[str, str], tokens: str, pooling: str) -> EncodedImages:
         """Return what was kept.
 

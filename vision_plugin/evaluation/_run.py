@@ -19,6 +19,7 @@ from vision_plugin.evaluation._judges import Judges
 from vision_plugin.evaluation._keep import EncodedImages, Keeper, pool
 from vision_plugin.evaluation._loop import Loop, Subject, needs_class_texts
 from vision_plugin.evaluation._offer import OF_WEIGHTS, ImageBatch
+from vision_plugin.evaluation._part import Part, merge, ranges_of
 from vision_plugin.formats import load_sae
 from vision_plugin.images import read_batches
 from vision_plugin.metrics import (
@@ -61,31 +62,23 @@ class Run:
         """Where the SAE reads and writes."""
         return self.subjects[0].site
 
-    def score_images(self, *, progress: bool) -> EncodedImages:
+    def score_images(self, *, progress: bool, engine: Any = None) -> EncodedImages:
         """Feed every metric with every image, and compute what they make of it.
+
+        Args:
+            progress: Show how far it is.
+            engine: What feeds the images in ranges, on other machines; None feeds them here.
 
         Raises:
             ValueError: no image could be read.
         """
-        cfg, facts = self.cfg, self.facts
-        of_images = [name for name in self.metrics if not self._sees_weights(name)]
-        if cfg.centre_embeddings:
-            self.judges.centre(cfg.batch_size)
-        self._add_metrics(of_images)
-        class_texts = self._texts(facts.class_names) if needs_class_texts(of_images) else None
-        loop = Loop(self.subjects, pooling=cfg.pooling, class_texts=class_texts, tolerant=True)
+        facts, loop = self.facts, self.loop()
         keep = Keeper()
         bad: dict[str, str] = {}
         with Progress(len(facts.images), "scoring", shown=progress) as shown:
-            at_once = loop.images_at_once(cfg.batch_size)
-            for images in read_batches(facts.images, at_once, bad):
-                batch = self._batch(images, embedded=True)
-                facts.note_read(batch.indices)
-                of_sae = loop.feed(batch)
-                pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
-                neurons = pool(of_sae.reading.source, cfg.pooling)
-                keep.add(batch.indices, pooled, neurons, batch.embeddings)
-                shown.advance(len(images))
+            for part in self._parts(loop, engine, shown):
+                keep.extend(part.keep)
+                bad |= part.bad
         if not keep.indices:
             raise ValueError("none of the images could be read")
         self._score_domains(loop)
@@ -93,6 +86,58 @@ class Run:
         encoded = keep.finish(facts.images, bad, self.site.tokens, cfg.pooling)
         self._add_intervals(encoded)
         return encoded
+
+    def loop(self) -> Loop:
+        """Return a loop that has seen no image, with new metrics of every subject."""
+        cfg, facts = self.cfg, self.facts
+        of_images = [name for name in self.metrics if not self._sees_weights(name)]
+        if cfg.centre_embeddings and not self.judges.centres:
+            self.judges.centre(cfg.batch_size)
+        facts.paths_read.clear()
+        for subject in self.subjects:
+            subject.groups.clear()
+        self._add_metrics(of_images)
+        class_texts = self._texts(facts.class_names) if needs_class_texts(of_images) else None
+        return Loop(self.subjects, pooling=cfg.pooling, class_texts=class_texts, tolerant=True)
+
+    def read(self, loop: Loop, places: range, at_once: int, shown: Progress | None = None) -> Part:
+        """Feed a loop with the images at some places, and return what it keeps of them.
+
+        Args:
+            loop: As :meth:`loop` returned it.
+            places: Places of the images.
+            at_once: Images per forward pass.
+            shown: Counts the images.
+        """
+        keep, bad = Keeper(), dict[str, str]()
+        for images in read_batches(self.facts.images, at_once, bad, indices=places):
+            batch = self._batch(images, embedded=True)
+            self.facts.note_read(batch.indices)
+            of_sae = loop.feed(batch)
+            pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
+            neurons = pool(of_sae.reading.source, self.cfg.pooling)
+            keep.add(batch.indices, pooled, neurons, batch.embeddings)
+            if shown is not None:
+                shown.advance(len(images))
+        return Part(keep, bad)
+
+    def _parts(self, loop: Loop, engine: Any, shown: Progress) -> Iterator[Part]:
+        """Yield the parts of the pass over the images, in order."""
+        places = range(len(self.facts.images))
+        at_once = loop.images_at_once(self.cfg.batch_size)
+        if engine is None:
+            yield self.read(loop, places, at_once, shown)
+            return
+        ranges = ranges_of(len(places), at_once)
+        waiting, done = dict[int, Part](), 0
+        for number, part in engine.evaluation(self.cfg, ranges, at_once):
+            waiting[number] = part
+            shown.advance(len(part.keep.indices))
+            while done in waiting:
+                merge(loop, waiting[done])
+                self.facts.note_read(waiting[done].keep.indices)
+                yield waiting.pop(done)
+                done += 1
 
     def compare_weights(self) -> None:
         """Feed pairs of decoders to the metrics that ask for them."""

@@ -16,9 +16,12 @@ from ._presets import presets as presets
 from ._quality import Quality as Quality
 from ._runner import VisionMultiSAETrainingRunner as VisionMultiSAETrainingRunner
 from ._runner import VisionSAETrainingRunner as VisionSAETrainingRunner
+from ._runner import streams as streams
 from ._runner import train as train
 from ._runner import train_many as train_many
 from ._sparse_register import register as register
+from ._team import Team as Team
+from ._trainer import SteppedTrainer as SteppedTrainer
 from ._transcoder import SkipTranscoderTrainingConfig as SkipTranscoderTrainingConfig
 from ._transcoder import TranscoderTrainingConfig as TranscoderTrainingConfig
 from ._validation import Validator as Validator

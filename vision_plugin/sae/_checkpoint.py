@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -162,6 +163,21 @@ class CheckpointFolder:
         except (SafetensorError, KeyError) as error:
             raise CheckpointError(f"{TENSORS} is damaged ({error})") from error
         return state
+
+    def shared(self, step: int) -> dict[str, Any]:
+        """Return the state of a checkpoint that another process, of the same run, found.
+
+        Raises:
+            CheckpointError: this machine does not see the folder, or the checkpoint is damaged.
+        """
+        try:
+            return self.load(step)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"another process of this run continues from {self._folder(step)}, which this "
+                f"machine ({socket.gethostname()}) does not see: put output_path= on a disk that "
+                "all of them share"
+            ) from None
 
     def clear(self) -> None:
         """Remove every checkpoint, after the run has finished or before it begins anew."""

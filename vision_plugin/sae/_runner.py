@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 
+from vision_plugin._engines import opened
 from vision_plugin._paths import local_path
 from vision_plugin.models import VisionBridge
 from vision_plugin.sae._checkpoint import VALIDATION_FILE, CheckpointFolder
@@ -26,6 +27,7 @@ from vision_plugin.sae._quality import Quality
 from vision_plugin.sae._saving import check_output_path, inference_sae, save
 from vision_plugin.sae._session import TrainingSession
 from vision_plugin.sae._sources import SplitBatches, all_hooks, open_batches, origin
+from vision_plugin.sae._team import Team
 from vision_plugin.sae._top_features import log_top_features
 from vision_plugin.sae._trainer import apart, load_random_state, random_state
 from vision_plugin.sae._validation import Validator
@@ -63,6 +65,7 @@ class VisionMultiSAETrainingRunner:
         images: Anything that ``open_images`` takes, or a store, instead of ``cfg.images``.
         saes: SAEs to train further, by name; the others start anew.
         validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
+        team: Processes that train together, as ``vision_plugin.scale`` makes them.
 
     Raises:
         ValueError: the runs cannot share a pass, or a model, image source, store, hook or width is
@@ -90,7 +93,9 @@ class VisionMultiSAETrainingRunner:
         images: Any = None,
         saes: Mapping[str, TrainingSAE[Any]] | None = None,
         validation_images: Any = None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team
         with apart():
             self._open(cfgs, output_path, model, images, saes or {}, validation_images)
             self._random = random_state()
@@ -145,22 +150,29 @@ class VisionMultiSAETrainingRunner:
         for name, cfg in self.cfgs.items():
             made_of = origin(cfg, self.model, self.images)
             record_origin(self.saes[name], made_of)
+        of_team = {} if self._team is None else self._team.identity()
         session = TrainingSession(
             self.cfgs,
             self.saes,
             self.batches,
             checkpoints=self._checkpoints(),
             validators=self.validators,
-            identity=run_identity(self.cfgs, made_of),
+            identity=run_identity(self.cfgs, made_of) | of_team,
+            team=self._team,
         )
         with session.opened():
             session.fit()
             self.quality = session.quality
+            if not session.leads:
+                return self._finished()
             for name, validator in self.validators.items():
                 log_top_features(session.wandb, validator, prefix=f"{name}/" if name else "")
             if self.output_path is not None:
                 self._save(session)
             session.done()
+        return self._finished()
+
+    def _finished(self) -> dict[str, SAE[Any]]:
         return {name: inference_sae(sae) for name, sae in self.saes.items()}
 
     def _was_saving(self, cfgs: Mapping[str, VisionSAERunnerConfig]) -> bool:
@@ -195,6 +207,7 @@ class VisionSAETrainingRunner:
         images: Anything that ``open_images`` takes, or a store, instead of ``cfg.images``.
         sae: An SAE to train further; by default a new one.
         validation_images: Opened held-out images, to use instead of ``cfg.validation_images``.
+        team: Processes that train together, as ``vision_plugin.scale`` makes them.
 
     Raises:
         ValueError: the model, image source, store, hook or width is unknown or does not fit.
@@ -208,6 +221,7 @@ class VisionSAETrainingRunner:
         images: Any = None,
         sae: TrainingSAE[Any] | None = None,
         validation_images: Any = None,
+        team: Team | None = None,
     ) -> None:
         self._runner = VisionMultiSAETrainingRunner(
             {ALONE: cfg},
@@ -216,6 +230,7 @@ class VisionSAETrainingRunner:
             images=images,
             saes=None if sae is None else {ALONE: sae},
             validation_images=validation_images,
+            team=team,
         )
 
     @property
@@ -273,16 +288,43 @@ def train(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
 
 
 def train_many(
-    cfgs: Mapping[str, VisionSAERunnerConfig], *, output_path: str | None, **in_hand: Any
+    cfgs: Mapping[str, VisionSAERunnerConfig],
+    *,
+    output_path: str | None,
+    engine: Any = None,
+    **in_hand: Any,
 ) -> dict[str, SAE[Any]]:
     """Train SAEs in one pass and return them: ``VisionMultiSAETrainingRunner(cfgs, ...).run()``.
+
+    With an engine, runs that cannot share a pass are trained too, each group of those that can as
+    a task of its own.
 
     Args:
         cfgs: Configurations by the SAE's name.
         output_path: Folder for the SAEs' folders; None saves nothing.
-        **in_hand: Other arguments of VisionMultiSAETrainingRunner, for example ``model=``.
+        engine: Where the SAEs are trained: ``"ray"``, an engine in hand such as
+            ``vision_plugin.scale.RayEngine(address="auto")``, or None for this process.
+        **in_hand: Other arguments of VisionMultiSAETrainingRunner, for example ``model=``; an
+            engine takes none.
     """
+    if engine is not None and in_hand:
+        left_out = ", ".join(f"{name}=" for name in in_hand)
+        raise ValueError(f"an engine opens all on the machines that train: leave out {left_out}")
+    with opened(engine) as elsewhere:
+        if elsewhere is not None:
+            found: dict[str, SAE[Any]] = elsewhere.train_many(cfgs, output_path)
+            return found
     return VisionMultiSAETrainingRunner(cfgs, output_path=output_path, **in_hand).run()
+
+
+def streams(cfgs: Mapping[str, VisionSAERunnerConfig]) -> list[dict[str, VisionSAERunnerConfig]]:
+    """Return runs in groups that can share a pass over the images, in the order of the first."""
+    found: dict[str, dict[str, VisionSAERunnerConfig]] = {}
+    for name, cfg in cfgs.items():
+        fields = [f.name for f in dataclasses.fields(cfg) if f.name not in MAY_DIFFER]
+        shared = repr([(field, getattr(cfg, field)) for field in fields])
+        found.setdefault(shared, {})[name] = cfg
+    return list(found.values())
 
 
 def check_together(cfgs: Mapping[str, VisionSAERunnerConfig]) -> VisionSAERunnerConfig:

@@ -20,6 +20,7 @@ from vision_plugin.sae._monosemantic import reward_monosemanticity
 from vision_plugin.sae._quality import Quality, fit_threshold, measure, record, take
 from vision_plugin.sae._saving import inference_sae
 from vision_plugin.sae._sources import Batches
+from vision_plugin.sae._team import Team
 from vision_plugin.sae._terms import revive_dead
 from vision_plugin.sae._trainer import (
     SteppedTrainer,
@@ -47,6 +48,7 @@ class TrainingSession:
         checkpoints: CheckpointFolder | None,
         validators: Mapping[str, Validator],
         identity: dict[str, Any],
+        team: Team | None = None,
     ) -> None:
         """Make the trainers.
 
@@ -58,10 +60,14 @@ class TrainingSession:
             checkpoints: Folder of the checkpoints; None writes none.
             validators: Scorers of held-out images by the SAE's name; for all SAEs or for none.
             identity: JSON values that a checkpoint must agree with to continue this run.
+            team: Processes that train the SAEs together; None for this process alone. The first
+                of them writes the checkpoints, and validates.
         """
+        self.team = team
+        self.leads = team is None or team.leads
         self.cfgs, self.saes, self.batches = dict(cfgs), dict(saes), batches
         self.checkpoints, self.validators, self.identity = checkpoints, validators, identity
-        self.trainers = {name: _trainer(cfgs[name], sae, batches) for name, sae in saes.items()}
+        self.trainers = {n: _trainer(cfgs[n], sae, batches, team) for n, sae in saes.items()}
         self.first = next(iter(self.trainers.values()))
         self.first.before_step = self._between_steps
         self.cfg = next(iter(self.cfgs.values()))
@@ -82,13 +88,14 @@ class TrainingSession:
         """
         with contextlib.ExitStack() as stack:
             if self.checkpoints is not None:
-                stack.enter_context(self.checkpoints.locked())
-                self._find()
+                if self.leads:
+                    stack.enter_context(self.checkpoints.locked())
+                self._find(self.checkpoints)
             run_id = None if self._resumed is None else self._resumed["wandb_id"]
             settings = {name or "run": cfg.to_dict() for name, cfg in self.cfgs.items()}
             settings = settings["run"] if list(self.cfgs) == [""] else settings
             self.wandb = stack.enter_context(WandbRun(self.cfg.logger, settings, run_id))
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and self.leads:
                 self.log.file = self.checkpoints.path / VALIDATION_FILE
             yield
 
@@ -115,21 +122,26 @@ class TrainingSession:
 
     def done(self) -> None:
         """Remove the checkpoints, once the SAE is saved."""
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self.leads:
             self.checkpoints.clear()
 
-    def _find(self) -> None:
-        assert self.checkpoints is not None
-        if self.cfg.overwrite:
-            self.checkpoints.clear()
-        found = self.checkpoints.last()
+    def _find(self, checkpoints: CheckpointFolder) -> None:
+        found = None
+        if self.leads:
+            if self.cfg.overwrite:
+                checkpoints.clear()
+            found = checkpoints.last()
+        if self.team is not None:
+            step = self.team.agree(None if found is None else found[0])
+            if step is not None and found is None:
+                found = step, checkpoints.shared(step)
         if found is None:
             return
         self._resumed_step, self._resumed = found
         wrong = _differences(self._resumed["identity"], self.identity)
         if wrong:
             raise CheckpointError(
-                f"{self.checkpoints.path} has checkpoints of another run: {'; '.join(wrong)}. "
+                f"{checkpoints.path} has checkpoints of another run: {'; '.join(wrong)}. "
                 "Name another output_path=, or set overwrite= to begin anew"
             )
         logger.info("continuing from the checkpoint of step %d", self._resumed_step)
@@ -196,7 +208,8 @@ class TrainingSession:
             self._validate()
         if self.checkpoints is not None and step in self._checkpoint_steps:
             self._check_finite()
-            self.checkpoints.save(step, self._state())
+            if self.leads:
+                self.checkpoints.save(step, self._state())
 
     def _check_finite(self) -> None:
         for name, trainer in self.trainers.items():
@@ -218,7 +231,7 @@ class TrainingSession:
         Raises:
             DivergedError: a weight is not finite.
         """
-        if not self.validators:
+        if not self.validators or not self.leads:
             return
         self._check_finite()
         found: dict[str, Any] = {}
@@ -249,12 +262,15 @@ class _MultiTrainer(MultiSAETrainer):  # type: ignore[misc]  # SAELens ships no 
         pbar.update(self.n_training_samples - pbar.n)
 
 
-def _trainer(cfg: VisionSAERunnerConfig, sae: TrainingSAE[Any], batches: Batches) -> SteppedTrainer:
+def _trainer(
+    cfg: VisionSAERunnerConfig, sae: TrainingSAE[Any], batches: Batches, team: Team | None
+) -> SteppedTrainer:
     if cfg.revive_dead is True and not hasattr(sae.cfg, "aux_loss_coefficient"):
         revive_dead(sae)
     if cfg.mono_coefficient:
         reward_monosemanticity(sae, cfg.mono_coefficient)
-    return SteppedTrainer(
+    make = SteppedTrainer if team is None else team.trainer
+    return make(
         cfg=cfg.to_sae_trainer_config(),
         sae=sae,
         data_provider=batches,

@@ -106,16 +106,19 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
         """Run SAELens's step, then change the penalty's weight towards ``target_l0``."""
         output: TrainStepOutput = super().step(batch)
         if self.target_l0 is not None:
-            self._steer(self.target_l0, output)
+            self._steer(self.target_l0, self.mean_l0(output))
         return output
 
-    def _steer(self, target: float, output: TrainStepOutput) -> None:
+    def mean_l0(self, output: TrainStepOutput) -> float:
+        """Return the mean number of active latents per vector of the batch."""
+        return float((output.feature_acts.detach() > 0).sum()) / len(output.sae_in)
+
+    def _steer(self, target: float, found: float) -> None:
         """Raise the penalty's weight if too many latents fire, and lower it if too few do.
 
         The change of their number counts too, to avoid overshooting: a weight that rises while the
         number still falls would kill latents.
         """
-        found = float((output.feature_acts.detach() > 0).sum()) / len(output.sae_in)
         excess = math.log(max(found, 1e-3 * target) / target)
         change = 0.0 if self.l0_excess is None else excess - self.l0_excess
         self.l0_excess = excess

@@ -1,0 +1,178 @@
+"""A real Ray cluster of several nodes on this machine; its processes are ended by their ids."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+RAY = str(Path(sys.executable).with_name("ray"))
+COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
+START_SECONDS = 180
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def parents() -> dict[int, int]:
+    """Parent of every process of this machine; zombies have ended."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def tree(root: int) -> set[int]:
+    """A process and all that it started, and these started."""
+    of, found = parents(), {root}
+    while more := {child for child, parent in of.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def title(process: int) -> str:
+    """Command line of a process; empty where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def kill(processes: set[int]) -> None:
+    """SIGKILL processes; some may have ended."""
+    for process in processes:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def alive(processes: set[int]) -> set[int]:
+    """Those of some processes that have not ended."""
+    return processes & parents().keys()
+
+
+def until(condition: object, seconds: float, what: str) -> None:
+    """Wait until a function returns something true."""
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+class Cluster:
+    """A head, and nodes that join it. Leaving the ``with`` block ends every process of it."""
+
+    def __init__(self, *, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
+        self.host, self.prefix, self.port = host, list(prefix), free_port()
+        self.folder = Path(tempfile.mkdtemp(prefix="vpr-", dir="/tmp"))
+        token = self.folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.env = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "MKL_CBWR": "AUTO,STRICT",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.seen: set[int] = set()
+
+    @property
+    def address(self) -> str:
+        """Where the head listens."""
+        return f"{self.host}:{self.port}"
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for node in self.nodes:
+            self.end(node)
+        assert not self.left(), [title(process) for process in self.left()]
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def left(self) -> set[int]:
+        """Processes of the cluster that outlived it."""
+        time.sleep(0.2)
+        own = {os.getpid()}
+        named = {p for p in parents() if str(self.folder) in title(p)} - own
+        return alive(self.seen) | named
+
+    def start(self, *, head: bool = False, cpus: int = 1) -> subprocess.Popen[bytes]:
+        """Start a node and wait until it takes work."""
+        where = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        if head:
+            where += ["--include-dashboard=false", f"--temp-dir={self.folder / 'r'}"]
+        with log.open("wb") as stream:
+            node = subprocess.Popen(
+                [
+                    *self.prefix,
+                    RAY,
+                    "start",
+                    "--block",
+                    *where,
+                    f"--num-cpus={cpus}",
+                    "--num-gpus=0",
+                    "--object-store-memory=100000000",
+                    "--disable-usage-stats",
+                    f"--node-ip-address={self.host}",
+                    f"--dashboard-agent-listen-port={free_port()}",
+                ],
+                env=self.env,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+
+        def begun() -> bool:
+            assert node.poll() is None, log.read_text()
+            return b"Ray runtime started" in log.read_bytes()
+
+        until(begun, START_SECONDS, f"a node to start: {log}")
+        return node
+
+    def end(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL a node: every process of it, at once."""
+        if node.poll() is None:
+            found = tree(node.pid)
+            self.seen |= found
+            kill(found)
+            node.wait()
+
+    def workers(self, node: subprocess.Popen[bytes], doing: str) -> set[int]:
+        """Processes of a node that do a task now."""
+        return {p for p in tree(node.pid) if title(p).startswith(f"ray::{doing}")}
+
+    def command(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begin a command of ours on the cluster."""
+        return subprocess.Popen(
+            [*self.prefix, COMMAND, *arguments, "--engine", "ray", "--address", self.address],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )

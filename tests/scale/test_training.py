@@ -1,0 +1,116 @@
+"""Whole runs in lanes, killed and continued on another number of workers; groups of SAEs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from tests.sae import _runs
+from tests.scale._workers import together
+from vision_plugin.sae import VisionSAERunnerConfig, streams, train_many
+from vision_plugin.scale import ClusterError, RayEngine, train_in_lanes
+from vision_plugin.scale._groups import GroupWork, train_group
+from vision_plugin.scale._versions import Home
+
+EVERY = 4
+
+
+def run_of(path: Path, store: Path, **changes: Any) -> VisionSAERunnerConfig:
+    return _runs.config(path, "batchtopk", images=str(store), n_checkpoints=EVERY, **changes)
+
+
+def train(path: Path, store: Path, monkeypatch: Any = None, kill_at: int = -1) -> None:
+    """Train in four lanes; kill every worker in the middle of a step."""
+    if kill_at >= 0:
+        _runs.stop_at(monkeypatch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train_in_lanes(run_of(path, store), n_lanes=4)
+
+
+def test_killed_workers_continue_on_another_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    store = tmp_path / "store"
+    _runs.store_of(store)
+    assert together(1, lambda: train(tmp_path / "straight", store)) == [0]
+    out = tmp_path / "out"
+    assert together(2, lambda: train(out, store, monkeypatch, 7)) == [-signal.SIGKILL] * 2
+    assert not out.exists()
+    assert together(1, lambda: train(out, store, monkeypatch, 13)) == [-signal.SIGKILL]
+    assert together(2, lambda: train(out, store)) == [0, 0]
+    assert not dist.is_initialized()
+    assert _runs.weights(out) == _runs.weights(tmp_path / "straight")
+    assert not list(tmp_path.glob("out.checkpoints*"))
+
+
+def many(store: Path) -> dict[str, VisionSAERunnerConfig]:
+    """Three runs, two of which share a pass over the images."""
+    wide = run_of(Path("unused"), store)
+    return {
+        "batchtopk": wide,
+        "topk": dataclasses.replace(wide, sae=_runs.ARCHITECTURES["topk"]()),
+        "seeded": dataclasses.replace(wide, seed=7),
+    }
+
+
+def test_a_group_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    store = tmp_path / "store"
+    _runs.store_of(store)
+    cfgs = many(store)
+    assert [list(group) for group in streams(cfgs)] == [["batchtopk", "topk"], ["seeded"]]
+    group = streams(cfgs)[0]
+    work = GroupWork(group, str(tmp_path / "group"), Home())
+    train_group(work)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "group").rglob("*.safetensors")}
+    assert len(made) >= 2
+    train_group(work)
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    train_many(group, output_path=str(tmp_path / "local"))
+    for name in group:
+        assert _runs.weights(tmp_path / "group" / name) == _runs.weights(tmp_path / "local" / name)
+
+
+@pytest.mark.scale
+def test_many_saes_on_a_cluster_have_the_weights_of_one_process(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    _runs.store_of(store)
+    cfgs = many(store)
+    with RayEngine(num_cpus=2, object_store_memory=100_000_000) as engine:
+        saes = train_many(cfgs, output_path=str(tmp_path / "out"), engine=engine)
+        assert list(saes) == ["batchtopk", "topk", "seeded"]
+    for number, group in enumerate(streams(cfgs), 1):
+        train_many(group, output_path=str(tmp_path / f"local-{number}"))
+        for name in group:
+            there = tmp_path / "out" / f"group-{number}" / name
+            assert _runs.weights(there) == _runs.weights(tmp_path / f"local-{number}" / name)
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "said"),
+    [
+        ("127.0.0.1:1", "x", "nothing answers at address=127.0.0.1:1 .*ray start --head"),
+        ("nowhere", "x", "use auto, or HOST:PORT"),
+        ("127.0.0.1:1", "", "there is no token for the cluster"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, token: str, said: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with pytest.raises(ClusterError, match=said), RayEngine(address):
+        pass
+
+
+def test_other_versions_elsewhere_are_one_sentence() -> None:
+    with pytest.raises(ClusterError, match=r"has other versions .* \(torch .* there, 0.1 here\)"):
+        Home(versions={"torch": "0.1"}, variables={}).settle()

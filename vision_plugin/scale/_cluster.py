@@ -1,0 +1,142 @@
+"""Connect to a Ray cluster, or start one on this machine for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_ANSWER_SECONDS = 10.0
+
+
+class ClusterError(OSError):
+    """The cluster does not answer, refuses, or lost what it was asked to do."""
+
+    exit_status = 1
+    """Exit status of the command."""
+
+
+def import_ray() -> Any:
+    """Return the module ``ray``, with usage statistics off and authentication by token on.
+
+    Raises:
+        ImportError: Ray is not installed; the message says how to install it.
+    """
+    # Ray reads these when it is imported, and when its processes start.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        import ray
+    except ImportError:
+        raise ImportError(
+            "engine='ray' needs Ray; install it with 'pip install vision-plugin[ray]'"
+        ) from None
+    return ray
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, dashboard: bool = False, **settings: Any) -> Iterator[Any]:
+    """Yield the module ``ray``, connected to a cluster during a ``with`` block.
+
+    A process that is connected already stays so.
+
+    Args:
+        address: ``HOST:PORT`` of the head of a running cluster; ``auto`` for the one on this
+            machine or in ``RAY_ADDRESS``; None starts a cluster of this machine alone, which ends
+            with the block.
+        dashboard: Whether a cluster that is started here opens Ray's dashboard.
+        **settings: Arguments of ``ray.init`` for a cluster that is started here.
+
+    Raises:
+        ClusterError: no cluster answers there, or it refuses this process.
+        ImportError: Ray is not installed.
+    """
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            stack.enter_context(_token_of_its_own())
+            settings = {"include_dashboard": dashboard, **settings}
+        else:
+            _check_token(ray, address)
+            _check_answers(address)
+            settings = {}
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(
+                address="local" if address is None else address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **settings,
+            )
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            raise _refused(address, error) from error
+        yield ray
+
+
+def _refused(address: str | None, error: Exception) -> ClusterError:
+    said = " ".join(str(error).split())[:300]
+    where = "on this machine" if address is None else f"at address={address}"
+    if "ersion mismatch" in said:
+        return ClusterError(
+            f"the cluster {where} runs another version of Ray or Python than this process: install "
+            f"the same on every machine ({said})"
+        )
+    return ClusterError(
+        f"no Ray cluster answers {where} with this token: start one with 'ray start --head', and "
+        f"check address= and RAY_AUTH_TOKEN_PATH ({said})"
+    )
+
+
+def _check_token(ray: Any, address: str) -> None:
+    del ray
+    here = Path.home() / ".ray" / "auth_token"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_TOKEN") or Path(path or here).is_file():
+        return
+    raise ClusterError(
+        f"there is no token for the cluster at address={address}: copy the one that its head has "
+        f"to {path or here}, or name its file in RAY_AUTH_TOKEN_PATH ('ray get-auth-token "
+        "--generate' makes one)"
+    )
+
+
+def _check_answers(address: str) -> None:
+    """Raise if nothing listens at an address: Ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not separator or not port.isdigit():
+        raise ClusterError(f"address={address!r}: use auto, or HOST:PORT of the cluster's head")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at address={address} ({error}): start the cluster's head there with "
+            f"'ray start --head --port={port}', or name another address"
+        ) from error
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """Give a cluster that starts here a new token, unless the user has one already."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="vision-plugin-token-") as folder:
+        path = Path(folder) / "token"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+        try:
+            yield
+        finally:
+            del os.environ["RAY_AUTH_TOKEN_PATH"]

@@ -1,0 +1,80 @@
+"""Train one SAE over several processes: under torchrun, under Ray Train, or in this one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import distributed as dist
+
+from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, architecture_of
+from vision_plugin.scale._lanes import LaneTeam
+
+N_LANES = 8
+"""Lanes of a batch: as many processes at most, and part of what decides the last bits."""
+
+
+def train_in_lanes(
+    cfg: VisionSAERunnerConfig, *, n_lanes: int = N_LANES, **in_hand: Any
+) -> SAE[Any]:
+    """Train one SAE together with the other processes that call this, and return it in each.
+
+    Under ``torchrun``, each process calls it with the same configuration; a single process may
+    call it too. One, two, four or more processes give the same weights, bit for bit, on machines
+    of one kind, and a checkpoint of some number of processes continues on another number. The
+    first process writes. The disk of ``cfg.output_path`` has to be shared.
+
+    Each process reads the same stream of batches and computes its part of each, so a store of
+    activations serves better than images that every process sends through the model.
+
+    Args:
+        cfg: Configuration of the run. BatchTopK and Matryoshka train with SAELens's dense step.
+        n_lanes: Parts that each batch is cut into, a power of two; as many processes at most
+            compute.
+        **in_hand: Other arguments of ``VisionSAETrainingRunner``, for example ``model=``.
+
+    Raises:
+        ValueError: the batch cannot be cut into the lanes, or the configuration does not fit.
+    """
+    with _group():
+        team = LaneTeam(n_lanes)
+        return VisionSAETrainingRunner(_of_team(cfg, team), team=team, **in_hand).run()
+
+
+def _of_team(cfg: VisionSAERunnerConfig, team: LaneTeam) -> VisionSAERunnerConfig:
+    """Return the configuration as a process of a team needs it.
+
+    Raises:
+        ValueError: a setting looks at all pairs of a batch.
+    """
+    if cfg.mono_coefficient:
+        raise ValueError(
+            f"mono_coefficient={cfg.mono_coefficient} compares all vectors of a batch, which no "
+            "lane has: train without n_lanes="
+        )
+    logger = cfg.logger
+    if not team.leads:
+        logger = dataclasses.replace(logger, log_to_wandb=False)
+    dense = cfg.dense or "batchtopk" in architecture_of(cfg.sae)
+    return dataclasses.replace(cfg, dense=dense, logger=logger)
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, unless they are together already."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
