@@ -52,6 +52,7 @@ def times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(straight: Path, tmp_path: Path) -> None:
     """The short form: two nodes, a worker killed, and the bytes of one process."""
     out = tmp_path / "store"

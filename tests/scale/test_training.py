@@ -33,6 +33,7 @@ def train(path: Path, store: Path, monkeypatch: Any = None, kill_at: int = -1) -
     train_in_lanes(run_of(path, store), n_lanes=4)
 
 
+@pytest.mark.slow
 def test_killed_workers_continue_on_another_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

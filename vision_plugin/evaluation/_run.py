@@ -83,7 +83,7 @@ class Run:
             raise ValueError("none of the images could be read")
         self._score_domains(loop)
         self._compute(loop)
-        encoded = keep.finish(facts.images, bad, self.site.tokens, cfg.pooling)
+        encoded = keep.finish(facts.images, bad, self.site.tokens, self.cfg.pooling)
         self._add_intervals(encoded)
         return encoded
 
