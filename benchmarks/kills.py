@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1_000, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--only", default="", help="name of the one command to kill")
+    parser.add_argument(
+        "--join", action="store_true", help="keep what the results have of other commands"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     cfg = parser.parse_args()
 
@@ -47,16 +50,21 @@ def main() -> int:
             figures = kill_often(job, Path(folder) / str(number), share, cfg.seed)
             rows.append(asdict(figures))
             sys.stderr.write(f"{rows[-1]}\n")
+    file, seconds = cfg.output / "kills.json", round(time.time() - began)
+    if cfg.join and file.exists():
+        before, again = json.loads(file.read_text()), {row["command"] for row in rows}
+        rows = [row for row in before["commands"] if row["command"] not in again] + rows
+        seconds += before["seconds"]
     content = {
         "machine": setting,
-        "seconds": round(time.time() - began),
+        "seconds": seconds,
         "kills": sum(row["kills"] for row in rows),
         "runs_compared": sum(row["runs"] for row in rows),
         "faults": sum(len(row["faults"]) for row in rows),
         "commands": rows,
     }
     cfg.output.mkdir(parents=True, exist_ok=True)
-    (cfg.output / "kills.json").write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if content["faults"] else 0
 
 

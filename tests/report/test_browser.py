@@ -76,7 +76,9 @@ def test_any_column_sorts_and_turns_round(index, built, title):
     assert index.page.locator("[role=columnheader][aria-sort=ascending]").count() == 1
     head = index.page.locator("#heads [aria-sort] button")
     head.click()
-    assert index.rows() == ranked(read_data(built), title)
+    there = index.rows()  # those in view: the list is virtual
+    assert 10 < len(there)
+    assert there == ranked(read_data(built), title)[: len(there)]
 
 
 def test_search_finds_names_numbers_and_labels_best_first(index, built):
