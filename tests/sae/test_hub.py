@@ -139,6 +139,7 @@ for name, tensor in saved.items():
 """
 
 
+@pytest.mark.slow
 def test_to_a_hub_and_back_into_stock_saelens(sae, tmp_path: Path) -> None:
     """Over HTTP, with the real client; large files go through LFS."""
     sae.save_model(tmp_path / "saved")

@@ -86,6 +86,7 @@ def compare(sae: str, tmp_path: Path, engine: Any) -> None:
         assert close or (math.isnan(found[name]) and math.isnan(value)), name
 
 
+@pytest.mark.slow
 def test_ranges_scored_in_any_order_have_the_numbers_of_one_pass(sae: str, tmp_path: Path) -> None:
     compare(sae, tmp_path, Ranges())
 
