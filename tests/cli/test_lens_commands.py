@@ -92,6 +92,7 @@ def test_every_lens_writes_its_folder(tmp_path: Path, capsys) -> None:
     assert "accuracy" in text["rows"][0]
 
 
+@pytest.mark.slow
 def test_objects_that_are_not_there(tmp_path: Path, capsys) -> None:
     out = tmp_path / "objects"
     flags = ["--n-images", "66", "--absent", "1", "--layers", "1", "--weights", "2", "--strengths",

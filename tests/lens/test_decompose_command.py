@@ -13,6 +13,7 @@ import vision_plugin as vp
 from vision_plugin.cli import main
 
 
+@pytest.mark.slow
 def test_the_folder_holds_tables_figures_and_every_number(
     tiny_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

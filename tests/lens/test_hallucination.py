@@ -199,6 +199,7 @@ def study(vlm: Any) -> Any:
     return hallucination(vlm, object_questions(70, absent=1, seed=9), settings=settings)
 
 
+@pytest.mark.slow
 def test_the_study_counts_what_the_model_says(vlm: Any, study: Any) -> None:
     _, reported = object_questions(70, absent=1, seed=9).halves(0)
     yes = []
@@ -212,6 +213,7 @@ def test_the_study_counts_what_the_model_says(vlm: Any, study: Any) -> None:
     assert row.hallucinated.n == int((~reported.there).sum())
 
 
+@pytest.mark.slow
 def test_every_method_stands_beside_its_control_and_what_is_erased_is_written(
     study: Any, tmp_path: Path
 ) -> None:

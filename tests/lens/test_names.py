@@ -228,6 +228,7 @@ def test_latents_are_found_by_words_of_their_names(world: SimpleNamespace) -> No
     assert len(found.texts(better_than_chance=True)) < len(texts) == len(WORDS)
 
 
+@pytest.mark.slow
 def test_a_model_without_text_takes_labels_or_a_judge(
     world: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -322,7 +322,7 @@ def test_the_comparison_parts_what_both_have_from_what_one_has(index, built):
     assert page.locator("#charts .chart").count() == 4
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_no_violation(built, visit, scheme):
     visitor = visit(built, color_scheme=scheme, bypass_csp=True)
     page = visitor.page

@@ -47,7 +47,7 @@ def saved(folder: Path) -> dict[str, object]:
     return content
 
 
-@pytest.mark.parametrize("tokens", ["all", "random:5"])
+@pytest.mark.parametrize("tokens", ["all", pytest.param("random:5", marks=pytest.mark.slow)])
 def test_each_is_what_it_would_be_alone(tokens: str, tmp_path: Path) -> None:
     cfgs = many(tokens=tokens)
     saes = together(cfgs, tmp_path / "many").run()

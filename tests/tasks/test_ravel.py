@@ -131,6 +131,7 @@ def test_no_swap_keeps_everything_and_a_whole_swap_takes_everything(result: Task
 
 
 @pytest.mark.parametrize("method", ["das", "mdas"])
+@pytest.mark.slow
 def test_a_learned_rotation_finds_the_planted_subspace(world, result, method: str) -> None:
     for factor in PLANTED:
         figures = result.row(method, kind=factor).figures
@@ -145,6 +146,7 @@ def test_a_learned_rotation_finds_the_planted_subspace(world, result, method: st
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_figures_are_those_of_a_plain_loop(world: World) -> None:
     """The latents' swap of the first factor, image by image, by hooks written here."""
     result = world.run(methods=("none", "neurons"), sizes=(12,))
@@ -198,6 +200,7 @@ def test_figures_are_those_of_a_plain_loop(world: World) -> None:
     assert row["disentangle"].low <= middle <= row["disentangle"].high
 
 
+@pytest.mark.slow
 def test_intervals_draw_whole_bases(world: World) -> None:
     """More sources of each base are no more independent images: the interval stays as wide."""
     few, many = (
@@ -210,6 +213,7 @@ def test_intervals_draw_whole_bases(world: World) -> None:
     assert (many.high - many.low) > 0.4 * (few.high - few.low)
 
 
+@pytest.mark.slow
 def test_a_result_is_a_folder_with_swaps(world: World, result, tmp_path: Path) -> None:
     out = result.save(tmp_path / "out", sae="sae")
     content = json.loads((out / "results.json").read_text())
@@ -225,6 +229,7 @@ def test_a_result_is_a_folder_with_swaps(world: World, result, tmp_path: Path) -
     assert "mean of all" in (out / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_hostile_input_is_one_sentence(world: World, tmp_path: Path) -> None:
     data = world.data
     one_value = replace(
@@ -261,6 +266,7 @@ def test_hostile_input_is_one_sentence(world: World, tmp_path: Path) -> None:
             RavelSettings(**bad)
 
 
+@pytest.mark.slow
 def test_factors_come_from_columns(world: World, tmp_path: Path) -> None:
     folder = draw(160, seed=4).write(tmp_path / "drawn")
     sizes = {"readers": 50, "train": 40, "validation": 30, "test": 40, "least": 5}
