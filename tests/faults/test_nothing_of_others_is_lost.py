@@ -248,12 +248,13 @@ def test_the_demo_leaves_alone_what_no_demo_wrote(part: str, run: Any, tmp_path:
         (out / part).write_text('{"of": "my experiment"}')
     else:
         photos(out / part)
+    (out / "photo.png").write_text("mine")
     before = content(tmp_path)
     status, said = run(DEMO, out)
     assert status == 2
     assert str(out / part) in said
     assert content(tmp_path) == before
-    assert [path.name for path in out.iterdir()] == [part]
+    assert sorted(path.name for path in out.iterdir()) == sorted([part, "photo.png"])
 
 
 def test_the_demo_leaves_alone_what_lies_in_its_store(run: Any, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ PLANTED = {"first": (9, 40, 17), "second": (3, 22)}
 AMPLITUDE = 40.0
 STEP = 1e-4
 """Both values are written in an image's first pixels, too faint for the model to see."""
-FAST = {"sizes": (3,), "rules": ("attribution",), "ranks": (3,), "steps": 60, "random_seeds": 1}
+FAST = {"sizes": (3,), "rules": ("attribution",), "ranks": (1, 2), "steps": 60, "random_seeds": 1}
 
 
 @dataclass
@@ -135,7 +135,7 @@ def test_no_swap_keeps_everything_and_a_whole_swap_takes_everything(result: Task
 def test_a_learned_rotation_finds_the_planted_subspace(world, result, method: str) -> None:
     for factor in PLANTED:
         figures = result.row(method, kind=factor).figures
-        assert figures["disentangle"].value > 0.9, factor
+        assert figures["disentangle"].value > 0.95, factor
         # What tells the values apart, differences of the planted directions, lies in the subspace.
         (change,) = result.edits[factor, method].changes
         found = change.basis.vectors

@@ -8,6 +8,7 @@ from ._errors import StoreFullError as StoreFullError
 from ._errors import StoreLockedError as StoreLockedError
 from ._errors import StoreMismatchError as StoreMismatchError
 from ._errors import TooManyBadImagesError as TooManyBadImagesError
+from ._extract import check_folder as check_folder
 from ._extract import extract as extract
 from ._maker import ShardJob as ShardJob
 from ._maker import ShardMaker as ShardMaker

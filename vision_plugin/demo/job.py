@@ -26,7 +26,7 @@ from vision_plugin._ours import (
     check_replaceable_file,
 )
 from vision_plugin._paths import local_path
-from vision_plugin.activations import ExtractionConfig, extract
+from vision_plugin.activations import ExtractionConfig, check_folder, extract
 from vision_plugin.demo import Scene, concept_vocabulary, draw, factor_codes
 from vision_plugin.demo.answers import Answers, Naming, ask, choose_latents, name_latents
 from vision_plugin.evaluation import EvaluationConfig, evaluate_config
@@ -130,6 +130,7 @@ def run_demo(cfg: DemoConfig, announce: Announce) -> DemoResult:
     for part, kind in ((out / "sae", SAE_FOLDER), (out / "report", REPORT)):
         check_replaceable(part, kind)
     check_replaceable_file(out / "results.json", KIND)
+    check_folder(out / "activations")
     _check_ours(out)
     with _stage("Loading the packaged CLIP as a TransformerLens bridge", seconds, announce):
         model = load_model("demo")
@@ -172,7 +173,8 @@ def _check_ours(out: Path) -> None:
     strangers = [name for name in names if not _WRITTEN.match(name)]
     if strangers:
         raise FileExistsError(
-            f"{out} holds {strangers[0]}, which no demo wrote: name another output_path="
+            f"{', '.join(f'{out / name}' for name in strangers[:3])}: no demo wrote it, and one "
+            "writes into a folder of its own; name another output_path="
         )
 
 
