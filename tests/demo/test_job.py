@@ -110,7 +110,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "results.json").write_text('{"schema": "vision_plugin.demo/1"}')
     with pytest.raises(
-        FileExistsError, match="photos: no demo wrote it, .* name another output_path="
+        FileExistsError, match=r"photos: no demo wrote it, .* name another output_path="
     ):
         run_demo(DemoConfig(output_path=str(tmp_path)), print)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "results.json"]
