@@ -83,6 +83,8 @@ def test_steer_makes_an_edit_that_was_saved(sae: str, images: str, tmp_path, cap
     first, second = json.loads(clamped.read_text()), json.loads(edited.read_text())
     assert np.allclose(first["after"], second["after"], atol=1e-6)
     assert first["edit"]["changes"][0]["targets"] == second["edit"]["changes"][0]["targets"]
+    moved = np.mean(np.array(second["after"]) - np.array(second["before"]), axis=0)
+    assert second["steerability"] == pytest.approx(np.sum(moved**2), abs=1e-6)
     for more, message in (
         (["--edit", "edit.json", "--latents", "3"], "leave out --latents or --edit"),
         ([], "--edit FILE"),

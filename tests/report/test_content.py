@@ -187,6 +187,50 @@ def test_an_effect_computed_before_is_shown_as_it_is(tmp_path, model, sae, image
     assert "Steering</h2>" not in feature(out, 1)
 
 
+def percents(page, title):
+    table = page.split(f"{title}</h2>")[1].split("</table>")[0]
+    cells = re.findall(r"<bdi>([^<]*)</bdi></th>.*?>([\d.e-]+)%</td>.*?>([\d.e-]+)%</td>", table)
+    return {name: float(after) / 100 for name, _, after in cells}
+
+
+@torch.no_grad()
+def test_an_edit_is_looked_at_latent_by_latent_and_as_a_whole(tmp_path, model, sae, images):
+    edit = vp.Edit.suppress(sae, [4, 9], tokens="patch") + vp.Edit.add(sae, {6: 40.0})
+    concepts = ["a red circle", "a blue square", "a green star"]
+    out = tmp_path / "r"
+    vp.report(
+        sae, model, images[:8], out, features=[4, 5, 6], edit=edit, concepts=concepts, layout="none"
+    )
+    assert column(read_data(out), "edit") == [0, None, 40]
+
+    def probabilities(hook):
+        pixels = model.preprocess(images[:8])
+        seen = model.run_with_hooks(pixels, fwd_hooks=[(HOOK, hook)])
+        unit = torch.nn.functional.normalize(seen, dim=-1)
+        texts = model.encode_text(concepts)
+        return torch.softmax(model.logit_scale * unit @ texts.T, dim=-1).mean(0)
+
+    def without(x, latents):
+        changed = x.clone()
+        changed[:, 1:] -= sae.encode(x)[:, 1:, latents] @ sae.W_dec[latents]
+        return changed
+
+    one = probabilities(lambda x, hook: without(x, [4]))
+    whole = probabilities(lambda x, hook: without(x, [4, 9]) + 40 * sae.W_dec[6])
+    page, summary = feature(out, 4), (out / "summary.html").read_text()
+    assert "edited: suppress latent 4 to 0" in page
+    assert "held at 150" in feature(out, 5)
+    assert "suppress latent 4 to 0, 9 to 0" in summary
+    for place, name in enumerate(concepts):
+        assert percents(page, "Steering")[name] == pytest.approx(float(one[place]), rel=6e-3)
+        assert percents(summary, "Edit")[name] == pytest.approx(float(whole[place]), rel=6e-3)
+
+
+def test_an_edit_of_something_else_is_refused(tmp_path, model, sae, images):
+    with pytest.raises(ValueError, match="changes no latent of this SAE"):
+        vp.report(sae, model, images[:8], tmp_path / "r", edit=vp.Edit.clamp(HOOK, {1: 2.0}))
+
+
 @pytest.mark.parametrize("layout", ["dense", "csr", "coo", "numpy"])
 def test_given_latents_rank_as_computed_ones(
     tmp_path, built, model, sae, images, layout, token_latents

@@ -40,6 +40,9 @@ class ReportConfig(Inputs):
     """Texts whose probabilities are compared before and while each feature is held."""
     strengths: tuple[float, ...] = ()
     """Values to hold features at, for a curve over strengths; it needs ``concepts``."""
+    edit: str | None = None
+    """JSON file of an edit of the SAE's latents to look at; ``Edit.save`` and ``tasks`` write it.
+    With ``concepts`` its latents are changed as it says, one by one and all at once."""
     study: str | None = None
     """``sparsity.json`` of a sparsity study, for L0 and explained variance by layer."""
     layout: Literal["auto", "umap", "pca", "none"] = "auto"
@@ -62,6 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     known = read_scores(cfg.evaluation, cfg.sae)
     known |= {"training": read_training(cfg.sae), "study": read_study(cfg.study)}
     from vision_plugin.report import report
+    from vision_plugin.steering import Edit
 
     sae = cfg.open_sae(cfg.sae)
     written = report(
@@ -76,6 +80,7 @@ def run(arguments: Sequence[str]) -> None:
         },
         concepts=list(cfg.concepts) or None,
         strengths=list(cfg.strengths),
+        edit=None if cfg.edit is None else Edit.load(cfg.edit, sae=sae, device=cfg.device),
         layout=cfg.layout,
         title=cfg.title,
         **known,

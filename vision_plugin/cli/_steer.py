@@ -77,11 +77,15 @@ def run(arguments: Sequence[str]) -> None:
     place = None if cfg.output_path is None else local_path(cfg.output_path)
     if place is not None:
         check_replaceable_file(place, KIND)
-    edit, ids, effect = compute(cfg)
+    edit, ids, effect, score = compute(cfg)
     out = console()
     out.print(effect_table(cfg, ids, effect, held(edit)))
     gains = ", ".join(f"{name} {gain:+.3f}" for name, gain in effect.gains())
     out.print(f"Largest mean gains in probability: {gains}")
+    out.print(
+        f"Steerability (sum of squared mean changes): {float(score.score[0]):.3f}, "
+        f"{'above' if bool(score.steerable[0]) else 'not above'} {score.threshold:.2f}"
+    )
     if place is not None:
         from vision_plugin._disk import write_json
 
@@ -94,16 +98,18 @@ def run(arguments: Sequence[str]) -> None:
             "concepts": effect.concepts,
             "before": effect.before.tolist(),
             "after": effect.after.tolist(),
+            "steerability": float(score.score[0]),
         }
         write_json(content, place)
 
 
-def compute(cfg: SteerConfig) -> tuple[Any, list[str], Any]:
-    """Return the edit, the ids of the images, and the effect on them."""
+def compute(cfg: SteerConfig) -> tuple[Any, list[str], Any, Any]:
+    """Return the edit, the ids of the images, the effect on them, and its steerability."""
     import torch
 
     from vision_plugin.evaluation import read_concepts
     from vision_plugin.images import read_spread
+    from vision_plugin.metrics import EditSteerabilityResult
     from vision_plugin.steering import SteeringEffect, edit_effect
 
     edit, model = open_edit(cfg)
@@ -125,7 +131,9 @@ def compute(cfg: SteerConfig) -> tuple[Any, list[str], Any]:
             shown.advance(len(some))
     before = torch.cat([effect.before for effect in effects])
     after = torch.cat([effect.after for effect in effects])
-    return edit, [images.ids[i] for i in places], SteeringEffect(concepts, before, after)
+    effect = SteeringEffect(concepts, before, after)
+    score = EditSteerabilityResult.of({str(edit): effect}, texts)
+    return edit, [images.ids[i] for i in places], effect, score
 
 
 def open_edit(cfg: SteerConfig) -> tuple[Any, Any]:

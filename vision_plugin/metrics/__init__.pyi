@@ -59,6 +59,8 @@ from ._steerability import Steerability as Steerability
 from ._steerability import SteerabilityOptions as SteerabilityOptions
 from ._steerability import steerability as steerability
 from ._steerability import steerability_curve as steerability_curve
+from ._steerability_of_edits import EditSteerabilityResult as EditSteerabilityResult
+from ._steerability_of_edits import edit_steerability as edit_steerability
 from ._steerability_result import SteerabilityCurve as SteerabilityCurve
 from ._steerability_result import SteerabilityResult as SteerabilityResult
 from ._steerability_screening import Screening as Screening

@@ -17,7 +17,7 @@ from vision_plugin.report._compare import Other, compare_data, top_images_of
 from vision_plugin.report._content import Content
 from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._evaluation import layer_charts, score_table, training_charts
-from vision_plugin.report._feature_page import feature_pages
+from vision_plugin.report._feature_page import feature_pages, shift_rows
 from vision_plugin.report._folder import write_marker
 from vision_plugin.report._image_page import images_data, write_patches
 from vision_plugin.report._images import ImageReader, ModelView
@@ -45,10 +45,10 @@ from vision_plugin.report._resume import Checkpoint
 from vision_plugin.report._scripts import write_script
 from vision_plugin.report._sprites import ImageWriter
 from vision_plugin.report._statistics import LatentStatistics
-from vision_plugin.report._steering import Steerer, effects
+from vision_plugin.report._steering import Steerer, effects, shifts
 from vision_plugin.report._together import KeptLatents, images_to_keep, partners
 from vision_plugin.report._verify import write_checksums
-from vision_plugin.steering import SteeringEffect
+from vision_plugin.steering import Edit, SteeringEffect
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Job:
     features: list[int]
     steering: Mapping[int, SteeringEffect] | None
     steerer: Steerer | None
+    edit: Edit | None
     others: dict[str, Any]
     """Dictionaries to compare with, by name."""
     evaluation: Mapping[str, Any] | None
@@ -141,7 +142,11 @@ def build(job: Job, folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _summary(job: Job) -> dict[str, Any]:
+    whole = None if job.steerer is None else job.steerer.whole_edit()
     return {
+        "edit": [] if job.edit is None else [clean(line) for line in str(job.edit).splitlines()],
+        "edit_shifts": [] if whole is None else shift_rows(shifts(whole)),
+        "n_steered": 0 if whole is None else len(whole.before),
         "table": None if job.evaluation is None else score_table(job.evaluation),
         "training": training_charts(job.training),
         "layers": [] if job.study is None else layer_charts(job.study),
@@ -155,6 +160,7 @@ def make_steerer(
     strength: float,
     strengths: Sequence[int | float],
     n_images: int,
+    edit: Edit | None,
 ) -> Steerer | None:
     """Return a steerer for images spread over the source; None without concepts or a model."""
     if concepts is None or encoder is None:
@@ -177,6 +183,7 @@ def make_steerer(
         strengths=strengths,
         numbers=list(found),
         tokens=encoder.tokens,
+        edit=edit,
     )
 
 

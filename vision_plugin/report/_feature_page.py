@@ -250,23 +250,30 @@ def _steering(content: Content, steered: Steered | None) -> dict[str, Any]:
     effect, strength = steered.effect, steered.strength
     moved: Sequence[ConceptShift] = shifts(effect)
     held = "steered" if strength is None else f"held at {compact(strength)}"
+    if steered.edit is not None:
+        held = f"edited: {clean(str(steered.edit))}"
     return {
         "n_steered": len(effect.before),
         "held": held,
         "fallen": any(shift.after < shift.before for shift in moved),
         "curves": curves_chart(steered.curve) if steered.curve else None,
         "steered_images": _steered_images(content, steered),
-        "shifts": [
-            {
-                "concept": clean(shift.concept),
-                "before": percent(shift.before),
-                "after": percent(shift.after),
-                "before_width": round(100 * shift.before, 2),
-                "after_width": round(100 * shift.after, 2),
-            }
-            for shift in moved
-        ],
+        "shifts": shift_rows(moved),
     }
+
+
+def shift_rows(moved: Sequence[ConceptShift]) -> list[dict[str, Any]]:
+    """Return what a page shows of how concepts moved."""
+    return [
+        {
+            "concept": clean(shift.concept),
+            "before": percent(shift.before),
+            "after": percent(shift.after),
+            "before_width": round(100 * shift.before, 2),
+            "after_width": round(100 * shift.after, 2),
+        }
+        for shift in moved
+    ]
 
 
 def _steered_images(content: Content, steered: Steered) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from vision_plugin.report._inputs import (
 )
 from vision_plugin.report._names import read_answers, read_names
 from vision_plugin.report._resume import checkpoint_for, key_of, parts_of
+from vision_plugin.report._steering import amounts_of
 from vision_plugin.report._wandb import log_report
-from vision_plugin.steering import SteeringEffect
+from vision_plugin.steering import Edit, SteeringEffect
 
 
 def report(
@@ -49,6 +50,7 @@ def report(
     steering: Mapping[int, SteeringEffect] | None = None,
     strength: float = 150.0,
     strengths: Sequence[int | float] = (),
+    edit: Edit | None = None,
     layout: str = "auto",
     title: str | None = None,
     n_top: int = 16,
@@ -102,6 +104,9 @@ def report(
         steering: Precomputed effects of steering, by latent.
         strength: Activation that a latent is held at; 150 as in that paper.
         strengths: Further values to hold latents at, for a curve over strengths.
+        edit: An edit of the SAE's latents to look at. Its amounts become a column; with
+            ``concepts`` each of its latents is changed as it says in place of being held at
+            ``strength``, and the summary page shows what all of it does.
         layout: How the map is laid out: ``"umap"``, which needs the extra ``map``; ``"pca"``;
             ``"auto"``, UMAP where it is installed; or ``"none"``.
         title: Heading of the index; by default it names the hook.
@@ -150,15 +155,18 @@ def report(
         reader=reader,
         encoder=encoder,
         latents=latents,
-        scores=read_scores({**scores_of(evaluation), **(scores or {})}, d_sae),
+        scores=read_scores(
+            {**amounts_of(edit, sae), **scores_of(evaluation), **(scores or {})}, d_sae
+        ),
         chance=chance_of(evaluation),
         names=read_names(names, d_sae),
         answers=read_answers(answers, d_sae),
         features=read_features(features, d_sae),
         steering=steering,
         steerer=make_steerer(
-            concepts, encoder, reader, strength, strengths, sizes.n_steered_images
+            concepts, encoder, reader, strength, strengths, sizes.n_steered_images, edit
         ),
+        edit=edit,
         others=others,
         evaluation=evaluation,
         training=training,

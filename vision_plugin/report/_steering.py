@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import in_eval_mode
-from vision_plugin.steering import EffectPass, SteeringEffect
+from vision_plugin.steering import Edit, EffectPass, Latents, SteeringEffect
 
 N_LIKELIEST, N_FALLEN, N_CURVES = 6, 3, 4
 
@@ -40,13 +40,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Steered:
-    """The effect of steering, and the value the latent was held at, where it is known."""
+    """The effect of steering, and how the latent was steered, where it is known."""
 
     effect: SteeringEffect
     strength: float | None
+    """Value that the latent was held at; None where an edit, or nobody, says."""
     numbers: tuple[int, ...] = ()
     """Numbers of the images, where they are of the report's source."""
     curve: Curve | None = None
+    edit: Edit | None = None
+    """The latent's part of an edit, where that was made in place of holding it."""
 
 
 def shifts(effect: SteeringEffect) -> list[ConceptShift]:
@@ -70,6 +73,7 @@ class Steerer:
         strengths: Further values for a curve.
         numbers: Numbers of the images in their source.
         tokens: Kind of token to steer.
+        edit: An edit; its latents are changed as it says, and not held at ``strength``.
 
     Raises:
         ValueError: an embedding has another width than the model's, or there is no text.
@@ -87,6 +91,7 @@ class Steerer:
         tokens: str,
         strengths: Sequence[int | float] = (),
         numbers: Sequence[int] = (),
+        edit: Edit | None = None,
     ) -> None:
         self.strength, self.numbers = float(strength), tuple(numbers)
         self.strengths = sorted({*map(float, strengths), self.strength} if strengths else set())
@@ -100,9 +105,17 @@ class Steerer:
             )
         names = [str(name) for name in concepts]
         self.images = EffectPass(model, sae, pixels, texts, concepts=names, tokens=tokens)
+        self.edit = edit
+
+    def whole_edit(self) -> SteeringEffect | None:
+        """Return the effect of all changes of the edit at once; None without an edit."""
+        return None if self.edit is None else self.images.effect(self.edit)
 
     def steer(self, latent: int) -> Steered:
         """Return probabilities per image, before and with the latent held, and the curve."""
+        part = None if self.edit is None else self.edit.only(self.images.sae, [latent])
+        if part:
+            return Steered(self.images.effect(part), None, self.numbers, edit=part)
         effect = self.images.effect({latent: self.strength})
         curve = self._curve(latent, effect) if self.strengths else None
         return Steered(effect, self.strength, self.numbers, curve)
@@ -123,6 +136,27 @@ class Steerer:
             tuple(tuple(row) for row in shares.tolist()),
             tuple(before[chosen].tolist()),
         )
+
+
+def amounts_of(edit: Edit | None, sae: Dictionary) -> dict[str, list[float | None]]:
+    """Return a column with the amount of each latent that an edit changes; none without an edit.
+
+    Raises:
+        ValueError: the edit changes no latent of the SAE.
+    """
+    if edit is None:
+        return {}
+    column: list[float | None] = [None] * int(sae.cfg.d_sae)
+    for change in edit.changes:
+        if isinstance(change.basis, Latents) and change.basis.dictionary is sae:
+            for target, amount in zip(change.targets, change.amounts, strict=True):
+                column[target] = amount
+    if all(amount is None for amount in column):
+        raise ValueError(
+            "edit= changes no latent of this SAE: load it with Edit.load(path, sae=sae), or leave "
+            "it out"
+        )
+    return {"edit": column}
 
 
 def effects(

@@ -12,6 +12,7 @@ from ._editor import LatentEditor as LatentEditor
 from ._effect import EffectPass as EffectPass
 from ._effect import SteeringEffect as SteeringEffect
 from ._effect import edit_effect as edit_effect
+from ._effect import edit_effects as edit_effects
 from ._effect import steering_effect as steering_effect
 from ._engine import Shift as Shift
 from ._engine import Spread as Spread

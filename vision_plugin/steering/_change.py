@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -76,6 +77,15 @@ class Change:
             check_targets(list(self.where.above), self.basis.size, noun, self.basis.hook_name)
         if not self.include_error and not isinstance(self.basis, Latents):
             raise ValueError("include_error=False drops an SAE's error: name an SAE's latents")
+
+    def at(self, places: Sequence[int]) -> Change:
+        """Return the change of some of the targets alone, by their places in ``targets``."""
+        return replace(
+            self,
+            targets=tuple(self.targets[place] for place in places),
+            amounts=tuple(self.amounts[place] for place in places),
+            maxima=None if self.maxima is None else tuple(self.maxima[place] for place in places),
+        )
 
     def operate(self, coefficients: Tensor, others: Tensor | None = None) -> Tensor:
         """Return the new coefficients ``[..., m]`` of the targets.

@@ -216,6 +216,22 @@ class Edit:
         """Return the same edit on another kind of token."""
         return Edit(tuple(replace(change, tokens=tokens) for change in self.changes))
 
+    def only(self, dictionary: Dictionary, latents: Iterable[int]) -> Edit:
+        """Return the part of the edit that changes some latents of a dictionary.
+
+        Args:
+            dictionary: One of :attr:`dictionaries`.
+            latents: Numbers of the latents to keep; the edit need not change all of them.
+        """
+        kept, wanted = [], set(latents)
+        for change in self.changes:
+            if not isinstance(change.basis, Latents) or change.basis.dictionary is not dictionary:
+                continue
+            places = [place for place, t in enumerate(change.targets) if t in wanted]
+            if places:
+                kept.append(change.at(places))
+        return Edit(tuple(kept))
+
     @property
     def hook_names(self) -> tuple[str, ...]:
         """Names of the hooks that are edited, each once."""

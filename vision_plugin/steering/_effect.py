@@ -149,14 +149,48 @@ def edit_effect(
     Raises:
         ValueError: the edit does not fit the model, or concepts and embeddings differ in number.
     """
+    (effect,) = edit_effects(
+        model, [edit], pixels, text_embeddings, concepts=concepts, check_model=check_model
+    )
+    return effect
+
+
+@torch.no_grad()
+def edit_effects(
+    model: Any,
+    edits: Sequence[Edit],
+    pixels: Float[Tensor, "n channels height width"],
+    text_embeddings: Float[Tensor, "c d_embed"],
+    *,
+    concepts: Sequence[str],
+    check_model: bool = True,
+) -> list[SteeringEffect]:
+    """Run images without and with each of several edits; see :func:`edit_effect`.
+
+    The model below the first edited block runs once for all edits that begin there.
+
+    Args:
+        model: A VisionBridge with a space shared with text.
+        edits: What changes, one effect for each.
+        pixels: Images prepared by ``model.preprocess``.
+        text_embeddings: Unit embeddings of the concepts, ``[c, d_embed]``.
+        concepts: Names of the concepts, one per embedding.
+        check_model: Refuse an SAE that was trained on another model.
+
+    Raises:
+        ValueError: an edit does not fit the model, or concepts and embeddings differ in number.
+    """
     _check_concepts(concepts, text_embeddings)
     images = EditPass(model, pixels)
-    before, after = images.embed(), images.embed(edit, check_model=check_model)
-    return SteeringEffect(
-        list(concepts),
-        _probabilities(model, before, text_embeddings),
-        _probabilities(model, after, text_embeddings),
-    )
+    before = _probabilities(model, images.embed(), text_embeddings)
+    return [
+        SteeringEffect(
+            list(concepts),
+            before,
+            _probabilities(model, images.embed(edit, check_model=check_model), text_embeddings),
+        )
+        for edit in edits
+    ]
 
 
 def _check_concepts(concepts: Sequence[str], texts: Tensor) -> None:
