@@ -22,7 +22,7 @@ PUBLIC = {
     "lens": 71,
     "models": 20,
     "sae": 27,
-    "steering": 22,
+    "steering": 23,
     "tasks": 43,
 }
 """Number of public names of each folder: a new one is a decision, so it changes this table."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -175,7 +175,6 @@ class EditPass:
             self._checked.add(key)
         return worker
 
-    @torch.no_grad()
     def embed(
         self,
         edit: Edit | None = None,
@@ -195,8 +194,22 @@ class EditPass:
         Raises:
             ValueError: the edit does not fit the model.
         """
+        return torch.cat(list(self.embeddings(edit, source=source, check_model=check_model)))
+
+    def embeddings(
+        self,
+        edit: Edit | None = None,
+        *,
+        source: EditPass | None = None,
+        check_model: bool = True,
+    ) -> Generator[Float[Tensor, "b d_embed"], None, None]:
+        """Yield what :meth:`embed` returns, batch by batch.
+
+        The edit stays on the model until the generator is exhausted or closed.
+        """
         edit = edit or Edit()
-        workers = [self._worker(change, check_model=check_model) for change in edit.changes]
+        with torch.no_grad():
+            workers = [self._worker(change, check_model=check_model) for change in edit.changes]
         begins = [CachedPass(worker.site) for worker in workers]
         starts = [begin.start for begin in begins if begin.start is not None]
         start = min(starts) if starts and len(starts) == len(begins) else None
@@ -213,17 +226,17 @@ class EditPass:
             first, rest = [], workers
         last = self._last_block(begins)
         donors = self._donors(workers, source)
-        parts = []
         with in_eval_mode(self.model), last, running(self.model, rest):
             for place, batch in enumerate(entry.split(self.batch_size)):
                 for worker, donor in donors:
                     worker.donor = donor[place]
-                for number, worker in enumerate(first):
-                    if number == 0:  # the stream is as it was
-                        worker.reading = self._reading(worker, place, batch)
-                    batch = worker(batch, batch)
-                parts.append(self.model.image_features(batch, normalize=False, **kwargs))
-        return torch.cat(parts)
+                with torch.no_grad():
+                    for number, worker in enumerate(first):
+                        if number == 0:  # the stream is as it was
+                            worker.reading = self._reading(worker, place, batch)
+                        batch = worker(batch, batch)
+                    found = self.model.image_features(batch, normalize=False, **kwargs)
+                yield found
 
     def _donors(
         self, workers: list[Worker], source: EditPass | None

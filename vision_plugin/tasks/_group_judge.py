@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vision_plugin.steering import Edit, EditPass
 from vision_plugin.tasks._group_data import GroupSplit
-from vision_plugin.tasks._measure import RESAMPLES, Figure, interval, unit, worst
+from vision_plugin.tasks._measure import RESAMPLES, Figure, Share, interval, unit, worst
 from vision_plugin.tasks._probe import Probe
 
 Refit = Callable[[Edit], Probe]
@@ -58,14 +59,17 @@ class GroupJudge:
             self._last = edit, unit(self._pass.embed(edit))
         return self._last[1]
 
-    def score(self, edit: Edit) -> float:
-        """Return the accuracy of the worst group."""
-        ones = torch.ones(1, len(self.split), dtype=torch.float64)
-        return float(worst(ones, self._right(edit), self.split.groups))
+    def score(self, edit: Edit, *, above: float = -1.0) -> Share:
+        """Return the accuracy of the worst group; see :class:`Judged`."""
+        right, n = self._right_until(edit, above)
+        seen = torch.zeros(1, len(right), dtype=torch.float64)
+        seen[:, :n] = 1
+        return Share(float(worst(seen, right, self.split.groups)), n, n == len(right))
 
-    def upkeep(self, edit: Edit) -> float:
-        """Return the share of images that are answered right."""
-        return float(self._right(edit).mean())
+    def upkeep(self, edit: Edit, *, least: float = 0.0) -> Share:
+        """Return the share of images that are answered right; see :class:`Judged`."""
+        right = self._right(edit)
+        return Share(float(right.mean()), len(right), True)
 
     def under(self, edit: Edit) -> dict[str, Tensor]:
         """Return each figure under an edit as a value per image, ``[n]`` float64."""
@@ -90,6 +94,27 @@ class GroupJudge:
             "moved": (embeddings - self.before).norm(dim=1).double(),
             "group": self.split.groups.double(),
         }
+
+    def _right_until(self, edit: Edit, above: float) -> tuple[Float[Tensor, " n"], int]:
+        """Return which answers are right, and the number of images that were looked at.
+
+        The others, which count as right, could not lift the worst group above the bound.
+        """
+        right = torch.ones(len(self.split), dtype=torch.float64)
+        if not len(edit) or (self._last is not None and self._last[0] is edit):
+            return self._right(edit), len(right)
+        ones, parts, seen = torch.ones(1, len(right), dtype=torch.float64), [], 0
+        with closing(self._pass.embeddings(edit)) as batches:
+            for batch in batches:
+                parts.append(unit(batch))
+                some = slice(seen, seen + len(batch))
+                right[some] = (self.probe.answers(parts[-1]) == self.split.labels[some]).double()
+                seen += len(batch)
+                if float(worst(ones, right, self.split.groups)) <= above:
+                    break
+        if seen == len(right):
+            self._last = edit, torch.cat(parts)
+        return right, seen
 
     def _right(self, edit: Edit) -> Float[Tensor, " n"]:
         return (self.probe.answers(self.embeddings(edit)) == self.split.labels).double()

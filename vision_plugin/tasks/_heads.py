@@ -75,13 +75,13 @@ def choose_heads(
 ) -> Candidate:
     """Return the edit of the greedy search on the validation pairs; no edit if no head helps."""
     chosen: list[tuple[int, int]] = []
-    best = validation.accuracy(Edit())
-    floor = validation.clean_accuracy() - cap
+    best = validation.score(Edit()).value
+    floor = validation.upkeep(Edit()).value - cap
     skipped = 0
     for _, block, head in heads_by_attention(model, train, batch_size=batch_size):
         edit = without_heads(model, [*chosen, (block, head)])
-        accuracy = validation.accuracy(edit)
-        if accuracy < best + LEAST_GAIN or validation.clean_accuracy(edit) < floor:
+        accuracy = validation.score(edit, above=best).value
+        if accuracy < best + LEAST_GAIN or validation.upkeep(edit, least=floor).value < floor:
             skipped += 1
             if skipped > MOST_SKIPPED:
                 break

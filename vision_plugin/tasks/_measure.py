@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,15 @@ class Questions:
         return found
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of the images that were looked at, and whether these were all."""
+
+    value: float
+    n: int
+    whole: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Answers:
     """What the model says about one split under one edit.
@@ -86,23 +96,28 @@ class Judge:
         """Return the answers to the attacked images alone."""
         return self._answer(unit(self._attacked.embed(edit)))
 
-    def accuracy(self, edit: Edit) -> float:
-        """Return the share of attacked images that are answered right."""
-        right = self.attacked_answers(edit) == self.attack.labels
-        return float(right.double().mean())
+    def score(self, edit: Edit, *, above: float = -1.0) -> Share:
+        """Return the accuracy on attacked images; see :class:`Judged`."""
+        return self._accuracy(self._attacked, edit, beyond=above)
 
-    def clean_accuracy(self, edit: Edit | None = None) -> float:
-        """Return the share of clean images that are answered right."""
-        clean = self.before.clean if edit is None else unit(self._clean.embed(edit))
-        return float((self._answer(clean) == self.attack.labels).double().mean())
+    def upkeep(self, edit: Edit, *, least: float = 0.0) -> Share:
+        """Return the accuracy on clean images; see :class:`Judged`."""
+        return self._accuracy(self._clean, edit, least=least)
 
-    def score(self, edit: Edit) -> float:
-        """Return the accuracy on attacked images."""
-        return self.accuracy(edit)
-
-    def upkeep(self, edit: Edit) -> float:
-        """Return the accuracy on clean images."""
-        return self.clean_accuracy(edit if len(edit) else None)
+    def _accuracy(
+        self, images: EditPass, edit: Edit, *, beyond: float = -1.0, least: float = 0.0
+    ) -> Share:
+        """Count right answers until the share can no longer exceed one bound or reach the other."""
+        n, seen, right = len(images), 0, 0
+        with closing(images.embeddings(edit)) as batches:
+            for batch in batches:
+                labels = self.attack.labels[seen : seen + len(batch)]
+                right += int((self._answer(unit(batch)) == labels).sum())
+                seen += len(batch)
+                most = (right + n - seen) / n
+                if most <= beyond or most < least:
+                    break
+        return Share(right / seen, seen, seen == n)
 
     def under(self, edit: Edit) -> dict[str, Tensor]:
         """Return each figure under an edit as a value per image."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._candidates import Candidate, suppressed
-from vision_plugin.tasks._measure import Figure, averaged, pooled
+from vision_plugin.tasks._measure import Figure, Share, averaged, pooled
 from vision_plugin.tasks._row import Row
 
 RANDOM = {"random_latents": False, "random_active_latents": True}
@@ -27,11 +27,17 @@ class Judged(Protocol):
     kept: str
     """Name of the figure that may fall by the cap."""
 
-    def score(self, edit: Edit) -> float:
-        """Return the figure that a repair raises."""
+    def score(self, edit: Edit, *, above: float = -1.0) -> Share:
+        """Return the figure that a repair raises.
 
-    def upkeep(self, edit: Edit) -> float:
-        """Return the figure that may fall by the cap."""
+        Once it cannot exceed ``above`` on all images, it may be that of the images seen so far.
+        """
+
+    def upkeep(self, edit: Edit, *, least: float = 0.0) -> Share:
+        """Return the figure that may fall by the cap.
+
+        Once it cannot reach ``least`` on all images, it may be that of the images seen so far.
+        """
 
     def under(self, edit: Edit) -> dict[str, Tensor]:
         """Return every figure as a value per image."""
@@ -125,24 +131,26 @@ class Search:
     def _best(self, method: str) -> Candidate:
         """Return the candidate that raises its figure most under the cap.
 
-        No edit is always among them, so a method that only does harm changes nothing.
+        No edit is always among them, so a method that only does harm changes nothing. A candidate
+        is looked at on further images only while it can still become the best one.
         """
         judge = self.validation
         best = Candidate(method, Edit(), 0, None, "no edit stays within the cap")
-        most = judge.score(best.edit)
-        floor = judge.upkeep(best.edit) - self.cap
+        most = judge.score(best.edit).value
+        floor = judge.upkeep(best.edit).value - self.cap
         for candidate in self.proposed(method):
-            score = judge.score(candidate.edit)
+            score = judge.score(candidate.edit, above=most)
             upkeep = None
-            if score > most or method == "sae":
-                upkeep = judge.upkeep(candidate.edit)
-                if score > most and upkeep >= floor:
-                    best, most = candidate, score
+            if score.whole and score.value > most:
+                upkeep = judge.upkeep(candidate.edit, least=floor)
+                if upkeep.whole and upkeep.value >= floor:
+                    best, most = candidate, score.value
             self.entries.append(
                 {
                     "kind": self.kind, "method": method, "size": candidate.size,
                     "layer": candidate.layer, "how": candidate.how,
-                    judge.raised: score, judge.kept: upkeep,
+                    judge.raised: score.value, "images": score.n,
+                    judge.kept: None if upkeep is None else upkeep.value,
                 }
             )  # fmt: skip
         return best
