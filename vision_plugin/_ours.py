@@ -110,7 +110,7 @@ TASK = Kind(
     is_marked=lambda content: isinstance(content.get("task"), str) and "rows" in content,
     contents=re.compile(
         r"results\.json|edit\.json|table\.txt|[\w-]+\.png|edits(/[\w-]+\.json)?"
-        r"|sae(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
+        r"|sae(/\d+)?(/(cfg|runner_cfg)\.json|/(sae_weights|sparsity)\.safetensors)?"
     ),
 )
 

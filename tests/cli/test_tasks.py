@@ -62,6 +62,29 @@ def test_what_a_vision_language_model_says_is_steered(tmp_path: Path, capsys) ->
     assert main(["tasks", "llava", "--output-path", str(out), *small, "--sae", str(out / "x")]) == 2
 
 
+@pytest.mark.slow
+def test_an_attribute_is_swapped_and_the_swap_loads(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    small = ["--train", "60", "--validation", "40", "--test", "40", "--sizes", "5", "--ranks", "4"]
+    small += ["--training-images", "300", "--training-tokens", "8192", "--d-sae", "64", "--k", "4"]
+    small += ["--factors", "shape", "colour", "--steps", "10", "--layers", "2"]
+    assert main(["tasks", "ravel", "--output-path", str(out), *small]) == 0
+    assert "results.json, edit.json" in capsys.readouterr().out
+    content = json.loads((out / "results.json").read_text())
+    rows = {(row["kind"], row["method"]): row for row in content["rows"]}
+    for kind in ("shape", "colour"):
+        assert rows[kind, "none"]["cause"]["value"] < 0.2
+        assert rows[kind, "none"]["isolate"]["value"] > 0.9
+        # The whole class token behind block 2 takes all attributes along.
+        assert (
+            rows[kind, "full_swap"]["cause"]["value"] > rows[kind, "none"]["cause"]["value"] + 0.3
+        )
+        assert rows[kind, "full_swap"]["isolate"]["value"] < 0.7
+        swap = vp.Edit.load(out / "edits" / f"{kind}-sae.json")
+        assert {change.operation for change in swap} == {"swap"}
+    assert "disentangle" in (out / "table.txt").read_text()
+
+
 GROUPS = [
     *("--usual", "40", "--unusual", "4", "--validation", "12", "--test", "30", "--sizes", "10"),
     *("--training-images", "60", "--training-tokens", "16384", "--d-sae", "64", "--k", "4"),

@@ -689,3 +689,24 @@ def test_an_edit_pass_keeps_the_order_in_which_a_model_runs(model, pixels) -> No
 def test_an_edit_names_its_tokens_itself(model, sae) -> None:
     with pytest.raises(ValueError, match=r"names its tokens itself: edit.with_tokens"):
         model.steer(Edit.clamp(sae, {5: 1.0}), tokens="cls")
+
+
+def test_an_edit_of_two_saes_says_where_each_lies(model, pixels, tmp_path) -> None:
+    saes = {}
+    for layer in (0, 1):
+        sae = make_sae(seed=layer, hook_name=f"blocks.{layer}.hook_resid_post")
+        (tmp_path / "saes").mkdir(exist_ok=True)
+        sae.save_model(str(tmp_path / "saes" / str(layer)))
+        saes[f"saes/{layer}"] = sae
+    first, second = saes.values()
+    edit = Edit.clamp(first, {2: 9.0}) + Edit.scale(second, {3: -2.0})
+    edit.save(tmp_path / "edit.json", sae=saes)
+    again = Edit.load(tmp_path / "edit.json")
+    assert again.hook_names == ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    with torch.no_grad(), model.edit(edit):
+        expected = model.encode_image(pixels)
+    with torch.no_grad(), model.edit(again):
+        assert torch.equal(model.encode_image(pixels), expected)
+    edit.save(tmp_path / "edit.json", sae={"saes/0": first})
+    with pytest.raises(ValueError, match="does not say where its SAE lies"):
+        Edit.load(tmp_path / "edit.json")

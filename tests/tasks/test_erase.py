@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +35,20 @@ def test_after_leace_the_classes_have_one_mean() -> None:
     )
     assert least_squares.solution.abs().max() < 1e-3
     assert len(leace(x, labels)[0]) == 3  # one direction fewer than classes
+
+
+def test_leace_is_what_its_authors_package_fits() -> None:
+    concept_erasure = pytest.importorskip(
+        "concept_erasure", reason="needs concept-erasure, which is not installed"
+    )
+    x, labels = labelled(n=3000)
+    codes = torch.nn.functional.one_hot(labels).double()
+    ours = erased(x, labels)
+    # By default the package shrinks the covariance, which is of no matter for many samples.
+    for shrinkage, bound in ((False, 1e-4), (True, 0.05)):
+        theirs = concept_erasure.LeaceFitter.fit(x, codes, shrinkage=shrinkage).eraser(x)
+        assert (theirs - x).norm() > 0.1 * x.norm()
+        assert (ours - theirs).norm() < bound * (theirs - x).norm()
 
 
 def test_leace_moves_less_than_projecting_the_means_out() -> None:

@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> None:
         out.print(result.one_word.table())
     for dialogue in getattr(result, "dialogues", ()):
         out.print(str(dialogue), soft_wrap=True)
-    kept = "" if isinstance(sae, str) else ", sae/"
+    kept = "" if isinstance(sae, (str, Mapping)) else ", sae/"
     out.print(f"In {cfg.output_path}: {task.writes}{kept}", soft_wrap=True)
 
 

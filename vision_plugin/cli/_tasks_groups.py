@@ -91,9 +91,8 @@ def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
         saes, names = train_saes(cfg, model, hooks, model_name=cfg.model_name), ", ".join(hooks)
     repair = background if task == "background" else attribute
     result = repair(model, saes, data, settings=settings, name=names, announce=out.print)
-    used = (result.edit.dictionaries or saes)[0]
-    where = {id(sae): place for sae, place in zip(given, places, strict=True)}
-    return result, where.get(id(used), used)
+    used = result.edit.dictionaries or saes[:1]
+    return result, dict(zip(places, given, strict=True)) if given else used
 
 
 def _images(cfg: GroupConfig, task: str, model: Any) -> Any:

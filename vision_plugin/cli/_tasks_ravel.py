@@ -103,9 +103,8 @@ def compute_ravel(cfg: RavelConfig) -> tuple[Any, Any]:
         saes = train_saes(cfg, model, hooks, model_name=cfg.model_name, tokens=cfg.tokens)
         names = ", ".join(hooks)
     result = ravel(model, saes, data, settings=settings, name=names, announce=out.print)
-    used = result.edit.dictionaries or saes
-    where = {id(sae): place for sae, place in zip(given, places, strict=True)}
-    return result, [where.get(id(sae), sae) for sae in used]
+    used = result.edit.dictionaries or saes[:1]
+    return result, dict(zip(places, given, strict=True)) if given else used
 
 
 def _images(cfg: RavelConfig, model: Any) -> Any:

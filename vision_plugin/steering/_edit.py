@@ -266,22 +266,24 @@ class Edit:
         """
         return edited(model, self.changes, source=source, check_model=check_model)
 
-    def to_dict(self, *, sae: str | None = None) -> dict[str, Any]:
+    def to_dict(self, *, sae: str | Mapping[str, Dictionary] | None = None) -> dict[str, Any]:
         """Return the edit ready for JSON; see :meth:`save`."""
         return to_dict(self.changes, sae=sae)
 
-    def save(self, path: str | Path, *, sae: str | Path | None = None) -> None:
+    def save(
+        self, path: str | Path, *, sae: str | Path | Mapping[str, Dictionary] | None = None
+    ) -> None:
         """Write the edit as JSON.
 
         Args:
             path: File to write; an earlier edit in it is replaced.
             sae: Where the SAE lies, written down for :meth:`load`; a relative path counts from the
-                folder of the file.
+                folder of the file. An edit of several SAEs takes a mapping from places to them.
 
         Raises:
             FileExistsError: something else has the name.
         """
-        write_changes(self.changes, path, sae=None if sae is None else str(sae))
+        write_changes(self.changes, path, sae=str(sae) if isinstance(sae, Path) else sae)
 
     @classmethod
     def load(cls, path: str | Path, *, sae: Any = None, device: str | torch.device = "cpu") -> Edit:

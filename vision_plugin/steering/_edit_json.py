@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ _MOST = torch.finfo(torch.float32).max
 _TOLERANCE = 0.01
 
 
-def to_dict(changes: Sequence[Change], *, sae: str | None = None) -> dict[str, Any]:
+Places: TypeAlias = str | Mapping[str, Dictionary] | None
+"""Where the SAE of all latents lies, or SAEs by where they lie."""
+
+
+def to_dict(changes: Sequence[Change], *, sae: Places = None) -> dict[str, Any]:
     """Return changes as a dictionary ready for JSON.
 
     Args:
         changes: The changes.
-        sae: Where the SAE of the latents lies.
+        sae: Where the SAEs of the latents lie.
     """
     return {
         "schema": WITH_PLACES if any(change.where for change in changes) else SCHEMA,
@@ -42,7 +46,7 @@ def to_dict(changes: Sequence[Change], *, sae: str | None = None) -> dict[str, A
     }
 
 
-def write_changes(changes: Sequence[Change], path: str | Path, *, sae: str | None) -> None:
+def write_changes(changes: Sequence[Change], path: str | Path, *, sae: Places) -> None:
     """Write changes to a JSON file; see :meth:`Edit.save`."""
     place = local_path(path)
     check_replaceable_file(place, KIND, name="path")
@@ -74,7 +78,7 @@ def read_changes(
         raise ValueError(f"{place}: {error}") from error
 
 
-def _change_to_dict(change: Change, sae: str | None) -> dict[str, Any]:
+def _change_to_dict(change: Change, sae: Places) -> dict[str, Any]:
     where = {} if change.where is None else {"where": _where_to_dict(change.where)}
     return {
         "operation": change.operation,
@@ -127,7 +131,13 @@ def _change_from_dict(entry: dict[str, Any], known: _Known) -> Change:
     )
 
 
-def _basis_to_dict(basis: Basis, sae: str | None) -> dict[str, Any]:
+def _place_of(dictionary: Dictionary, sae: Places) -> str | None:
+    if not isinstance(sae, Mapping):
+        return sae
+    return next((place for place, one in sae.items() if one is dictionary), None)
+
+
+def _basis_to_dict(basis: Basis, sae: Places) -> dict[str, Any]:
     match basis:
         case Latents(dictionary):
             hook_name, hook_name_out = hook_names(dictionary)
@@ -135,7 +145,7 @@ def _basis_to_dict(basis: Basis, sae: str | None) -> dict[str, Any]:
                 "kind": "latents",
                 "hook_name": hook_name,
                 "hook_name_out": hook_name_out,
-                "sae": sae,
+                "sae": _place_of(dictionary, sae),
                 "fingerprint": fingerprint(dictionary),
             }
         case Neurons(hook_name):

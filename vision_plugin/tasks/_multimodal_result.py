@@ -14,6 +14,7 @@ from vision_plugin._rich import Table
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._one_word import OneWordResult
 from vision_plugin.tasks._row import Row, cell, printed
+from vision_plugin.tasks._saved import save_edits
 
 SCHEMA = 1
 _SHOWN = ("accuracy", "inserted", "suppressed", "preserved")
@@ -132,15 +133,8 @@ class MultimodalResult:
         """
         place = local_path(folder)
         with whole_folder(place, replaces=TASK) as made:
-            where = sae
-            if sae is not None and not isinstance(sae, (str, Path)):
-                sae.save_model(str(made / "sae"))
-                where = "sae"
-            deeper = f"../{where}" if where == "sae" else where
-            self.edit.save(made / "edit.json", sae=where)
-            (made / "edits").mkdir()
-            for names, edit in self.edits.items():
-                edit.save(made / "edits" / f"{'-'.join(names)}.json", sae=deeper)
+            edits = (("-".join(names), edit) for names, edit in self.edits.items())
+            save_edits(made, self.edit, edits, sae)
             write_json(self.to_dict(), made / "results.json")
             tables = [self.table(), *([] if self.one_word is None else [self.one_word.table()])]
             text = [*map(printed, tables), *map(str, self.dialogues), ""]

@@ -14,6 +14,7 @@ from vision_plugin._rich import Table
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._plot import plots
 from vision_plugin.tasks._row import Row, cell, printed
+from vision_plugin.tasks._saved import save_edits
 
 SCHEMA = 1
 CONTROLS = ("neurons", "random_dictionary", "pca")
@@ -104,8 +105,8 @@ class TaskResult:
 
         Args:
             folder: Folder to make; earlier results of a task in it are replaced.
-            sae: Where the SAE lies, for the edits; or an SAE itself, which is then saved beside
-                them.
+            sae: Where the SAE lies, for the edits; SAEs by where they lie; or one SAE or several,
+                which are then saved beside them.
 
         Returns:
             The folder.
@@ -115,18 +116,10 @@ class TaskResult:
         """
         place = local_path(folder)
         with whole_folder(place, replaces=TASK) as made:
-            where = sae
-            if sae is not None and not isinstance(sae, (str, Path)):
-                sae.save_model(str(made / "sae"))
-                where = "sae"
-            deeper = f"../{where}" if where == "sae" else where
             write_json(self.to_dict(), made / "results.json")
-            self.edit.save(made / "edit.json", sae=where)
-            (made / "edits").mkdir()
-            for (kind, method), edit in self.edits.items():
-                if method in CONTROLS:
-                    continue  # it edits latents of a dictionary that is nowhere to be loaded from
-                edit.save(made / "edits" / f"{kind}-{method}.json", sae=deeper)
+            # The others edit latents of a dictionary that is nowhere to be loaded from.
+            edits = (("-".join(k), e) for k, e in self.edits.items() if k[1] not in CONTROLS)
+            save_edits(made, self.edit, edits, sae)
             (made / "table.txt").write_text(printed(self.table()), encoding="utf-8")
             for name, figure in self.plot().items():
                 figure.savefig(made / f"{name}.png", dpi=120, bbox_inches="tight")
