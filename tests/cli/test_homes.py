@@ -36,6 +36,7 @@ def test_a_name_that_begins_so_is_itself_as_in_a_shell(
         local_path("~nobodyhere/x")
 
 
+@pytest.mark.slow
 def test_every_command_takes_it(
     tiny_clip: str,
     images: str,

@@ -37,7 +37,17 @@ def test_the_corpus_is_large() -> None:
     assert len(FIXED) >= 300
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(case.kind for case in FIXED))
+LONG = ("vision-plugin tasks",)
+"""Kinds whose lines take half a minute: tasks that run to their end."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow) if kind in LONG else kind
+        for kind in dict.fromkeys(case.kind for case in FIXED)
+    ],
+)
 def test_the_fixed_part_is_read_or_refused(kind: str, tmp_path: Path) -> None:
     outcomes = run([case for case in FIXED if case.kind == kind], tmp_path)
     wrong = [outcome for outcome in outcomes if not outcome.right]

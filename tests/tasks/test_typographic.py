@@ -172,7 +172,9 @@ def test_a_result_is_a_folder(model, data, sae, result, tmp_path: Path) -> None:
         result.save(out)
 
 
-def test_an_interval_is_the_bootstraps(model, data, result) -> None:
+def test_an_interval_is_the_bootstraps(model, sae, data) -> None:
+    settings = TypographicSettings(methods=("none",), unseen_words=False)
+    result = typographic(model, sae, data, settings=settings)
     figure = result.row("none", kind="shape").figures["accuracy"]
     right = (answers(model, data, data.test.attacked) == data.test.labels).double().numpy()
     random = np.random.default_rng(0)
