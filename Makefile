@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-slow test-scale hostile check exports quality clean
+.PHONY: setup demo test test-slow test-scale hostile check exports quality docs dist clean
 
 setup: $(READY)
 
@@ -46,6 +46,15 @@ check: $(READY)
 
 exports: $(READY)
 	$(BIN)/python tests/metrics_stub.py
+
+# The site, into build/site: strict, and nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --installer uv --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
