@@ -1,7 +1,7 @@
-"""Put what was measured into the README: every figure there comes from ``benchmarks/results/``.
+"""Put what was measured into the documents: every figure comes from ``benchmarks/results/``.
 
-``python -m benchmarks.readme`` fills the README from the result files. With ``--run`` it first runs
-the README's own commands again and keeps what they print: the demo, and training, scoring and
+``python -m benchmarks.readme`` fills the pages from the result files. With ``--run`` it first runs
+their own commands again and keeps what they print: the demo, and training, scoring and
 steering on real images where the data folder is beside the checkout.
 """
 
@@ -43,7 +43,7 @@ WRAP = 96
 
 def main() -> None:
     """Run the commands if asked to, then fill the README."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", choices=("demo", "noto", "all"), help="run the commands first")
     run = parser.parse_args().run
     if run in ("demo", "all"):
@@ -52,7 +52,8 @@ def main() -> None:
     if run in ("noto", "all"):
         shutil.rmtree(ROOT / "runs" / "noto", ignore_errors=True)
         keep("noto.txt", noto())
-    fill(ROOT / "README.md", sections())
+    for page, found in sections().items():
+        fill(ROOT / page, found)
     fill(ROOT / "CONTRIBUTING.md", {"family": worked_example()})
 
 
@@ -93,18 +94,35 @@ def folded(command: str) -> str:
     return " \\\n".join([*lines, line.rstrip()])
 
 
-def sections() -> dict[str, str]:
-    """The README's generated sections, of the result files that are there."""
-    found = {}
-    for name, file in (("demo", "demo.txt"), ("noto", "noto.txt")):
-        if (RESULTS / file).is_file():
-            found[name] = "```\n" + (RESULTS / file).read_text().strip() + "\n```"
-    if (RESULTS / "families.md").is_file():
-        found["families"] = (RESULTS / "families.md").read_text().strip()
-    if (RESULTS / "sparsity.md").is_file():
-        found["sparsity"] = (RESULTS / "sparsity.md").read_text().strip()
-    found["measured"] = measured(RESULTS)
-    return found
+PRINTED = {"demo": "demo.txt", "noto": "noto.txt"}
+"""Sections with what a command printed."""
+SECTIONS = {
+    "docs/getting-started.md": ("demo", "noto"),
+    "docs/models.md": ("families",),
+    "docs/training.md": ("sparsity",),
+    "docs/measured.md": ("measured", "pages"),
+}
+"""Generated sections, by page."""
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """The generated sections of each page, of the result files that are there."""
+    found = {page: {name: section(name) for name in names} for page, names in SECTIONS.items()}
+    return {page: {n: text for n, text in of.items() if text} for page, of in found.items()}
+
+
+def section(name: str) -> str:
+    """One generated section; empty where its result file is not there."""
+    if name == "measured":
+        return measured(RESULTS)
+    if name == "pages":
+        pages = sorted(RESULTS.glob("*.md"))
+        return "\n".join(f"- [{page.stem}](measured/{page.name})" for page in pages)
+    path = RESULTS / PRINTED.get(name, f"{name}.md")
+    if not path.is_file():
+        return ""
+    text = path.read_text().strip()
+    return f"```\n{text}\n```" if name in PRINTED else text
 
 
 def worked_example() -> str:
@@ -129,13 +147,13 @@ def take_image(page: Path, image: Path) -> None:
         browser.close()
 
 
-def fill(readme: Path, found: dict[str, str]) -> None:
+def fill(page: Path, found: dict[str, str]) -> None:
     """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
-    text = readme.read_text()
+    text = page.read_text()
     for name, content in found.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, c=content: f"{match[1]}{c}\n{match[2]}", text)
-    readme.write_text(text)
+    page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ FOLDERS = (
     "models", "report", "sae", "scale", "steering", "tasks",
 )  # fmt: skip
 """Folders with a page of the reference."""
+
+
 def reference() -> dict[str, dict[str, str]]:
     """Return where each public name is defined, by folder."""
     return {folder: _names(f"vision_plugin.{folder}") for folder in FOLDERS}
@@ -82,7 +84,5 @@ def on_files(files: Any, config: Any) -> Any:
     for address, content in pages().items():
         files.append(File.generated(config, address, content=content))
     for picture in sorted(RESULTS.glob("*.png")):
-        files.append(
-            File.generated(config, f"measured/{picture.name}", abs_src_path=str(picture))
-        )
+        files.append(File.generated(config, f"measured/{picture.name}", abs_src_path=str(picture)))
     return files

@@ -87,7 +87,7 @@ def as_flags(message: str, cls: type | None = None) -> str:
         message: Names arguments as ``name=``.
         cls: The command's configuration; None takes the one that was parsed last.
 
-    Example:
+    Examples:
         >>> from vision_plugin._inputs import Inputs
         >>> as_flags("two columns hold images: name one with image_column=", Inputs)
         'two columns hold images: name one with --image-column'
