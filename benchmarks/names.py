@@ -68,7 +68,7 @@ class Config:
     """Measure the speed of CLIP-Dissect alone."""
     demo_images: tuple[int, int] = (4000, 2000)
     """Drawn images to train on, and to name."""
-    dino_images: tuple[int, int] = (2200, 1600)
+    dino_images: tuple[int, int] = (1500, 1000)
     """Clip art to train on, and to name."""
     dino_layers: tuple[int, ...] = (3, 7, 11)
     """Layers of DINOv2."""
