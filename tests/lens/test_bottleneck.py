@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 import vision_plugin as vp
 from vision_plugin.demo import COLOURS
-from vision_plugin.lens import BottleneckSettings, ConceptBottleneck
+from vision_plugin.lens import BottleneckSettings, ConceptBottleneck, FeatureNames, NameCandidates
 from vision_plugin.metrics import ControlDictionary, neuron_dictionary
 
 HOOK = "blocks.3.hook_resid_post"
@@ -171,6 +171,11 @@ def test_names_come_from_a_file_or_a_list(model: Any, images: Any, planted: Any,
     found = vp.concept_bottleneck(model, planted, images, names=path, settings=settings)
     assert dict(found.names) == {1: "orange"}
     assert found.name(2) == "latent 2"
+    unknown = torch.full((8,), torch.nan)
+    one = NameCandidates((None, "orange", *[None] * 6), unknown, "", "", unknown, None)
+    given = FeatureNames({"caption": one}, (None, "caption", *[None] * 6), {}, {}, {}, {})
+    again = vp.concept_bottleneck(model, planted, images, names=given, settings=settings)
+    assert again.names == found.names
     with pytest.raises(ValueError, match="names= names '8', but the SAE's latents are 0 to 7"):
         vp.concept_bottleneck(model, planted, images, names={8: "x"}, settings=settings)
     with pytest.raises(ValueError, match="names= gives latent 0 a int: give a text"):

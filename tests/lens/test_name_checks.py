@@ -39,6 +39,70 @@ def test_the_check_is_scikit_learns_auroc(seed: int, n: int, ties: bool) -> None
         assert float(found.high[latent]) >= expected - 1e-9
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), panel=st.sampled_from((3, 256)))
+def test_a_name_is_compared_with_the_names_of_other_latents(seed: int, panel: int) -> None:
+    """Mean and rank among the other names, a name at a time by scikit-learn."""
+    from vision_plugin.lens import _name_checks
+
+    generator = torch.Generator().manual_seed(seed)
+    images = F.normalize(torch.randn(40, 4, generator=generator), dim=1)
+    images = images[torch.randint(12, (40,), generator=generator)]  # with equals
+    texts = F.normalize(torch.randn(9, 4, generator=generator), dim=1)
+    latents = (torch.rand(40, 7, generator=generator) < 0.4).float()
+    words = torch.randint(-1, 9, (7,), generator=generator)
+    before, _name_checks.PANEL = _name_checks.PANEL, panel
+    try:
+        found = Checker(Firing.of(latents), images).check(words, texts)
+    finally:
+        _name_checks.PANEL = before
+    used = sorted({word for word in words.tolist() if word >= 0})
+    for latent, word in enumerate(words.tolist()):
+        if bool(found.auroc[latent].isnan()):
+            assert bool(found.beats[latent].isnan())
+            continue
+        rivals = [
+            roc_auc_score(latents[:, latent].numpy(), (texts[other] @ images.T).numpy())
+            for other in used
+            if other != word
+        ]
+        own = float(found.auroc[latent])
+        if panel > len(used) and rivals:
+            assert float(found.others[latent]) == pytest.approx(sum(rivals) / len(rivals), abs=1e-6)
+            wins = sum((own > one + 1e-9) + 0.5 * (abs(own - one) <= 1e-9) for one in rivals)
+            assert float(found.beats[latent]) == pytest.approx(wins / len(rivals), abs=1e-6)
+        elif rivals:
+            assert min(rivals) - 1e-6 <= float(found.others[latent]) <= max(rivals) + 1e-6
+        else:
+            assert bool(found.beats[latent].isnan())
+            assert not bool(found.better[latent])
+
+
+def test_names_that_only_go_along_are_no_better_than_chance() -> None:
+    """Half of all texts and half of all latents go with one direction of the images.
+
+    So half of the names drawn at random predict such a latent, and most intervals lie above one
+    half. But only its own name predicts it better than nearly all others do.
+    """
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(600, 64, generator=generator)
+    texts = torch.eye(64) + 0.7 * torch.eye(64)[0]
+    latents = ((images @ texts.T) > 1.5).float()[:, 1:]
+    found = Checker(Firing.of(latents), F.normalize(images, dim=1)).check(
+        torch.arange(1, 64), F.normalize(texts, dim=1)
+    )
+    summary = found.summary()
+    assert summary["share_better"] == 1
+    assert summary["share_above_half_shuffled"] > 0.5
+    assert summary["share_better_shuffled"] < 0.08
+    assert 0 < summary["margin_low"] < summary["mean_margin"] < summary["margin_high"]
+    wrong = Checker(Firing.of(latents), F.normalize(images, dim=1)).check(
+        torch.arange(1, 64).roll(1), F.normalize(texts, dim=1)
+    )
+    assert wrong.summary()["share_above_half"] > 0.5
+    assert wrong.summary()["share_better"] < 0.08
+
+
 def test_where_no_judge_reads_text_the_labels_judge() -> None:
     labels = ["cat"] * 10 + ["dog"] * 10
     latents = torch.zeros(20, 3)
@@ -118,5 +182,7 @@ def test_names_of_noise_are_no_better_than_chance() -> None:
     words = torch.randint(30, (300,), generator=generator)
     found = Checker(Firing.of(latents), images).check(words, texts).summary()
     assert found["mean_auroc"] == pytest.approx(0.5, abs=0.01)
+    assert found["share_above_half"] < 0.06
     assert found["share_better"] < 0.06
     assert found["share_better_shuffled"] < 0.06
+    assert abs(found["mean_margin"]) < 0.01

@@ -93,7 +93,8 @@ def test_shuffled_vocabularies_score_as_chance(world: SimpleNamespace) -> None:
     assert found["mean_auroc"] > 0.75
     assert found["mean_shuffled"] == pytest.approx(0.5, abs=0.08)
     assert found["share_better"] > 0.9
-    assert found["share_better_shuffled"] < 0.4
+    assert found["share_better_shuffled"] <= 0.1
+    assert found["margin_low"] > 0.2
 
 
 def test_latents_that_fire_at_random_get_names_that_explain_nothing(
@@ -147,6 +148,18 @@ def test_every_method_at_once_and_the_chosen_name(world: SimpleNamespace, tmp_pa
     rounded.pop("summary")
     assert rounded == before
     assert again.names == found.names
+    entries = again.entries()
+    assert entries.keys() == again.texts().keys()
+    for latent, candidates in entries.items():
+        assert candidates[0]["name"] == again.names[latent]
+        assert candidates[0]["method"] == again.made_by[latent]
+        for one in candidates:
+            check = again.candidates[str(one["method"])].check
+            assert check is not None
+            if one["auroc"] is not None:
+                assert one["auroc"] == pytest.approx(float(check.auroc[latent]))
+                assert one["chance"] == pytest.approx(float(check.others[latent]), nan_ok=True)
+                assert one["better"] == bool(check.better[latent])
     assert found.table(5).row_count == 5
     assert found.summary_table().row_count == 6
 

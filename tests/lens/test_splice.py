@@ -57,6 +57,21 @@ def test_the_solvers_agree_and_meet_the_optimality_conditions(
     torch.testing.assert_close(ours @ words, peer @ words, atol=1e-3, rtol=0)
 
 
+def test_words_that_are_alike_are_solved_exactly() -> None:
+    """A space whose directions matter less and less, as of real words, is slow for gradients."""
+    scale = torch.arange(1, 49).double() ** -1.5
+    targets, words = (
+        nn.functional.normalize(rows * scale, dim=1) for rows in problem(0, 6, 300, 48)
+    )
+    found = sparse_codes(targets, words, 0.05)  # settles, or the warning is an error here
+    peer = sparse_codes(targets, words, 0.05, solver="sklearn")
+    assert 2 < float((found > 0).sum(1).double().mean()) < 48
+    gradient = 2 * (found @ words - targets) @ words.T + 0.05
+    assert float(gradient.min()) > -1e-6
+    assert float(gradient[found > 0].abs().max()) < 1e-6
+    torch.testing.assert_close(found, peer, atol=1e-5, rtol=0)
+
+
 def test_one_word_alone_has_the_weight_of_the_formula() -> None:
     word = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)

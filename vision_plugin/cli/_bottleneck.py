@@ -10,6 +10,7 @@ from vision_plugin._ours import LENS, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._flags import parse, pick
+from vision_plugin.cli._name import names_beside
 from vision_plugin.lens import BottleneckSettings, concept_bottleneck
 
 
@@ -22,7 +23,7 @@ class BottleneckConfig(Inputs, BottleneckSettings):
     output_path: str
     """Folder of the results; earlier results of a lens in it are replaced."""
     names: str | None = None
-    """JSON file that maps latents to names."""
+    """JSON file that maps latents to names; by default ``names.json`` beside the SAE, if any."""
     remove: tuple[str, ...] = ()
     """Names or numbers of concepts to remove from the decision."""
 
@@ -44,8 +45,9 @@ def run(arguments: Sequence[str]) -> None:
     check_replaceable(local_path(cfg.output_path), LENS)
     sae = cfg.open_sae(cfg.sae)
     model = cfg.open_model(sae, where=cfg.sae)
+    names = names_beside(cfg.sae, sae) if cfg.names is None else cfg.names
     result = concept_bottleneck(
-        model, sae, cfg.open_images(), names=cfg.names, settings=pick(BottleneckSettings, cfg)
+        model, sae, cfg.open_images(), names=names, settings=pick(BottleneckSettings, cfg)
     )
     removals = result.without(cfg.remove)[1:] if cfg.remove else []
     result.save(cfg.output_path, removals=removals)

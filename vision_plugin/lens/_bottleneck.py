@@ -95,8 +95,9 @@ def concept_bottleneck(
         model: A VisionBridge.
         sae: An SAE of the model, or a checkpoint that ``vp.load_sae`` reads.
         images: Whatever ``vp.open_images`` takes, with labels.
-        names: Names of latents: a list, a mapping from latents to names, or a JSON file with one
-            of these. A latent without a name is called by its number.
+        names: Names of latents: those of ``vp.name_features``, a list, a mapping from latents to
+            names, or a JSON file with one of these. A latent without a name is called by its
+            number.
         settings: How the head is fitted.
         progress: Show how far the images are.
 

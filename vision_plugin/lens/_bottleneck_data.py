@@ -16,6 +16,7 @@ from torch import Tensor
 from vision_plugin._paths import local_path
 from vision_plugin._untrusted import read_json
 from vision_plugin.evaluation import class_of_images, evaluate
+from vision_plugin.lens._names import FeatureNames
 
 LEAST_OF_A_CLASS = 10
 """Fewest images of a class that a bottleneck is fitted and tested on."""
@@ -210,9 +211,9 @@ def read_concept_names(names: Any, d_sae: int) -> dict[int, str]:
     """Return names of latents by their numbers.
 
     Args:
-        names: A list with a text per latent; a mapping from latents to texts, or to objects with a
-            ``name``; the path of a JSON file with one of these, below ``names`` or ``latents``
-            where it holds more; or None.
+        names: Names of ``vp.name_features``; a list with a text per latent; a mapping from latents
+            to texts, or to objects with a ``name``; the path of a JSON file with one of these,
+            below ``names`` or ``latents`` where it holds more; or None.
         d_sae: Number of latents.
 
     Raises:
@@ -220,6 +221,8 @@ def read_concept_names(names: Any, d_sae: int) -> dict[int, str]:
     """
     if names is None:
         return {}
+    if isinstance(names, FeatureNames):
+        names = names.texts()
     if isinstance(names, (str, Path)):
         path = local_path(names)
         names = read_json(path, limit=MAX_NAMES_BYTES)

@@ -1,4 +1,10 @@
-"""Does a name explain where a latent fires? AUROC on images that it was not made from."""
+"""Does a name explain where a latent fires? AUROC on images that it was not made from.
+
+An AUROC above one half is not yet an explanation: similarities of images to different texts go
+together, so that a third of the names of other latents have an interval above one half, too. So a
+name is compared with names of other latents on the same latent, and counts as better than chance
+where it beats nearly all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_plugin.lens._firing import Firing
 
 MIN_FIRED = 5
 """Images on which a latent must fire, and on which it must not, so that a name is checked."""
+PANEL = 256
+"""Names of other latents that a latent's name is compared with, at most."""
 _BLOCK_ELEMENTS = 2**24
 
 
@@ -27,8 +36,11 @@ class Check:
             which it does not; NaN where there is no name, or too few images of either kind.
         low: Lower end of its interval.
         high: Upper end of its interval.
-        shuffled: The same for the name of another latent, drawn at random.
+        others: Mean of the same over names of other latents, a random ``PANEL`` of them at most.
+        beats: Share of these names that predict the latent worse; of equals, half.
+        shuffled: AUROC of the name of another latent, drawn at random.
         shuffled_low: Lower end of the interval of that.
+        shuffled_beats: Share of the names of others that it beats.
         n_fired: Images on which each latent fires.
         n_images: Images that were looked at.
         by: ``"text"`` where images are about a name as far as a judge's text similarity says,
@@ -39,33 +51,63 @@ class Check:
     auroc: Float[Tensor, " d_sae"]
     low: Float[Tensor, " d_sae"]
     high: Float[Tensor, " d_sae"]
+    others: Float[Tensor, " d_sae"]
+    beats: Float[Tensor, " d_sae"]
     shuffled: Float[Tensor, " d_sae"]
     shuffled_low: Float[Tensor, " d_sae"]
+    shuffled_beats: Float[Tensor, " d_sae"]
     n_fired: Int[Tensor, " d_sae"]
     n_images: int
     by: str
     confidence: float
 
     @property
-    def better(self) -> Tensor:
-        """Whether the interval of each latent's name lies above one half, ``[d_sae]``."""
-        return self.low > 0.5
+    def better(self) -> Bool[Tensor, " d_sae"]:
+        """Whether each latent's name is better than chance.
+
+        The interval of its AUROC lies above one half, and of the names of other latents it beats
+        the share that ``confidence`` says. A name drawn at random does so for 5% of latents at
+        most, or for one in as many as there are different names.
+        """
+        return (self.low > 0.5) & (self.beats >= self.confidence)
+
+    @property
+    def shuffled_better(self) -> Bool[Tensor, " d_sae"]:
+        """Whether the name of another latent, drawn at random, is better than chance."""
+        return (self.shuffled_low > 0.5) & (self.shuffled_beats >= self.confidence)
+
+    @property
+    def margin(self) -> Float[Tensor, " d_sae"]:
+        """AUROC of each latent's name less the mean of names of other latents."""
+        return self.auroc - self.others
 
     def summary(self) -> dict[str, float | int]:
-        """Return how many names were checked, and how many are better than chance."""
+        """Return how many names were checked, and how many are better than chance.
+
+        ``mean_margin`` is the mean of :attr:`margin` with an interval over latents, from
+        ``margin_low`` to ``margin_high``; ``share_above_half`` counts what lies above one half
+        alone, and the names that end in ``_shuffled`` are those of other latents.
+        """
         checked = ~self.auroc.isnan()
-        n = int(checked.sum())
-        found: dict[str, float | int] = {"n_checked": n}
-        if n == 0:
+        found: dict[str, float | int] = {"n_checked": int(checked.sum())}
+        if found["n_checked"] == 0:
             return found
         also = checked & ~self.shuffled.isnan()
+        margin = self.margin[~self.margin.isnan()]
+        error = float(margin.std() / len(margin) ** 0.5) if len(margin) > 1 else math.nan
+        half = float(norm.ppf(0.5 + self.confidence / 2)) * error
+        mean = _mean(margin)
         return found | {
-            "mean_auroc": float(self.auroc[checked].mean()),
-            "mean_shuffled": float(self.shuffled[also].mean()) if bool(also.any()) else math.nan,
-            "share_better": float(self.better[checked].double().mean()),
-            "share_better_shuffled": float((self.shuffled_low[also] > 0.5).double().mean())
-            if bool(also.any())
-            else math.nan,
+            "mean_auroc": _mean(self.auroc[checked]),
+            "mean_others": _mean(self.others[~self.others.isnan()]),
+            "mean_margin": mean,
+            "margin_low": mean - half,
+            "margin_high": mean + half,
+            "mean_shuffled": _mean(self.shuffled[also]),
+            "share_better": _mean(self.better[checked]),
+            "share_better_shuffled": _mean(self.shuffled_better[also]),
+            "share_above_half": _mean(self.low[checked] > 0.5),
+            "share_above_half_shuffled": _mean(self.shuffled_low[also] > 0.5),
         }
 
 
@@ -104,12 +146,34 @@ class Checker:
         """
         auroc = self._auroc(words, texts, names)
         low, high = auroc_interval(auroc, *self._sizes, confidence=self.confidence)
-        other = self._auroc(shuffled(words, self.seed), texts, names)
+        drawn = shuffled(words, self.seed)
+        other = self._auroc(drawn, texts, names)
         shuffled_low, _ = auroc_interval(other, *self._sizes, confidence=self.confidence)
+        panel = self._panel(words, texts, names)
+        others, beats = panel.compared(auroc, words)
         return Check(
-            auroc, low, high, other, shuffled_low, self.firing.counts, self.firing.n_images,
-            "text" if texts is not None else "labels", self.confidence,
+            auroc=auroc, low=low, high=high, others=others, beats=beats, shuffled=other,
+            shuffled_low=shuffled_low, shuffled_beats=panel.compared(other, words, drawn)[1],
+            n_fired=self.firing.counts, n_images=self.firing.n_images,
+            by="text" if texts is not None else "labels", confidence=self.confidence,
         )  # fmt: skip
+
+    def _panel(self, words: Tensor, texts: Tensor | None, names: Sequence[str] | None) -> _Panel:
+        """Return the AUROC of names in use for every latent, a random choice of them."""
+        firing = self.firing
+        fired, others = self._sizes
+        used = words[words >= 0].unique()
+        order = torch.randperm(len(used), generator=torch.Generator().manual_seed(self.seed))
+        used = used[order[:PANEL]]
+        known = torch.minimum(fired, others) >= self.min_fired
+        columns = []
+        for some in used.split(max(1, _BLOCK_ELEMENTS // max(1, firing.n_images))):
+            ranks = _ranks(self._about(some, texts, names)).T.contiguous()
+            sums = nn.functional.embedding_bag(firing.images, ranks, firing.starts[:-1], mode="sum")
+            wins = sums - (fired * (fired + 1) / 2)[:, None]
+            columns.append(wins / (fired * others)[:, None])
+        found = torch.cat(columns, 1) if columns else torch.empty(firing.d_sae, 0).double()
+        return _Panel(used, torch.where(known[:, None], found, torch.nan))
 
     @property
     def _sizes(self) -> tuple[Tensor, Tensor]:
@@ -147,15 +211,43 @@ class Checker:
             assert self.images is not None
             return texts[words].float() @ self.images.float().T
         assert names is not None
-        rows = [
-            [any(column[image] == names[word] for column in self.labels) for image in self._every]
-            for word in words.tolist()
-        ]
-        return torch.tensor(rows, dtype=torch.float32)
+        about = np.zeros((len(words), self.firing.n_images), dtype=np.float32)
+        for column in self.labels:
+            labels = np.array(column, dtype=object)
+            for place, word in enumerate(words.tolist()):
+                about[place] += labels == names[word]
+        return torch.from_numpy(about.clip(max=1))
 
-    @property
-    def _every(self) -> range:
-        return range(self.firing.n_images)
+
+@dataclass(frozen=True)
+class _Panel:
+    """AUROCs of some names for every latent.
+
+    Attributes:
+        words: Numbers of the names.
+        aurocs: AUROC of each of them for each latent; NaN for a latent that is not checked.
+    """
+
+    words: Int[Tensor, " m"]
+    aurocs: Float[Tensor, "d_sae m"]
+
+    def compared(
+        self, auroc: Float[Tensor, " d_sae"], *but: Int[Tensor, " d_sae"]
+    ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+        """Return the panel's mean for each latent, and the share of it below an AUROC.
+
+        Args:
+            auroc: An AUROC for each latent.
+            *but: Names that are left out of the panel, one for each latent each.
+        """
+        counted = ~self.aurocs.isnan() & ~auroc.isnan()[:, None]
+        for words in but:
+            counted &= self.words != words[:, None]
+        n = counted.sum(1)
+        mean = torch.where(counted, self.aurocs, 0).sum(1) / n
+        below = (self.aurocs < auroc[:, None]) + 0.5 * (self.aurocs == auroc[:, None])
+        beats = torch.where(counted, below, 0).sum(1) / n
+        return mean, beats.double()
 
 
 def auroc_interval(
@@ -228,3 +320,7 @@ def _ranks(values: Float[Tensor, "words n"]) -> Float[Tensor, "words n"]:
     below = torch.searchsorted(ordered, values.contiguous())
     up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
     return (below + up_to + 1).double() / 2
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if len(values) else math.nan

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 NAMES_FILE = "names.json"
 NAMES_KIND = "vision_plugin.names/"
 SCHEMA = f"{NAMES_KIND}1"
-CHECK_COLUMNS = ("auroc", "low", "high", "shuffled", "shuffled_low")
+CHECK_COLUMNS = (
+    "auroc", "low", "high", "others", "beats", "shuffled", "shuffled_low", "shuffled_beats",
+)  # fmt: skip
 """Numbers of a check that there is one of for each latent."""
 
 
@@ -141,6 +143,26 @@ class FeatureNames:
             and not (better_than_chance and not (check is not None and bool(check.better[latent])))
         }
 
+    def entries(self) -> dict[int, list[dict[str, str | float | bool | None]]]:
+        """Return every candidate of each latent with its check, the latent's own name first.
+
+        An entry has ``name``, ``method``, and of the check, None where there is none: ``auroc``,
+        ``low`` and ``high`` (its interval), ``chance`` (the mean AUROC of other latents' names),
+        ``beats`` (the share of those that do worse) and ``better`` (whether the name is better than
+        chance). ``vp.report(names=...)`` takes them.
+        """
+        found: dict[int, list[dict[str, str | float | bool | None]]] = {}
+        for latent, chosen in enumerate(self.made_by):
+            methods = sorted(self.candidates, key=lambda method: method != chosen)
+            entries = [
+                _entry(method, self.candidates[method], latent)
+                for method in methods
+                if self.candidates[method].names[latent] is not None
+            ]
+            if entries:
+                found[latent] = entries
+        return found
+
     def summary(self) -> dict[str, dict[str, float | int]]:
         """Return numbers of names and of checks, by method; ``chosen`` is last."""
         found: dict[str, dict[str, float | int]] = {}
@@ -161,7 +183,7 @@ class FeatureNames:
         table = Table(title=f"{len(self):,} features, names checked on other images")
         for heading in ("latent", "name", "by"):
             table.add_column(heading, justify="right" if heading == "latent" else "left")
-        for heading in ("AUROC", "interval", "another's name", "fires on"):
+        for heading in ("AUROC", "interval", "other names", "beats", "fires on"):
             table.add_column(heading, justify="right")
         for latent in self.ranked()[:n]:
             table.add_row(
@@ -181,20 +203,24 @@ class FeatureNames:
         check = self.check
         if check is None or bool(check.auroc[latent].isnan()):
             fired = "" if check is None else f"{int(check.n_fired[latent])}"
-            return ["-", "", "-", fired]
+            return ["-", "", "-", "-", fired]
         return [
             f"{float(check.auroc[latent]):.2f}",
             f"{float(check.low[latent]):.2f} to {float(check.high[latent]):.2f}",
-            _number(float(check.shuffled[latent])),
+            _number(float(check.others[latent])),
+            _share(float(check.beats[latent])),
             f"{int(check.n_fired[latent])} of {check.n_images}",
         ]
 
     def summary_table(self) -> Table:
-        """Return a table with a row per method, for ``rich`` to print."""
+        """Return a table with a row per method, for ``rich`` to print.
+
+        The margin is what a name's AUROC is above that of other latents' names, with its interval.
+        """
         table = Table(title="names by method")
         table.add_column("method")
         for heading in (
-            "names", "checked", "mean AUROC", "another's\nname", "better than\nchance",
+            "names", "checked", "mean\nAUROC", "other\nnames", "margin", "better than\nchance",
             "another's\nname is",
         ):  # fmt: skip
             table.add_column(heading, justify="right")
@@ -203,13 +229,14 @@ class FeatureNames:
                 method,
                 f"{found['n_names']:,}",
                 f"{found.get('n_checked', 0):,}",
-                *(_number(found.get(key)) for key in ("mean_auroc", "mean_shuffled")),
+                *(_number(found.get(key)) for key in ("mean_auroc", "mean_others")),
+                _margin(found),
                 *(_share(found.get(key)) for key in ("share_better", "share_better_shuffled")),
             )
         return table
 
     def plot(self) -> Figure:
-        """Return a figure: AUROCs of each method's names, beside those of other latents' names.
+        """Return a figure: AUROCs of each method's names, beside those of another latent's name.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -274,6 +301,16 @@ def place_of(path: str | Path) -> Path:
     return place / NAMES_FILE if place.is_dir() else place
 
 
+def _entry(method: str, one: NameCandidates, latent: int) -> dict[str, str | float | bool | None]:
+    check = one.check
+    entry: dict[str, str | float | bool | None] = {"name": one.names[latent], "method": method}
+    columns = {"auroc": "auroc", "low": "low", "high": "high", "chance": "others", "beats": "beats"}
+    for key, column in columns.items():
+        entry[key] = None if check is None else _plain(float(getattr(check, column)[latent]))
+    unknown = check is None or entry["auroc"] is None
+    return entry | {"better": None if unknown else bool(check.better[latent])}
+
+
 def _candidates_to_dict(one: NameCandidates) -> dict[str, Any]:
     found = {
         "names": list(one.names),
@@ -314,6 +351,12 @@ def _has(name: str, wanted: list[str]) -> bool:
 
 def _number(value: float | int | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _margin(found: Mapping[str, float | int]) -> str:
+    low, high = found.get("margin_low", math.nan), found.get("margin_high", math.nan)
+    ends = "" if math.isnan(low) else f" ({low:.2f} to {high:.2f})"
+    return f"{_number(found.get('mean_margin'))}{ends}"
 
 
 def _share(value: float | int | None) -> str:

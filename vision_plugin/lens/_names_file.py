@@ -33,8 +33,8 @@ def read_names(
 ) -> FeatureNames:
     """Read the names of an SAE's features, as :meth:`FeatureNames.save` wrote them.
 
-    ``.texts()`` of the result gives names by latent, ``.find(word)`` latents by name, ``.check``
-    and ``.candidates`` the checks.
+    ``.texts()`` of the result gives names by latent, ``.entries()`` every candidate with its check,
+    and ``.find(word)`` latents by name.
 
     Args:
         path: ``names.json``, or the folder that holds it, such as the SAE's.

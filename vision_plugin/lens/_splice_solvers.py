@@ -22,6 +22,8 @@ from vision_plugin._extras import require_sklearn
 
 Solver = Literal["fista", "sklearn"]
 SOLVERS: tuple[Solver, ...] = ("fista", "sklearn")
+PIVOT_EVERY, MOST_PIVOTS = 400, 200
+"""Gradient steps between two tries of exact solves, and most solves of a try."""
 CHUNK = 2**24
 """Largest number of weights that are solved for at once."""
 
@@ -41,7 +43,8 @@ def sparse_codes(
         targets: What is to be composed.
         words: Rows to compose it from.
         l1: Factor of the sum of the weights.
-        solver: ``"fista"``, batched, in torch (Beck and Teboulle 2009, restarted where it swings);
+        solver: ``"fista"``, batched, in torch (Beck and Teboulle 2009, restarted where it swings,
+            and finished by exact solves on the words in use where words are alike and it is slow);
             or ``"sklearn"``, one target after the other.
         tolerance: Largest violation of the optimality conditions at which the batched solver stops.
         max_steps: Most steps; targets that have not settled by then are warned of.
@@ -106,6 +109,8 @@ def _by_fista(
         momentum = torch.where(swings, new, new + (t - 1) / t_next * moved)
         weights, t = new, t_next
         if step % 20 == 19:
+            if step % PIVOT_EVERY == PIVOT_EVERY - 1:
+                weights = _pivoted(weights, targets, words, l1, tolerance)
             settled = violation(weights, targets, words, l1) <= tolerance
             if bool(settled.any()):
                 done[left[settled]] = weights[settled]
@@ -122,6 +127,49 @@ def _by_fista(
         stacklevel=3,
     )
     return done
+
+
+def _pivoted(
+    weights: Tensor, targets: Tensor, words: Tensor, l1: float, tolerance: float
+) -> Tensor:
+    """Return optimal weights where exact solves on words in use find them, the others unchanged.
+
+    The words in use are those that gradient steps have left. A word whose solved weight is
+    negative leaves, else the word whose gradient violates the conditions most comes in, until
+    nothing is violated (active set; Lawson and Hanson 1974, without their line search, so that it
+    may go round in circles: then the target is left to gradient steps).
+    """
+    used = weights > 0
+    found = weights.clone()
+    left = torch.nonzero(used.sum(1) <= words.shape[1]).flatten()
+    for _ in range(MOST_PIVOTS):
+        if len(left) == 0:
+            break
+        solved = _solved(used[left], targets[left], words, l1)
+        negative = solved < 0
+        gradient = 2 * (solved @ words - targets[left]) @ words.T + l1
+        gradient[used[left]] = 0
+        worst, entering = gradient.min(1)
+        good = ~negative.any(1) & (worst >= -tolerance)
+        found[left[good]] = solved[good]
+        used[left] &= ~negative
+        enters = ~negative.any(1) & ~good & (used[left].sum(1) < words.shape[1])
+        used[left[enters], entering[enters]] = True
+        left = left[negative.any(1) | enters]
+    better = violation(found, targets, words, l1) < violation(weights, targets, words, l1)
+    return torch.where(better[:, None], found, weights)
+
+
+def _solved(used: Tensor, targets: Tensor, words: Tensor, l1: float) -> Tensor:
+    """Return the weights of the words in use at which their gradients are 0; others are 0."""
+    most = max(1, int(used.sum(1).max()))
+    active, places = used.to(targets.dtype).topk(most, dim=1)
+    rows = words[places] * active[..., None]
+    # A word that is not in use has a row of its own, with a weight of 0; alike ones get a ridge.
+    gram = rows @ rows.mT + torch.diag_embed(1 - active + 1e-12)
+    right = (rows @ targets[..., None]).squeeze(-1) - l1 / 2 * active
+    values = torch.linalg.solve(gram, right)
+    return torch.zeros_like(used, dtype=targets.dtype).scatter(1, places, values)
 
 
 def _largest_eigenvalue(words: Tensor) -> float:

@@ -168,10 +168,10 @@ def edit() -> dict[str, Any]:
 def _names() -> str:
     from vision_plugin.lens import Check, FeatureNames, NameCandidates
 
-    numbers = [torch.tensor([0.5, torch.nan, 0.25, 1.0], dtype=torch.float64) for _ in range(7)]
-    check = Check(*numbers[:5], torch.tensor([3, 0, 9, 40]), 50, "text", 0.95)
+    numbers = [torch.tensor([0.5, torch.nan, 0.25, 1.0], dtype=torch.float64) for _ in range(10)]
+    check = Check(*numbers[:8], torch.tensor([3, 0, 9, 40]), 50, "text", 0.95)
     found = NameCandidates(
-        ("red", None, "a blue square", "dog"), numbers[5], "cosine", "exact", numbers[6], check
+        ("red", None, "a blue square", "dog"), numbers[8], "cosine", "exact", numbers[9], check
     )
     names = FeatureNames(
         candidates={"decoder": found},
