@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _ANSWER_SECONDS = 10.0
+_START_SECONDS = "180"
+"""How long Ray's processes may take to start: Ray gives up after 30 s, which a busy machine needs."""
 
 
 class ClusterError(OSError):
@@ -31,6 +33,7 @@ def import_ray() -> Any:
     # Ray reads these when it is imported, and when its processes start.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
     try:
         import ray
     except ImportError:
