@@ -17,6 +17,11 @@ from pathlib import Path
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
 START_SECONDS = 180
+AGENT_PORTS = (
+    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port"),
+    *("runtime-env-agent-port", "metrics-export-port"),
+)
+"""Ports that a node would wait for otherwise, and give up after 15 s, on a busy machine too soon."""
 
 
 def free_port() -> int:
@@ -92,6 +97,7 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
+            "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
             "MKL_CBWR": "AUTO,STRICT",
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "",
@@ -140,7 +146,7 @@ class Cluster:
                     "--object-store-memory=100000000",
                     "--disable-usage-stats",
                     f"--node-ip-address={self.host}",
-                    f"--dashboard-agent-listen-port={free_port()}",
+                    *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
                 env=self.env,
                 stdout=stream,

@@ -43,9 +43,8 @@ def train_in_lanes(
     Raises:
         ValueError: the batch cannot be cut into the lanes, or the configuration does not fit.
     """
-    with _group():
-        team = LaneTeam(n_lanes)
-        return VisionSAETrainingRunner(_of_team(cfg, team), team=team, **in_hand).run()
+    with shared_runner(cfg, Split("lanes", n_lanes), **in_hand) as runner:
+        return runner.run()
 
 
 def train_by_latents(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
@@ -64,10 +63,47 @@ def train_by_latents(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
     Raises:
         ValueError: the SAE is of another kind, or its latents cannot be cut into equal slices.
     """
+    with shared_runner(cfg, Split("latents"), **in_hand) as runner:
+        return runner.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How the processes that train one SAE divide the work."""
+
+    by: str = "lanes"
+    """``lanes``: each computes a part of the batch; ``latents``: each holds a part of the SAE."""
+    n_lanes: int = N_LANES
+    """Parts of the batch for ``lanes``, a power of two; it decides the last bits."""
+
+    def __post_init__(self) -> None:
+        if self.by not in ("lanes", "latents"):
+            raise ValueError(f"split={self.by!r}: use 'lanes' or 'latents'")
+
+
+@contextlib.contextmanager
+def shared_runner(
+    cfg: VisionSAERunnerConfig, split: Split, **in_hand: Any
+) -> Iterator[VisionSAETrainingRunner]:
+    """Yield a runner that trains with the other processes, which it joins for a ``with`` block.
+
+    Args:
+        cfg: Configuration of the run.
+        split: How the processes divide the work.
+        **in_hand: Other arguments of ``VisionSAETrainingRunner``.
+
+    Raises:
+        ValueError: the configuration does not fit.
+    """
     with _group():
-        team = LatentTeam(cfg.device)
-        whole = dataclasses.replace(_of_team(cfg, team), device="cpu", dense=True)
-        return VisionSAETrainingRunner(whole, team=team, **in_hand).run()
+        team: Lanes
+        if split.by == "lanes":
+            team = LaneTeam(split.n_lanes)
+            cfg = _of_team(cfg, team)
+        else:
+            team = LatentTeam(cfg.device)
+            cfg = dataclasses.replace(_of_team(cfg, team), device="cpu", dense=True)
+        yield VisionSAETrainingRunner(cfg, team=team, **in_hand)
 
 
 def _of_team(cfg: VisionSAERunnerConfig, team: Lanes) -> VisionSAERunnerConfig:
