@@ -21,7 +21,7 @@ AGENT_PORTS = (
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port"),
     *("runtime-env-agent-port", "metrics-export-port"),
 )
-"""Ports that a node would wait for otherwise, and give up after 15 s, on a busy machine too soon."""
+"""Ports that a node would else wait for: it gives up after 15 s, too soon on a busy machine."""
 
 
 def free_port() -> int:
