@@ -16,7 +16,7 @@ from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
-START_SECONDS = 180
+START_SECONDS = 300
 AGENT_PORTS = (
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port"),
     *("runtime-env-agent-port", "metrics-export-port"),
