@@ -86,6 +86,12 @@ class Cluster:
     """A head, and nodes that join it. Leaving the ``with`` block ends every process of it."""
 
     def __init__(self, *, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
+        """Set where the head and the commands run.
+
+        Args:
+            prefix: What comes before a command to run it on the head's host.
+            host: Address of that host.
+        """
         self.host, self.prefix, self.port = host, list(prefix), free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="vpr-", dir="/tmp"))
         token = self.folder / "token"
@@ -127,8 +133,15 @@ class Cluster:
         named = {p for p in parents() if str(self.folder) in title(p)} - own
         return alive(self.seen) | named
 
-    def start(self, *, head: bool = False, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """Start a node and wait until it takes work."""
+    def start(
+        self,
+        *,
+        head: bool = False,
+        cpus: int = 1,
+        prefix: Sequence[str] | None = None,
+        host: str | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a node, on the head's host or another, and wait until it takes work."""
         where = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
         log = self.folder / f"node-{len(self.nodes)}.log"
         if head:
@@ -136,7 +149,7 @@ class Cluster:
         with log.open("wb") as stream:
             node = subprocess.Popen(
                 [
-                    *self.prefix,
+                    *(self.prefix if prefix is None else prefix),
                     RAY,
                     "start",
                     "--block",
@@ -145,7 +158,7 @@ class Cluster:
                     "--num-gpus=0",
                     "--object-store-memory=100000000",
                     "--disable-usage-stats",
-                    f"--node-ip-address={self.host}",
+                    f"--node-ip-address={host or self.host}",
                     *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
                 env=self.env,
