@@ -16,7 +16,7 @@ from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
-START_SECONDS = 300
+START_SECONDS, ATTEMPTS = 100, 3
 AGENT_PORTS = (
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port"),
     *("runtime-env-agent-port", "metrics-export-port"),
@@ -142,23 +142,30 @@ class Cluster:
         host: str | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a node, on the head's host or another, and wait until it takes work."""
+        for _ in range(ATTEMPTS):
+            node = self._begin(head, cpus, prefix or self.prefix, host or self.host)
+            log = self.folder / f"node-{len(self.nodes)}.log"
+            deadline = time.monotonic() + START_SECONDS
+            while node.poll() is None and time.monotonic() < deadline:
+                if b"Ray runtime started" in log.read_bytes():
+                    return node
+                time.sleep(0.05)
+            self.end(node)
+        raise AssertionError(f"no node starts: {log.read_text()}")
+
+    def _begin(
+        self, head: bool, cpus: int, prefix: Sequence[str], host: str
+    ) -> subprocess.Popen[bytes]:
         where = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
-        log = self.folder / f"node-{len(self.nodes)}.log"
         if head:
             where += ["--include-dashboard=false", f"--temp-dir={self.folder / 'r'}"]
-        with log.open("wb") as stream:
+        with (self.folder / f"node-{len(self.nodes) + 1}.log").open("wb") as stream:
             node = subprocess.Popen(
                 [
-                    *(self.prefix if prefix is None else prefix),
-                    RAY,
-                    "start",
-                    "--block",
-                    *where,
-                    f"--num-cpus={cpus}",
-                    "--num-gpus=0",
-                    "--object-store-memory=100000000",
-                    "--disable-usage-stats",
-                    f"--node-ip-address={host or self.host}",
+                    *prefix,
+                    *(RAY, "start", "--block", *where),
+                    *(f"--num-cpus={cpus}", "--num-gpus=0", f"--node-ip-address={host}"),
+                    *("--object-store-memory=100000000", "--disable-usage-stats"),
                     *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
                 env=self.env,
@@ -167,12 +174,6 @@ class Cluster:
                 start_new_session=True,
             )
         self.nodes.append(node)
-
-        def begun() -> bool:
-            assert node.poll() is None, log.read_text()
-            return b"Ray runtime started" in log.read_bytes()
-
-        until(begun, START_SECONDS, f"a node to start: {log}")
         return node
 
     def end(self, node: subprocess.Popen[bytes]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from vision_plugin.cli import main
-from vision_plugin.scale import RayEngine, Sweep, sweep
+from vision_plugin.scale import Sweep, sweep
 
 SWEEPS = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.yaml"))
 
@@ -109,36 +107,3 @@ def test_the_best_trial_comes_first() -> None:
     assert [trial.parameters["a"] for trial, _ in found] == [2, 1, 3, 0]
     up = sweep(Sweep("grid", "m", True, config.parameters), mean_of_squares)
     assert up[0][0].parameters["a"] == 0
-
-
-@pytest.mark.scale
-def test_ray_tune_runs_the_trials_of_one_process_each_logged_for_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.sae._runs import weights
-    from vision_plugin.cli._sweep import train_trial
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "logs"))
-    (tmp_path / "logs").mkdir()
-    config = Sweep.read(small(tmp_path))
-    with RayEngine(num_cpus=2, object_store_memory=100_000_000) as engine:
-        found = sweep(config, train_trial, engine=engine)
-    ids = {trial.id for trial, _ in found}
-    assert len(ids) == 2
-    best, last = (figures[config.metric] for _, figures in found)
-    assert best >= last
-    logged = [path.name.rsplit("-", 1)[-1] for path in (tmp_path / "logs").glob("wandb/offline-*")]
-    assert set(logged) == ids
-    files = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert files.keys() == ids
-    before = {name: weights(path) for name, path in files.items()}
-    records = [
-        json.loads((path / "validation.jsonl").read_text().splitlines()[-1])
-        for path in files.values()
-    ]
-    assert {record[config.metric] for record in records} == {best, last}
-    (tmp_path / "out").rename(tmp_path / "there")
-    here: list[Any] = sweep(config, train_trial)
-    assert {name: weights(tmp_path / "out" / name) for name in before} == before
-    assert [trial.id for trial, _ in here] == [trial.id for trial, _ in found]

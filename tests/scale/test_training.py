@@ -79,21 +79,6 @@ def test_a_group_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
         assert _runs.weights(tmp_path / "group" / name) == _runs.weights(tmp_path / "local" / name)
 
 
-@pytest.mark.scale
-def test_many_saes_on_a_cluster_have_the_weights_of_one_process(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    _runs.store_of(store)
-    cfgs = many(store)
-    with RayEngine(num_cpus=2, object_store_memory=100_000_000) as engine:
-        saes = train_many(cfgs, output_path=str(tmp_path / "out"), engine=engine)
-        assert list(saes) == ["batchtopk", "topk", "seeded"]
-    for number, group in enumerate(streams(cfgs), 1):
-        train_many(group, output_path=str(tmp_path / f"local-{number}"))
-        for name in group:
-            there = tmp_path / "out" / f"group-{number}" / name
-            assert _runs.weights(there) == _runs.weights(tmp_path / f"local-{number}" / name)
-
-
 @pytest.mark.parametrize(
     ("address", "token", "said"),
     [

@@ -88,11 +88,11 @@ class RemoteFolder:
 
         def reading(storage: Any) -> bytes:
             with storage.open(f"{self.root}/{name}", "rb") as stream:
-                found: bytes = stream.read() if most is None else stream.read(most + 1)
-                return found
+                content: bytes = stream.read() if most is None else stream.read(most + 1)
+                return content
 
         try:
-            found = self._call(f"read {name}", reading)
+            found: bytes = self._call(f"read {name}", reading)
         except FileNotFoundError as error:
             raise ShardError(name, f"expected in {self.url}, but it is missing") from error
         if most is not None and len(found) > most:

@@ -91,7 +91,7 @@ class LatentTrainer(CountingTrainer):
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the optimiser moves, by name."""
-        return super().named_parameters() if self.part is None else self._parameters()
+        return super().named_parameters() if self.part is None else {**self._parameters()}
 
     @torch.no_grad()
     def complete(self) -> None:
@@ -214,7 +214,7 @@ class LatentTrainer(CountingTrainer):
         kept = largest_of_rows(self.team, masked, min(k, n_dead))
         found = self._decoded(torch.where(kept, before, 0.0))
         loss: Tensor = (found - residual).pow(2).sum(-1).mean()
-        return self.part.cfg.aux_loss_coefficient * min(n_dead / k, 1.0) * loss
+        return loss * (float(self.part.cfg.aux_loss_coefficient) * min(n_dead / k, 1.0))
 
     def _move_threshold(self, latents: Tensor) -> None:
         """Move BatchTopK's threshold towards the least positive latent of all processes."""

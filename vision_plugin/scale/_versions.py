@@ -12,9 +12,11 @@ from vision_plugin._version import __version__
 from vision_plugin.scale._cluster import ClusterError
 
 _PACKAGES = ("torch", "sae-lens", "transformers", "pillow", "numpy")
-_VARIABLES = ("MKL_CBWR", "HF_HUB_OFFLINE", "HF_HOME", "VISION_PLUGIN_DEBUG")
-_VARIABLES += ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP")
-_VARIABLES += ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_VARIABLES = (
+    *("MKL_CBWR", "HF_HUB_OFFLINE", "HF_HOME", "VISION_PLUGIN_DEBUG"),
+    *("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
 
 
 def versions() -> dict[str, str]:
