@@ -15,6 +15,7 @@ from pyarrow.fs import FileSelector, S3FileSystem
 from tests._processes import ended, in_child
 from tests._s3 import s3_server
 from tests.activations._stores import RESID, config, content, images, make_store, tiny_model
+from tests.sae import _runs
 from vision_plugin.activations import (
     ActivationStore,
     RemoteFolder,
@@ -24,7 +25,9 @@ from vision_plugin.activations import (
     holds_store,
     verify,
 )
+from vision_plugin.cli import main
 from vision_plugin.images import open_images
+from vision_plugin.sae import VisionSAETrainingRunner
 
 N = 60
 
@@ -75,6 +78,16 @@ def test_a_store_in_a_bucket_has_the_objects_and_values_of_a_folder(
     assert holds_store("s3://bucket/acts")
     assert not holds_store("s3://bucket/nothing")
     assert verify("s3://bucket/acts").ok
+    assert main(["verify", "s3://bucket/acts"]) == main(["info", "s3://bucket/acts"]) == 0
+
+
+@pytest.mark.usefixtures("bucket")
+def test_an_sae_trains_from_a_bucket_as_from_a_folder(tmp_path: Path) -> None:
+    make("s3://bucket/trained")
+    make_store(tmp_path / "local", N)
+    for name, place in (("a", "s3://bucket/trained"), ("b", str(tmp_path / "local"))):
+        VisionSAETrainingRunner(_runs.config(tmp_path / name, images=place)).run()
+    assert _runs.weights(tmp_path / "a") == _runs.weights(tmp_path / "b")
 
 
 def test_a_killed_extraction_goes_on_and_writes_no_object_again(

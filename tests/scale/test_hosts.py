@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from tests.scale._hosts import captured, memory, two_hosts
 from tests.scale.test_extraction import FLAGS, N_SHARDS, finished, shards, straight
 
 __all__ = ["straight"]
+
+TRAINING = (
+    *("--hook-name", "blocks.1.hook_resid_post", "--d-sae", "64", "--k", "4"),
+    *("--training-tokens", "1024", "--train-batch-size-tokens", "128", "--device", "cpu"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +60,7 @@ def test_two_hosts_share_an_extraction_and_one_ends_it_when_the_cable_is_pulled(
 
 
 @pytest.mark.scale
-def test_hosts_that_share_no_folder_send_the_shards_and_a_wrong_token_gets_nothing(
+def test_hosts_that_share_no_folder_send_the_shards_and_others_are_refused(
     straight: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "hidden" / "store"
@@ -66,16 +73,39 @@ def test_hosts_that_share_no_folder_send_the_shards_and_a_wrong_token_gets_nothi
         Cluster(prefix=first.prefix, host=first.address) as cluster,
     ):
         cluster.start(head=True, cpus=0)
+        old = [*first.prefix, "env", f"PYTHONPATH={another_torch(tmp_path / 'old')}"]
+        node = cluster.start(prefix=old)
+        line = ("extract", *FLAGS, "--output-path", str(out))
+        refused(cluster.command(*line), r"has other versions than this machine \(torch 0\.1 there")
+        cluster.end(node)
         other = ["ip", "netns", "exec", second.name, "unshare", "-m", "sh", "-c", hide, "sh"]
         cluster.start(prefix=other, host=second.address)
-        finished(cluster.command("extract", *FLAGS, "--output-path", str(out)))
+        finished(cluster.command(*line))
+        sae = ("train", "--images", "demo:32@0", "--model-name", "demo", *TRAINING)
+        unshared = out.parent / "sae"
+        refused(cluster.command(*sae, "--output-path", str(unshared)), "do not share .* on a disk")
+        assert not list(out.parent.glob("*sae*"))
         token = tmp_path / "token"
         token.write_text("0" * 64)
         cluster.env["RAY_AUTH_TOKEN_PATH"] = str(token)
-        command = cluster.command("extract", *FLAGS, "--output-path", str(tmp_path / "none"))
-        said, _ = command.communicate(timeout=240)
+        none = ("--output-path", str(tmp_path / "none"))
+        refused(cluster.command("extract", *FLAGS, *none), "with this token")
     assert content(out) == content(straight)
-    assert command.returncode == 1, said
-    assert "with this token" in said, said
-    assert "Traceback" not in said
     assert not (tmp_path / "none").exists()
+
+
+def another_torch(folder: Path) -> Path:
+    """A folder for Python's path, by which torch's version is another."""
+    (folder / "torch-0.1.dist-info").mkdir(parents=True)
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 0.1\n"
+    (folder / "torch-0.1.dist-info" / "METADATA").write_text(metadata)
+    return folder
+
+
+def refused(command: subprocess.Popen[str], sentence: str) -> None:
+    said, _ = command.communicate(timeout=300)
+    assert command.returncode in (1, 2), said
+    told = [line for line in said.splitlines() if line.startswith("vision-plugin ")]
+    assert len(told) == 1, said
+    assert re.search(sentence, told[0]), said
+    assert "Traceback" not in said, said

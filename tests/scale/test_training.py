@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,21 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(
 def test_other_versions_elsewhere_are_one_sentence() -> None:
     with pytest.raises(ClusterError, match=r"has other versions .* \(torch .* there, 0.1 here\)"):
         Home(versions={"torch": "0.1"}, variables={}).settle()
+
+
+def test_without_ray_the_engine_is_one_sentence(tmp_path: Path) -> None:
+    """A fresh process in which Ray cannot be imported."""
+    code = (
+        "import sys; sys.modules['ray'] = None; from vision_plugin.cli import main;"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    hook = ("--hook-names", "blocks.1.hook_resid_post")
+    flags = ("--model-name", "demo", "--images", "demo:4", *hook)
+    line = [sys.executable, "-c", code, "extract", *flags, "--output-path", str(tmp_path / "out")]
+    done = subprocess.run([*line, "--engine", "ray"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "vision-plugin extract: engine='ray' needs Ray; install it with 'pip install "
+        "vision-plugin[ray]'"
+    )
+    assert "Traceback" not in done.stderr

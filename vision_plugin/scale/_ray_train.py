@@ -17,6 +17,9 @@ from vision_plugin.scale._versions import Home
 RETRIES = 3
 """How often the workers begin again, from the last checkpoint, after one of them died."""
 
+_SIGN = "shared"
+"""File in the folder of Ray Train's notes, by which a worker sees that it shares the folder."""
+
 
 @dataclass(frozen=True)
 class TeamWork:
@@ -50,10 +53,12 @@ def train_workers(ray: Any, work: TeamWork, slot: Slot, workers: tuple[int, int]
 
     out = local_path(work.cfg.output_path).resolve()
     notes = out.with_name(f".{out.name}.ray-train")
+    notes.mkdir(parents=True, exist_ok=True)
+    (notes / _SIGN).touch()
     least, wanted = workers
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"work": work},
+        train_loop_config={"work": work, "notes": str(notes)},
         torch_config=TorchConfig(backend="nccl" if slot.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=wanted if least == wanted else (least, wanted),
@@ -73,12 +78,13 @@ def train_workers(ray: Any, work: TeamWork, slot: Slot, workers: tuple[int, int]
     finally:
         shutil.rmtree(notes, ignore_errors=True)
     del ray
+    if "unshared" in found:
+        raise ClusterError(
+            f"the machines do not share the folder of {out}: put output_path= on a disk that all "
+            "of them see"
+        )
     if "refused" in found:
         raise ValueError(str(found["refused"]))
-    if not Path(out).is_dir():
-        raise ClusterError(
-            f"the machines do not share {out}: put output_path= on a disk that all of them see"
-        )
     return str(found.get("said", ""))
 
 
@@ -92,6 +98,9 @@ def _work(settings: Mapping[str, Any]) -> None:
     from vision_plugin.scale._train import shared_runner
 
     torch.set_num_threads(work.threads)
+    if not (Path(settings["notes"]) / _SIGN).is_file():
+        train.report({"unshared": work.cfg.output_path})
+        return
     try:
         entered = shared_runner(work.cfg, work.split)
         runner = entered.__enter__()
