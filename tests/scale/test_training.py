@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 from tests.sae import _runs
 from tests.scale._workers import together
 from vision_plugin.sae import VisionSAERunnerConfig, streams, train_many
-from vision_plugin.scale import ClusterError, RayEngine, train_in_lanes
+from vision_plugin.scale import ClusterError, RayEngine, train_by_latents, train_in_lanes
 from vision_plugin.scale._groups import GroupWork, train_group
 from vision_plugin.scale._versions import Home
 
@@ -51,6 +52,33 @@ def test_killed_workers_continue_on_another_number(
     assert not dist.is_initialized()
     assert _runs.weights(out) == _runs.weights(tmp_path / "straight")
     assert not list(tmp_path.glob("out.checkpoints*"))
+
+
+@pytest.mark.slow
+def test_killed_holders_of_latents_continue_on_another_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where 24 steps cannot make rounding large."""
+    torch.set_num_threads(1)
+    store = tmp_path / "store"
+    _runs.store_of(store)
+
+    def train(path: Path, kill_at: int = -1) -> None:
+        if kill_at >= 0:
+            _runs.stop_at(monkeypatch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        sae = _runs.ARCHITECTURES["batchtopk"](dtype="float64")
+        train_by_latents(run_of(path, store, sae=sae, dtype="float64"))
+
+    assert together(1, lambda: train(tmp_path / "straight")) == [0]
+    out = tmp_path / "out"
+    assert together(2, lambda: train(out, 7)) == [-signal.SIGKILL] * 2
+    assert together(1, lambda: train(out, 13)) == [-signal.SIGKILL]
+    assert together(4, lambda: train(out)) == [0] * 4
+    found, straight = (
+        load_file(path / "sae_weights.safetensors") for path in (out, tmp_path / "straight")
+    )
+    for name, tensor in straight.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-12), name
 
 
 def many(store: Path) -> dict[str, VisionSAERunnerConfig]:

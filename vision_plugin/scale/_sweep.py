@@ -93,8 +93,8 @@ def _tuned(ray: Any, slot: Slot, works: list[TrialWork]) -> list[tuple[Trial, Ma
     notes = tempfile.mkdtemp(prefix="vision-plugin-tune-")
     resources = {"CPU": slot.cores, **({"GPU": slot.gpus} if slot.gpus else {})}
     tuner = tune.Tuner(
-        tune.with_resources(_tune_trial, resources),
-        param_space={"work": tune.grid_search(works)},
+        tune.with_resources(tune.with_parameters(_tune_trial, works=works), resources),
+        param_space={"number": tune.grid_search(list(range(len(works))))},
         run_config=tune.RunConfig(
             storage_path=notes,
             verbose=0,
@@ -114,14 +114,14 @@ def _tuned(ray: Any, slot: Slot, works: list[TrialWork]) -> list[tuple[Trial, Ma
         figures = result.metrics or {}
         if "refused" in figures:
             raise ValueError(str(figures["refused"]))
-        found.append((result.config["work"].trial, figures["figures"]))
+        found.append((works[result.config["number"]].trial, figures["figures"]))
     return found
 
 
-def _tune_trial(config: Mapping[str, Any]) -> None:
+def _tune_trial(config: Mapping[str, Any], works: Sequence[TrialWork]) -> None:
     from ray import tune
 
-    work: TrialWork = config["work"]
+    work = works[config["number"]]
     work.home.settle()
     try:
         figures = dict(run_trial(work))

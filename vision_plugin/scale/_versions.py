@@ -7,6 +7,7 @@ import platform
 import socket
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from vision_plugin._version import __version__
 from vision_plugin.scale._cluster import ClusterError
@@ -39,6 +40,9 @@ class Home:
         default_factory=lambda: {n: os.environ[n] for n in _VARIABLES if n in os.environ}
     )
 
+    folder: str = field(default_factory=os.getcwd)
+    """Folder that paths begin from, on machines that have it too."""
+
     def settle(self) -> None:
         """Make this process work as the one that asked; call it before torch is imported.
 
@@ -57,3 +61,5 @@ class Home:
                 ": install the same on every machine of the cluster"
             )
         os.environ.update(self.variables)
+        if Path(self.folder).is_dir():
+            os.chdir(self.folder)
