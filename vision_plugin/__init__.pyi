@@ -8,6 +8,7 @@ from . import lens as lens
 from . import metrics as metrics
 from . import models as models
 from . import sae as sae
+from . import scale as scale
 from . import steering as steering
 from . import tasks as tasks
 from .activations import extract as extract

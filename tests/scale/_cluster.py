@@ -16,7 +16,12 @@ from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
-START_SECONDS = 180
+START_SECONDS, ATTEMPTS = 100, 3
+AGENT_PORTS = (
+    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port"),
+    *("runtime-env-agent-port", "metrics-export-port"),
+)
+"""Ports that a node would else wait for: it gives up after 15 s, too soon on a busy machine."""
 
 
 def free_port() -> int:
@@ -81,6 +86,12 @@ class Cluster:
     """A head, and nodes that join it. Leaving the ``with`` block ends every process of it."""
 
     def __init__(self, *, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
+        """Set where the head and the commands run.
+
+        Args:
+            prefix: What comes before a command to run it on the head's host.
+            host: Address of that host.
+        """
         self.host, self.prefix, self.port = host, list(prefix), free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="vpr-", dir="/tmp"))
         token = self.folder / "token"
@@ -91,6 +102,8 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),
+            "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
             "MKL_CBWR": "AUTO,STRICT",
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "",
@@ -120,26 +133,40 @@ class Cluster:
         named = {p for p in parents() if str(self.folder) in title(p)} - own
         return alive(self.seen) | named
 
-    def start(self, *, head: bool = False, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """Start a node and wait until it takes work."""
+    def start(
+        self,
+        *,
+        head: bool = False,
+        cpus: int = 1,
+        prefix: Sequence[str] | None = None,
+        host: str | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a node, on the head's host or another, and wait until it takes work."""
+        for _ in range(ATTEMPTS):
+            node = self._begin(head, cpus, prefix or self.prefix, host or self.host)
+            log = self.folder / f"node-{len(self.nodes)}.log"
+            deadline = time.monotonic() + START_SECONDS
+            while node.poll() is None and time.monotonic() < deadline:
+                if b"Ray runtime started" in log.read_bytes():
+                    return node
+                time.sleep(0.05)
+            self.end(node)
+        raise AssertionError(f"no node starts: {log.read_text()}")
+
+    def _begin(
+        self, head: bool, cpus: int, prefix: Sequence[str], host: str
+    ) -> subprocess.Popen[bytes]:
         where = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
-        log = self.folder / f"node-{len(self.nodes)}.log"
         if head:
             where += ["--include-dashboard=false", f"--temp-dir={self.folder / 'r'}"]
-        with log.open("wb") as stream:
+        with (self.folder / f"node-{len(self.nodes) + 1}.log").open("wb") as stream:
             node = subprocess.Popen(
                 [
-                    *self.prefix,
-                    RAY,
-                    "start",
-                    "--block",
-                    *where,
-                    f"--num-cpus={cpus}",
-                    "--num-gpus=0",
-                    "--object-store-memory=100000000",
-                    "--disable-usage-stats",
-                    f"--node-ip-address={self.host}",
-                    f"--dashboard-agent-listen-port={free_port()}",
+                    *prefix,
+                    *(RAY, "start", "--block", *where),
+                    *(f"--num-cpus={cpus}", "--num-gpus=0", f"--node-ip-address={host}"),
+                    *("--object-store-memory=100000000", "--disable-usage-stats"),
+                    *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
                 env=self.env,
                 stdout=stream,
@@ -147,12 +174,6 @@ class Cluster:
                 start_new_session=True,
             )
         self.nodes.append(node)
-
-        def begun() -> bool:
-            assert node.poll() is None, log.read_text()
-            return b"Ray runtime started" in log.read_bytes()
-
-        until(begun, START_SECONDS, f"a node to start: {log}")
         return node
 
     def end(self, node: subprocess.Popen[bytes]) -> None:

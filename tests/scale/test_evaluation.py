@@ -13,7 +13,6 @@ from vision_plugin import load_model
 from vision_plugin.evaluation import evaluate, score_part
 from vision_plugin.evaluation._part import N_RANGES, ranges_of
 from vision_plugin.metrics import available
-from vision_plugin.scale import RayEngine
 
 
 class Ranges:
@@ -89,12 +88,6 @@ def compare(sae: str, tmp_path: Path, engine: Any) -> None:
 @pytest.mark.slow
 def test_ranges_scored_in_any_order_have_the_numbers_of_one_pass(sae: str, tmp_path: Path) -> None:
     compare(sae, tmp_path, Ranges())
-
-
-@pytest.mark.scale
-def test_workers_have_the_numbers_of_one_process(sae: str, tmp_path: Path) -> None:
-    with RayEngine(num_cpus=2, object_store_memory=100_000_000) as engine:
-        compare(sae, tmp_path, engine)
 
 
 def test_ranges_are_whole_batches_and_cover_every_image() -> None:

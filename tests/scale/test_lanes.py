@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from tests.sae._runs import ARCHITECTURES
 from tests.scale._workers import together
-from vision_plugin.scale import LaneTeam
+from vision_plugin.scale import LaneTeam, LatentTeam
 from vision_plugin.scale._select import select
 
 ROWS, STEPS, D_IN = 64, 60, 16
@@ -96,6 +96,24 @@ def in_lanes(folder: Path, architecture: str, size: int, dtype: str) -> list[dic
     return [load_file(folder / f"{size}-{rank}") for rank in range(size)]
 
 
+def by_latents(folder: Path, architecture: str, size: int) -> list[dict[str, Tensor]]:
+    """What each of so many processes ends with, each of which holds some of the latents."""
+
+    def work() -> None:
+        found = result(trainer(architecture, "float64", team=LatentTeam()))
+        save_file(found, folder / f"latents-{size}-{dist.get_rank()}")
+
+    assert together(size, work) == [0] * size
+    return [load_file(folder / f"latents-{size}-{rank}") for rank in range(size)]
+
+
+def close(found: dict[str, Tensor], stock: dict[str, Tensor], within: float) -> None:
+    assert found.keys() == stock.keys()
+    for name, tensor in stock.items():
+        error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30)
+        assert float(error) <= within, f"{name}: {float(error):.2g}"
+
+
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
@@ -107,10 +125,7 @@ def check(folder: Path, architecture: str, sizes: tuple[int, ...]) -> None:
     stock = result(trainer(architecture, "float64"))
     [lanes] = in_lanes(folder, architecture, 1, "float64")
     assert int((stock["act_freq_scores"] == 0).sum()) > 0, "no latent was dead"
-    within = 1e-6 if architecture == "jumprelu" else 1e-12
-    for name, tensor in stock.items():
-        error = (lanes[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30)
-        assert float(error) <= within, f"{name}: {float(error):.2g}"
+    close(lanes, stock, 1e-6 if architecture == "jumprelu" else 1e-12)
 
 
 def test_two_workers_train_batchtopk_to_the_bits_of_one(tmp_path: Path) -> None:
@@ -125,6 +140,24 @@ def test_one_two_three_and_four_workers_train_to_the_same_bits(
 ) -> None:
     """Three: two compute, and the third ends with their weights."""
     check(tmp_path, architecture, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.scale)])
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk"])
+def test_an_sae_split_by_latents_is_the_whole_one(
+    tmp_path: Path, architecture: str, size: int
+) -> None:
+    """Against SAELens's own trainer, with dead latents that AuxK revives."""
+    torch.manual_seed(1)
+    stock = result(trainer(architecture, "float64"))
+    assert 0 < int((stock["act_freq_scores"] == 0).sum()) < 32, "no latent was dead, or all were"
+    for found in by_latents(tmp_path, architecture, size):
+        close(found, stock, 1e-12)
+
+
+def test_what_cannot_be_split_by_latents_is_refused() -> None:
+    with pytest.raises(ValueError, match="jumprelu cannot be split by latents: use topk"):
+        trainer("jumprelu", "float32", team=LatentTeam())
 
 
 @given(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 from tests.sae import _runs
 from tests.scale._workers import together
 from vision_plugin.sae import VisionSAERunnerConfig, streams, train_many
-from vision_plugin.scale import ClusterError, RayEngine, train_in_lanes
+from vision_plugin.scale import ClusterError, RayEngine, train_by_latents, train_in_lanes
 from vision_plugin.scale._groups import GroupWork, train_group
 from vision_plugin.scale._versions import Home
 
@@ -51,6 +54,33 @@ def test_killed_workers_continue_on_another_number(
     assert not list(tmp_path.glob("out.checkpoints*"))
 
 
+@pytest.mark.slow
+def test_killed_holders_of_latents_continue_on_another_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where 24 steps cannot make rounding large."""
+    torch.set_num_threads(1)
+    store = tmp_path / "store"
+    _runs.store_of(store)
+
+    def train(path: Path, kill_at: int = -1) -> None:
+        if kill_at >= 0:
+            _runs.stop_at(monkeypatch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        sae = _runs.ARCHITECTURES["batchtopk"](dtype="float64")
+        train_by_latents(run_of(path, store, sae=sae, dtype="float64"))
+
+    assert together(1, lambda: train(tmp_path / "straight")) == [0]
+    out = tmp_path / "out"
+    assert together(2, lambda: train(out, 7)) == [-signal.SIGKILL] * 2
+    assert together(1, lambda: train(out, 13)) == [-signal.SIGKILL]
+    assert together(4, lambda: train(out)) == [0] * 4
+    found, straight = (
+        load_file(path / "sae_weights.safetensors") for path in (out, tmp_path / "straight")
+    )
+    for name, tensor in straight.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-12), name
+
+
 def many(store: Path) -> dict[str, VisionSAERunnerConfig]:
     """Three runs, two of which share a pass over the images."""
     wide = run_of(Path("unused"), store)
@@ -79,21 +109,6 @@ def test_a_group_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
         assert _runs.weights(tmp_path / "group" / name) == _runs.weights(tmp_path / "local" / name)
 
 
-@pytest.mark.scale
-def test_many_saes_on_a_cluster_have_the_weights_of_one_process(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    _runs.store_of(store)
-    cfgs = many(store)
-    with RayEngine(num_cpus=2, object_store_memory=100_000_000) as engine:
-        saes = train_many(cfgs, output_path=str(tmp_path / "out"), engine=engine)
-        assert list(saes) == ["batchtopk", "topk", "seeded"]
-    for number, group in enumerate(streams(cfgs), 1):
-        train_many(group, output_path=str(tmp_path / f"local-{number}"))
-        for name in group:
-            there = tmp_path / "out" / f"group-{number}" / name
-            assert _runs.weights(there) == _runs.weights(tmp_path / f"local-{number}" / name)
-
-
 @pytest.mark.parametrize(
     ("address", "token", "said"),
     [
@@ -115,3 +130,21 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(
 def test_other_versions_elsewhere_are_one_sentence() -> None:
     with pytest.raises(ClusterError, match=r"has other versions .* \(torch .* there, 0.1 here\)"):
         Home(versions={"torch": "0.1"}, variables={}).settle()
+
+
+def test_without_ray_the_engine_is_one_sentence(tmp_path: Path) -> None:
+    """A fresh process in which Ray cannot be imported."""
+    code = (
+        "import sys; sys.modules['ray'] = None; from vision_plugin.cli import main;"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    hook = ("--hook-names", "blocks.1.hook_resid_post")
+    flags = ("--model-name", "demo", "--images", "demo:4", *hook)
+    line = [sys.executable, "-c", code, "extract", *flags, "--output-path", str(tmp_path / "out")]
+    done = subprocess.run([*line, "--engine", "ray"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "vision-plugin extract: engine='ray' needs Ray; install it with 'pip install "
+        "vision-plugin[ray]'"
+    )
+    assert "Traceback" not in done.stderr

@@ -16,6 +16,8 @@ from ._maker import receive as receive
 from ._plan import ShardTask as ShardTask
 from ._plan import StorePlan as StorePlan
 from ._records import ShardRecord as ShardRecord
+from ._remote import RemoteFolder as RemoteFolder
+from ._remote import is_url as is_url
 from ._store import ActivationStore as ActivationStore
 from ._stream import ActivationStream as ActivationStream
 from ._verify import VerificationReport as VerificationReport

@@ -42,6 +42,7 @@ from vision_plugin.activations._records import (
     read_marker,
     read_plan,
 )
+from vision_plugin.activations._remote import RemoteFolder, is_url
 from vision_plugin.activations._shortening import is_longer, shorten, with_shards_of
 from vision_plugin.activations._store import ActivationStore
 from vision_plugin.images import ImageSource
@@ -79,8 +80,15 @@ def extract(
         TooManyBadImagesError: more images than ``config.max_bad_images`` cannot be read.
         ValueError: the model or the images cannot be loaded, or do not fit the configuration.
     """
-    folder = local_path(config.output_path)
-    check_folder(folder)
+    remote = RemoteFolder(config.output_path) if is_url(config.output_path) else None
+    folder = local_path(config.output_path) if remote is None else remote.copies
+    if remote is None:
+        check_folder(folder)
+    elif config.overwrite or config.streaming:
+        raise ValueError(
+            f"{config.output_path} is in object storage, where nothing is replaced and no stream "
+            "is shortened: leave out overwrite= and streaming=, and name another output_path="
+        )
     if engine is not None and not (model is None and images is None):
         raise ValueError(
             "an engine opens the model and the images on every machine: leave out model= and "
@@ -92,14 +100,21 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             remove_partial(folder)
+            sizes = None if remote is None else remote.pull(folder)
             check_folder(folder)
             if config.images_per_shard is None:
                 plan = with_shards_of(folder, plan)
             plan = settle_plan(folder, plan, overwrite=config.overwrite)
+            if remote is not None:
+                remote.write(PLAN, read_capped(folder, PLAN))
             job = ShardJob(config, plan, probe, folder)
             make = maker.events if maker is not None else partial(_shared, elsewhere, job)
-            _Extraction(config, plan, folder, make, elsewhere is not None).run()
-    return ActivationStore(folder)
+            if remote is not None:
+                make = remote.published(make)
+            _Extraction(config, plan, folder, make, elsewhere is not None, sizes).run()
+            if remote is not None:
+                remote.write(MANIFEST, read_capped(folder, MANIFEST))
+    return ActivationStore(folder if remote is None else config.output_path)
 
 
 def _shared(
@@ -192,11 +207,13 @@ class _Extraction:
     make: Callable[..., Generator[DecodedBatch | ShardRecord, None, None]]
     elsewhere: bool
     """Whether other machines make the shards, so that their batches are not seen here."""
+    sizes: dict[str, int] | None = None
+    """Sizes of the files in object storage; None for a folder."""
     bad: dict[int, BadImage] = field(default_factory=dict)
 
     def run(self) -> None:
         """Make the missing shards, then write the manifest."""
-        done = finished(self.folder, self.plan)
+        done = finished(self.folder, self.plan, self.sizes)
         for record in done.values():
             self._count(record.bad_images)
         pending = [task for task in self.plan.tasks() if task.index not in done]
@@ -238,13 +255,21 @@ class _Extraction:
         return ", ".join(first) + (", ..." if len(self.bad) > 3 else "")
 
 
-def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
-    """Return the records of complete shards: those with a marker and a file of its size."""
+def finished(
+    folder: Path, plan: StorePlan, sizes: dict[str, int] | None = None
+) -> dict[int, ShardRecord]:
+    """Return the records of complete shards: those with a marker and a file of its size.
+
+    Args:
+        folder: Folder of the markers.
+        plan: Plan of the store.
+        sizes: Sizes of the files where they are not in the folder.
+    """
     done = {}
     for task in plan.marked_tasks(folder):
         try:
             record = read_marker(folder, plan, task)
-            size = (folder / task.file).lstat().st_size
+            size = sizes.get(task.file, 0) if sizes is not None else _size(folder / task.file)
         except (StoreError, FileNotFoundError) as error:
             logger.warning("%s will be made again: %s", task.file, error)
             continue
@@ -255,6 +280,10 @@ def finished(folder: Path, plan: StorePlan) -> dict[int, ShardRecord]:
                 "%s will be made again: expected %d bytes, found %d", task.file, record.bytes, size
             )
     return done
+
+
+def _size(path: Path) -> int:
+    return path.lstat().st_size
 
 
 def write_manifest(folder: Path, plan: StorePlan) -> Manifest:

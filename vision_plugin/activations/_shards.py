@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -27,6 +27,13 @@ from vision_plugin.activations._records import (
     read_marker,
     tensor_shapes,
 )
+
+
+class Remote(Protocol):
+    """A place that has the files of a store."""
+
+    def fetch(self, folder: Path, name: str) -> None:
+        """Copy a file into a folder, whole or not at all, unless it is there."""
 
 
 def header(plan: StorePlan, index: int, n_images: int) -> dict[str, Any]:
@@ -124,6 +131,8 @@ class Shard:
         record: ShardRecord | None = None,
     ) -> None:
         self.folder, self.plan, self.task = folder, plan, task
+        self.remote: Remote | None = None
+        """Where the file is copied from when it is read first; None for a file of the folder."""
         self._entry = entry
         if record is not None:
             self.record = record
@@ -163,6 +172,8 @@ class Shard:
         return descriptor
 
     def _opened(self) -> int:
+        if self.remote is not None:
+            self.remote.fetch(self.folder, self.task.file)
         descriptor = open_regular(self.folder, self.task.file)
         found = os.fstat(descriptor).st_size
         if found != self.bytes:
@@ -280,6 +291,8 @@ class Shard:
         Raises:
             ShardError: it is missing, a link, or of another size.
         """
+        if self.remote is not None:
+            return  # it is fetched, and then checked, when it is read
         path = self.folder / self.task.file
         try:
             found = path.lstat()

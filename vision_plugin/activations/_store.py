@@ -28,6 +28,7 @@ from vision_plugin.activations._records import (
     read_marker,
     read_plan,
 )
+from vision_plugin.activations._remote import RemoteFolder, is_url
 from vision_plugin.activations._shards import Shard
 from vision_plugin.activations._windows import ReadableStore
 
@@ -46,22 +47,27 @@ class ActivationStore(ReadableStore):
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a store.
+        """Open a store in a folder or in object storage; shards are copied from there when read.
 
         Raises:
             FileNotFoundError: there is no such folder, or no store in it.
             ManifestError: the manifest is damaged, or of another major version.
             ShardError: a file is missing, or is a link and not a plain file.
         """
-        folder = local_path(path)
+        remote = RemoteFolder(str(path)) if is_url(path) else None
+        folder = local_path(path) if remote is None else remote.copies
+        if remote is not None:
+            remote.pull(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder that exists")
         if not (folder / MANIFEST).exists() and not (folder / PLAN).exists():
             raise FileNotFoundError(
-                f"{folder} holds neither {MANIFEST} nor {PLAN}, so it is no activation store"
+                f"{path} holds neither {MANIFEST} nor {PLAN}, so it is no activation store"
             )
         self.paths: tuple[Path, ...] = (folder,)
         self.plan, self._shards, self.complete = _open(folder)
+        for shard in self._shards:
+            shard.remote = remote
 
     @classmethod
     def concatenate(cls, stores: Sequence[ActivationStore]) -> ActivationStore:

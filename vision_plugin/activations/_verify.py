@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vision_plugin._checksums import told
@@ -14,6 +15,7 @@ from vision_plugin.activations._errors import ManifestError, ShardError, StoreEr
 from vision_plugin.activations._files import read_capped
 from vision_plugin.activations._plan import StorePlan
 from vision_plugin.activations._records import MANIFEST, PLAN, read_plan
+from vision_plugin.activations._remote import STORAGES, RemoteFolder, is_url
 from vision_plugin.activations._shards import Shard
 from vision_plugin.activations._store import ActivationStore
 
@@ -58,7 +60,9 @@ class VerificationReport:
 
 
 def holds_store(path: str | Path) -> bool:
-    """Return whether a folder is an activation store, finished or not."""
+    """Return whether a folder, or a place in object storage, has a store, finished or not."""
+    if is_url(path):
+        return str(path).startswith(STORAGES) and PLAN in RemoteFolder(str(path)).sizes()
     folder = local_path(path)
     return any((folder / name).is_file() for name in (MANIFEST, PLAN))
 
@@ -66,9 +70,17 @@ def holds_store(path: str | Path) -> bool:
 def verify(path: str | Path) -> VerificationReport:
     """Check every byte of a store against the hashes from when it was written.
 
+    Of a store in object storage, every object is copied anew before it is checked.
+
     Raises:
         FileNotFoundError: there is no store in the folder.
     """
+    if is_url(path):
+        with TemporaryDirectory(prefix="vision-plugin-verify-") as name:
+            remote, copies = RemoteFolder(str(path)), Path(name)
+            for file in sorted(remote.pull(copies)):
+                remote.fetch(copies, file)
+            return replace(verify(copies), path=str(path))
     folder = local_path(path)
     try:
         store = ActivationStore(folder)
@@ -189,12 +201,12 @@ def info(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no store in the folder.
         StoreError: the store cannot be read.
     """
-    folder = local_path(path)
-    store = ActivationStore(folder)
+    store = ActivationStore(path)
+    [folder] = store.paths
     plan = store.plan
     file = MANIFEST if store.complete else PLAN
     return {
-        "path": str(folder),
+        "path": str(path),
         "complete": store.complete,
         "schema_version": str(_version(folder, file)),
         "model": plan.to_json()["model"],

@@ -23,6 +23,7 @@ class Command:
 COMMANDS = {
     "demo": Command("run the whole job offline on drawn images, in minutes", "_demo"),
     "train": Command("train a sparse autoencoder on a vision transformer", "_train"),
+    "sweep": Command("run the trials of a wandb sweep file, here or on a cluster", "_sweep"),
     "eval": Command("score an SAE for monosemanticity and steerability", "_eval"),
     "sparsity": Command("L0 and fidelity by layer, kind of token and patch", "_sparsity"),
     "steer": Command("hold latents at values and see what the model then sees", "_steer"),

@@ -115,12 +115,12 @@ def inside(path: str) -> Iterator[tuple[str, Any]]:
     """
     from vision_plugin import activations, formats
 
+    if activations.holds_store(path):
+        yield from activations.info(path).items()
+        return
     folder = local_path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{path} does not exist: name the folder of an SAE or of a store")
-    if activations.holds_store(folder):
-        yield from activations.info(folder).items()
-        return
     try:
         facts = formats.info(folder)
     except FileNotFoundError as error:

@@ -6,21 +6,83 @@ import ast
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, get_origin, get_type_hints
 
 from vision_plugin.cli._console import console
+from vision_plugin.cli._engine import EngineFlags, opened
 from vision_plugin.cli._flags import flat_class, parse, pick
 
 DEFAULT_ARCHITECTURE = "batchtopk"
 _NOT_FLAGS = ("metadata", "reshape_activations")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Train an SAE from flags, and print what was decided, what came out and where it is."""
-    from vision_plugin.sae import VisionSAETrainingRunner, architecture_of
+@dataclass(frozen=True)
+class TeamFlags(EngineFlags):
+    """Processes that train the SAE together."""
 
-    cfg = read_config(arguments)
-    runner = VisionSAETrainingRunner(cfg)
+    workers: int = 1
+    """Processes that train the SAE together, on this machine or on a Ray cluster. Under
+    ``torchrun`` its own processes do so."""
+    split: Literal["auto", "lanes", "latents"] = "auto"
+    """What each worker has: ``lanes``, a part of every batch, with the same bits on any number of
+    workers; or ``latents``, a part of the SAE, which need not fit one device. ``auto`` takes lanes
+    where there are several workers."""
+    n_lanes: int = 8
+    """Parts that ``lanes`` cuts a batch into, a power of two; it decides the last bits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: use a whole number from 1 up")
+
+    @property
+    def launched(self) -> bool:
+        """Whether something such as ``torchrun`` started this process as one of several."""
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether the run is one of workers, if only of one."""
+        return self.workers > 1 or self.launched or self.split != "auto" or self.engine != "local"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train an SAE from flags, and print what was decided, what came out and where it is."""
+    from vision_plugin.scale import launch
+
+    cfg, team = read_line(arguments)
+    if team.engine != "local":
+        with opened(team) as engine:
+            said = engine.train(cfg, n_workers=team.workers, split=_split(team))
+        console().print(f"{said}\nSaved to {cfg.output_path} in SAELens's format.".strip())
+    elif team.workers > 1 and not team.launched:
+        return launch(["train", *arguments], team.workers)
+    else:
+        train_line(cfg, team)
+    return 0
+
+
+def train_line(cfg: Any, team: TeamFlags) -> Any:
+    """Train in this process, with others where these are; return the runner."""
+    from vision_plugin.sae import VisionSAETrainingRunner
+    from vision_plugin.scale import shared_runner
+
+    if not team.shared:
+        return _train(VisionSAETrainingRunner(cfg))
+    with shared_runner(cfg, _split(team)) as runner:
+        return _train(runner)
+
+
+def _split(team: TeamFlags) -> Any:
+    from vision_plugin.scale import Split
+
+    return Split("lanes" if team.split == "auto" else team.split, team.n_lanes)
+
+
+def _train(runner: Any) -> Any:
+    from vision_plugin.sae import architecture_of
+
     out = console()
     decided = runner.decided()
     if decided:
@@ -28,21 +90,27 @@ def run(arguments: Sequence[str]) -> None:
             f"Decided from the data and the run: {decided}.\nEach of them is a flag; --defaults "
             "saelens takes SAELens's own.",
         )
-    sae = runner.run()
+    sae, cfg = runner.run(), runner.cfg
     metadata = sae.cfg.metadata
     assert runner.quality is not None
     lines = [
         f"Trained a {architecture_of(cfg.sae)} SAE with {sae.cfg.d_sae} latents at {cfg.hook_name} "
         f"of {metadata.model_name}:",
         f"{runner.quality.sentence()}.",
-        runner.quality.advice(runner.cfg),
+        runner.quality.advice(cfg),
         f"Saved to {cfg.output_path} in SAELens's format.",
     ]
     out.print("\n".join(line for line in lines if line))
+    return runner
 
 
 def read_config(arguments: Sequence[str]) -> Any:
     """Return the training configuration that a command line describes."""
+    return read_line(arguments)[0]
+
+
+def read_line(arguments: Sequence[str]) -> tuple[Any, TeamFlags]:
+    """Return the training configuration that a command line describes, and who trains."""
     from sae_lens import LoggingConfig
 
     from vision_plugin.sae import (
@@ -63,6 +131,7 @@ def read_config(arguments: Sequence[str]) -> Any:
             (VisionSAERunnerConfig, ("sae", "logger", "explicit")),
             (sae_class, (*_NOT_FLAGS, "dtype", "device")),
             (LoggingConfig, ()),
+            (TeamFlags, ()),
         ],
         defaults=_defaults(preset, architecture),
         docs=SAE_FIELDS,
@@ -82,7 +151,7 @@ def read_config(arguments: Sequence[str]) -> Any:
         own["target_l0"] = None  # of JumpReLU's quadratic penalty, which shares the flag
     sae = pick(sae_class, flags, **own)
     output_path = None if flags.output_path is None else os.path.expandvars(flags.output_path)
-    return pick(
+    cfg = pick(
         VisionSAERunnerConfig,
         flags,
         output_path=output_path,
@@ -90,6 +159,7 @@ def read_config(arguments: Sequence[str]) -> Any:
         explicit=_explicit(rest, preset, architecture, sae),
         logger=pick(LoggingConfig, flags),
     )
+    return cfg, pick(TeamFlags, flags)
 
 
 def _explicit(

@@ -21,6 +21,7 @@ from ._runner import train as train
 from ._runner import train_many as train_many
 from ._sparse_register import register as register
 from ._team import Team as Team
+from ._trainer import Progress as Progress
 from ._trainer import SteppedTrainer as SteppedTrainer
 from ._transcoder import SkipTranscoderTrainingConfig as SkipTranscoderTrainingConfig
 from ._transcoder import TranscoderTrainingConfig as TranscoderTrainingConfig

@@ -26,9 +26,7 @@ from vision_plugin.sae._trainer import (
     SteppedTrainer,
     check_finite,
     load_random_state,
-    load_trainer_state,
     random_state,
-    trainer_state,
 )
 from vision_plugin.sae._validation import ValidationLog, Validator
 from vision_plugin.sae._wandb import WandbRun
@@ -161,7 +159,7 @@ class TrainingSession:
 
     def _go_on(self, state: dict[str, Any]) -> None:
         for name, trainer in self.trainers.items():
-            load_trainer_state(trainer, state["trainers"][name])
+            trainer.load_state(state["trainers"][name])
         self.batches.load_state_dict(state["batches"])
         self.log.restore(state["validation"])
         load_random_state(state["random"])
@@ -208,8 +206,9 @@ class TrainingSession:
             self._validate()
         if self.checkpoints is not None and step in self._checkpoint_steps:
             self._check_finite()
+            state = self._state()
             if self.leads:
-                self.checkpoints.save(step, self._state())
+                self.checkpoints.save(step, state)
 
     def _check_finite(self) -> None:
         for name, trainer in self.trainers.items():
@@ -218,7 +217,7 @@ class TrainingSession:
     def _state(self) -> dict[str, Any]:
         return {
             "identity": self.identity,
-            "trainers": {name: trainer_state(t) for name, t in self.trainers.items()},
+            "trainers": {name: t.state() for name, t in self.trainers.items()},
             "batches": self.batches.state_dict(),
             "random": random_state(),
             "validation": self.log.records,
@@ -231,7 +230,11 @@ class TrainingSession:
         Raises:
             DivergedError: a weight is not finite.
         """
-        if not self.validators or not self.leads:
+        if not self.validators:
+            return
+        for trainer in self.trainers.values():
+            trainer.complete()
+        if not self.leads:
             return
         self._check_finite()
         found: dict[str, Any] = {}

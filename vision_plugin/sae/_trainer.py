@@ -95,6 +95,17 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             found |= self.archetypal.parameters()
         return found
 
+    def complete(self) -> None:
+        """Bring all weights into ``sae``; where processes share an SAE, all of them call this."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the whole state; where processes share an SAE, all of them call this."""
+        return trainer_state(self)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state` returned."""
+        load_trainer_state(self, state)
+
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         """Call ``before_step``: SAELens calls this method first in every step."""
         if self.before_step is not None:

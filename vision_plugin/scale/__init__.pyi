@@ -1,5 +1,13 @@
 from ._cluster import ClusterError as ClusterError
 from ._engine import RayEngine as RayEngine
 from ._lanes import LaneTeam as LaneTeam
+from ._latents import LatentTeam as LatentTeam
+from ._launch import launch as launch
+from ._sweep import sweep as sweep
 from ._train import N_LANES as N_LANES
+from ._train import Split as Split
+from ._train import shared_runner as shared_runner
+from ._train import train_by_latents as train_by_latents
 from ._train import train_in_lanes as train_in_lanes
+from ._trials import Sweep as Sweep
+from ._trials import Trial as Trial

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _ANSWER_SECONDS = 10.0
+_START_SECONDS = "180"
+"""How long Ray's processes may take to start; its own 30 s are too few on a busy machine."""
 
 
 class ClusterError(OSError):
@@ -31,6 +33,8 @@ def import_ray() -> Any:
     # Ray reads these when it is imported, and when its processes start.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
+    os.environ.setdefault("RAY_agent_register_timeout_ms", f"{_START_SECONDS}000")
     try:
         import ray
     except ImportError:

@@ -21,8 +21,10 @@ from vision_plugin.sae import VisionSAERunnerConfig
 from vision_plugin.scale._cluster import ClusterError, connected
 from vision_plugin.scale._groups import train_groups
 from vision_plugin.scale._ranges import RangeWork, score_range
+from vision_plugin.scale._ray_train import TeamWork, train_workers
 from vision_plugin.scale._shards import PlanWork, ShardWork, make_shard, plan_there
 from vision_plugin.scale._spread import Slot, spread
+from vision_plugin.scale._train import Split
 from vision_plugin.scale._versions import Home
 
 
@@ -146,6 +148,42 @@ class RayEngine:
         device = next((cfg.device for cfg in cfgs.values()), "cpu")
         return train_groups(self.ray, self.slot(device), cfgs, output_path)
 
+    def train(
+        self,
+        cfg: VisionSAERunnerConfig,
+        *,
+        n_workers: int = 1,
+        least: int = 1,
+        split: Split | None = None,
+    ) -> str:
+        """Train one SAE over workers of the cluster, by Ray Train's ``TorchTrainer``.
+
+        After a worker or a machine died, the others begin again from the last checkpoint, and take
+        new ones in once they are there.
+
+        Args:
+            cfg: Configuration of the run; ``output_path`` is on a disk that all machines share.
+            n_workers: Number of workers that is wanted.
+            least: Least number of workers to go on with; a split by latents needs all of them.
+            split: How they divide the work; by default lanes.
+
+        Returns:
+            What the first worker says of the SAE's quality.
+
+        Raises:
+            ValueError: there is no folder, or the configuration does not fit.
+            ClusterError: workers died again and again, or the cluster has no room for them.
+        """
+        split, slot = split or Split(), self.slot(cfg.device)
+        if slot.count(self.ray) < least:
+            raise ClusterError(
+                f"the cluster has room for {slot.count(self.ray)} workers, and {least} are needed: "
+                "add machines, or take fewer workers"
+            )
+        work = TeamWork(cfg, split, max(1, int(slot.cores)), Home())
+        least = n_workers if split.by == "latents" else min(least, n_workers)
+        return train_workers(self.ray, work, slot, (least, n_workers))
+
     def _placed(self, config: ExtractionConfig) -> tuple[ExtractionConfig, Slot]:
         """Return the configuration with a device, and what a task on it occupies."""
         slot = self.slot(config.device)
@@ -162,5 +200,5 @@ class RayEngine:
         if not device.startswith("cuda"):
             return Slot(cores=self.cores)
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        shares = [has.get("CPU", 1) // has["GPU"] for has in nodes if has.get("GPU")]
+        shares = [int(has.get("CPU", 1) // has["GPU"]) for has in nodes if has.get("GPU")]
         return Slot(cores=max(1, min(shares, default=1)), gpus=1)

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from vision_plugin.sae import SteppedTrainer
+from vision_plugin.scale._counting import CountingTrainer
 from vision_plugin.scale._select import select
 from vision_plugin.scale._team import Lanes
 
@@ -19,7 +20,7 @@ _MOST_LOSSES = 32
 """Losses of a step that are told: room for them that every process knows."""
 
 
-class LaneTrainer(SteppedTrainer):
+class LaneTrainer(CountingTrainer):
     """SAELens's trainer, each of whose steps several processes share.
 
     Every process reads the same batch and computes its own lanes. Gradients are summed along the
@@ -35,20 +36,13 @@ class LaneTrainer(SteppedTrainer):
     """
 
     def __init__(self, *, team: Lanes, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.team = team
+        super().__init__(team=team, **settings)
         rows = self.cfg.train_batch_size_samples
         if rows % team.n_lanes:
             raise ValueError(
                 f"train_batch_size_tokens={rows} cannot be cut into n_lanes={team.n_lanes} equal "
                 "lanes: use a multiple of it"
             )
-        self._l0 = 0.0
-
-    def mean_l0(self, output: Any) -> float:
-        """Return the mean number of active latents per vector of the whole batch."""
-        del output
-        return self._l0
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> Any:
         """Run one step; return the output of this process's last lane, with the batch's losses."""
@@ -67,11 +61,7 @@ class LaneTrainer(SteppedTrainer):
             step.keep_gradients()
         step.add_up()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
+        self._schedule()
         return step.output
 
     def _input(self, rows: Tensor) -> TrainStepInput:
@@ -82,24 +72,6 @@ class LaneTrainer(SteppedTrainer):
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
-
-    @torch.no_grad()
-    def note(self, fired: Tensor, l0: float) -> None:
-        """Update the counters of the latents as SAELens does after a whole batch.
-
-        Args:
-            fired: How many vectors of the batch each latent fired on.
-            l0: Mean number of latents that fired.
-        """
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[fired > 0] = 0
-        self.act_freq_scores += fired.to(self.act_freq_scores.dtype)
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
-        self._l0 = l0
-
-    def _update_pbar(self, step_output: Any, pbar: Any, update_interval: int = 0) -> None:
-        if self.team.leads:
-            super()._update_pbar(step_output, pbar, update_interval)
 
 
 class _Step:
@@ -155,7 +127,7 @@ class _Step:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.mul_(1 / team.n_lanes)
         fired = team.add_up(self.fired)
-        trainer.note(fired, float(fired.sum()) / trainer.cfg.train_batch_size_samples)
+        trainer.note(fired)
         if isinstance(self.sae, BatchTopKTrainingSAE):
             self._move_threshold()
         losses = team.add_up(self.losses).mean(1)

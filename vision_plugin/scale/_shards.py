@@ -67,20 +67,25 @@ def plan_there(work: PlanWork) -> tuple[Any, str]:
 
 
 def make_shard(work: ShardWork) -> Any:
-    """Make a shard in the store's folder, or return its bytes where the folder is not shared.
+    """Make a shard in the store's place, or return its bytes where the folder is not shared.
 
     Returns:
         The record where the shard is in its place; else the bytes of the shard and its marker.
     """
     work.home.settle()
+    from vision_plugin.activations import RemoteFolder, is_url
+
     job = work.job
     maker = _maker(work)
     task = job.plan.task(work.index)
-    if (Path(job.folder) / job.sign).is_file():
+    if not is_url(job.config.output_path) and (Path(job.folder) / job.sign).is_file():
         return maker.make(job.plan, task, Path(job.folder))
     with tempfile.TemporaryDirectory(prefix="vision-plugin-shard-") as name:
         folder = Path(name)
-        maker.make(job.plan, task, folder)
+        record = maker.make(job.plan, task, folder)
+        if is_url(job.config.output_path):
+            RemoteFolder(job.config.output_path).publish(folder, task)
+            return record
         return (folder / task.file).read_bytes(), (folder / task.marker).read_bytes()
 
 

@@ -29,8 +29,8 @@ _LOOK_SECONDS = 1.0
 class Slot:
     """What one task occupies."""
 
-    cores: float = 1
-    gpus: float = 0
+    cores: int = 1
+    gpus: int = 0
 
     def count(self, ray: Any) -> int:
         """Return how many tasks run at once on the machines that are there now; 0 for none."""
@@ -71,9 +71,9 @@ def spread(
     """
     slots = slot.count(ray)
     if tasks and not slots:
-        gpus = f" and {slot.gpus:g} GPUs" if slot.gpus else ""
+        gpus = f" and {slot.gpus} GPUs" if slot.gpus else ""
         raise ClusterError(
-            f"no machine of the cluster has {slot.cores:g} cores{gpus} for a task: add one, or "
+            f"no machine of the cluster has {slot.cores} cores{gpus} for a task: add one, or "
             "lower cores="
         )
     remote = ray.remote(

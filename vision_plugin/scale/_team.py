@@ -69,6 +69,15 @@ class Lanes:
         dist.all_reduce(moved)
         return moved.to(tensor.device)
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, which have one shape, in the order of these."""
+        if self.size == 1:
+            return [tensor]
+        moved = self._moved(tensor)
+        parts = [torch.empty_like(moved) for _ in range(self.size)]
+        dist.all_gather(parts, moved)
+        return [part.to(tensor.device) for part in parts]
+
     def add_branches(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, added along the tree.
 

@@ -14,6 +14,8 @@ from torch import distributed as dist
 
 from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, architecture_of
 from vision_plugin.scale._lanes import LaneTeam
+from vision_plugin.scale._latents import LatentTeam
+from vision_plugin.scale._team import Lanes
 
 N_LANES = 8
 """Lanes of a batch: as many processes at most, and part of what decides the last bits."""
@@ -41,12 +43,70 @@ def train_in_lanes(
     Raises:
         ValueError: the batch cannot be cut into the lanes, or the configuration does not fit.
     """
+    with shared_runner(cfg, Split("lanes", n_lanes), **in_hand) as runner:
+        return runner.run()
+
+
+def train_by_latents(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
+    """Train one SAE whose latents are split over the processes that call this; return it in each.
+
+    For dictionaries that do not fit one device: each process holds a slice of the encoder and of
+    the decoder on its device, and their optimiser states. The whole lies in the host's memory. The
+    weights are those of one process up to rounding. Otherwise this is :func:`train_in_lanes`, and
+    a checkpoint of some number of processes continues on another number too.
+
+    Args:
+        cfg: Configuration of the run, of a TopK or BatchTopK SAE, which trains with SAELens's
+            dense step.
+        **in_hand: Other arguments of ``VisionSAETrainingRunner``, for example ``model=``.
+
+    Raises:
+        ValueError: the SAE is of another kind, or its latents cannot be cut into equal slices.
+    """
+    with shared_runner(cfg, Split("latents"), **in_hand) as runner:
+        return runner.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How the processes that train one SAE divide the work."""
+
+    by: str = "lanes"
+    """``lanes``: each computes a part of the batch; ``latents``: each holds a part of the SAE."""
+    n_lanes: int = N_LANES
+    """Parts of the batch for ``lanes``, a power of two; it decides the last bits."""
+
+    def __post_init__(self) -> None:
+        if self.by not in ("lanes", "latents"):
+            raise ValueError(f"split={self.by!r}: use 'lanes' or 'latents'")
+
+
+@contextlib.contextmanager
+def shared_runner(
+    cfg: VisionSAERunnerConfig, split: Split, **in_hand: Any
+) -> Iterator[VisionSAETrainingRunner]:
+    """Yield a runner that trains with the other processes, which it joins for a ``with`` block.
+
+    Args:
+        cfg: Configuration of the run.
+        split: How the processes divide the work.
+        **in_hand: Other arguments of ``VisionSAETrainingRunner``.
+
+    Raises:
+        ValueError: the configuration does not fit.
+    """
     with _group():
-        team = LaneTeam(n_lanes)
-        return VisionSAETrainingRunner(_of_team(cfg, team), team=team, **in_hand).run()
+        team: Lanes
+        if split.by == "lanes":
+            team = LaneTeam(split.n_lanes)
+            cfg = _of_team(cfg, team)
+        else:
+            team = LatentTeam(cfg.device)
+            cfg = dataclasses.replace(_of_team(cfg, team), device="cpu", dense=True)
+        yield VisionSAETrainingRunner(cfg, team=team, **in_hand)
 
 
-def _of_team(cfg: VisionSAERunnerConfig, team: LaneTeam) -> VisionSAERunnerConfig:
+def _of_team(cfg: VisionSAERunnerConfig, team: Lanes) -> VisionSAERunnerConfig:
     """Return the configuration as a process of a team needs it.
 
     Raises:
@@ -55,7 +115,7 @@ def _of_team(cfg: VisionSAERunnerConfig, team: LaneTeam) -> VisionSAERunnerConfi
     if cfg.mono_coefficient:
         raise ValueError(
             f"mono_coefficient={cfg.mono_coefficient} compares all vectors of a batch, which no "
-            "lane has: train without n_lanes="
+            "process has whole: train without it, or in one process"
         )
     logger = cfg.logger
     if not team.leads:

@@ -7,12 +7,17 @@ import platform
 import socket
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from vision_plugin._version import __version__
 from vision_plugin.scale._cluster import ClusterError
 
 _PACKAGES = ("torch", "sae-lens", "transformers", "pillow", "numpy")
-_VARIABLES = ("MKL_CBWR", "HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "VISION_PLUGIN_DEBUG")
+_VARIABLES = (
+    *("MKL_CBWR", "HF_HUB_OFFLINE", "HF_HOME", "VISION_PLUGIN_DEBUG"),
+    *("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +40,9 @@ class Home:
         default_factory=lambda: {n: os.environ[n] for n in _VARIABLES if n in os.environ}
     )
 
+    folder: str = field(default_factory=os.getcwd)
+    """Folder that paths begin from, on machines that have it too."""
+
     def settle(self) -> None:
         """Make this process work as the one that asked; call it before torch is imported.
 
@@ -53,3 +61,5 @@ class Home:
                 ": install the same on every machine of the cluster"
             )
         os.environ.update(self.variables)
+        if Path(self.folder).is_dir():
+            os.chdir(self.folder)

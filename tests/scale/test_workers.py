@@ -1,0 +1,115 @@
+"""One SAE over workers by the command: here, under torchrun, and under Ray Train, killed there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sae import _runs
+from tests.scale._cluster import COMMAND, Cluster, kill, title, tree, until
+
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "",
+    "MKL_CBWR": "AUTO,STRICT",
+    "HF_HUB_OFFLINE": "1",
+}
+FLAGS = (
+    *("--hook-name", "blocks.1.hook_resid_post", "--d-sae", "96", "--k", "6"),
+    *("--train-batch-size-tokens", "256", "--device", "cpu", "--n-quality-tokens", "512"),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the packaged model's activations."""
+    folder = tmp_path_factory.mktemp("store") / "acts"
+    images = ("--model-name", "demo", "--images", "demo:64@0", "--n-workers", "0")
+    hooks = ("--hook-names", "blocks.1.hook_resid_post", "--output-path", str(folder))
+    run(COMMAND, "extract", *images, *hooks, "--images-per-shard", "16", "--device", "cpu")
+    return folder
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def flags(store: Path, out: Path, n_tokens: int = 8192, *more: str) -> list[str]:
+    path = ("--images", str(store), "--output-path", str(out))
+    return ["train", *path, *FLAGS, "--training-tokens", str(n_tokens), *more]
+
+
+@pytest.mark.slow
+def test_two_workers_by_the_command_have_the_bits_of_one(store: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    said = run(COMMAND, *flags(store, two, 4096, "--workers", "2"))
+    assert _runs.weights(two) == _runs.weights(one)
+    assert said.count("Trained a batchtopk SAE") == 1
+
+
+@pytest.mark.slow
+def test_what_workers_refuse_is_one_sentence(store: Path, tmp_path: Path) -> None:
+    command = [COMMAND, *flags(store, tmp_path / "out", 4096, "--workers", "2", "--n-lanes", "3")]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("n_lanes=3") + done.stderr.count("--n-lanes 3") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.scale
+def test_torchrun_runs_the_same_command_to_the_same_bits(store: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    run(
+        *(torchrun, "--standalone", "--no-python", "--nproc-per-node", "2"),
+        *(COMMAND, *flags(store, two, 4096)),
+    )
+    assert _runs.weights(two) == _runs.weights(one)
+
+
+@pytest.mark.scale
+def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
+    store: Path, tmp_path: Path
+) -> None:
+    """Two workers; one is killed, then its node, which comes back: 2, 2, 1 and 2 workers."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    often = ("--n-checkpoints", "60")
+    run(COMMAND, *flags(store, straight, 400_000, "--split", "lanes", *often))
+    checkpoints = out.with_name("out.checkpoints")
+
+    def steps() -> int:
+        found = [int(path.name[5:]) for path in checkpoints.glob("step-*")]
+        return max(found, default=0)
+
+    with Cluster() as cluster:
+        cluster.env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "60"
+        head = cluster.start(head=True)
+        node = cluster.start()
+        command = cluster.command(*flags(store, out, 400_000, "--workers", "2", *often))
+
+        def members(of: int) -> set[int]:
+            return {p for p in tree(of) if "RayTrainWorker" in title(p)}
+
+        until(lambda: steps() > 50, 240, "a checkpoint")
+        killed_at = steps()
+        kill(members(node.pid))
+        until(lambda: steps() > killed_at + 100, 240, "training to go on")
+        killed_at = steps()
+        cluster.end(node)
+        until(lambda: steps() > killed_at + 100 or command.poll() is not None, 240, "one worker")
+        cluster.start()
+        said, _ = command.communicate(timeout=300)
+        assert command.returncode == 0, said
+        assert head.poll() is None
+    assert killed_at < 400_000 // 256, "the node was killed too late to matter"
+    assert _runs.weights(out) == _runs.weights(straight)
+    assert not list(tmp_path.glob(".out*")), "Ray Train's notes stayed"
