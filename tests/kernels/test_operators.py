@@ -162,17 +162,26 @@ def test_opcheck_accepts_every_operator():
     indices = torch.tensor([3, 1, 1, 39, 0], dtype=torch.int32)
     offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     weights = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    by_row = torch.tensor([[3, 1], [1, 39], [0, 5]], dtype=torch.int32)
+    row_weights = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    levels = torch.tensor([0, 2, 2, 3, 5], dtype=torch.int32)
     W_dec = t["W_dec"].clone().requires_grad_()
+    b_dec = t["b_dec"].clone().requires_grad_()
     segments = torch.randn(3, 5, dtype=torch.float64)
     cases = [
         (_operators.encode_topk, (*encoder, scale, 4, True, None, "torch")),
         (_operators.encode_topk, (*encoder[:3], None, None, 4, False, None, "torch")),
-        (_operators.encode_batch_topk, (*encoder, scale, 20, None, "torch")),
+        (_operators.encode_batch_topk, (*encoder, scale, 20, False, None, "torch")),
+        (_operators.encode_batch_topk, (*encoder, scale, 200, True, None, "torch")),
         (_operators.encode_threshold, (*encoder, torch.zeros(40).double(), None, "torch")),
-        (_operators.gather_sum, (W_dec, indices, offsets, weights, "torch")),
+        (_operators.gather_sum, (W_dec, indices, offsets, weights, b_dec, "torch")),
+        (_operators.gather_sum, (W_dec, by_row, None, row_weights, b_dec, "torch")),
+        (_operators.level_sums, (W_dec, indices, levels, weights, b_dec, 2, "torch")),
         (_operators.pair_dot, (segments, t["W_dec"], indices, offsets, "torch")),
+        (_operators.pair_dot, (segments, t["W_dec"], by_row, None, "torch")),
         (_operators.segment_sum, (weights.detach(), offsets, "torch")),
         (_operators.transpose, (indices, offsets, 40, "torch")),
+        (_operators.transpose, (by_row, None, 40, "torch")),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments)
