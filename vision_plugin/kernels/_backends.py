@@ -45,8 +45,8 @@ class Backend(Protocol):
     Every method returns new tensors, accumulates in float32 or better, and gives the same bits
     for the same input. ``indices`` and ``offsets`` are int32 compressed sparse rows. Vectors
     arrive contiguous; matrices may have any strides. Where ``offsets`` is None, every row has
-    equally many entries, and ``indices`` and ``weights`` are ``[rows, k]``. A NaN among the pre-activations ranks above
-    every number, and is selected.
+    equally many entries, and ``indices`` and ``weights`` are ``[rows, k]``. A NaN among the
+    pre-activations ranks above every number, and is selected.
     """
 
     name: str

@@ -154,9 +154,7 @@ def batch_topk_encode(
         _product_dtype(x),
         _name(backend),
     )
-    return SparseLatents(
-        values, indices, offsets, W_enc.shape[1], trusted=True, padded=padded
-    )
+    return SparseLatents(values, indices, offsets, W_enc.shape[1], trusted=True, padded=padded)
 
 
 def threshold_encode(

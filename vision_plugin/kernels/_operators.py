@@ -190,9 +190,7 @@ def transpose(
     return rows, order, starts
 
 
-def _check_entries(
-    indices: Tensor, offsets: Tensor | None, weights: Tensor, n_rows: int
-) -> None:
+def _check_entries(indices: Tensor, offsets: Tensor | None, weights: Tensor, n_rows: int) -> None:
     """Raise where indices are no rows of a matrix of ``n_rows``, or offsets no places of indices.
 
     On a GPU the check runs after this call and fails there, as torch's own indexing does: to wait

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from ._select import above_threshold, largest_positive, topk_rows
 
-# At most this many elements of dense pre-activations exist at a time (128 MiB in float32, 256 on a GPU).
+# At most this many elements of dense pre-activations exist at a time (128 MiB in float32, and
+# 256 MiB on a GPU).
 _CPU_ELEMENTS = 1 << 25
 _GPU_ELEMENTS = 1 << 26
 _HALF = (torch.float16, torch.bfloat16)

@@ -34,6 +34,8 @@ class LaneTrainer(SteppedTrainer):
         ValueError: the batch cannot be cut into equal lanes.
     """
 
+    own_step = False
+
     def __init__(self, *, team: Lanes, **settings: Any) -> None:
         super().__init__(**settings)
         self.team = team
