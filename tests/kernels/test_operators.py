@@ -60,15 +60,16 @@ def test_topk_and_its_gradients_match_the_dense_reference(shape, kind, rescale, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(KINDS), st.booleans(), st.floats(0.01, 20))
-def test_batch_topk_and_matryoshka_match_the_dense_reference(shape, kind, rescale, k):
+@given(shapes, st.sampled_from(KINDS), st.booleans(), st.floats(0.01, 20), st.booleans())
+def test_batch_topk_and_matryoshka_match_the_dense_reference(shape, kind, rescale, k, padded):
     batch, d_in, d_sae = shape
     tensors = inputs(batch, d_in, d_sae, kind=kind)
     ours, theirs = _leaves(tensors), _leaves(tensors)
     scale = tensors["W_dec"].norm(dim=1) + 0.1 if rescale else None
     latents = kernels.batch_topk_encode(
-        ours["x"], ours["W_enc"], ours["b_enc"], k, b_in=ours["b_in"], scale=scale
+        ours["x"], ours["W_enc"], ours["b_enc"], k, b_in=ours["b_in"], scale=scale, padded=padded
     )
+    assert not (padded and batch) or latents.values.shape == (int(k * batch),)
     pre = (theirs["x"] - theirs["b_in"]) @ theirs["W_enc"] + theirs["b_enc"]
     dense = dense_batch_topk(pre, scale, int(k * batch))
     torch.testing.assert_close(latents.to_dense(), dense, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 def _cases(mode: str, tmp: Path) -> dict:
     environment = os.environ | {
-        "TRITON_INTERPRET": "1" if mode == "interpret" else "0",
+        "TRITON_INTERPRET": "1" if mode in ("interpret", "short") else "0",
         "TRITON_CACHE_DIR": str(tmp / "triton"),
         "OMP_NUM_THREADS": "1",
     }
@@ -30,10 +30,15 @@ def _cases(mode: str, tmp: Path) -> dict:
     return json.loads(done.stdout)
 
 
+def test_kernels_match_the_reference_in_the_interpreter(tmp_path):
+    cases = _cases("short", tmp_path)
+    assert cases == dict.fromkeys(("few latents", "batch topk", "tiled product"), "ok")
+
+
 @pytest.mark.slow
 def test_every_kernel_matches_the_reference_in_the_interpreter(tmp_path):
     cases = _cases("interpret", tmp_path)
-    assert len(cases) > 15
+    assert len(cases) > 30
     assert {name: found for name, found in cases.items() if found != "ok"} == {}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._entries import check_entries
 
 _ENCODER = "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_in, Tensor? scale"
 _TAIL = "ScalarType? dtype, str backend"
@@ -117,7 +118,7 @@ def gather_sum(
             the end of a tensor where they are not.
     """
     if not trusted:
-        _check_entries(indices, offsets, weights, source.shape[0])
+        check_entries(indices, offsets, weights, source.shape[0])
     arguments = (source, indices, offsets, weights, bias, not trusted)
     result: Tensor = _backends.run("gather_sum", source.device.type, backend, *arguments)
     return result
@@ -141,7 +142,7 @@ def level_sums(
 ) -> Tensor:
     """Return ``out[l, r]``: the sums over the first ``l + 1`` segments of row r, plus bias."""
     if not trusted:
-        _check_entries(indices, offsets, weights, source.shape[0])
+        check_entries(indices, offsets, weights, source.shape[0])
     arguments = (source, indices, offsets, weights, bias, n_levels)
     result: Tensor = _backends.run("level_sums", source.device.type, backend, *arguments)
     return result
@@ -188,45 +189,6 @@ def transpose(
         "transpose", indices.device.type, backend, indices, offsets, n_columns
     )
     return rows, order, starts
-
-
-def _check_entries(indices: Tensor, offsets: Tensor | None, weights: Tensor, n_rows: int) -> None:
-    """Raise where indices are no rows of a matrix of ``n_rows``, or offsets no places of indices.
-
-    On a GPU the check runs after this call and fails there, as torch's own indexing does: to wait
-    for it would hold up every step. Rows of equal length are checked there by the backend itself.
-
-    Raises:
-        IndexError: a row is out of range.
-        ValueError: the tensors do not belong together.
-    """
-    nnz = indices.numel()
-    if weights.numel() != nnz:
-        raise ValueError(f"{nnz} indices need as many values, got {weights.numel()}")
-    if offsets is None:
-        if nnz and indices.device.type != "cuda":
-            lowest, highest = indices.aminmax()
-            _raise_out_of_range(int(lowest), int(highest), n_rows)
-        return
-    if offsets.numel() == 0:
-        raise ValueError("offsets are empty: a batch of no rows has one of them, 0")
-    are_places = (offsets[0] == 0) & (offsets[-1] == nnz) & (offsets.diff() >= 0).all()
-    lowest, highest = indices.aminmax() if nnz else (offsets[0], offsets[0] - 1)
-    are_rows = (lowest >= 0) & (highest < n_rows)
-    if indices.device.type == "cuda":
-        torch._assert_async(are_places & are_rows, f"latents outside 0 to {n_rows - 1}")
-        return
-    _raise_out_of_range(int(lowest), int(highest), n_rows)
-    if not bool(are_places):
-        raise ValueError(f"offsets must rise from 0 to {nnz}, the number of values")
-
-
-def _raise_out_of_range(lowest: int, highest: int, n_rows: int) -> None:
-    if lowest < 0 or highest >= n_rows:
-        raise IndexError(
-            f"latent {lowest if lowest < 0 else highest} is out of range: W_dec has {n_rows} rows, "
-            f"for latents 0 to {n_rows - 1}"
-        )
 
 
 def _result_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:

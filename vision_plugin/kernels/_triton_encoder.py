@@ -132,9 +132,10 @@ def choose_in_batch(product: Product, total: int) -> tuple[Tensor, Tensor, Tenso
     values = torch.zeros(total, dtype=torch.float32, device=device)
     rows = torch.full((total,), batch - 1, dtype=torch.int32, device=device)
     columns = torch.full((total,), n - 1, dtype=torch.int32, device=device)
-    kernels.list_entries[(-(-places.numel() // _BLOCK),)](
+    block = 1024
+    kernels.list_entries[(-(-places.numel() // block),)](
         found, places, slot_rows, slot_tiles, values, rows, columns, places.numel(),
-        TILE=TILE, BLOCK=_BLOCK, num_warps=4,
+        TILE=TILE, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return values, rows, columns
 
