@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-slow test-scale hostile check exports quality docs dist clean
+.PHONY: setup demo test test-slow test-gpu sanitize-gpu test-scale hostile check exports quality docs dist clean
 
 setup: $(READY)
 
@@ -24,6 +24,17 @@ test: $(READY)
 # The longer proofs: more cases of the same matrices, real models, a browser, whole jobs.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# On a machine with a GPU: what computes on a device does so there.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest --device cuda -m "not scale"
+	$(BIN)/python -m benchmarks.gpu
+
+# The same kernels under NVIDIA's compute-sanitizer: reads past the end, then races.
+SANITIZED := -q --device cuda tests/kernels/test_operators.py -k "not compiled and not exported and not opcheck"
+sanitize-gpu: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED)
+	compute-sanitizer --tool racecheck --target-processes all --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED)
 
 # Real clusters whose workers, nodes, head and driver are killed, and one SAE over several workers.
 test-scale: $(READY)

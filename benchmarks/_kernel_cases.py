@@ -50,28 +50,25 @@ def parameters(shape: Shape, device: str, seed: int, *, dtype: torch.dtype) -> P
 
 
 def latents(shape: Shape, device: str, seed: int, skew: str) -> tuple[Tensor, Tensor]:
-    """Random values and ascending indices ``[batch, k]``; ``skew`` is uniform or zipf."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random values and ascending indices ``[batch, k]``; ``skew`` is uniform or zipf.
+
+    They are drawn on the device: the k largest of noise are k latents without repeats, and of the
+    logarithm of weights plus Gumbel noise, k latents drawn by these weights.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    popularity = torch.zeros(shape.d_sae, device=device)
     if skew == "zipf":
-        weights = 1 / torch.arange(1, shape.d_sae + 1, dtype=torch.float64)
-        rows = weights.expand(min(shape.batch, 256), -1)
-        drawn = torch.cat(
-            [
-                torch.multinomial(rows, shape.k, generator=generator)
-                for _ in range(0, shape.batch, len(rows))
-            ]
-        )[: shape.batch]
         # Popular latents lie anywhere in the dictionary, not side by side.
-        drawn = torch.randperm(shape.d_sae, generator=generator)[drawn]
-    else:
-        drawn = torch.stack(
-            [
-                torch.randperm(shape.d_sae, generator=generator)[: shape.k]
-                for _ in range(shape.batch)
-            ]
-        )
-    values = torch.rand(shape.batch, shape.k, generator=generator)
-    return values.to(device), drawn.sort(dim=1).values.int().to(device)
+        place = torch.randperm(shape.d_sae, generator=generator, device=device)
+        popularity[place] = -torch.arange(1, shape.d_sae + 1, device=device).log()
+    drawn = []
+    for start in range(0, shape.batch, 256):
+        rows = min(256, shape.batch - start)
+        noise = torch.rand(rows, shape.d_sae, generator=generator, device=device)
+        gumbel = -(-noise.clamp(1e-9, 1 - 1e-7).log()).log()
+        drawn.append((popularity + gumbel).topk(shape.k, dim=1).indices)
+    values = torch.rand(shape.batch, shape.k, generator=generator, device=device)
+    return values, torch.cat(drawn).sort(dim=1).values.int()
 
 
 def dense_forward(p: Parameters, x: Tensor, k: int, *, rescale: bool, coo: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""SAELens's side of the kernel benchmark: its decoder, its step, its unmodified trainer."""
+"""SAELens's side of the kernel benchmark: its decoder, its step, its trainer, and ours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from benchmarks._kernel_cases import Shape
+from vision_plugin.sae import SteppedTrainer
 from vision_plugin.sae._sparse_training import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 
 
@@ -72,14 +73,14 @@ def steps(shape: Shape, device: str, dead_fraction: float) -> dict[str, Callable
 def trainer_steps(
     shape: Shape, device: str, dead_fraction: float, *, autocast: bool
 ) -> dict[str, Callable[[], object]]:
-    """One step of the stock ``SAETrainer`` on the stock class and on the drop-in class."""
+    """One step of the stock ``SAETrainer`` on both classes, and of the trainer of ``vp.train``."""
     x = torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0)).to(device)
 
     def batches() -> Iterator[Tensor]:
         while True:
             yield x
 
-    def work(sparse: bool) -> Callable[[], object]:
+    def work(make: Any, sparse: bool) -> Callable[[], object]:
         config = SAETrainerConfig(
             n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
             total_training_samples=10**9, device=device, autocast=autocast, lr=1e-5, lr_end=1e-5,
@@ -88,18 +89,25 @@ def trainer_steps(
             dead_feature_window=10**6, feature_sampling_window=1000,
             logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip
-        trainer = SAETrainer(config, _make(sparse, shape, device), batches())
+        trainer = make(config, _make(sparse, shape, device), batches())
         dead = _dead(shape, device, dead_fraction)
 
         def run() -> object:
             # Keep the same latents dead, whatever fires: the trainer counts passes.
             if dead is not None:
-                trainer.n_forward_passes_since_fired[dead] = 2e6
+                trainer.n_forward_passes_since_fired.masked_fill_(dead, 2e6)
             return trainer.step(x)
 
+        if make is SteppedTrainer:
+            for _ in range(5):  # a graph is captured after a few steps
+                run()
         return run
 
-    return {"SAELens dense": work(sparse=False), "drop-in class": work(sparse=True)}
+    return {
+        "SAELens dense": work(SAETrainer, sparse=False),
+        "drop-in class": work(SAETrainer, sparse=True),
+        "vp.train": work(SteppedTrainer, sparse=True),
+    }
 
 
 def _dead(shape: Shape, device: str, fraction: float) -> Tensor | None:

@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks import _kernel_cases as cases
+from benchmarks import _kernel_peers as peers
 from benchmarks._kernel_timing import Timing, interleaved
 from benchmarks._machine import machine
 from vision_plugin import kernels
@@ -81,6 +82,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "ceiling": ceiling,
         "stages": stages,
         "ratios": _ratios(stages),
+        "over_floor": _over_floor(stages),
+        "host_us_per_call": host_times(device, options.repetitions),
         "accuracy": cases.accuracy(shape, device, options.seed, backend),
         "drift": cases.drift(device, options.seed, backend),
         "not_measured": [] if device == "cuda" else ["every GPU figure: no CUDA device"],
@@ -132,8 +135,7 @@ def _stages(
         yield f"decode, {skew}", variants, ("bytes", decode_bytes)
     encode = 2.0 * shape.batch * shape.d_in * shape.d_sae
     yield "forward+backward", _step_variants(shape, device, seed, backend), ("operations", encode)
-    if device == "cuda":
-        yield "training step", _own_steps(shape, device, seed, backend), ("operations", encode)
+    yield "training step", _own_steps(shape, device, seed, backend), ("operations", encode)
     if host:
         from benchmarks import _kernel_host as host_cases
 
@@ -183,31 +185,97 @@ def _step_variants(shape: cases.Shape, device: str, seed: int, backend: str) -> 
     return variants
 
 
+FLOOR = "floor: encoder product and Adam"
+
+
 def _own_steps(shape: cases.Shape, device: str, seed: int, backend: str) -> Variants:
-    """Whole steps with fused Adam, and the floor: the encoder's bf16 product and Adam alone."""
+    """Whole steps with fused Adam, and the floor: the encoder's product and Adam alone.
+
+    On a GPU the product is in bfloat16, and so are the steps. The peers take part where they are
+    installed.
+    """
     x = _batch(shape, device, seed)
     p = cases.parameters(shape, device, seed, dtype=torch.float32)
+    half = _bf16 if device == "cuda" else lambda work: work
     dense = cases.training_step(
         p, lambda: cases.dense_forward(p, x, shape.k, rescale=True), fused=True
     )
     sparse = cases.training_step(
         p, lambda: cases.sparse_forward(p, x, shape.k, rescale=True, backend=backend), fused=True
     )
-    leaves = [torch.zeros_like(tensor).requires_grad_() for tensor in p.values()]
+    # Latent-major weights go to Adam as their contiguous transposes, as in the steps.
+    leaves = [tensor.t() if name == "W_enc" else tensor for name, tensor in p.items()]
+    leaves = [torch.zeros_like(leaf).requires_grad_() for leaf in leaves]
     for leaf in leaves:
         leaf.grad = torch.ones_like(leaf)
     optimizer = torch.optim.Adam(leaves, lr=1e-5, fused=True)
-    x16, W16 = x.bfloat16(), p["W_enc"].detach().bfloat16()
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    x_kind, W_kind = x.to(kind), p["W_enc"].detach().to(kind)
 
     def floor() -> None:
-        torch.mm(x16, W16)
+        torch.mm(x_kind, W_kind)
         optimizer.step()
 
+    found, missing = peers.steps(shape, device, x)
+    for name, reason in missing.items():
+        sys.stderr.write(f"{name} takes no part: {reason}\n")
     return {
-        "floor: bf16 encoder product and Adam": floor,
-        "dense, bf16": _bf16(dense),
-        "sparse kernel, bf16": _bf16(sparse),
+        FLOOR: floor,
+        "dense": half(dense),
+        "sparse kernel": half(sparse),
+        **found,
     }
+
+
+def _over_floor(stages: dict[str, dict[str, dict[str, object]]]) -> dict[str, float]:
+    """Return how many times the floor each whole step takes."""
+    floor = float(str(stages["training step"][FLOOR]["median_ms"]))
+    return {
+        f"{stage}: {name}": float(str(row["median_ms"])) / floor
+        for stage, rows in stages.items()
+        if "step" in stage
+        for name, row in rows.items()
+        if name != FLOOR
+    }
+
+
+def host_times(device: str, repetitions: int) -> dict[str, float]:
+    """Return the microseconds that the host spends on a call, on tensors of next to no work.
+
+    On a GPU nothing waits between the calls, so this is the time to launch one.
+    """
+    shape = cases.Shape(16, 64, 2, 4)
+    p = {n: t.detach() for n, t in cases.parameters(shape, device, 0, dtype=torch.float32).items()}
+    values, indices = cases.latents(shape, device, 0, "uniform")
+    latents = kernels.SparseLatents.from_topk(values, indices, d_sae=shape.d_sae, trusted=True)
+    x = torch.zeros(shape.batch, shape.d_in, device=device)
+    calls: Variants = {
+        "sparse_decode": lambda: kernels.sparse_decode(values, indices, p["W_dec"], p["b_dec"]),
+        "csr_decode": lambda: kernels.csr_decode(latents, p["W_dec"], p["b_dec"]),
+        "topk_encode": lambda: kernels.topk_encode(x, p["W_enc"], p["b_enc"], shape.k),
+        "embedding_bag and bias": lambda: (
+            torch.nn.functional.embedding_bag(
+                indices, p["W_dec"], per_sample_weights=values, mode="sum"
+            )
+            + p["b_dec"]
+        ),
+    }
+    n = 100
+
+    def many(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(n):
+                call()
+
+        return run
+
+    with torch.no_grad():
+        times = interleaved(
+            {name: many(call) for name, call in calls.items()},
+            repetitions=repetitions,
+            device=device,
+        )
+    return {name: 1e3 * timing.min_ms / n for name, timing in times.items()}
 
 
 def _bf16(work: Callable[[], object]) -> Callable[[], object]:
@@ -291,6 +359,11 @@ def table(report: dict[str, object]) -> str:
     ratios = report["ratios"]
     assert isinstance(ratios, dict)
     lines += [f"{name}: {ratio:.1f}x" for name, ratio in ratios.items()]
+    over, host = report["over_floor"], report["host_us_per_call"]
+    assert isinstance(over, dict)
+    assert isinstance(host, dict)
+    lines += ["", *(f"{name}: {ratio:.2f} times the floor" for name, ratio in over.items())]
+    lines += ["", *(f"{name}: {us:.0f} us of the host a call" for name, us in host.items())]
     lines += [json.dumps({name: report[name]}) for name in ("accuracy", "drift", "not_measured")]
     return "\n".join(lines)
 

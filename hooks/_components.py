@@ -49,6 +49,21 @@ class VisionBlockBridge(BlockBridge):
     _injected: Tensor | None = None
     _skipped: bool = False
     _stop: str | None = None
+    _taken: tuple[object, dict[tuple[object, ...], tuple[str, ...]]] = (None, {})
+
+    def _filter_kwargs_for_forward(
+        self, kwargs: dict[str, Any], num_positional_args: int = 0
+    ) -> dict[str, Any]:
+        """Keep the arguments that the native block takes, looked up once for each kind of call."""
+        forward = self.original_component.forward  # type: ignore[union-attr]
+        function = getattr(forward, "__func__", forward)
+        if self._taken[0] is not function:  # another library may put its own in place
+            self.__dict__["_taken"] = (function, {})
+        call = (num_positional_args, *kwargs)
+        if call not in self._taken[1]:
+            taken = super()._filter_kwargs_for_forward(kwargs, num_positional_args)
+            self._taken[1][call] = tuple(taken)
+        return {name: kwargs[name] for name in self._taken[1][call]}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the native block between ``hook_in`` and ``hook_out``."""
@@ -261,6 +276,17 @@ class VisionNormBridge(NormalizationBridge):
         """Whether the native module does not subtract the mean."""
         return "rms" in type(self.original_component).__name__.lower()
 
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Normalise; compute the statistics that hooks see only where one looks at them."""
+        native = self.original_component
+        watched = is_live(self.hook_scale) or is_live(self.hook_normalized)
+        if watched or native is None or isinstance(native, torch.nn.Identity):
+            output: Tensor = super().forward(hidden_states, **kwargs)
+            return output
+        output = native(self.hook_in(hidden_states)).to(hidden_states.dtype)
+        hooked: Tensor = self.hook_out(output)
+        return hooked
+
 
 class EmbeddingNormBridge(VisionNormBridge):
     """A LayerNorm between the embedding and the first block (CLIP's ``pre_layrnorm``)."""
@@ -312,6 +338,16 @@ class GatedMLPBridge(MLPBridge):
         "hook_pre_linear": "in.hook_out",
         "hook_post": "out.hook_in",
     }
+
+
+def is_live(hook: HookPoint) -> bool:
+    """Return whether anything is hooked there."""
+    return bool(
+        hook._forward_hooks
+        or hook._forward_pre_hooks
+        or hook._backward_hooks
+        or hook._backward_pre_hooks
+    )
 
 
 def _replace_input(

@@ -27,8 +27,24 @@ def checked() -> list[str]:
 install_import_hook(checked(), "beartype.beartype")
 
 import pytest  # noqa: E402  # the import hook has to stand before what it hooks
+import torch  # noqa: E402
 
 from tests._models import save_tiny_clip  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--device``: where the tests that compute on a device do so."""
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Device that ``--device`` names."""
+    name: str = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda was asked for, and torch finds no CUDA device")
+    return name
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -37,7 +37,8 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        values = values.to(torch.get_default_device())
         return values.round() if kind == "ties" else values
 
     tensors = {

@@ -60,15 +60,16 @@ def test_topk_and_its_gradients_match_the_dense_reference(shape, kind, rescale, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(KINDS), st.booleans(), st.floats(0.01, 20))
-def test_batch_topk_and_matryoshka_match_the_dense_reference(shape, kind, rescale, k):
+@given(shapes, st.sampled_from(KINDS), st.booleans(), st.floats(0.01, 20), st.booleans())
+def test_batch_topk_and_matryoshka_match_the_dense_reference(shape, kind, rescale, k, padded):
     batch, d_in, d_sae = shape
     tensors = inputs(batch, d_in, d_sae, kind=kind)
     ours, theirs = _leaves(tensors), _leaves(tensors)
     scale = tensors["W_dec"].norm(dim=1) + 0.1 if rescale else None
     latents = kernels.batch_topk_encode(
-        ours["x"], ours["W_enc"], ours["b_enc"], k, b_in=ours["b_in"], scale=scale
+        ours["x"], ours["W_enc"], ours["b_enc"], k, b_in=ours["b_in"], scale=scale, padded=padded
     )
+    assert not (padded and batch) or latents.values.shape == (int(k * batch),)
     pre = (theirs["x"] - theirs["b_in"]) @ theirs["W_enc"] + theirs["b_enc"]
     dense = dense_batch_topk(pre, scale, int(k * batch))
     torch.testing.assert_close(latents.to_dense(), dense, rtol=1e-9, atol=1e-9)
@@ -162,17 +163,26 @@ def test_opcheck_accepts_every_operator():
     indices = torch.tensor([3, 1, 1, 39, 0], dtype=torch.int32)
     offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     weights = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    by_row = torch.tensor([[3, 1], [1, 39], [0, 5]], dtype=torch.int32)
+    row_weights = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    levels = torch.tensor([0, 2, 2, 3, 5], dtype=torch.int32)
     W_dec = t["W_dec"].clone().requires_grad_()
+    b_dec = t["b_dec"].clone().requires_grad_()
     segments = torch.randn(3, 5, dtype=torch.float64)
     cases = [
         (_operators.encode_topk, (*encoder, scale, 4, True, None, "torch")),
         (_operators.encode_topk, (*encoder[:3], None, None, 4, False, None, "torch")),
-        (_operators.encode_batch_topk, (*encoder, scale, 20, None, "torch")),
+        (_operators.encode_batch_topk, (*encoder, scale, 20, False, None, "torch")),
+        (_operators.encode_batch_topk, (*encoder, scale, 200, True, None, "torch")),
         (_operators.encode_threshold, (*encoder, torch.zeros(40).double(), None, "torch")),
-        (_operators.gather_sum, (W_dec, indices, offsets, weights, "torch")),
+        (_operators.gather_sum, (W_dec, indices, offsets, weights, b_dec, "torch")),
+        (_operators.gather_sum, (W_dec, by_row, None, row_weights, b_dec, "torch")),
+        (_operators.level_sums, (W_dec, indices, levels, weights, b_dec, 2, "torch")),
         (_operators.pair_dot, (segments, t["W_dec"], indices, offsets, "torch")),
+        (_operators.pair_dot, (segments, t["W_dec"], by_row, None, "torch")),
         (_operators.segment_sum, (weights.detach(), offsets, "torch")),
         (_operators.transpose, (indices, offsets, 40, "torch")),
+        (_operators.transpose, (by_row, None, 40, "torch")),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments)
@@ -195,10 +205,10 @@ def test_compiled_training_gives_the_eager_gradients():
         torch.testing.assert_close(compiled[name].grad, eager[name].grad)
 
 
-def test_autocast_runs_the_product_in_bfloat16_and_the_rest_in_float32():
+def test_autocast_runs_the_product_in_bfloat16_and_the_rest_in_float32(device):
     t = {name: tensor.float() for name, tensor in inputs(64, 32, 256).items()}
     ours = _leaves(t)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         values, indices = kernels.topk_encode(ours["x"], ours["W_enc"], ours["b_enc"], 8)
         out = kernels.sparse_decode(values, indices, ours["W_dec"], ours["b_dec"])
     pre = (t["x"].bfloat16() @ t["W_enc"].bfloat16()).float() + t["b_enc"]
@@ -320,7 +330,8 @@ def test_latents_convert_to_coo_and_drop_zeros():
 @pytest.mark.parametrize("chosen", [[], [7], [29, 0, 29, 3], list(range(30))])
 def test_columns_of_sparse_latents_are_those_of_the_dense_ones(chosen: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(6, 30, generator=generator).relu()
+    dense = torch.randn(6, 30, generator=generator, device="cpu").relu()
+    dense = dense.to(torch.get_default_device())
     dense[:, 3] = 0  # a latent that is never active
     dense[4] = 0  # and a row without any
     rows, indices = dense.nonzero(as_tuple=True)
@@ -383,8 +394,14 @@ def test_nan_survives_the_choice_among_chunks(monkeypatch):
     assert found[4].isnan().all()
 
 
+def _errors_of_the_host(device):
+    if device != "cpu":
+        pytest.skip("a GPU reports these as a fault of the device, after which it takes no calls")
+
+
 @pytest.mark.parametrize("wrong", [-1, 40, 10**6])
-def test_a_latent_that_the_decoder_has_not_is_an_error(wrong):
+def test_a_latent_that_the_decoder_has_not_is_an_error(wrong, device):
+    _errors_of_the_host(device)
     t = inputs(2, 5, 40)
     indices = torch.tensor([[0, 1], [2, wrong]])
     values = torch.ones(2, 2, dtype=torch.float64)
@@ -397,7 +414,8 @@ def test_a_latent_that_the_decoder_has_not_is_an_error(wrong):
 
 
 @pytest.mark.parametrize("offsets", [[0, 2, 9], [1, 2, 4], [0, 3, 2], []])
-def test_rows_that_are_not_places_of_the_values_are_an_error(offsets):
+def test_rows_that_are_not_places_of_the_values_are_an_error(offsets, device):
+    _errors_of_the_host(device)
     t = inputs(2, 5, 40)
     places = torch.tensor(offsets, dtype=torch.int32)
     latents = kernels.SparseLatents(torch.ones(4).double(), torch.arange(4).int(), places, 40)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 def _cases(mode: str, tmp: Path) -> dict:
     environment = os.environ | {
-        "TRITON_INTERPRET": "1" if mode == "interpret" else "0",
+        "TRITON_INTERPRET": "1" if mode in ("interpret", "short") else "0",
         "TRITON_CACHE_DIR": str(tmp / "triton"),
         "OMP_NUM_THREADS": "1",
     }
@@ -30,10 +30,15 @@ def _cases(mode: str, tmp: Path) -> dict:
     return json.loads(done.stdout)
 
 
+def test_kernels_match_the_reference_in_the_interpreter(tmp_path):
+    cases = _cases("short", tmp_path)
+    assert cases == dict.fromkeys(("few latents", "batch topk", "tiled product"), "ok")
+
+
 @pytest.mark.slow
 def test_every_kernel_matches_the_reference_in_the_interpreter(tmp_path):
     cases = _cases("interpret", tmp_path)
-    assert len(cases) > 15
+    assert len(cases) > 30
     assert {name: found for name, found in cases.items() if found != "ok"} == {}
 
 
@@ -46,12 +51,16 @@ def test_every_kernel_compiles_for_a100_and_h100_without_spills(tmp_path):
 
 
 def test_the_annotation_hook_leaves_the_kernels_source_to_triton():
-    from vision_plugin.kernels import _triton_kernels
+    from triton.runtime import JITFunction
 
-    for name in ("tile_maxima", "choose_entries", "short_segments", "pair_dots"):
-        kernel = getattr(_triton_kernels, name)
-        assert kernel.fn.__globals__ is vars(_triton_kernels), "Triton would look for tl elsewhere"
-        assert not hasattr(kernel.fn, "__wrapped__")
+    from vision_plugin.kernels import _triton_encoder_kernels, _triton_kernels
+
+    for module in (_triton_encoder_kernels, _triton_kernels):
+        kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
+        assert len(kernels) > 5
+        for kernel in kernels:
+            assert kernel.fn.__globals__ is vars(module), "Triton would look for tl elsewhere"
+            assert not hasattr(kernel.fn, "__wrapped__")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
@@ -27,7 +28,7 @@ def load_sae(
     *,
     format: str = "auto",
     device: str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fold_W_dec_norm: bool = False,
     activation: Activation | None = None,
     k: int | None = None,
@@ -52,7 +53,8 @@ def load_sae(
         format: "auto", "sae_lens", or one of "saev", "prisma", "patchsae", "dictionary_learning",
             "visaebench", "overcomplete".
         device: Device of the SAE.
-        dtype: "float32" and so on; None keeps the file's type.
+        dtype: "float32", torch.bfloat16 and so on; None keeps the file's type. In half precision
+            the weights take half the memory and time; sums are added up in float32.
         fold_W_dec_norm: Whether to scale the decoder's rows to norm 1 and the latents to match.
         activation: The sparsifier, if the file does not say (overcomplete, a bare `ae.pt`).
         k: Latents kept per sample, if the file does not say.
@@ -86,6 +88,8 @@ def load_sae(
         "input_std": input_std,
     }
     usable_device(device)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     register()
     text = str(path_or_repo)
     path = local_path(path_or_repo)

@@ -40,12 +40,13 @@ _PREFERENCE = ("triton", REFERENCE)
 
 
 class Backend(Protocol):
-    """What a backend provides: seven primitives on plain 2-D tensors, none differentiable.
+    """What a backend provides: eight primitives on plain 2-D tensors, none differentiable.
 
     Every method returns new tensors, accumulates in float32 or better, and gives the same bits
     for the same input. ``indices`` and ``offsets`` are int32 compressed sparse rows. Vectors
-    arrive contiguous; matrices may have any strides. A NaN among the pre-activations ranks above
-    every number, and is selected.
+    arrive contiguous; matrices may have any strides. Where ``offsets`` is None, every row has
+    equally many entries, and ``indices`` and ``weights`` are ``[rows, k]``. A NaN among the
+    pre-activations ranks above every number, and is selected.
     """
 
     name: str
@@ -72,9 +73,13 @@ class Backend(Protocol):
         b_enc: Tensor,
         scale: Tensor | None,
         total: int,
+        padded: bool,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ``total`` largest positive entries of the batch; see `batch_topk_encode`."""
+        """Return the ``total`` largest positive entries of the batch; see `batch_topk_encode`.
+
+        With ``padded``, exactly ``total`` of them, and without waiting for the device.
+        """
 
     def encode_threshold(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype | None
@@ -82,20 +87,44 @@ class Backend(Protocol):
         """Return the positive entries above their latent's threshold; see `threshold_encode`."""
 
     def gather_sum(
-        self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor,
+        bias: Tensor | None,
+        check: bool,
     ) -> Tensor:
-        """Return sums ``out[s]`` of ``weights[p] * source[indices[p]]`` for p in segment s."""
+        """Return sums ``out[s]`` of ``weights[p] * source[indices[p]]`` over segment s, plus bias.
+
+        With ``check``, indices ``[rows, k]`` on a GPU may be wrong, and must then end in an error
+        of the device, not in a read past the end; on a CPU they have been checked.
+        """
+
+    def level_sums(
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        n_levels: int,
+    ) -> Tensor:
+        """Return ``out[l, r]``, the sum of row r's segments 0 to l, plus bias.
+
+        Row r has the segments ``r * n_levels`` to ``(r + 1) * n_levels - 1``.
+        """
 
     def pair_dot(
-        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
+        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor | None
     ) -> Tensor:
-        """Return ``out[p]``, the dot of ``segments[s]`` and ``source[indices[p]]``, ``[nnz]``."""
+        """Return ``out[p]``, the dot of ``segments[s]`` and ``source[indices[p]]``."""
 
     def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return ``out[s] = sum(values[p] for p in segment s)``, ``[segments]``."""
 
     def transpose(
-        self, indices: Tensor, offsets: Tensor, n_columns: int
+        self, indices: Tensor, offsets: Tensor | None, n_columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return compressed columns: (row of each entry, its place in row order, offsets)."""
 
@@ -125,6 +154,7 @@ _lock = threading.Lock()
 _loaded: dict[str, Any] = {}  # name -> backend, or the exception that loading it raised
 _broken: dict[tuple[str, str], str] = {}  # (name, device type) -> why it failed while running
 _warned: set[tuple[str, str]] = set()
+_chosen: dict[str, str] = {}  # device type -> what an automatic choice found
 _requested: ContextVar[str | None] = ContextVar("vision_plugin_kernel", default=None)
 
 
@@ -193,9 +223,15 @@ def choose(device_type: str, name: str = AUTO) -> str:
         BackendUnavailableError: the backend that was asked for cannot serve the device.
     """
     if name != AUTO:
-        if reason := _unusable(name, device_type):
+        if name != REFERENCE and (reason := _unusable(name, device_type)):
             raise BackendUnavailableError(_explain(name, reason))
         return name
+    if device_type not in _chosen:
+        _chosen[device_type] = _first_usable(device_type)
+    return _chosen[device_type]
+
+
+def _first_usable(device_type: str) -> str:
     for candidate in _candidates():
         if candidate == REFERENCE:
             break
@@ -229,6 +265,7 @@ def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
         if name != AUTO:
             raise BackendUnavailableError(_explain(name, reason)) from error
         _broken[chosen, device_type] = reason
+        _chosen.clear()
         _warn_once(chosen, device_type, reason)
         return getattr(_load(REFERENCE), primitive)(*arguments)
 
@@ -302,4 +339,5 @@ def forget() -> None:
         _loaded.clear()
     sources.cache_clear()
     _broken.clear()
+    _chosen.clear()
     _warned.clear()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class SparseLatents:
     """The active latents of a batch, row after row (compressed sparse rows).
 
@@ -22,51 +20,82 @@ class SparseLatents:
         indices: Latent of each entry, ``[nnz]``, int32.
         offsets: Place where each row begins, ``[batch + 1]``, int32; the last one is nnz.
         d_sae: Number of latents.
+        k: Entries per row where all rows have equally many, else None. ``offsets`` is then made
+            when it is first asked for, and the kernels do without it.
+        trusted: Whether an encoder made the indices and offsets. Others are checked when used.
+        padded: Whether zeros may fill up the last row, see `batch_topk_encode`.
     """
 
-    values: Tensor
-    indices: Tensor
-    offsets: Tensor
-    d_sae: int
+    def __init__(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        d_sae: int,
+        *,
+        k: int | None = None,
+        trusted: bool = False,
+        padded: bool = False,
+    ) -> None:
+        self.values, self.indices, self.d_sae = values, indices, d_sae
+        self.k, self.trusted, self.padded = k, trusted, padded
+        self._offsets = offsets
 
     @classmethod
-    def from_topk(cls, values: Tensor, indices: Tensor, *, d_sae: int) -> SparseLatents:
+    def from_topk(
+        cls, values: Tensor, indices: Tensor, *, d_sae: int, trusted: bool = False
+    ) -> SparseLatents:
         """Return latents from ``topk_encode``'s ``[batch, k]`` values and indices."""
-        batch, k = values.shape
-        offsets = row_offsets(batch, k, device=values.device)
-        return cls(values.reshape(-1), indices.reshape(-1), offsets, d_sae)
+        k = values.shape[1]
+        return cls(values.reshape(-1), indices.reshape(-1), None, d_sae, k=k, trusted=trusted)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Place where each row begins, ``[batch + 1]``, int32."""
+        if self._offsets is None:
+            self._offsets = row_offsets(self.batch, self.k or 0, device=self.values.device)
+        return self._offsets
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self.offsets.numel() - 1
+        if self._offsets is None:
+            return self.values.shape[0] // (self.k or 1)
+        return self._offsets.numel() - 1
+
+    def __repr__(self) -> str:
+        """Return the sizes."""
+        return f"SparseLatents(batch={self.batch}, d_sae={self.d_sae}, nnz={self.values.numel()})"
 
     def rows(self) -> Tensor:
         """Return the row of each entry, ``[nnz]``, int64."""
+        if self.k is not None:
+            return torch.arange(self.batch, device=self.values.device).repeat_interleave(self.k)
         counts = self.offsets.diff().long()
         index = torch.arange(self.batch, device=self.offsets.device)
         return index.repeat_interleave(counts, output_size=self.values.numel())
 
     def with_values(self, values: Tensor) -> SparseLatents:
         """Return the same pattern with other values, ``[nnz]``."""
-        return replace(self, values=values)
+        more = {"k": self.k, "trusted": self.trusted, "padded": self.padded}
+        return SparseLatents(values, self.indices, self._offsets, self.d_sae, **more)
 
     def prune(self) -> SparseLatents:
         """Drop entries that are exactly zero (a ReLU TopK row may have some)."""
         keep = self.values != 0
         kept = torch.zeros(keep.numel() + 1, dtype=torch.int32, device=keep.device)
         torch.cumsum(keep, 0, dtype=torch.int32, out=kept[1:])
-        return replace(
-            self,
-            values=self.values[keep],
-            indices=self.indices[keep],
-            offsets=kept[self.offsets.long()],
+        offsets = kept[self.offsets.long()]
+        return SparseLatents(
+            self.values[keep], self.indices[keep], offsets, self.d_sae, trusted=self.trusted
         )
 
     def to_dense(self) -> Tensor:
         """Return the dense latents, ``[batch, d_sae]``; differentiable."""
         dense = self.values.new_zeros(self.batch, self.d_sae)
-        return dense.index_put((self.rows(), self.indices.long()), self.values)
+        # Zeros that fill up must not replace what is there.
+        place = (self.rows(), self.indices.long())
+        return dense.index_put(place, self.values, accumulate=self.padded)
 
     def columns(self, latents: Tensor) -> Tensor:
         """Return some latents of every row, dense, ``[batch, len(latents)]``.
@@ -81,7 +110,8 @@ class SparseLatents:
         first = starts[chosen] - counts.cumsum(0) + counts
         entries = torch.arange(len(column), device=starts.device) + first[column]
         dense = self.values.new_zeros(self.batch, len(chosen))
-        return dense.index_put((rows[entries], column), self.values[order[entries]])
+        place = (rows[entries], column)
+        return dense.index_put(place, self.values[order[entries]], accumulate=self.padded)
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,18 +121,18 @@ class SparseLatents:
         return order, self.rows()[order], torch.searchsorted(ordered, latents)
 
     def to_sparse_coo(self) -> Tensor:
-        """Return the latents as a coalesced ``torch.sparse_coo`` tensor, ``[batch, d_sae]``."""
+        """Return a ``torch.sparse_coo`` tensor, ``[batch, d_sae]``; coalesced unless padded."""
         return torch.sparse_coo_tensor(
             torch.stack([self.rows(), self.indices.long()]),
             self.values,
             (self.batch, self.d_sae),
-            is_coalesced=True,
+            is_coalesced=not self.padded,
             check_invariants=False,
         )
 
     def detach(self) -> SparseLatents:
         """Return the same latents without their autograd graph."""
-        return replace(self, values=self.values.detach())
+        return self.with_values(self.values.detach())
 
 
 def row_offsets(batch: int, k: int, *, device: torch.device) -> Tensor:

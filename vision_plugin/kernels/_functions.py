@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backends, _operators
-from ._csr import SparseLatents, row_offsets
+from ._csr import SparseLatents
 
 
 def topk_encode(
@@ -95,13 +95,17 @@ def sparse_decode(
     d_in = W_dec.shape[1]
     _check_bias("b_dec", b_dec, d_in)
     _check_mode(values, W_dec)
+    k = values.shape[-1]
     n_rows = math.prod(values.shape[:-1])  # numel() of the shape would fix a traced batch
-    offsets = row_offsets(n_rows, values.shape[-1], device=values.device)
     decoded: Tensor = _operators.gather_sum(
-        W_dec, indices.reshape(-1).int(), offsets, values.reshape(-1), _name(backend)
+        W_dec,
+        indices.reshape(n_rows, k).int(),
+        None,
+        values.reshape(n_rows, k),
+        b_dec,
+        _name(backend),
     )
-    decoded = decoded.view(*values.shape[:-1], d_in)
-    return decoded if b_dec is None else decoded + b_dec
+    return decoded.view(*values.shape[:-1], d_in)
 
 
 def batch_topk_encode(
@@ -112,6 +116,7 @@ def batch_topk_encode(
     *,
     b_in: Tensor | None = None,
     scale: Tensor | None = None,
+    padded: bool = False,
     backend: str | None = None,
 ) -> SparseLatents:
     """Encode with BatchTopK: k latents per row on average (Bussmann et al. 2024).
@@ -123,6 +128,9 @@ def batch_topk_encode(
         x: Activations, ``[batch, d_in]``.
         W_enc, b_enc, b_in, scale, backend: See `topk_encode`.
         k: Average number of latents per row, positive.
+        padded: Whether to return exactly ``int(k * batch)`` entries, so that the shapes do not
+            depend on the data, as a CUDA graph needs it. Where fewer pre-activations are positive,
+            zeros of the last latent of the last row fill up.
 
     Returns:
         The latents, ``relu(pre)`` for each kept one; differentiable in x, W_enc, b_enc and b_in.
@@ -142,10 +150,11 @@ def batch_topk_encode(
         b_in,
         _constant(scale),
         torch.sym_int(k * x.shape[0]),
+        padded,
         _product_dtype(x),
         _name(backend),
     )
-    return SparseLatents(values, indices, offsets, W_enc.shape[1])
+    return SparseLatents(values, indices, offsets, W_enc.shape[1], trusted=True, padded=padded)
 
 
 def threshold_encode(
@@ -183,7 +192,7 @@ def threshold_encode(
     values, indices, offsets = _operators.encode_threshold(
         x, W_enc, b_enc, b_in, threshold.detach(), _product_dtype(x), _name(backend)
     )
-    return SparseLatents(values, indices, offsets, W_enc.shape[1])
+    return SparseLatents(values, indices, offsets, W_enc.shape[1], trusted=True)
 
 
 def csr_decode(
@@ -215,10 +224,16 @@ def csr_decode(
         )
     _check_bias("b_dec", b_dec, W_dec.shape[1])
     _check_mode(latents.values, W_dec)
+    values, indices, offsets = latents.values, latents.indices, None
+    if latents.k is None:
+        offsets = latents.offsets
+    else:
+        shape = (latents.batch, latents.k)
+        values, indices = values.reshape(shape), indices.reshape(shape)
     decoded: Tensor = _operators.gather_sum(
-        W_dec, latents.indices, latents.offsets, latents.values, _name(backend)
+        W_dec, indices, offsets, values, b_dec, _name(backend), latents.trusted
     )
-    return decoded if b_dec is None else decoded + b_dec
+    return decoded
 
 
 def matryoshka_decode(
@@ -250,27 +265,32 @@ def matryoshka_decode(
         raise ValueError(
             f"widths must increase strictly and end at d_sae={latents.d_sae}, got {list(widths)}"
         )
+    if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae:
+        raise ValueError(
+            f"W_dec must be [d_sae, d_in] with d_sae={latents.d_sae}, got {list(W_dec.shape)}"
+        )
+    _check_bias("b_dec", b_dec, W_dec.shape[1])
+    _check_mode(latents.values, W_dec, b_dec)
     n_levels = len(widths)
-    device = latents.indices.device
     # Rows hold ascending latents, so the entries of one (row, level) are neighbours already:
-    # only the offsets need to be finer.
-    inner = torch.tensor(widths[:-1], dtype=torch.int32, device=device)
-    level = torch.searchsorted(inner, latents.indices, right=True)
-    segment = latents.rows() * n_levels + level
-    edges = torch.arange(latents.batch * n_levels + 1, device=device)
-    split = SparseLatents(
-        latents.values,
+    # only the offsets need to be finer. No tensor is made from the widths: a copy to the device
+    # would wait for it.
+    segment = latents.rows() * n_levels
+    for width in widths[:-1]:
+        segment += latents.indices >= width
+    edges = torch.arange(latents.batch * n_levels + 1, device=segment.device)
+    offsets = torch.searchsorted(segment, edges, out_int32=True)
+    levels: Tensor = _operators.level_sums(
+        W_dec,
         latents.indices,
-        torch.searchsorted(segment, edges, out_int32=True),
-        latents.d_sae,
+        offsets,
+        latents.values,
+        b_dec,
+        n_levels,
+        _name(backend),
+        latents.trusted,
     )
-    bands = csr_decode(split, W_dec, None, backend=backend)
-    levels = bands.view(latents.batch, n_levels, W_dec.shape[1]).unbind(1)
-    level_sums, total = [], b_dec if b_dec is not None else bands.new_zeros(())
-    for band in levels:
-        total = total + band
-        level_sums.append(total)
-    return torch.stack(level_sums)
+    return levels
 
 
 def _name(backend: str | None) -> str:

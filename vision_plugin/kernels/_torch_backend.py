@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from ._select import above_threshold, largest_positive, topk_rows
 
-# At most this many elements of dense pre-activations exist at a time (128 MiB in float32).
+# At most this many elements of dense pre-activations exist at a time (128 MiB in float32, and
+# 256 MiB on a GPU).
 _CPU_ELEMENTS = 1 << 25
-_GPU_ELEMENTS = 1 << 28
+_GPU_ELEMENTS = 1 << 26
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -61,6 +62,7 @@ class TorchBackend:
         b_enc: Tensor,
         scale: Tensor | None,
         total: int,
+        padded: bool,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the largest positive entries of the batch; see `Backend`."""
@@ -77,6 +79,10 @@ class TorchBackend:
         if len(parts) > 1:  # each chunk gave its own largest: choose among them
             keys, chosen = largest_positive(keys[None], total)
             positions = positions[chosen]
+        if padded and x.shape[0]:
+            missing = total - keys.numel()
+            keys = functional.pad(keys, (0, missing))
+            positions = functional.pad(positions, (0, missing), value=x.shape[0] * d_sae - 1)
         indices, offsets = compress(positions, x.shape[0], d_sae)
         return finish(keys, indices, scale, relu=True), indices, offsets
 
@@ -95,45 +101,70 @@ class TorchBackend:
         return torch.cat(values), *compress(torch.cat(positions), x.shape[0], d_sae)
 
     def gather_sum(
-        self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor,
+        bias: Tensor | None,
+        check: bool,
     ) -> Tensor:
         """Return weighted sums of gathered rows; see `Backend`."""
         dtype = torch.promote_types(source.dtype, weights.dtype)
         work = torch.float32 if dtype in _HALF else dtype
-        n_segments = offsets.numel() - 1
+        n_segments = indices.shape[0] if offsets is None else offsets.numel() - 1
+        if check and offsets is None and indices.device.type == "cuda":
+            _assert_rows(indices, source.shape[0])
         if n_segments == 0 or indices.numel() == 0:
-            return source.new_zeros(n_segments, source.shape[1], dtype=dtype)
-        return functional.embedding_bag(
-            indices,
-            source.to(work).contiguous(),
-            offsets,
-            mode="sum",
-            per_sample_weights=weights.to(work),
-            include_last_offset=True,
-        ).to(dtype)
+            sums = source.new_zeros(n_segments, source.shape[1], dtype=work)
+        else:
+            sums = functional.embedding_bag(
+                indices,
+                source.to(work).contiguous(),
+                offsets,
+                mode="sum",
+                per_sample_weights=weights.to(work),
+                include_last_offset=offsets is not None,
+            )
+        return (sums if bias is None else sums.add_(bias)).to(dtype)
+
+    def level_sums(
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        n_levels: int,
+    ) -> Tensor:
+        """Return the running sums over the segments of each row; see `Backend`."""
+        bands = self.gather_sum(source, indices, offsets, weights, None, False)
+        levels = bands.new_empty(n_levels, bands.shape[0] // n_levels, bands.shape[1])
+        total: Tensor | None = bias
+        for band, level in zip(bands.unflatten(0, (-1, n_levels)).unbind(1), levels, strict=True):
+            total = level.copy_(band) if total is None else torch.add(total, band, out=level)
+        return levels
 
     def pair_dot(
-        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
+        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor | None
     ) -> Tensor:
         """Return dot products of each segment's row with the rows it gathers; see `Backend`."""
         dtype = torch.promote_types(segments.dtype, source.dtype)
         work = torch.float32 if dtype in _HALF else dtype
-        n_segments = offsets.numel() - 1
         if indices.numel() == 0:
-            return source.new_empty(0, dtype=dtype)
+            return source.new_empty(indices.shape, dtype=dtype)
+        starts = _row_starts(indices) if offsets is None else offsets[:-1]
         # The gradient of a weighted embedding bag for its weights is this very product, and torch
         # computes it without gathering the rows.
-        segment = torch.arange(n_segments, dtype=torch.int32, device=offsets.device)
-        segment = segment.repeat_interleave(offsets.diff(), output_size=indices.numel())
         dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             segments.to(work).contiguous(),
             source.to(work).contiguous(),
-            indices,
-            offsets[:-1],
-            segment,
+            indices.reshape(-1),
+            starts,
+            _row_of_each(indices, offsets),
             0,
         )
-        return dots.to(dtype)
+        return dots.to(dtype).view(indices.shape)
 
     def segment_sum(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return sums over segments; see `Backend`."""
@@ -144,16 +175,38 @@ class TorchBackend:
         return sums.to(values.dtype)
 
     def transpose(
-        self, indices: Tensor, offsets: Tensor, n_columns: int
+        self, indices: Tensor, offsets: Tensor | None, n_columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return compressed columns from one stable sort; see `Backend`."""
-        columns, order = indices.sort(stable=True)
-        n_rows = offsets.numel() - 1
-        row = torch.arange(n_rows, dtype=torch.int32, device=offsets.device)
-        row = row.repeat_interleave(offsets.diff(), output_size=indices.numel())
+        columns, order = indices.reshape(-1).sort(stable=True)
         edges = torch.arange(n_columns + 1, dtype=torch.int32, device=indices.device)
         starts = torch.searchsorted(columns, edges, out_int32=True)
-        return row.index_select(0, order), order.int(), starts
+        place = order.int()
+        if offsets is None:
+            rows = place // max(1, indices.shape[1])
+        else:
+            rows = _row_of_each(indices, offsets).index_select(0, order)
+        return rows, place, starts
+
+
+def _row_of_each(indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return the row of each entry, ``[nnz]``, int32."""
+    n_rows = indices.shape[0] if offsets is None else offsets.numel() - 1
+    row = torch.arange(n_rows, dtype=torch.int32, device=indices.device)
+    if offsets is None:
+        return row.repeat_interleave(indices.shape[1])
+    return row.repeat_interleave(offsets.diff(), output_size=indices.numel())
+
+
+def _row_starts(indices: Tensor) -> Tensor:
+    n_rows, k = indices.shape
+    return torch.arange(0, n_rows * k, k, dtype=indices.dtype, device=indices.device)
+
+
+def _assert_rows(indices: Tensor, n_rows: int) -> None:
+    """Check on the device, without waiting for it, that indices are rows of a matrix."""
+    inside = ((indices >= 0) & (indices < n_rows)).all()
+    torch._assert_async(inside, f"latents outside 0 to {n_rows - 1}")
 
 
 def row_chunks(x: Tensor, d_sae: int) -> tuple[Tensor, ...]:

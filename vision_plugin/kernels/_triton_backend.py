@@ -1,26 +1,31 @@
 """The Triton backend: CUDA, and the CPU inside Triton's interpreter (for tests).
 
-cuBLAS computes the encoder's product; selection, decoding and both weight gradients are kernels.
-BatchTopK's and JumpReLU's selections, the sort and the bias sums remain torch operators.
+Selection, decoding and both weight gradients are kernels. cuBLAS computes the encoder's product,
+unless the tiled product of `_triton_encoder` is asked for. JumpReLU's selection, the sort and the
+bias sums remain torch operators.
 """
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._select import topk_rows
-from ._torch_backend import TorchBackend, selection_keys
+from ._torch_backend import TorchBackend, finish, row_chunks, selection_keys
+from ._triton_encoder import (
+    choose_again,
+    choose_in_batch,
+    choose_in_rows,
+    fits,
+    interpreting,
+    make_product,
+    power_of_two,
+)
 
-TILE = 32
 # Longer segments are summed in parts, which are then added in a fixed order.
 SPLIT = 256
-# One program keeps at most this many keys in registers; torch does wider selections.
-MAX_LANES = 8192
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +38,7 @@ class TritonBackend(TorchBackend):
         """Return why Triton cannot run on this device, or None when it can."""
         if find_spec("triton") is None:
             return "Triton is not installed; install it with: pip install triton"
-        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        if interpreting():
             return None if device_type in ("cpu", "cuda") else f"Triton has no {device_type} target"
         if device_type != "cuda":
             return (
@@ -56,27 +61,87 @@ class TritonBackend(TorchBackend):
         k: int,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        n = W_enc.shape[1]
-        n_tiles = -(-n // TILE)
-        use_tiles = n > MAX_LANES or k * TILE * 2 <= n
-        lanes = _power_of_two(k * TILE if use_tiles else n)
-        too_wide = lanes > MAX_LANES or (use_tiles and _power_of_two(n_tiles) > MAX_LANES)
-        if too_wide or x.dtype not in _KINDS or x.shape[0] == 0:
+        if not fits(x.shape[0], W_enc.shape[1], k) or x.dtype not in _KINDS:
             return topk_rows(selection_keys(x, W_enc, b_enc, scale, dtype), k)
-        pre = _product(x, W_enc, dtype)
-        return _select(pre, b_enc, scale, k, use_tiles)
+        return choose_in_rows(make_product(x, W_enc, b_enc, scale, dtype), k)
+
+    def encode_batch_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        total: int,
+        padded: bool,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the largest positive entries of the batch; see `Backend`."""
+        batch, d_sae = x.shape[0], W_enc.shape[1]
+        if x.dtype not in _KINDS or batch == 0 or total == 0:
+            return super().encode_batch_topk(x, W_enc, b_enc, scale, total, padded, dtype)
+        parts, start = [], 0
+        for part in row_chunks(x, d_sae):
+            product = make_product(part, W_enc, b_enc, scale, dtype)
+            keys, rows, columns = choose_in_batch(product, total)
+            parts.append((keys, rows + start, columns))
+            start += part.shape[0]
+        keys, rows, columns = parts[0]
+        if len(parts) > 1:  # each chunk gave its own largest: choose among them
+            joined = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            keys, rows, columns = choose_again(*joined, total, (batch - 1, d_sae - 1))
+        if not padded:
+            n_positive = int((keys != 0).sum())
+            keys, rows, columns = (t[:n_positive] for t in (keys, rows, columns))
+        edges = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
+        offsets = torch.searchsorted(rows.contiguous(), edges, out_int32=True)
+        return finish(keys, columns, scale, relu=True), columns.contiguous(), offsets
 
     def gather_sum(
-        self, source: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor,
+        bias: Tensor | None,
+        check: bool,
     ) -> Tensor:
         """Return weighted sums of gathered rows; see `Backend`."""
         dtype = torch.promote_types(source.dtype, weights.dtype)
         if dtype not in _KINDS or indices.numel() == 0 or source.shape[1] == 0:
-            return super().gather_sum(source, indices, offsets, weights)
-        return _gather_sum(_rows_contiguous(source), indices, offsets, weights, dtype)
+            return super().gather_sum(source, indices, offsets, weights, bias, check)
+        source = _rows_contiguous(source)
+        if offsets is None:
+            return _row_sums(source, indices, weights, bias, dtype, check)
+        sums = _gather_sum(source, indices, offsets, weights, dtype)
+        return sums if bias is None else sums.add_(bias)
+
+    def level_sums(
+        self,
+        source: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        n_levels: int,
+    ) -> Tensor:
+        """Return the running sums over the segments of each row; see `Backend`."""
+        from . import _triton_kernels as triton_kernels
+
+        dtype = torch.promote_types(source.dtype, weights.dtype)
+        if dtype not in _KINDS or indices.numel() == 0:
+            return super().level_sums(source, indices, offsets, weights, bias, n_levels)
+        source = _rows_contiguous(source)
+        n_rows, d = (offsets.numel() - 1) // n_levels, source.shape[1]
+        out = torch.empty(n_levels, n_rows, d, dtype=dtype, device=source.device)
+        block = _block_of(d)
+        triton_kernels.level_sums[(n_rows, -(-d // block))](
+            source, indices, offsets, weights, source if bias is None else bias, out, n_rows,
+            n_levels, d, source.stride(0), BLOCK_D=block, HAS_BIAS=bias is not None, num_warps=2,
+        )  # fmt: skip
+        return out
 
     def pair_dot(
-        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor
+        self, segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor | None
     ) -> Tensor:
         """Return dot products of each segment's row with the rows it gathers; see `Backend`."""
         from ._triton_kernels import pair_dots
@@ -86,57 +151,44 @@ class TritonBackend(TorchBackend):
         if dtype not in _KINDS or nnz == 0:
             return super().pair_dot(segments, source, indices, offsets)
         segments, source = _rows_contiguous(segments), _rows_contiguous(source)
-        row = torch.arange(offsets.numel() - 1, dtype=torch.int32, device=offsets.device)
-        row = row.repeat_interleave(offsets.diff(), output_size=nnz)
+        indices = indices.contiguous()
+        row, k = indices, 1
+        if offsets is None:
+            k = indices.shape[1]
+        else:
+            row = torch.arange(offsets.numel() - 1, dtype=torch.int32, device=offsets.device)
+            row = row.repeat_interleave(offsets.diff(), output_size=nnz)
         out = torch.empty(nnz, dtype=torch.float32, device=source.device)
         pairs = 16
         pair_dots[(-(-nnz // pairs),)](
-            segments, source, indices, row, out, nnz, source.shape[1],
-            segments.stride(0), source.stride(0), PAIRS=pairs, BLOCK_D=128, num_warps=4,
+            segments, source, indices, row, out, nnz, k, source.shape[1], segments.stride(0),
+            source.stride(0), PAIRS=pairs, BLOCK_D=128, UNIFORM=offsets is None, num_warps=4,
         )  # fmt: skip
-        return out.to(dtype)
+        return out.to(dtype).view(indices.shape)
 
 
-def _product(x: Tensor, W_enc: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return ``x @ W_enc``, ``[batch, d_sae]``, accumulated and, if torch can, kept in float32."""
-    if dtype is None or dtype == x.dtype:
-        return (x @ W_enc.to(x.dtype)).contiguous()
-    x, W_enc = x.to(dtype), W_enc.to(dtype)
-    try:
-        return torch.mm(x, W_enc, out_dtype=torch.float32)
-    except (TypeError, RuntimeError, NotImplementedError):
-        return (x @ W_enc).contiguous()  # an older torch, or a CPU: rounded to dtype
-
-
-def _select(
-    pre: Tensor, b_enc: Tensor, scale: Tensor | None, k: int, use_tiles: bool
-) -> tuple[Tensor, Tensor]:
+def _row_sums(
+    source: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    check: bool,
+) -> Tensor:
+    """Return sums of k gathered rows each, in one launch."""
     from . import _triton_kernels as triton_kernels
 
-    batch, n = pre.shape
-    n_tiles = -(-n // TILE)
-    n_chosen = min(k, n_tiles)
-    values = torch.empty(batch, k, dtype=torch.float32, device=pre.device)
-    indices = torch.empty(batch, k, dtype=torch.int32, device=pre.device)
-    tiles = torch.empty(batch, n_chosen if use_tiles else 0, dtype=torch.int32, device=pre.device)
-    factor = b_enc if scale is None else scale  # a kernel needs a pointer, used or not
-    common: dict[str, Any] = {"HAS_SCALE": scale is not None, "TILE": TILE}
-    if use_tiles:
-        maxima = torch.empty(batch, n_tiles, dtype=torch.int32, device=pre.device)  # keys
-        per_program = 32
-        triton_kernels.tile_maxima[(batch, -(-n_tiles // per_program))](
-            pre, b_enc, factor, maxima, n, n_tiles, TILES=per_program, num_warps=4, **common
-        )
-        width = _power_of_two(n_tiles)
-        triton_kernels.choose_tiles[(batch,)](
-            maxima, tiles, n_tiles, n_chosen, N_TILES=width, num_warps=_warps(width)
-        )
-    lanes = _power_of_two(n_chosen * TILE if use_tiles else n)
-    triton_kernels.choose_entries[(batch,)](
-        pre, b_enc, factor, tiles, values, indices, n, n_chosen, k,
-        CANDIDATES=lanes, USE_TILES=use_tiles, num_warps=_warps(lanes), **common,
+    (n_rows, k), d = indices.shape, source.shape[1]
+    out = torch.empty(n_rows, d, dtype=dtype, device=source.device)
+    block = _block_of(d)
+    triton_kernels.row_sums[(n_rows, -(-d // block))](
+        source, indices.contiguous(), weights.contiguous(), source if bias is None else bias, out,
+        source.shape[0], k, d, source.stride(0), BLOCK_D=block, HAS_BIAS=bias is not None,
+        CHECK=check, num_warps=2,
+        # The check is an assertion of the device, which only a debug build has.
+        debug=check, sanitize_overflow=False,
     )  # fmt: skip
-    return values, indices
+    return out
 
 
 def _gather_sum(
@@ -146,7 +198,7 @@ def _gather_sum(
 
     n_segments, d, nnz = offsets.numel() - 1, source.shape[1], indices.numel()
     out = torch.empty(n_segments, d, dtype=dtype, device=source.device)
-    block = min(256, _power_of_two(d))
+    block = _block_of(d)
     blocks = -(-d // block)
     first_part, partial = offsets, out  # not read unless a segment can be long
     any_long = nnz > SPLIT
@@ -174,12 +226,8 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def _warps(lanes: int) -> int:
-    return 4 if lanes <= 2048 else 8
+def _block_of(d: int) -> int:
+    return min(256, power_of_two(d))
 
 
 BACKEND = TritonBackend()

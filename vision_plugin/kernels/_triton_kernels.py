@@ -1,4 +1,4 @@
-"""The Triton kernels. Each output element has a single owner, and there are no atomics.
+"""Triton kernels of decoding and gradients, without atomics: an output element has one owner.
 
 They accumulate in float32. Names in capitals are compile-time constants. ``d`` is masked, so any
 width works without padding a tensor.
@@ -11,105 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _key(value):
-    """Return an unsigned integer that orders as the float does.
-
-    -0.0 counts as 0.0, and NaN, whatever its sign, lies above every number.
-    """
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    flipped = tl.where(bits < 0, ~bits, bits | -2147483648)
-    return tl.where(value != value, -1, flipped).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _kth_largest(keys, k):
-    """Return the k-th largest of a block of keys, found bit by bit from the highest."""
-    found = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 2147483648, tl.uint32)
-    for _ in range(32):
-        trial = found | bit
-        count = tl.sum((keys >= trial).to(tl.int32), axis=0)
-        found = tl.where(count >= k, trial, found)
-        bit = bit >> 1
-    return found
-
-
-@triton.jit
-def _choose(keys, k):
-    """Return which k keys are the largest, ties to the first, and their ranks among the chosen."""
-    boundary = _kth_largest(keys, k)
-    above = keys > boundary
-    equal = keys == boundary
-    wanted = k - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= wanted))
-    return chosen, tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-
-
-@triton.jit
-def _load_keys(pre, bias, scale, columns, mask, HAS_SCALE: tl.constexpr):
-    """Return ``(pre + bias) * scale`` at some columns of a row; minus infinity where masked."""
-    value = tl.load(pre + columns, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        value *= tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, value, float("-inf"))
-
-
-@triton.jit
-def tile_maxima(
-    pre, bias, scale, maxima, n, n_tiles,
-    HAS_SCALE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Find the largest key of each tile of TILE columns; grid (batch, ceil(n_tiles / TILES))."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * TILES * TILE + tl.arange(0, TILES * TILE)
-    values = _load_keys(pre + row * n, bias, scale, columns, columns < n, HAS_SCALE)
-    # The largest of the values would pass over NaN.
-    best = tl.max(tl.reshape(_key(values), (TILES, TILE)), axis=1)
-    tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
-    best = best.to(tl.int32, bitcast=True)
-    tl.store(maxima + row * n_tiles + tiles, best, mask=tiles < n_tiles)
-
-
-@triton.jit
-def choose_tiles(maxima, chosen_tiles, n_tiles, k, N_TILES: tl.constexpr):
-    """Choose the k tiles of each row with the largest maxima, ascending; grid (batch,)."""
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.arange(0, N_TILES)
-    inside = tiles < n_tiles
-    # A key of 0 lies below that of any number: tiles that only fill up the block stay out.
-    keys = tl.load(maxima + row * n_tiles + tiles, mask=inside, other=0)
-    keys = keys.to(tl.uint32, bitcast=True)
-    chosen, rank = _choose(keys, k)
-    tl.store(chosen_tiles + row * k + rank, tiles, mask=chosen & inside)
-
-
-@triton.jit
-def choose_entries(
-    pre, bias, scale, tiles, values, indices, n, n_chosen, k,
-    HAS_SCALE: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
-    USE_TILES: tl.constexpr,
-):  # fmt: skip
-    """Choose the k largest keys of each row within its chosen tiles, ascending; grid (batch,)."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, CANDIDATES)
-    if USE_TILES:
-        slot = lane // TILE
-        tile = tl.load(tiles + row * n_chosen + slot, mask=slot < n_chosen, other=0)
-        columns = tile * TILE + lane % TILE
-        mask = (slot < n_chosen) & (columns < n)
-    else:
-        columns = lane
-        mask = columns < n
-    found = _load_keys(pre + row * n, bias, scale, columns, mask, HAS_SCALE)
-    keys = tl.where(mask, _key(found), tl.full((), 0, tl.uint32))
-    chosen, rank = _choose(keys, k)
-    chosen = chosen & mask
-    tl.store(values + row * k + rank, found, mask=chosen)
-    tl.store(indices + row * k + rank, columns, mask=chosen)
 
 
 @triton.jit
@@ -181,15 +82,69 @@ def short_segments(
 
 
 @triton.jit
-def pair_dots(
-    segments, source, indices, rows, out, nnz, d, segment_stride, source_stride,
-    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+def row_sums(
+    source, indices, weights, bias, out, n_rows, k, d, stride,
+    BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Compute dot products of row pairs; grid (ceil(nnz / PAIRS),)."""
+    """Sum the k gathered rows of each row, and the bias; grid (rows, blocks of d).
+
+    With CHECK, and in a debug build, an index that is no row of ``source`` ends the program with an
+    error of the device.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = columns < d
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for p in range(k):
+        index = tl.load(indices + row * k + p).to(tl.int64)
+        if CHECK:
+            inside = (index >= 0) & (index < n_rows)
+            tl.device_assert(inside, "a latent is out of range of the decoder")
+            index = tl.where(inside, index, 0)
+        weight = tl.load(weights + row * k + p).to(tl.float32)
+        place = source + index * stride + columns
+        total += weight * tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * d + columns, total, mask=mask)
+
+
+@triton.jit
+def level_sums(
+    source, indices, offsets, weights, bias, out, n_rows, n_levels, d, stride,
+    BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Sum each row's segments one after the other, writing each level; grid (rows, blocks of d)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = columns < d
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    begin = tl.load(offsets + row * n_levels)
+    for level in range(n_levels):
+        end = tl.load(offsets + row * n_levels + level + 1)
+        total += _add_rows(source, indices, weights, begin, end, columns, mask, d, stride, BLOCK_D)
+        tl.store(out + (level * n_rows + row) * d + columns, total, mask=mask)
+        begin = end
+
+
+@triton.jit
+def pair_dots(
+    segments, source, indices, rows, out, nnz, k, d, segment_stride, source_stride,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Compute dot products of row pairs; grid (ceil(nnz / PAIRS),).
+
+    UNIFORM says that every segment has k pairs; ``rows`` is then not read.
+    """
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pairs < nnz
     index = tl.load(indices + pairs, mask=inside, other=0).to(tl.int64)
-    row = tl.load(rows + pairs, mask=inside, other=0).to(tl.int64)
+    if UNIFORM:
+        row = (pairs // k).to(tl.int64)
+    else:
+        row = tl.load(rows + pairs, mask=inside, other=0).to(tl.int64)
     total = tl.zeros((PAIRS,), tl.float32)
     for start in range(0, d, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)

@@ -19,6 +19,7 @@ from vision_plugin.models._embeddings import Embeddings
 from vision_plugin.models._errors import HOW_TO_ADD, UnsupportedModelError
 from vision_plugin.models._harvest import Harvester
 from vision_plugin.models._hook_names import check_hook_names
+from vision_plugin.models._hook_points import make_quiet
 from vision_plugin.models._modes import Modes
 from vision_plugin.models._processing import ImageProcessor, TextProcessor
 from vision_plugin.models._splicing import Splicing
@@ -59,6 +60,7 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
         self._one_at_a_time = threading.RLock()
         self._setup_weights()
         self._setup_splicing()
+        make_quiet(self)
 
     @classmethod
     def over(

@@ -146,7 +146,7 @@ def _encode_on_kernel(sae: SAE[Any], x: Tensor) -> SparseLatents | None:
         values, indices = kernels.topk_encode(
             rows, sae.W_enc, sae.b_enc, sae.cfg.k, b_in=b_in, scale=scale
         )
-        latents = SparseLatents.from_topk(values, indices, d_sae=sae.cfg.d_sae)
+        latents = SparseLatents.from_topk(values, indices, d_sae=sae.cfg.d_sae, trusted=True)
     if scale is None:
         return latents
     return latents.with_values(latents.values * scale[latents.indices.long()])

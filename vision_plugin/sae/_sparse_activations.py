@@ -67,6 +67,22 @@ class SparseActivations(Tensor):
         self.contents = contents
         return self
 
+    def forget_writes(self) -> None:
+        """Read the stored entries again, which something else has renewed."""
+        self.contents.written = None
+
+    def count_fired(self) -> Tensor:
+        """Return on how many rows each latent is not zero, ``[d_sae]``, float32.
+
+        Counts are whole numbers, whose sum does not depend on the order of adding.
+        """
+        contents = self.contents
+        if contents.written is not None:
+            return contents.written.bool().float().flatten(0, -2).sum(0)
+        latents = contents.latents
+        counts = torch.zeros(latents.d_sae, device=latents.values.device)
+        return counts.index_add_(0, latents.indices, (latents.values != 0).float())
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return shape and number of stored entries, without making a dense tensor."""
         nnz = self.contents.latents.values.numel()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vision_plugin import kernels
+from vision_plugin.kernels import SparseLatents
 
 # With fewer dead latents per kept latent than this, dense products are faster than gathering.
 _DENSE_RATIO = 16
@@ -22,6 +23,7 @@ def auxiliary_loss(
     W_dec: Float[Tensor, "dead d_write"],
     b_in: Float[Tensor, " d_in"] | None,
     scale: Float[Tensor, " dead"] | None,
+    alive: Bool[Tensor, " dead"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the error of the dead latents on the residual (Gao et al. 2024, appendix A.2).
 
@@ -38,6 +40,8 @@ def auxiliary_loss(
         W_dec: Decoder rows of the dead latents.
         b_in: Bias to subtract from ``x``; None subtracts nothing.
         scale: Decoder norms of the dead latents if the SAE rescales by them, otherwise None.
+        alive: Latents that only fill up a fixed number of places and take no part; None if all are
+            dead.
 
     Returns:
         The squared error, summed over the residual's last axis and averaged over the others, times
@@ -45,6 +49,8 @@ def auxiliary_loss(
     """
     n_dead = W_enc.shape[1]
     k = min(wanted, n_dead)
+    if alive is not None:  # minus infinity is chosen last
+        b_enc = b_enc.masked_fill(alive, -torch.inf)
     if n_dead <= _DENSE_RATIO * k:
         centred = x if b_in is None else x - b_in
         pre = centred @ W_enc + b_enc
@@ -53,11 +59,33 @@ def auxiliary_loss(
             kept = torch.zeros_like(pre, dtype=torch.bool)
             kept.scatter_(1, keys.detach().topk(k, dim=1, sorted=False).indices, True)
             pre = pre.where(kept, 0)
+        if alive is not None:
+            pre = pre.masked_fill(alive, 0)
         reconstruction = pre @ W_dec
     else:
         values, indices = kernels.topk_encode(
             x, W_enc, b_enc, k, b_in=b_in, scale=scale, relu=False
         )
-        reconstruction = kernels.sparse_decode(values, indices, W_dec)
+        if alive is not None:
+            values = values.masked_fill(alive[indices.long()], 0)
+        latents = SparseLatents.from_topk(values, indices, d_sae=n_dead, trusted=True)
+        reconstruction = kernels.csr_decode(latents, W_dec)
     error = (reconstruction.view_as(residual) - residual).pow(2).sum(dim=-1).mean()
-    return min(n_dead / wanted, 1.0) * error
+    if alive is None:
+        return min(n_dead / wanted, 1.0) * error
+    return ((n_dead - alive.sum()) / wanted).clamp(max=1.0) * error
+
+
+def padded_places(
+    dead: Bool[Tensor, " width"], room: int
+) -> tuple[Int[Tensor, " room"], Bool[Tensor, " room"]]:
+    """Return places of dead latents in a fixed number of rows, and which rows only fill up.
+
+    Args:
+        dead: Latents that are dead.
+        room: Number of rows; at least as many as are dead.
+    """
+    rank = dead.cumsum(0)
+    row = torch.arange(1, room + 1, device=dead.device)
+    places = torch.searchsorted(rank, row).clamp(max=len(dead) - 1)
+    return places, row > rank[-1]

@@ -28,7 +28,7 @@ from vision_plugin.kernels import SparseLatents
 
 from ._prefix import PREFIX, NamedAsStock
 from ._sparse_activations import SparseActivations
-from ._sparse_auxiliary import auxiliary_loss
+from ._sparse_auxiliary import auxiliary_loss, padded_places
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
@@ -85,6 +85,10 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     """The sparse training step of the three classes; it comes before SAELens's class as a base."""
 
     W_enc: nn.Parameter
+
+    dead_capacity: int | None = None
+    """Number of rows for dead latents in a step whose shapes do not depend on the data; at least as
+    many as are dead. None gathers as many as there are, for which the host has to count them."""
 
     def initialize_weights(self) -> None:
         """Set SAELens's initial weights; store W_enc latent-major (same shape, other strides)."""
@@ -163,7 +167,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         values, indices = kernels.topk_encode(
             x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
         )
-        return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae)
+        return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae, trusted=True)
 
     def _reconstruct(
         self, latents: SparseLatents, lead: torch.Size
@@ -196,7 +200,7 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         """Return SAELens's AuxK loss: dead latents reconstruct the error of the others."""
         dead = step_input.dead_neuron_mask
         sae_out = reconstructions[-1][1]
-        if dead is None or not bool(dead.any()):
+        if dead is None or not self._may_have_any(dead):
             return sae_out.new_zeros(())
         if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
@@ -218,7 +222,11 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         first: int,
     ) -> Float[Tensor, ""]:
         """Return the AuxK loss of the dead latents in ``[first, first + width)``."""
-        chosen = dead.nonzero().squeeze(1) + first
+        if self.dead_capacity is None:
+            chosen, alive = dead.nonzero().squeeze(1) + first, None
+        else:
+            chosen, alive = padded_places(dead, min(self.dead_capacity, len(dead)))
+            chosen = chosen + first
         return auxiliary_loss(
             x,
             residual,
@@ -228,7 +236,11 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
             W_dec=self.W_dec.index_select(0, chosen),
             b_in=self._b_in,
             scale=None if scale is None else scale.index_select(0, chosen),
+            alive=alive,
         )
+
+    def _may_have_any(self, dead: Tensor) -> bool:
+        return bool(dead.any()) if self.dead_capacity is None else self.dead_capacity > 0
 
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
         """Update what an architecture tracks from step to step."""
@@ -245,7 +257,13 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
 
     def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
         return kernels.batch_topk_encode(
-            x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.cfg.k,
+            b_in=self._b_in,
+            scale=scale,
+            padded=self.dead_capacity is not None,
         )
 
     @torch.no_grad()
@@ -257,7 +275,7 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
         positive = torch.where(acts_topk > 0, acts_topk, torch.inf).flatten()
         lowest = torch.cat([positive, positive.new_full((1,), torch.inf)]).amin().to(before.dtype)
         after = (1 - rate) * before + rate * lowest
-        self.topk_threshold: Tensor = torch.where((acts_topk > 0).any(), after, before)
+        before.copy_(torch.where((acts_topk > 0).any(), after, before))
 
     @torch.no_grad()
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
@@ -298,7 +316,7 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
         first = 0
         for width, level in reconstructions:
             part = dead[first:width]
-            if bool(part.any()):
+            if self._may_have_any(part):
                 residual = (step_input.sae_in - level).detach()
                 total = total + self._level_loss(x, scale, residual, part, first)
             first = width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from torch import Tensor
 from torch.optim import Adam
 
 from vision_plugin.sae._archetypal import MIXING, MIXING_LR_RATIO, ArchetypalDecoder
+from vision_plugin.sae._device_step import DeviceStep, why_not
+
+logger = logging.getLogger(__name__)
 
 _ENCODER = ("W_enc", "b_enc", "r_mag", "b_mag", "b_gate")
 _STEERING, _DAMPING, _MOST_DAMPING = 0.05, 1.0, 0.2
@@ -26,6 +30,8 @@ _STEERING, _DAMPING, _MOST_DAMPING = 0.05, 1.0, 0.2
 latents, the factor for the change of their number, and the most for that change."""
 _COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "l0_excess")
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
+_OF_THE_DEVICE = ("fused", "capturable", "foreach")
+"""Settings of an optimiser that say how it computes; a run resumed elsewhere has its own."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,12 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
 
     Between two steps nothing of a run changes, so the callback can save its state or score the SAE.
     The trainer also has two settings that SAELens lacks: a learning rate for the encoder, and a
-    number of active latents that the weight of the sparsity penalty aims at.
+    number of active latents that the weight of the sparsity penalty aims at. TopK, BatchTopK and
+    Matryoshka SAEs on the sparse kernel take their steps on the device alone, see ``_device_step``.
     """
+
+    own_step = True
+    """Whether this trainer may take the steps of `DeviceStep` in place of SAELens's."""
 
     def __init__(
         self,
@@ -82,10 +92,18 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
         self.before_step, self.target_l0 = before_step, target_l0
         self.l0_excess: float | None = None
         self.archetypal = archetypal
-        if encoder_lr_ratio != 1 or archetypal is not None:
-            self._regroup(encoder_lr_ratio)
+        reason = why_not(self.sae, target_l0=target_l0, archetypal=archetypal)
+        on_gpu = torch.device(self.cfg.device).type == "cuda" and self.own_step
+        fused = on_gpu and reason is None
+        if encoder_lr_ratio != 1 or archetypal is not None or fused:
+            self._regroup(encoder_lr_ratio, fused=fused)
         if archetypal is not None:
             archetypal.attach(self.optimizer)
+        self.device_step: DeviceStep | None = None
+        if reason is None and self.own_step:
+            self.device_step = DeviceStep(self, fixed_shapes=on_gpu, capture=on_gpu)
+        elif on_gpu:
+            logger.warning("the training step is not captured in a CUDA graph: %s", reason)
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the optimiser moves, by name."""
@@ -120,6 +138,18 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             self._steer(self.target_l0, self.mean_l0(output))
         return output
 
+    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        """Run the step on the device alone where it can, and SAELens's own elsewhere."""
+        if self.device_step is not None:
+            return self.device_step(sae_in)
+        output: TrainStepOutput = super()._train_step(sae, sae_in)
+        return output
+
+    def _reset_running_sparsity_stats(self) -> None:
+        """Reset the counts where they are, since a graph knows tensors by their place."""
+        self.act_freq_scores.zero_()
+        self.n_frac_active_samples = 0
+
     def mean_l0(self, output: TrainStepOutput) -> float:
         """Return the mean number of active latents per vector of the batch."""
         return float((output.feature_acts.detach() > 0).sum()) / len(output.sae_in)
@@ -138,7 +168,7 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             scheduler.final_value *= math.exp(by)
             scheduler.current_value = scheduler.final_value
 
-    def _regroup(self, ratio: float) -> None:
+    def _regroup(self, ratio: float, *, fused: bool) -> None:
         """Give the encoder and the mixing their own learning rates, under SAELens's schedule."""
         cfg, named = self.cfg, self.named_parameters()
         encoder = [p for name, p in named.items() if name in _ENCODER]
@@ -150,7 +180,8 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
             {"params": mixing, "lr": cfg.lr * MIXING_LR_RATIO},
         ]
         groups = [group for group in groups if group["params"]]
-        self.optimizer = Adam(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
+        how = {"fused": True, "capturable": True} if fused else {}
+        self.optimizer = Adam(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), **how)
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -230,10 +261,13 @@ def load_trainer_state(trainer: SteppedTrainer, state: dict[str, Any]) -> None:
         trainer.archetypal.load_state(state["archetypal"])
     for name, parameter in trainer.named_parameters().items():
         if name in state["optimizer"]:
+            on_device = bool(trainer.optimizer.param_groups[0].get("capturable"))
             trainer.optimizer.state[parameter] = {
-                key: _like(parameter, value) for key, value in state["optimizer"][name].items()
+                key: _like(parameter, value, on_device)
+                for key, value in state["optimizer"][name].items()
             }
     for group, saved in zip(trainer.optimizer.param_groups, state["parameter_groups"], strict=True):
+        saved = {key: value for key, value in saved.items() if key not in _OF_THE_DEVICE}
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
     for name, scheduler in trainer.coefficient_schedulers.items():
@@ -244,15 +278,21 @@ def load_trainer_state(trainer: SteppedTrainer, state: dict[str, Any]) -> None:
     for name in _COUNTERS:
         setattr(trainer, name, state["counters"][name])
     for name in _STATISTICS:
-        setattr(trainer, name, state["statistics"][name].to(trainer.cfg.device))
+        getattr(trainer, name).copy_(state["statistics"][name])
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
-    """Return optimiser state on the parameter's device, with its strides if the shapes agree."""
+def _like(parameter: Tensor, value: Any, on_device: bool) -> Any:
+    """Return optimiser state on the parameter's device, with its strides if the shapes agree.
+
+    Args:
+        parameter: Parameter that the state is of.
+        value: A part of the state: a tensor like the parameter, or the number of steps.
+        on_device: Whether the number of steps is on the device as well.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.shape != parameter.shape:
-        return value.clone()
+        return value.clone().to(parameter.device if on_device else value.device)
     room = torch.empty_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format)
     return room.copy_(value)
 

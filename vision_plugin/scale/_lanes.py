@@ -35,6 +35,8 @@ class LaneTrainer(CountingTrainer):
         ValueError: the batch cannot be cut into equal lanes.
     """
 
+    own_step = False
+
     def __init__(self, *, team: Lanes, **settings: Any) -> None:
         super().__init__(team=team, **settings)
         rows = self.cfg.train_batch_size_samples
