@@ -302,6 +302,9 @@ def test_a_tower_has_one_signature_wherever_it_stands(llava) -> None:
         llava.steer(sae, {1: 2.0}).__enter__()
     with pytest.raises(ValueError, match="check_model=False"), llava.saes(sae):
         pass
+    with pytest.raises(ValueError, match="whose weights differ from the weights of") as refused:
+        llava.add_sae(sae)
+    assert ". " not in str(refused.value)  # one sentence
     with llava.steer(sae, {1: 2.0}, check_model=False), llava.saes(sae, check_model=False):
         pass
     llava.add_sae(sae, check_model=False)
@@ -388,8 +391,9 @@ def test_a_change_behind_what_is_read_is_refused(llava, hook_name) -> None:
         lambda: llava.add_sae(sae),
         lambda: llava.saes(sae).__enter__(),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             attempt()
+        assert ". " not in str(refused.value)  # one sentence
     for attached in (llava.vision.steer(sae, {1: 2.0}), llava.vision.saes(sae)):
         with attached, pytest.raises(ValueError, match=message):
             llava.generate(tiny_inputs("llava"), return_type="tokens")
