@@ -57,6 +57,7 @@ def build(width: int) -> Any:
 
 def run(*, width: int, batch: int, d_sae: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """Measure every way of writing; return the record."""
+    where = machine("transformers", "transformer-lens", "sae-lens")
     native = build(width)
     vlm = vp.wrap_vlm(native)
     sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=d_sae, k=K))
@@ -97,7 +98,7 @@ def run(*, width: int, batch: int, d_sae: int, new_tokens: int, rounds: int) -> 
         raise AssertionError("the bridge writes other tokens than the native module")
     median = {way: statistics.median(times) for way, times in seconds.items()}
     return {
-        "machine": machine("transformers", "transformer-lens", "sae-lens"),
+        "machine": where,
         "shape": {
             "width": width, "tower_blocks": 6, "language_blocks": 4, "batch": batch,
             "tokens_per_image": N_PATCHES + 1, "d_sae": d_sae, "k": K, "new_tokens": new_tokens,
@@ -122,7 +123,7 @@ def markdown(found: dict[str, Any]) -> str:
             "# What an SAE in the tower costs a vision-language model while it writes",
             "",
             f"`python -m benchmarks.vlm` on {around['device']}, {around['threads']} threads, load "
-            f"{around['load_average_before']:.1f} after: {shape}. The medians of CPU seconds of "
+            f"{around['load_average_before']:.1f} before: {shape}. The medians of CPU seconds of "
             "one `generate`; memory as the most bytes of tensors at once, beyond the weights, and "
             "as copies of the tower's activations at one layer beyond the bridge's.",
             "",

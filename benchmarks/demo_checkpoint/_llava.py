@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.demo_checkpoint._training import Steps, normalised
-from vision_plugin.demo import FACTORS, TRAINING_SEED, Scene, draw
+from benchmarks.demo_checkpoint._training import Steps, Training, normalised
+from vision_plugin.demo import FACTORS, Scene, draw
 from vision_plugin.demo._pixels import draw_pixels
 from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer, is_there, vocabulary
 
@@ -53,22 +53,13 @@ PATCH_SIZE, N_PATCHES = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaTraining:
+class LlavaTraining(Training):
     """How the small LLaVA is trained."""
 
-    seed: int = TRAINING_SEED
-    """Seeds the images, the questions, the weights and the order of the batches."""
     images: int = 8000
     """How many images are drawn, none with a printed word."""
     steps: int = 4000
     """Steps of the optimizer."""
-    batch_size: int = 64
-    """Images, each with one question, per step."""
-    learning_rate: float = 2e-3
-    """AdamW's peak rate, for all but the blocks' matrices; reached after the warm-up, then lowered
-    along a cosine."""
-    matrix_learning_rate: float = 0.02
-    """Muon's peak rate, for the blocks' matrices."""
     layers: int = 2
     """Blocks of the language model."""
     width: int = 128

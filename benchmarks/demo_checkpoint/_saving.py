@@ -1,13 +1,24 @@
-"""What every checkpoint of the demo world is saved with: half-size weights, and what it cost."""
+"""What every checkpoint of the demo world is saved with: half-size weights, and the cost."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a checkpoint goes, and how it is measured."""
+
+    out: Path
+    """The folder to write, made if missing."""
+    evaluation_images: int = 2000
+    """How many images each figure is measured on."""
 
 
 def save_half(model: Any, folder: Path) -> None:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,22 +42,28 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTraining:
-    """How the demo checkpoint is trained."""
+class Training:
+    """What the training of every checkpoint of the demo world has in common."""
 
     seed: int = TRAINING_SEED
-    """Seeds the images, the captions, the weights and the order of the batches."""
-    images: int = 20_000
-    """How many images are drawn."""
-    epochs: int = 6
-    """How often each is seen, each time with another caption."""
+    """Seeds the images, the texts, the weights and the order of the batches."""
     batch_size: int = 64
-    """Images (and captions) per step."""
+    """Images, each with one text, per step."""
     learning_rate: float = 2e-3
     """AdamW's peak rate, for all but the blocks' matrices; reached after the warm-up, then lowered
     along a cosine."""
     matrix_learning_rate: float = 0.02
     """Muon's peak rate, for the blocks' matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTraining(Training):
+    """How the demo checkpoint is trained."""
+
+    images: int = 20_000
+    """How many images are drawn."""
+    epochs: int = 6
+    """How often each is seen, each time with another caption."""
     text_steps: int = 400
     """Steps of the text tower's own training, at four times the batch size."""
     words: float = 0.5
@@ -239,22 +244,10 @@ def _batches(
             yield order[start : start + config.batch_size], random
 
 
-class Rates(Protocol):
-    """Peak learning rates."""
-
-    @property
-    def learning_rate(self) -> float:
-        """AdamW's."""
-
-    @property
-    def matrix_learning_rate(self) -> float:
-        """Muon's."""
-
-
 class Steps:
     """Muon for the blocks' matrices and AdamW for everything else, on one schedule."""
 
-    def __init__(self, modules: Sequence[nn.Module], config: Rates, total: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], config: Training, total: int) -> None:
         named = [item for module in modules for item in module.named_parameters()]
         inner = [p for name, p in named if "layers" in name and p.ndim == 2]
         outer = [p for name, p in named if not ("layers" in name and p.ndim == 2)]

@@ -22,22 +22,18 @@ from transformers import CLIPModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout works, too
 
 from benchmarks.demo_checkpoint._evaluation import ClipEvaluation, evaluate_checkpoint
-from benchmarks.demo_checkpoint._saving import Stopwatch, save_half
+from benchmarks.demo_checkpoint._saving import Checkpoint, Stopwatch, save_half
 from benchmarks.demo_checkpoint._training import MEAN, STD, ClipTraining, train
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainClip:
+class TrainClip(Checkpoint):
     """Train the demo checkpoint, save it, and measure what was saved."""
 
-    out: Path
-    """The folder to write, made if missing."""
     training: tyro.conf.OmitArgPrefixes[ClipTraining] = field(default_factory=ClipTraining)
     """How to train."""
-    evaluation_images: int = 2000
-    """How many images each figure is measured on."""
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout works, too
 
 from benchmarks.demo_checkpoint._llava import PROMPT, LlavaTraining, ask, train_llava
-from benchmarks.demo_checkpoint._saving import Stopwatch, save_half
+from benchmarks.demo_checkpoint._saving import Checkpoint, Stopwatch, save_half
 from vision_plugin.demo import Scene, checkpoint_path, draw, render
 from vision_plugin.demo._factors import Combinations
 from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer
@@ -39,15 +39,11 @@ DRAWN: Mapping[str, Combinations] = {"new images": "training", "new pairs": "hel
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainLlava:
+class TrainLlava(Checkpoint):
     """Train the small LLaVA, save it, and measure what was saved."""
 
-    out: Path
-    """The folder to write, made if missing."""
     training: tyro.conf.OmitArgPrefixes[LlavaTraining] = field(default_factory=LlavaTraining)
     """How to train."""
-    evaluation_images: int = 2000
-    """How many images each figure is measured on."""
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vision_plugin as vp
-from benchmarks.demo_checkpoint._llava import ask, build_processor
+from benchmarks.demo_checkpoint._llava import PROMPT, ask, build_processor
 from benchmarks.demo_checkpoint.train_llava import is_there_question
-from vision_plugin.demo import checkpoint_path, draw
+from vision_plugin.demo import checkpoint_path, draw, llava_path
 from vision_plugin.demo.dialogue import ONE_WORD, QUESTIONS, answer
 
 
@@ -25,6 +26,44 @@ def test_its_tower_is_the_demo_clips_to_the_bit(vlm) -> None:
     tower = vlm.vision.native.state_dict()
     assert tower.keys() == clip.keys()
     assert all(torch.equal(tower[name], clip[name]) for name in clip)
+
+
+@torch.no_grad()
+def test_it_computes_what_transformers_own_class_computes(vlm) -> None:
+    native = LlavaForConditionalGeneration.from_pretrained(llava_path(), local_files_only=True)
+    processor = AutoProcessor.from_pretrained(llava_path(), local_files_only=True)
+    images = list(draw(6, seed=80).images)
+    question, options = QUESTIONS["colour"], {"max_new_tokens": 4, "do_sample": False}
+    inputs = processor(
+        text=[PROMPT.format(question)] * 6, images=images, padding=True, return_tensors="pt"
+    )
+    length = inputs["input_ids"].shape[1]
+
+    def written() -> torch.Tensor:
+        return native.eval().generate(**inputs, **options)[:, length:]
+
+    assert torch.equal(vlm(images, question), native(**inputs).logits)
+    plain = written()
+    assert torch.equal(vlm.generate(images, question, return_type="tokens", **options), plain)
+    names = ["vision.blocks.2.hook_resid_post", "blocks.1.hook_resid_post"]
+    logits, cache = vlm.run_with_cache(images, question, names_filter=names)
+    assert torch.equal(logits, native(**inputs).logits)
+    states = native.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    assert torch.equal(cache[names[0]], states.hidden_states[3])
+    assert cache[names[1]].shape == (6, length, 128)
+    shift = 40 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    handle = native.model.vision_tower.encoder.layers[2].register_forward_hook(
+        lambda module, args, output: output + shift, prepend=True
+    )
+    try:
+        edited = written()
+    finally:
+        handle.remove()
+    edit = vp.Edit.add(vp.steering.Directions("blocks.2.hook_resid_post", shift), {0: 1.0})
+    with vlm.edit(edit):
+        found = vlm.generate(images, question, return_type="tokens", **options)
+    assert torch.equal(found, edited)
+    assert not torch.equal(found, plain)
 
 
 def test_its_processor_is_the_one_it_was_trained_with(vlm) -> None:

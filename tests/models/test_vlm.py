@@ -232,12 +232,24 @@ def test_load_model_takes_the_tower_of_a_saved_model(family, native, tmp_path) -
 
 
 @torch.no_grad()
-def test_device_map_spreads_a_model_that_is_wrapped(tmp_path) -> None:
-    module = tiny_vlm("llava")
+@pytest.mark.parametrize("away", ["model.language_model", "model.vision_tower", "lm_head"])
+def test_device_map_spreads_a_model_that_is_wrapped(away, tmp_path) -> None:
+    module, inputs = tiny_vlm("llava"), tiny_inputs("llava")
     module.save_pretrained(tmp_path)
-    loaded = type(module).from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
-    inputs = whole(tiny_inputs("llava"))
-    assert torch.equal(vp.wrap_vlm(loaded)(inputs), module(**inputs).logits)
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    loaded = type(module).from_pretrained(
+        tmp_path,
+        device_map={part: "disk" if part == away else "cpu" for part in parts},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert {p.device.type for p in loaded.get_submodule(away).parameters()} == {"meta"}
+    vlm = vp.wrap_vlm(loaded.eval())
+    expected = module.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(vlm.generate(inputs, return_type="tokens", **GREEDY), expected)
+    plain = vlm(whole(inputs))
+    assert torch.equal(plain, module(**whole(inputs)).logits)
+    with vlm.edit(vp.Edit.add(vp.steering.Directions(READ, shift()), {0: 1.0})):
+        assert (vlm(whole(inputs)) - plain).abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -290,6 +302,9 @@ def test_a_tower_has_one_signature_wherever_it_stands(llava) -> None:
         llava.steer(sae, {1: 2.0}).__enter__()
     with pytest.raises(ValueError, match="check_model=False"), llava.saes(sae):
         pass
+    with pytest.raises(ValueError, match="whose weights differ from the weights of") as refused:
+        llava.add_sae(sae)
+    assert ". " not in str(refused.value)  # one sentence
     with llava.steer(sae, {1: 2.0}, check_model=False), llava.saes(sae, check_model=False):
         pass
     llava.add_sae(sae, check_model=False)
@@ -317,6 +332,51 @@ def test_tokens_are_by_default_those_of_the_training(llava) -> None:
         assert torch.equal(llava(inputs), steered)
     with llava.steer(sae, {3: 40.0}, tokens="all"):
         assert not torch.equal(llava(inputs), steered)
+    spliced = llava.run_with_saes(inputs, saes=sae)
+    assert torch.equal(llava.run_with_saes(inputs, saes=sae, tokens="patch"), spliced)
+    assert not torch.equal(llava.run_with_saes(inputs, saes=sae, tokens="all"), spliced)
+    with llava.edit(vp.Edit.clamp(sae, {3: 40.0})):
+        assert torch.equal(llava(inputs), steered)
+
+
+@torch.no_grad()
+def test_saes_run_under_the_names_that_a_tower_has(llava) -> None:
+    inputs, sae = tiny_inputs("llava"), make_sae(READ)
+    plain = llava(inputs)
+    with llava.saes(sae):
+        expected = llava(inputs)
+    acts = f"vision.{READ}.hook_sae_acts_post"
+    assert torch.equal(llava.run_with_saes(inputs, saes=[sae]), expected)
+    logits, cache = llava.run_with_cache_with_saes(inputs, saes=[sae])
+    _, stream = llava.run_with_cache(inputs, names_filter=f"vision.{READ}")
+    torch.testing.assert_close(cache[acts], sae.encode(stream[f"vision.{READ}"]))
+    torch.testing.assert_close(logits[0, -1], expected[0, -1], rtol=1e-4, atol=1e-4)
+    zeroed = [(acts, lambda latents, hook: torch.zeros_like(latents))]
+    hooked = llava.run_with_hooks_with_saes(inputs, fwd_hooks=zeroed, saes=[sae])
+    empty = [(f"vision.{READ}", lambda x, hook: sae.decode(torch.zeros_like(sae.encode(x))))]
+    torch.testing.assert_close(hooked, llava.run_with_hooks(inputs, fwd_hooks=empty))
+    assert (hooked - expected).abs().max() > 0.1
+    assert torch.equal(llava(inputs), plain)
+    with pytest.raises(ValueError, match="behind what"):
+        llava.run_with_saes(inputs, saes=make_sae("blocks.3.hook_resid_post"))
+
+
+@torch.no_grad()
+def test_a_swap_takes_values_of_other_images(llava) -> None:
+    inputs, sae = tiny_inputs("llava", batch=3), make_sae(READ)
+    pixels = inputs["pixel_values"]
+    _, cache = llava.run_with_cache(inputs, names_filter=f"vision.{READ}")
+    own = cache[f"vision.{READ}"]
+    latents = sae.encode(own)
+    moved = latents.clone()
+    moved[..., 3] = latents.roll(1, 0)[..., 3]
+    change = sae.decode(moved) - sae.decode(latents)
+    expected = llava.run_with_hooks(
+        inputs, fwd_hooks=[(f"vision.{READ}", lambda x, hook: x + change)]
+    )
+    with llava.edit(vp.Edit.swap(sae, [3]), source=pixels.roll(1, 0)):
+        torch.testing.assert_close(llava(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - llava(inputs)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.3.hook_resid_post", "blocks.3.hook_resid_pre"])
@@ -331,8 +391,9 @@ def test_a_change_behind_what_is_read_is_refused(llava, hook_name) -> None:
         lambda: llava.add_sae(sae),
         lambda: llava.saes(sae).__enter__(),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             attempt()
+        assert ". " not in str(refused.value)  # one sentence
     for attached in (llava.vision.steer(sae, {1: 2.0}), llava.vision.saes(sae)):
         with attached, pytest.raises(ValueError, match=message):
             llava.generate(tiny_inputs("llava"), return_type="tokens")

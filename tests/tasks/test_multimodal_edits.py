@@ -16,7 +16,7 @@ from vision_plugin.demo.multimodal import multimodal_data
 from vision_plugin.steering import LatentEditor
 from vision_plugin.tasks import MultimodalData, feature_answers, one_word
 from vision_plugin.tasks._answers import AnswerPass
-from vision_plugin.tasks._multimodal_change import Changes, edit_of
+from vision_plugin.tasks._multimodal_change import Changes, edits_of
 from vision_plugin.tasks._multimodal_settings import EDITS, Goal, Recipe
 from vision_plugin.tasks._reading import Knowledge, PatchReading, learn
 
@@ -58,13 +58,17 @@ def test_the_edit_of_a_recipe_does_what_was_measured(
     vlm, sae, data, learned, method: str, factor: str, tmp_path
 ) -> None:
     _, reading, knowledge = learned
-    goal: Goal = "insertion" if method in ("clamp", "add", "exchange") else "suppression"
+    insertions = ("clamp", "add", "replace")
+    goal: Goal = "insertion" if method in insertions else "suppression"
     recipe = Recipe(method, 2, 3.0)
     rows = torch.arange(6)
-    changes = Changes(data, reading, knowledge, torch.Generator())
+    seen = {factor: torch.full((80,), 2)}
+    changes = Changes(data, reading, knowledge, torch.Generator(), seen)
     stream = changes.stream(goal, factor, recipe, torch.full((80,), 1), rows)
     path = tmp_path / "edit.json"
-    edit_of(sae, data, knowledge, factor, recipe, 1).save(path)
+    made = edits_of(sae, data, knowledge, factor, recipe, 1)
+    names = FACTORS[factor]
+    made[f"{names[2]}-to-{names[1]}" if method == "replace" else names[1]].save(path)
     name = f"vision.{READ}"
     with vlm.edit(vp.Edit.load(path, sae=sae)):
         images = list(data.train.images[:6])
@@ -131,16 +135,15 @@ def test_any_judge_decides_whether_an_answer_states_a_value(vlm, sae, data) -> N
     result = vp.tasks.multimodal(vlm, sae, data, settings=settings, judge=judge)
     assert {value for _, value in heard} >= set(FACTORS["shape"])
     assert any(" " in answer for answer, _ in heard)
-    row = result.row("exchange", kind="colour", how="insertion, best")
+    row = result.row("replace", kind="colour", how="insertion, best")
     assert row.figures["preserved_shape"].value < 1
     assert result.row("all_patches", kind="colour", how="insertion, winner").size == 2
     assert {entry["images"] for entry in result.search} <= set(range(41))
-    assert set(result.edits) == {
-        (goal, factor, value)
-        for goal in ("insertion", "suppression")
-        for factor, values in data.values.items()
-        for value in values
-    }
+    for goal in ("insertion", "suppression"):
+        for factor, values in data.values.items():
+            names = {name for g, f, name in result.edits if (g, f) == (goal, factor)}
+            pairs = {f"{old}-to-{new}" for old in values for new in values if old != new}
+            assert names == (pairs if "-to-" in min(names) else set(values))
     assert len(result.edit) == 1
 
 

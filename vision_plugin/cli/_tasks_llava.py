@@ -21,6 +21,8 @@ class LlavaConfig(TrainsSAE):
     sae: str | None = None
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads. By default one is trained on
     the patches that the language model reads."""
+    training_tokens: int = 600_000
+    """Activations that the SAE is trained on, with repetition."""
     train_images: int = 600
     """Images on which latents, neurons and directions are found."""
     validation_images: int = 150
@@ -29,7 +31,7 @@ class LlavaConfig(TrainsSAE):
     """Images that are reported on."""
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value to try."""
-    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
+    strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     """Strengths to try, as multiples of a latent's natural strength or of a difference of means."""
     alpha: float = 100.0
     """Value of the one latent that is set while the model says in one word what it sees."""

@@ -57,7 +57,7 @@ def check_fit(model: Any, dictionary: Dictionary, *, check_model: bool = True) -
     if check_model and trained_on and not has_signature(model, trained_on):
         raise ValueError(
             f"this SAE was trained on {metadata.get('model_name') or 'another model'}, whose "
-            f"weights differ from the weights of {name}. Load that model, or use the SAE anyway "
+            f"weights differ from the weights of {name}: load that model, or use the SAE anyway "
             "with check_model=False"
         )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from vision_plugin._device import usable_device
+from vision_plugin.models._attaching import mended
 from vision_plugin.models._bridge import VisionBridge
 from vision_plugin.models._open_clip import load_open_clip
 from vision_plugin.models._timm import load_timm
@@ -58,6 +58,4 @@ def load_model(
     model.eval()
     if model.dtype != dtype or device is not None:
         model.to(device=device or model.device, dtype=dtype)
-    if edit is not None:  # ``steering`` is above this folder: it is found by name
-        model.add_edit(import_module("vision_plugin.steering").Edit.load(edit, device=model.device))
-    return model
+    return model if edit is None else mended(model, edit, device=model.device)

@@ -6,15 +6,15 @@ aliases stay, and removing the SAE leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib import import_module
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from vision_plugin.models._attaching import Attaching
 from vision_plugin.models._own_hooks import permanent_hook, remove_hook
 from vision_plugin.models._tokens import TokenLayout
 from vision_plugin.models.dictionary import (
@@ -27,15 +27,13 @@ from vision_plugin.models.dictionary import (
 from vision_plugin.models.site import Site
 
 
-class Splicing:
-    """The part of a bridge that attaches SAEs and steers; a base of VisionBridge."""
+class Splicing(Attaching):
+    """The part of a bridge that SAEs and edits are attached to; a base of VisionBridge."""
 
     hook_dict: Any
     cfg: Any
     check_hook_names: Callable[[Sequence[object]], None]
     token_layout: Callable[..., TokenLayout]
-    run_with_cache: Callable[..., Any]
-    run_with_hooks: Callable[..., Any]
     alone: Callable[[], AbstractContextManager[Any]]
 
     def _setup_splicing(self) -> None:
@@ -110,30 +108,9 @@ class Splicing:
             hooks.update(splice.hooks)
         return hooks
 
-    def add_sae(
-        self,
-        sae: Dictionary,
-        use_error_term: bool | None = None,
-        *,
-        tokens: str | None = None,
-        check_model: bool = True,
+    def _attach_sae(
+        self, sae: Dictionary, use_error_term: bool | None, tokens: str | None, check_model: bool
     ) -> None:
-        """Attach an SAE or a transcoder until :meth:`reset_saes`.
-
-        The SAE's reconstruction replaces the activations at its hook; the error term adds the
-        reconstruction's error back. A new SAE replaces the one at the same hook.
-
-        Args:
-            sae: SAE whose metadata names its hook (``hook_name``, also ``hook_name_out`` for a
-                transcoder).
-            use_error_term: Whether to add the error back; None takes the SAE's own setting.
-            tokens: Kind of token that goes through the SAE; None takes the kind of its training.
-            check_model: Refuse an SAE that was trained on another model.
-
-        Raises:
-            UnknownHookError: the model has no such hook.
-            ValueError: width, model or kind of token do not fit; the message names both sides.
-        """
         site = Site.of(self, sae, tokens=tokens, check_model=check_model)
         if use_error_term is None:
             use_error_term = bool(getattr(sae, "use_error_term", False))
@@ -165,12 +142,7 @@ class Splicing:
             return site.hook_name
         return f"{site.hook_name} -> {site.hook_name_out}"
 
-    def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
-        """Detach the SAEs at these hooks, or all of them.
-
-        Raises:
-            ValueError: no SAE is attached at one of the names.
-        """
+    def _detach_saes(self, act_names: str | Sequence[str] | None = None) -> None:
         names = [act_names] if isinstance(act_names, str) else act_names
         for name in list(self._splices) if names is None else names:
             keys = [name] if name in self._splices else self._splices_at(name)
@@ -179,26 +151,6 @@ class Splicing:
                 raise ValueError(f"no SAE is attached at {name!r}; attached: {attached}")
             for key in keys:
                 self._splices.pop(key).detach()
-
-    @contextmanager
-    def saes(
-        self,
-        saes: Dictionary | Sequence[Dictionary] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        *,
-        tokens: str | None = None,
-        check_model: bool = True,
-    ) -> Iterator[Any]:
-        """Attach SAEs within a ``with`` block, then restore the SAEs that were attached before."""
-        before = dict(self._splices)
-        try:
-            for sae in [saes] if isinstance(saes, Dictionary) else saes:
-                self.add_sae(sae, use_error_term, tokens=tokens, check_model=check_model)
-            yield self
-        finally:
-            if reset_saes_end:
-                self._restore(before)
 
     def _restore(self, before: dict[str, Splice]) -> None:
         for name, splice in list(self._splices.items()):
@@ -209,88 +161,13 @@ class Splicing:
                 splice.attach()
                 self._splices[name] = splice
 
-    def run_with_saes(
-        self,
-        *args: Any,
-        saes: Dictionary | Sequence[Dictionary] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        tokens: str | None = None,
-        check_model: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the forward pass with SAEs attached."""
-        options = {"tokens": tokens, "check_model": check_model}
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
-            return self(*args, **kwargs)  # type: ignore[operator]
-
-    def run_with_cache_with_saes(
-        self,
-        *args: Any,
-        saes: Dictionary | Sequence[Dictionary] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        tokens: str | None = None,
-        check_model: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Run ``run_with_cache`` with SAEs attached; the cache holds their latents too."""
-        options = {"tokens": tokens, "check_model": check_model}
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
-            return self.run_with_cache(*args, **kwargs)
-
-    def run_with_hooks_with_saes(
-        self,
-        *args: Any,
-        saes: Dictionary | Sequence[Dictionary] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        tokens: str | None = None,
-        check_model: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Run ``run_with_hooks`` with SAEs attached; their latents can be hooked by name."""
-        options = {"tokens": tokens, "check_model": check_model}
-        with self.alone(), self.saes(saes, reset_saes_end, use_error_term, **options):  # type: ignore[arg-type]
-            return self.run_with_hooks(*args, **kwargs)
-
-    def steer(
-        self,
-        sae: Dictionary | Any,
-        latents: Mapping[int, float] | None = None,
-        *,
-        tokens: str | None = None,
-        check_model: bool = True,
-    ) -> AbstractContextManager[None]:
-        """Clamp latents, or make an Edit; see :func:`vision_plugin.steering.steer`."""
-        steering = import_module("vision_plugin.steering")
-        steered: AbstractContextManager[None] = steering.steer(
-            self, sae, latents, tokens=tokens, check_model=check_model
-        )
-        return steered
-
-    def edit(
-        self, edit: Any, *, source: Any = None, check_model: bool = True
-    ) -> AbstractContextManager[None]:
-        """Make the changes of a :class:`vision_plugin.Edit` within a ``with`` block.
-
-        Args:
-            edit: The edit.
-            source: Pixels of the images whose values a swap takes, one for each image of a batch.
-            check_model: Refuse an SAE that was trained on another model.
-        """
-        edited: AbstractContextManager[None] = edit.on(self, source=source, check_model=check_model)
-        return edited
-
-    def add_edit(self, edit: Any, *, check_model: bool = True) -> None:
-        """Make the changes of a :class:`vision_plugin.Edit` until :meth:`reset_edits`."""
+    def _attach_edit(self, edit: Any, check_model: bool) -> None:
         before = self._forward_handles()
         self._standing_edits.enter_context(self.edit(edit, check_model=check_model))
         self._edits.append(edit)
         self._edit_handles |= self._forward_handles() - before
 
-    def reset_edits(self) -> None:
-        """Undo every edit of :meth:`add_edit`."""
+    def _detach_edits(self) -> None:
         self._standing_edits.close()
         self._edits.clear()
         self._edit_handles.clear()

@@ -13,18 +13,18 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from vision_plugin.models._attaching import Attaching
 from vision_plugin.models._bridge import HookList, NamesFilter, VisionBridge
 from vision_plugin.models._hook_names import check_hook_names
 from vision_plugin.models._modes import Modes, in_eval_mode
 from vision_plugin.models._own_hooks import hooked
 from vision_plugin.models._vlm_hooks import PREFIX, kept_in, of_part
 from vision_plugin.models._vlm_prompts import batches_of, check_inputs, prepare
-from vision_plugin.models._vlm_splicing import VisionSplicing
 from vision_plugin.models._vlm_tower import Reach
 from vision_plugin.models._vlm_weights import VisionLanguageWeights
 
 
-class VisionLanguageBridge(VisionSplicing, VisionLanguageWeights):
+class VisionLanguageBridge(Attaching, VisionLanguageWeights):
     """A vision-language model under TransformerLens names, whose tower takes SAEs and edits.
 
     :func:`vision_plugin.load_vlm` and :func:`vision_plugin.wrap_vlm` make it. It computes what the
@@ -70,6 +70,16 @@ class VisionLanguageBridge(VisionSplicing, VisionLanguageWeights):
         module: nn.Module = self.language.original_model
         return module
 
+    # ------------------------------------------------------------------ SAEs and edits
+
+    @property
+    def _tower(self) -> VisionBridge:
+        return self.vision
+
+    def _check_place(self, hook_name: str, tokens: str) -> None:
+        self.vision.check_hook_names([hook_name])
+        self.reach.check(hook_name, tokens)
+
     # ------------------------------------------------------------------ inputs
 
     def prepare(self, images: Any, prompt: str | Sequence[str] | None = None) -> dict[str, Any]:
@@ -87,7 +97,8 @@ class VisionLanguageBridge(VisionSplicing, VisionLanguageWeights):
         """
         name = self.cfg.model_name
         if isinstance(images, Mapping):
-            check_inputs(images, name)
+            token = getattr(self.native.config, "image_token_id", None)
+            check_inputs(images, name, token)
             found: Mapping[str, Any] = images
         elif self.processor is None:
             raise ValueError(

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from vision_plugin._device import usable_device
+from vision_plugin.models._attaching import mended
 from vision_plugin.models._errors import UnsupportedModelError, not_found
 from vision_plugin.models._transformers import local_checkpoint
 from vision_plugin.models._vlm import VisionLanguageBridge
 from vision_plugin.models._vlm_language import language_bridge
 from vision_plugin.models._vlm_tower import BridgedTower, Reach
-from vision_plugin.models._wrapping import adapters, part_of, wrap
+from vision_plugin.models._wrapping import adapters, find_adapter, part_of, wrap
 
 
 def load_vlm(
@@ -25,6 +26,7 @@ def load_vlm(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     device_map: Any = None,
+    edit: str | Path | None = None,
 ) -> VisionLanguageBridge:
     """Load a vision-language model whose tower takes SAEs, edits and hooks.
 
@@ -35,9 +37,12 @@ def load_vlm(
         dtype: Type of the weights.
         revision: Branch, tag or commit on the hub.
         device_map: transformers' ``device_map``, for models that one device does not hold.
+        edit: JSON file of an edit of the tower that the model makes from then on, as
+            ``vision-plugin tasks llava`` writes it: a mended model.
 
     Raises:
-        ValueError: nothing is found under that name, or this machine lacks the device.
+        ValueError: nothing is found under that name, this machine lacks the device, or the edit
+            does not fit.
         UnsupportedModelError: no adapter fits a part; the message names it.
     """
     import transformers
@@ -66,7 +71,8 @@ def load_vlm(
     module.eval()
     if device is not None:
         module.to(device)
-    return wrap_vlm(module, processor, name=name, revision=revision)
+    vlm = wrap_vlm(module, processor, name=name, revision=revision)
+    return vlm if edit is None else mended(vlm, edit, device=vlm.vision.device)
 
 
 def wrap_vlm(
@@ -91,10 +97,12 @@ def wrap_vlm(
         UnsupportedModelError: no adapter fits a part; the message names it.
     """
     name = name or type(module).__name__
-    architecture = next((c.__name__ for c in type(module).__mro__ if c.__name__ in towers()), None)
-    if architecture is None:
+    try:
+        architecture, family = find_adapter(module)
+    except UnsupportedModelError:
+        family = None
+    if not reads_images(family):
         raise UnsupportedModelError(_no_family(name, type(module).__name__))
-    family = towers()[architecture]
     native_tower = part_of(module, family.inner_path, name)
     try:
         vision = wrap(
@@ -132,7 +140,12 @@ def towers() -> dict[str, Any]:
         for name, entry in adapters().items()
         if name.endswith("ForConditionalGeneration")
     }
-    return {name: family for name, family in families.items() if hasattr(family, "layers_read")}
+    return {name: family for name, family in families.items() if reads_images(family)}
+
+
+def reads_images(family: Any) -> bool:
+    """Return whether an adapter says what of its tower a language model reads."""
+    return hasattr(family, "layers_read")
 
 
 def _no_family(name: str, architecture: str) -> str:

@@ -103,14 +103,25 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-def check_inputs(inputs: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError unless a mapping holds what a processor returns."""
+def check_inputs(inputs: Mapping[str, Any], name: str, image_token: int | None) -> None:
+    """Raise ValueError unless a mapping holds what a processor returns.
+
+    Args:
+        inputs: The mapping.
+        name: Name of the model in errors.
+        image_token: Number of the token that stands for an image; None checks none.
+    """
     missing = [key for key in ("input_ids", "pixel_values") if key not in inputs]
     if missing or not isinstance(inputs["input_ids"], Tensor):
         raise ValueError(
             f"inputs of {name} need input_ids and pixel_values"
             f"{f', but {missing[0]} is missing' if missing else ''}: "
             "vlm.prepare(images, prompt) makes them"
+        )
+    if image_token is not None and not bool((inputs["input_ids"] == image_token).any()):
+        raise ValueError(
+            f"the input_ids for {name} hold no image token ({image_token}), so it would see no "
+            "image: vlm.prepare(images, prompt) puts the tokens in"
         )
 
 

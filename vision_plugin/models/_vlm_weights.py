@@ -30,8 +30,9 @@ class VisionLanguageWeights:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token embedding."""
-        return self._embedding.device
+        """Device of the token embedding, or of the first weight that is not offloaded."""
+        weights = chain([self._embedding], self.native.parameters())
+        return next((w.device for w in weights if w.device.type != "meta"), torch.device("cpu"))
 
     @property
     def _embedding(self) -> Tensor:

@@ -1,17 +1,16 @@
 """What a vision-language model answers to several questions about the same images.
 
 The tower runs once up to the block whose output is read, the images' tokens once per change of it,
-and each question for itself behind them.
+and the questions behind them, all at once.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
@@ -99,38 +98,44 @@ class AnswerPass:
                 input_ids=self.prefix.expand(n, -1), pixel_values=pixels, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
-        found: dict[str, list[str]] = {}
-        for names in self._by_length():
-            cache = copy.deepcopy(read.past_key_values)
-            cache.batch_repeat_interleave(len(names))
-            ids = torch.stack([self.rest[name] for name in names]).repeat(n, 1)
-            said = self._written(native, ids, cache)
-            words = self.vlm.processor.batch_decode(said, skip_special_tokens=True)
-            for place, name in enumerate(names):
-                found[name] = [str(word).strip() for word in words[place :: len(names)]]
-        return found
+        said = self._written(native, read.past_key_values, n)
+        return {
+            name: [str(word).strip() for word in self.vlm.processor.batch_decode(
+                said[:, place], skip_special_tokens=True)]
+            for place, name in enumerate(self.rest)
+        }  # fmt: skip
 
-    def _by_length(self) -> list[list[str]]:
-        """Return the questions in groups that run together: those of one length."""
-        groups: dict[int, list[str]] = {}
-        for name, ids in self.rest.items():
-            groups.setdefault(len(ids), []).append(name)
-        return list(groups.values())
+    def _written(self, native: Any, cache: Any, n: int) -> Int[Tensor, "n questions new"]:
+        """Return the tokens of greedy answers; what follows an end is the end again.
 
-    def _written(self, native: Any, ids: Tensor, cache: Any) -> Tensor:
-        """Return the tokens of greedy answers; what follows an end is the end again."""
-        ends = self.ends.to(ids.device)
+        The questions stand in one sequence behind what they share. A mask lets each one see that
+        and itself, and its positions are those that it has alone.
+        """
+        device, first = self.prefix.device, len(self.prefix)
+        lengths = torch.tensor([len(ids) for ids in self.rest.values()])
+        every = torch.arange(len(lengths))
+        ids = torch.cat(list(self.rest.values())).expand(n, -1)
+        of = every.repeat_interleave(lengths)
+        positions = torch.cat([first + torch.arange(length) for length in lengths.tolist()])
+        last = lengths.cumsum(0) - 1
+        before = torch.full((first,), -1)  # which question a token belongs to; -1 is all of them
+        ends = self.ends.to(device)
         said: list[Tensor] = []
-        over = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        over = torch.zeros(n, len(lengths), dtype=torch.bool, device=device)
         for _ in range(self.max_new_tokens):
-            output = native(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids = output.logits[:, -1].argmax(-1, keepdim=True)
-            ids = torch.where(over, ends[0], ids)
+            mask = _mask(before, of).to(device)
+            output = native(
+                input_ids=ids, past_key_values=cache, use_cache=True,
+                attention_mask=mask.to(native.dtype).expand(n, 1, -1, -1),
+                position_ids=positions.to(device).expand(n, -1), logits_to_keep=last.to(device),
+            )  # fmt: skip
+            ids = torch.where(over, ends[0], output.logits.argmax(-1))
             said.append(ids)
             over = over | torch.isin(ids, ends)
             if bool(over.all()):
                 break
-        return torch.cat(said, dim=1)
+            before, of, positions, last = torch.cat([before, of]), every, positions[last] + 1, every
+        return torch.stack(said, dim=2)
 
     def pull(
         self, name: str, words: Sequence[str], rows: Tensor
@@ -170,6 +175,22 @@ class AnswerPass:
                 ]
                 parts.append(torch.stack(grads))
         return torch.cat(parts, dim=1)
+
+
+def _mask(
+    before: Int[Tensor, " earlier"], of: Int[Tensor, " new"]
+) -> Float[Tensor, "new earlier+new"]:
+    """Return what is added to scores of attention: 0, or minus infinity as a number.
+
+    Args:
+        before: Which question each earlier token belongs to; -1 stands for all of them.
+        of: Which one each new token belongs to.
+    """
+    every = torch.cat([before, of])
+    numbers = torch.arange(len(every))
+    mine = (every == of[:, None]) | (every == -1)
+    seen = mine & (numbers <= numbers[len(before) :, None])
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 def _tokens_of(processor: Any, words: Sequence[str]) -> list[Tensor] | None:

@@ -20,7 +20,7 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 from vision_plugin.steering import Edit, LatentEditor
 from vision_plugin.tasks._answers import check_reads_one_block
-from vision_plugin.tasks._multimodal_change import edit_of
+from vision_plugin.tasks._multimodal_change import edits_of
 from vision_plugin.tasks._multimodal_data import MultimodalData
 from vision_plugin.tasks._multimodal_result import Dialogue, MultimodalResult
 from vision_plugin.tasks._multimodal_settings import (
@@ -116,10 +116,10 @@ def multimodal(
             rows.append(test.row(goal, factor, winner, "winner", error=False))
             rows.append(test.row(goal, factor, replace(winner, patches="all"), "winner"))
             dialogues += test.dialogues(goal, factor, winner)
-            for number, value in enumerate(values):
-                edit = edit_of(sae, data, knowledge, factor, winner, number)
-                edits[goal, factor, value] = edit
-                best = max(best, (score, edit), key=lambda pair: pair[0])
+            for number in range(len(values)):
+                for named, edit in edits_of(sae, data, knowledge, factor, winner, number).items():
+                    edits[goal, factor, named] = edit
+                    best = max(best, (score, edit), key=lambda pair: pair[0])
     return MultimodalResult(
         model=str(vlm.cfg.model_name),
         sae=name or hook_name,
@@ -178,9 +178,9 @@ def _balance(seen: Mapping[str, Any], goal: Goal) -> float:
 
 
 def _above(seen: Mapping[str, Any], goal: Goal, *, floor: float) -> float:
-    """Return what is done where enough is preserved, and what is missing where not."""
-    enough = seen["preserved"] >= floor
-    return float(seen[DONE[goal]] if enough else seen["preserved"] - floor)
+    """Return what is done where enough is preserved for sure, and what is missing where not."""
+    left = seen["preserved"] - seen["preserved_error"] - floor
+    return float(seen[DONE[goal]] if left >= 0 else left)
 
 
 def _final(tried: Sequence[Tried]) -> list[Tried]:
@@ -195,9 +195,9 @@ def _chosen(
     for method in GOAL_METHODS[goal]:
         mine = _final([one for one in tried if one[0].method == method])
         yield "best", max(mine, key=lambda one: _balance(one[1], goal))[0]
-        recipe, seen = max(mine, key=lambda one: _above(one[1], goal, floor=settings.preserved))
-        if seen["preserved"] >= settings.preserved:
-            yield "preserving", recipe
+        scores = [_above(seen, goal, floor=settings.preserved) for _, seen in mine]
+        if max(scores) >= 0:
+            yield "preserving", mine[scores.index(max(scores))][0]
 
 
 def _winner(tried: Sequence[Tried], goal: Goal) -> tuple[Recipe, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit, Where
 from vision_plugin.tasks._multimodal_data import MultimodalData
-from vision_plugin.tasks._multimodal_settings import EDITS, Goal, Recipe
+from vision_plugin.tasks._multimodal_settings import DIRECTIONS, EDITS, PAIRED, Goal, Recipe
 from vision_plugin.tasks._reading import SHARE, Knowledge, PatchReading, object_patches
 
 
@@ -40,6 +41,8 @@ def plan_of(
     recipe: Recipe,
     value: int,
     strangers: Int[Tensor, " all"] | None = None,
+    *,
+    seen: int | None = None,
 ) -> Plan:
     """Return what a recipe makes of the latents for one value.
 
@@ -49,7 +52,13 @@ def plan_of(
         recipe: The recipe; its method is one of ``EDITS``.
         value: Number of the value.
         strangers: Latents that stand in for those that were found, in random order.
+        seen: Number of the value that the model sees, for a method of ``PAIRED``.
     """
+    if recipe.method == "replace":
+        assert seen is not None
+        both = torch.unique(knowledge.pushing[factor][[value, seen], : recipe.size])
+        means = knowledge.latent_means[factor]
+        return Plan(both, recipe.strength * (means[value, both] - means[seen, both]), True)
     adds, strength = recipe.method in ("add", "subtract"), recipe.strength
     found = knowledge.pushing if adds else knowledge.latents
     chosen = found[factor][value, : recipe.size]
@@ -70,13 +79,6 @@ def plan_of(
             return Plan(chosen, -strength * natural, False)
         case "clamp":
             return Plan(chosen, strength * natural, False)
-        case "exchange":
-            n_values = len(found[factor])
-            values = [v for v in range(n_values) if v != value]
-            others = torch.unique(found[factor][values, : recipe.size])
-            others = others[~torch.isin(others, chosen)]
-            amounts = torch.cat([strength * natural, natural.new_zeros(len(others))])
-            return Plan(torch.cat([chosen, others]), amounts, False)
     raise ValueError(f"{recipe.method} is no change of latents: use one of {', '.join(EDITS)}")
 
 
@@ -87,9 +89,11 @@ def edit_of(
     factor: str,
     recipe: Recipe,
     value: int,
+    *,
+    seen: int | None = None,
 ) -> Edit:
     """Return a recipe for one value as an Edit, which finds the object's patches itself."""
-    plan = plan_of(knowledge, factor, recipe, value)
+    plan = plan_of(knowledge, factor, recipe, value, seen=seen)
     where = None
     if recipe.patches == "chosen":
         shows = knowledge.latents[data.locator][:, 0].unique()
@@ -97,6 +101,25 @@ def edit_of(
         where = Where(above, outside=factor in data.beside)
     amounts = dict(zip(plan.latents.tolist(), plan.amounts.tolist(), strict=True))
     return Edit.of("add" if plan.adds else "clamp", sae, amounts, tokens="patch", where=where)
+
+
+def edits_of(
+    sae: Dictionary,
+    data: MultimodalData,
+    knowledge: Knowledge,
+    factor: str,
+    recipe: Recipe,
+    value: int,
+) -> dict[str, Edit]:
+    """Return a recipe's edits for one value, by its name, or as ``red-to-blue`` by both names."""
+    names, rest = data.values[factor], (sae, data, knowledge, factor, recipe, value)
+    if recipe.method not in PAIRED:
+        return {names[value]: edit_of(*rest)}
+    return {
+        f"{names[seen]}-to-{names[value]}": edit_of(*rest, seen=seen)
+        for seen in range(len(names))
+        if seen != value
+    }
 
 
 class Changes:
@@ -107,6 +130,7 @@ class Changes:
         reading: The images' patches.
         knowledge: What was found on training images.
         random: Draws the latents that stand in for those that were found.
+        seen: Number of the value that the model sees in each image, by factor: ``[n]``.
     """
 
     def __init__(
@@ -115,8 +139,9 @@ class Changes:
         reading: PatchReading,
         knowledge: Knowledge,
         random: torch.Generator,
+        seen: Mapping[str, Int[Tensor, " n"]],
     ) -> None:
-        self.data, self.reading, self.knowledge = data, reading, knowledge
+        self.data, self.reading, self.knowledge, self.seen = data, reading, knowledge, seen
         self.here = object_patches(reading, knowledge, data.locator)
         active = (knowledge.natural > 0).nonzero()[:, 0]
         self.strangers = active[torch.randperm(len(active), generator=random)]
@@ -133,25 +158,37 @@ class Changes:
     ) -> Tensor:
         """Return what the language model reads of some images under a recipe."""
         stream = self.reading.stream[rows].clone()
-        for value in torch.unique(target[rows]).tolist():
-            places = (target[rows] == value).nonzero()[:, 0]
+        seen = self.seen[factor] if recipe.method in PAIRED else target
+        pairs = torch.stack([target[rows], seen[rows]], dim=1)
+        for pair in torch.unique(pairs, dim=0):
+            places = (pairs == pair).all(1).nonzero()[:, 0]
+            value, old = pair.tolist()
             some = rows[places]
-            stream[places] = self._changed(goal, factor, recipe, value, some, random)
+            stream[places] = self._changed(goal, factor, recipe, value, old, some, random)
         return stream
 
     def _changed(
-        self, goal: Goal, factor: str, recipe: Recipe, value: int, rows: Tensor, random: bool
+        self,
+        goal: Goal,
+        factor: str,
+        recipe: Recipe,
+        value: int,
+        seen: int,
+        rows: Tensor,
+        random: bool,
     ) -> Tensor:
         known, strength = self.knowledge, recipe.strength
         here = self.here[rows]
         mask = (~here if factor in self.data.beside else here).unsqueeze(-1)
         if recipe.patches == "all":
             mask = torch.ones_like(mask)
-        if recipe.method in ("diff_mean", "neurons"):
-            away = known.means[factor][value] - known.overall[factor]
+        if recipe.method in (*DIRECTIONS, "neurons"):
+            means = known.means[factor]
+            start = means[seen] if recipe.method in PAIRED else known.overall[factor]
+            away = means[value] - start
             sign = 1.0 if goal == "insertion" else -1.0
             patches = self.reading.patches[rows]
-            if recipe.method == "diff_mean":
+            if recipe.method in DIRECTIONS:
                 change = sign * strength * away * mask
                 return self.reading.with_patches(patches + change, rows)
             chosen = known.neurons[factor][value, : recipe.size]
@@ -161,7 +198,8 @@ class Changes:
             return self.reading.with_patches(new, rows)
         if recipe.method in ("transfer", "swap"):
             return self._moved(factor, value, recipe, rows)
-        plan = plan_of(known, factor, recipe, value, self.strangers if random else None)
+        strangers = self.strangers if random else None
+        plan = plan_of(known, factor, recipe, value, strangers, seen=seen)
         return self.reading.with_latents(
             plan.latents, lambda old: torch.where(mask, plan(old), old), rows
         )

@@ -59,7 +59,8 @@ class MultimodalResult:
         search: What validation saw of each candidate.
         dialogues: What the model says before and after.
         edit: The edit that did best on validation of all.
-        edits: The edit of each value, by goal, factor and value.
+        edits: The edit of each value, by goal, factor and value; where it depends on the value that
+            is there, by both, as ``red-to-blue``.
         one_word: What is said in one word about a white image, where that was asked for.
     """
 

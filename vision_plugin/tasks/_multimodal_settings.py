@@ -10,11 +10,18 @@ from typing import Literal
 Goal = Literal["insertion", "suppression"]
 Patches = Literal["chosen", "all"]
 GOAL_METHODS: Mapping[Goal, tuple[str, ...]] = {
-    "insertion": ("clamp", "add", "exchange", "transfer", "swap", "diff_mean", "neurons"),
+    "insertion": (
+        *("clamp", "add", "replace", "transfer", "swap"),
+        *("diff_mean", "diff_mean_replace", "neurons"),
+    ),
     "suppression": ("zero", "mean", "negative", "subtract", "diff_mean", "neurons"),
 }
-EDITS = ("clamp", "add", "exchange", "zero", "mean", "negative", "subtract")
+EDITS = ("clamp", "add", "replace", "zero", "mean", "negative", "subtract")
 """Methods that a :class:`vision_plugin.Edit` can make."""
+PAIRED = ("replace", "diff_mean_replace")
+"""Methods that take away the value that is there, as the model's own answer says."""
+DIRECTIONS = ("diff_mean", "diff_mean_replace")
+"""Methods that add one direction per value."""
 _ONE_STRENGTH = ("zero", "mean")
 DONE: Mapping[Goal, str] = {"insertion": "inserted", "suppression": "suppressed"}
 """Name of each goal's figure."""
@@ -26,15 +33,16 @@ class MultimodalSettings:
 
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value."""
-    strengths: tuple[float, ...] = (0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
+    strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     """Multiples of the natural strength, or of a difference of means."""
     preserved: float = 0.9
-    """Share of other answers to preserve for the second choice."""
+    """Share of other answers to preserve for the second choice: on validation, by more than a
+    standard error."""
     targets: int = 2
     """Values that are put into each test image."""
     screened: int = 40
     """Validation images that see every candidate; the best candidates see all of them."""
-    finalists: int = 2
+    finalists: int = 1
     """Candidates of each method that see all validation images, by either choice."""
     pulled: int = 100
     """Training images whose gradients say which latents move an answer."""
@@ -61,9 +69,9 @@ class MultimodalSettings:
 class Recipe:
     """A method with its number of latents per value, its strength and its patches.
 
-    ``clamp`` and ``negative`` set latents to multiples of their natural strengths, ``exchange``
-    clamps and sets the latents of all other values to 0, ``add`` and ``subtract`` add multiples of
-    the value's difference of means, ``zero`` and ``mean`` set latents to 0 and to the mean.
+    ``clamp`` and ``negative`` set latents to multiples of their natural strengths, ``zero`` and
+    ``mean`` to 0 and to the mean. ``add`` and ``subtract`` add multiples of the value's difference
+    from the mean, ``replace`` of its difference from the value that is there.
     """
 
     method: str
@@ -79,7 +87,7 @@ class Recipe:
 def recipes(goal: Goal, settings: MultimodalSettings) -> Iterator[Recipe]:
     """Yield what is tried."""
     for method in GOAL_METHODS[goal]:
-        sizes = (1,) if method == "diff_mean" else settings.sizes
+        sizes = (1,) if method in DIRECTIONS else settings.sizes
         strengths = (1.0,) if method in _ONE_STRENGTH else settings.strengths
         for size in sizes:
             for strength in strengths:

@@ -51,10 +51,12 @@ class Outcome:
         return torch.stack(list(self.kept.values())).double().mean(0)
 
     def shares(self, goal: Goal) -> dict[str, float]:
-        """Return the means: done, preserved, and preserved of each factor."""
+        """Return the means (done, preserved, preserved of each factor) and a standard error."""
         each = {f"preserved_{factor}": kept for factor, kept in self.kept.items()}
         found = {DONE[goal]: self.done, "preserved": self.preserved, **each}
-        return {name: float(values.double().mean()) for name, values in found.items()}
+        means = {name: float(values.double().mean()) for name, values in found.items()}
+        spread = float(self.preserved.std(unbiased=False))
+        return {**means, "preserved_error": spread / len(self.images) ** 0.5}
 
 
 class Split:
@@ -72,6 +74,7 @@ class Split:
         judge: Judge = is_the_value,
     ) -> None:
         self.data, self.asked, self.settings = data, asked, settings
+        self._outcomes: dict[Any, Outcome] = {}
         self.judge = judge
         self.answering = AnswerPass(
             vlm,
@@ -91,7 +94,8 @@ class Split:
             for factor in data.questions
         }
         random = torch.Generator().manual_seed(settings.seed)
-        self.changes = Changes(data, self.reading, knowledge, random)
+        # Where an answer is right before, as in every row of a table, it says the label.
+        self.changes = Changes(data, self.reading, knowledge, random, asked.labels)
         self.targets = {
             factor: _other_values(asked.labels[factor], len(values), settings.targets, random)
             for factor, values in data.values.items()
@@ -190,6 +194,21 @@ class Split:
         most: int | None = None,
     ) -> Outcome:
         """Return whether answers changed as they should, which others stayed, and the images."""
+        asked = (goal, factor, recipe, which, random, error, most)
+        if asked not in self._outcomes:
+            self._outcomes[asked] = self._outcome(*asked)
+        return self._outcomes[asked]
+
+    def _outcome(
+        self,
+        goal: Goal,
+        factor: str,
+        recipe: Recipe,
+        which: int,
+        random: bool,
+        error: bool,
+        most: int | None,
+    ) -> Outcome:
         own = self.asked.labels[factor]
         target = self.targets[factor][:, which] if goal == "insertion" else own
         # An answer that is wrong before says nothing about a change of it.
