@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
@@ -56,27 +59,53 @@ def search_for(folder: Path, words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def take_pages(folder: Path, out: Path) -> None:
-    """Write ``report-<page>.png`` for index, feature, image, map and compare."""
+def take_pages(folder: Path, out: Path, *, word: str = "frog") -> list[Path]:
+    """Write ``report-<page>.webp`` for index, feature, image, map, compare and summary.
+
+    Args:
+        folder: The report.
+        out: Where the pictures go.
+        word: A label of pictures; the feature page is of the best match, the image page of such a
+            picture, if there is one.
+    """
     view = {"viewport": {"width": 1200, "height": 800}}
+    taken = []
     with chromium() as browser:
-        page = opened(browser, folder, "index.html#state=usual", **view)
-        first = page.locator("#view .card a").first.text_content()
+        page = opened(browser, folder, f"index.html#query={word}&sort=match", **view)
+        cards = page.locator("#view .card a")
+        if cards.count() == 0:
+            page = opened(browser, folder, "index.html", **view)
+            cards = page.locator("#view .card a")
+        first = cards.first.text_content()
         addresses = {
             "index": "index.html#state=usual",
             "feature": f"features/{first}.html",
-            "image": "images.html",
-            "map": f"map.html#feature={first}",
+            "image": f"images.html#query={word}",
+            "map": "map.html#colour=frequency",
             "compare": "compare.html",
             "summary": "summary.html",
         }
         for name, address in addresses.items():
             page = opened(browser, folder, address, **view)
             if name == "image":
-                stage = page.locator("#stage")
-                page.wait_for_selector("#stage .image")
-                stage.click(position={"x": 200, "y": 200})
-                page.locator("#over-image li").first.hover()
-            page.wait_for_timeout(500)  # images of the sheets are decoded
-            page.screenshot(path=out / f"report-{name}.png")
+                _choose_a_patch(page)
+            if name == "map":
+                page.locator("#find").fill(first)
+                page.locator("#find").press("Enter")
+                page.locator("#whole").click()
+            page.wait_for_timeout(700)  # images of the sheets are decoded
+            picture = Image.open(io.BytesIO(page.screenshot()))
+            taken.append(out / f"report-{name}.webp")
+            picture.convert("RGB").save(taken[-1], quality=80, method=6)
             page.context.close()
+    return taken
+
+
+def _choose_a_patch(page: Any) -> None:
+    found = page.locator("#all button")
+    if found.count():
+        found.first.click()
+    page.wait_for_selector("#stage .image")
+    box = page.locator("#stage").bounding_box()
+    page.locator("#stage").click(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    page.locator("#over-image li").first.hover()

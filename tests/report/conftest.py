@@ -152,6 +152,17 @@ class Visit:
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.page.on("requestfailed", self._failed)
         self.page.on("request", lambda r: self.requests.append(r.url))
+        self.blocked = []
+        self.root = folder.resolve().as_uri()
+        self.context.route(lambda url: not self._own(url), self._block)
+
+    def _own(self, url):
+        return url.startswith((self.root, "data:"))
+
+    def _block(self, route):
+        """Refuse whatever is not a file of the report."""
+        self.blocked.append(route.request.url)
+        route.abort("blockedbyclient")
 
     def _failed(self, request):
         if request.failure != "net::ERR_ABORTED":  # the page was left before its image came
@@ -180,9 +191,8 @@ class Visit:
         return self.page.locator("#count").text_content().startswith(f"{n} ")
 
     def check_quiet(self):
-        root = self.folder.resolve().as_uri()
-        away = [u for u in self.requests if not u.startswith((root, "data:"))]
-        assert away == []
+        assert self.blocked == []
+        assert [u for u in self.requests if not self._own(u)] == []
         assert self.complaints == []
 
 

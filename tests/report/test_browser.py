@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vision_plugin as vp
-from tests.report.conftest import topk_sae
+from tests.report.conftest import draw_images, topk_sae
 from tests.report.test_content import column, numbers_in, read_data
 
 SCREENS = Path(__file__).parent / "screens"
@@ -108,6 +110,42 @@ def test_search_finds_names_numbers_and_labels_best_first(index, built):
     assert index.page.locator("#empty").is_visible()
     index.page.locator("#clear-empty").click()
     assert index.shown(40)
+
+
+def test_search_takes_whole_words_before_parts_and_finds_file_names(visit, model, sae, tmp_path):
+    images = draw_images(12)
+    images.labels = ["car", "cart", "scar", *["tree"] * 9]
+    images.ids = [f"shelf/picture {i} of oak.png" for i in range(12)]
+    latents = torch.zeros(12, 40)
+    for latent, number in ((2, 1), (3, 2), (4, 0), (5, 5)):
+        latents[number, latent] = 1.0
+    vp.report(sae, None, images, tmp_path / "r", latents=latents, features=[2, 3, 4, 5])
+    visitor = visit(tmp_path / "r")
+    page = ready(visitor.open())
+    assert page.locator("#query").get_attribute("placeholder") == "label, file name, #number"
+    page.locator("#query").fill("car")
+    assert visitor.rows() == [4, 2, 3]
+    page.locator("#query").fill("picture 5 of oak")
+    assert visitor.rows() == [5]
+
+
+def test_a_request_for_anything_else_is_refused_outright(visit, built, tmp_path):
+    """The block that all visits work under, on a page that does ask for something."""
+    shutil.copytree(built, tmp_path / "r")
+    summary = tmp_path / "r" / "summary.html"
+    policy = re.compile(r"<meta http-equiv=.*?>")
+    page = policy.sub("", summary.read_text()).replace(
+        "</body>", '<img src="http://127.0.0.1:9/x.png"><img src="file:///etc/hosts"></body>'
+    )
+    summary.write_text(page)
+    visitor = visit(tmp_path / "r")
+    visitor.open("summary.html").wait_for_timeout(100)
+    blocked = set(visitor.blocked)
+    with pytest.raises(AssertionError):
+        visitor.check_quiet()
+    for found in (visitor.blocked, visitor.complaints, visitor.requests):
+        found.clear()
+    assert blocked == {"http://127.0.0.1:9/x.png", "file:///etc/hosts"}
 
 
 def test_states_are_told_apart(index, built):
@@ -252,6 +290,19 @@ def test_the_heat_map_fades_and_tells_the_value_under_the_pointer(index, built, 
     index.open("features/5.html")
     assert page.locator("[name=heat][value=off]").is_checked()
     assert page.locator("#fade").input_value() == "30"
+
+
+def test_a_label_leads_to_the_features_that_share_it(index):
+    page = index.page
+    index.open("features/4.html")
+    link = page.locator("section[aria-labelledby=labels-title] a").first
+    label = link.text_content()
+    link.click()
+    page.wait_for_url("**/index.html#*")
+    ready(page)
+    assert page.locator("#query").input_value() == label
+    assert page.locator("#sort").input_value() == "match"
+    assert 4 in index.rows()
 
 
 def test_a_click_on_a_patch_lists_its_features(index, token_latents):

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +158,44 @@ def test_the_summary_has_the_table_and_the_curves(tmp_path, model, sae, images):
     assert page.count("<polyline") == 3
 
 
+def test_names_of_the_naming_command_come_with_every_method(tmp_path, model, sae, images):
+    names = vp.name_features(
+        model, sae, images, methods=("decoder", "dissect"), min_images=1, progress=False,
+        vocabulary=["a red circle", "a blue square", "a green star", "a tree"],
+    )  # fmt: skip
+    names.save(tmp_path / "names.json")
+    out = tmp_path / "r"
+    read = vp.lens.read_names(tmp_path / "names.json", sae=sae)
+    vp.report(sae, model, images, out, features=range(12), names=read)
+    assert read_data(out)["names"] == [name or "" for name in names.names[:12]]
+    latent = next(k for k in range(12) if names.names[k])
+    page = feature(out, latent).split("Names</h2>")[1].split("</table>")[0]
+    rows = re.findall(r"<bdi>(.*?)</bdi></th><td><bdi>(.*?)</bdi></td>", page)
+    assert rows[0] == (names.names[latent], names.made_by[latent])
+    wanted = {m: one.names[latent] for m, one in names.candidates.items() if one.names[latent]}
+    assert {method: name for name, method in rows} == wanted
+    assert names.check is not None
+    checked = [float(names.check.auroc[k]) for k in range(12)]
+    shown = [math.nan if v is None else v for v in column(read_data(out), "Name check")]
+    assert shown == pytest.approx(checked, rel=1e-4, nan_ok=True)
+
+
+def test_answers_stand_beside_the_image_they_are_about(tmp_path, model, sae, images):
+    spoken = {"latent": 2, "prompt": "What <is> it?", "strength": 9.0}
+    spoken |= {"before": ["a disc", "a square"], "after": ["a disc", "a frog"]}
+    out = tmp_path / "r"
+    answers = {"model": "m", "answers": [spoken], "images": [0, 7]}
+    vp.report(sae, model, images[:20], out, features=[1, 2], answers=answers)
+    says = feature(out, 2).split("What the language model says")[1].split("</table>")[0]
+    assert "What &lt;is&gt; it?" in says
+    assert re.findall(r"<strong><bdi>(.*?)</bdi>", says) == ["a frog"]
+    assert re.findall(r'aria-label="image (\d+)"', says) == ["0", "7"]
+    assert "What the language model says" not in feature(out, 1)
+    for wrong, why in (({"images": [0, 20]}, "names image 20"), ({"answers": [{}]}, "ask again")):
+        with pytest.raises(ValueError, match=why):
+            vp.report(sae, model, images[:20], tmp_path / "s", answers={**answers, **wrong})
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -199,9 +239,18 @@ def test_a_run_of_wandb_gets_a_table_and_the_pages(tmp_path, model, sae, images,
     try:
         vp.report(sae, model, images[:12], tmp_path / "r", features=[1, 2], title="A <b> title")
         assert "report/features" in dict(run.summary)
+        folder = Path(run.dir).parent
     finally:
         run.finish()
     assert sys.modules["wandb"].run is None
+    # What the run would send: the artifact by its kind, with the pages in its list of files.
+    wanted = [b"vision_plugin-report", b"A-b-title", b"index.html", b"features/2.html"]
+    for _ in range(100):
+        sent = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
+        if all(text in sent for text in wanted):
+            break
+        time.sleep(0.2)  # wandb's own process writes the file
+    assert [text for text in wanted if text not in sent] == []
 
 
 def test_an_unknown_layout_and_a_stray_comparison_are_refused(tmp_path, model, sae, images):

@@ -120,6 +120,39 @@ def test_a_value_on_the_cls_token_is_marked(built, token_latents):
         assert head.count(">CLS") == int(on_cls.sum())
 
 
+def test_a_feature_at_the_class_token_alone_is_shown_undimmed_and_says_why(
+    tmp_path, model, images, visit
+):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(model.preprocess(list(images)), names_filter=HOOK)
+    tokens = cache[HOOK]
+    apart = tokens[:, 0].mean(0) - tokens[:, 1:].mean((0, 1))
+    sae = standard_sae()
+    with torch.no_grad():
+        sae.W_enc[:, 0] = apart
+        sae.b_enc[0] = -(tokens[:, 1:] @ apart).max()
+        fires = sae.encode(tokens)[..., 0] > 0
+    assert bool(fires[:, 0].any())
+    assert not bool(fires[:, 1:].any())
+    vp.report(sae, model, images, tmp_path / "r", features=[0, 1])
+    page = feature(tmp_path / "r", 0)
+    assert "fires at the class token" in page
+    assert "no place in it" in page
+    assert 'class="heat"' not in page
+    assert 'id="heat"' not in page
+    titles = [c["title"] for c in read_data(tmp_path / "r")["columns"]]
+    kinds = read_data(tmp_path / "r")["columns"][titles.index("Token kind")]["names"]
+    assert kinds[int(column(read_data(tmp_path / "r"), "Token kind")[0])] == "class token"
+    # What a person sees is the picture itself, pixel for pixel, not a dark one.
+    shown = visit(tmp_path / "r").open("features/0.html")
+    frame = shown.locator(".frame").first
+    number = int(frame.get_attribute("data-number"))
+    frame.locator("image").evaluate("(e) => e.decode ? e.decode() : null")
+    seen = np.asarray(Image.open(io.BytesIO(frame.screenshot())).convert("RGB"), dtype=float)
+    copy = np.asarray(picture(tmp_path / "r", page, number))
+    assert seen.mean() == pytest.approx(copy.mean(), abs=6)
+
+
 def test_the_sample_is_drawn_from_images_on_which_it_fires(built, token_latents):
     per_image = token_latents.amax(1)
     latent = int((per_image > 0).sum(0).argmax())

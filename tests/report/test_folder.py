@@ -211,6 +211,41 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae
     assert sum(encoded) == 300 + n_shown
 
 
+def test_a_build_killed_outright_goes_on_to_the_same_bytes(tmp_path, model, sae, monkeypatch):
+    images = draw_images(300)
+    vp.report(sae, model, images, tmp_path / "whole", n_image_pages=300)
+    monkeypatch.setattr(_resume, "SAVE_EVERY_S", 0.0)
+    save, saved = Checkpoint.save, [0]
+
+    def build(kill_in, kill_at):
+        def kill_after(self, name, state):
+            save(self, name, state)
+            saved[0] += name == kill_in
+            if saved[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Checkpoint, "save", kill_after)
+        vp.report(sae, model, images, tmp_path / "r", n_image_pages=300)
+
+    # One kill in the first pass, one in the second, each in a process of its own.
+    for name, kill_at in (("counts", 4), ("maps", 1)):
+        child = in_child(lambda name=name, kill_at=kill_at: build(name, kill_at))
+        assert ended(child) == -signal.SIGKILL
+        assert (tmp_path / ".r.going-on" / f"{name}.safetensors").is_file()
+        assert not (tmp_path / "r").exists()
+    encoded, pixels = [], TokenEncoder.pixels
+
+    def note(self, found):
+        encoded.append(len(found))
+        return pixels(self, found)
+
+    monkeypatch.setattr(TokenEncoder, "pixels", note)
+    build("", -1)
+    assert digest(tmp_path / "r") == digest(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "whole"]
+    assert sum(encoded) < 300
+
+
 def test_what_a_build_of_another_report_left_is_not_gone_on_from(tmp_path, model, sae, monkeypatch):
     monkeypatch.setattr(_resume, "SAVE_EVERY_S", 0.0)
     save = Checkpoint.save

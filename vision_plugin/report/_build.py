@@ -85,7 +85,7 @@ class Job:
     scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
     chance: float
     names: list[tuple[Name, ...]] | None
-    answers: dict[int, list[dict[str, str]]]
+    answers: dict[int, list[dict[str, Any]]]
     features: list[int]
     steering: Mapping[int, SteeringEffect] | None
     steerer: Steerer | None
@@ -194,7 +194,9 @@ def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
     shown = torch.cat([summary.top.images, summary.sample.images], dim=1)[job.features].numpy()
     wanted = _image_pages(job)
     steered = () if job.steerer is None else job.steerer.numbers
-    order = sorted({*np.unique(shown).tolist(), *wanted, *steered, *top_images_of(others)} - {-1})
+    asked = {row["image"] for rows in job.answers.values() for row in rows} - {None}
+    beside = {*wanted, *steered, *asked, *top_images_of(others)}
+    order = sorted({*np.unique(shown).tolist(), *beside} - {-1})
     writer, heat, recorder = _write_images(job, shown, order, wanted, folder, checkpoint)
     together = partners(counted.kept, job.features, counted.kept, job.sizes.n_neighbours)
     placed = feature_map(job.sae, job.features, job.layout)

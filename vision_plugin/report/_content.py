@@ -32,7 +32,8 @@ class Content:
     """Numbers of the latents in the report, ascending."""
     names: list[tuple[Name, ...]] | None
     """Names of every latent of the SAE, the best first."""
-    answers: dict[int, list[dict[str, str]]]
+    answers: dict[int, list[dict[str, Any]]]
+    """What a language model says, by latent."""
     columns: list[Column]
     states: np.ndarray[Any, np.dtype[np.int64]]
     """Place in ``STATES`` of every latent of the SAE."""

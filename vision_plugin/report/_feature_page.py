@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def feature_pages(content: Content, effects: Iterator[Steered | None]) -> Iterat
             **_images(content, row, latent),
             **_where(content, latent),
             "names": [n.row() for n in content.names[latent]] if content.names else [],
-            "answers": content.answers.get(latent, []),
+            "answers": _answers(content, latent),
             "labels": _labels(content, row),
             "neighbours": _partners(content, rows, _near(content, row)),
             "together": _partners(content, rows, _beside(content, row)),
@@ -150,7 +151,7 @@ def _where(content: Content, latent: int) -> dict[str, Any]:
     places = content.counted.places
     if places is None or not bool(places.total[latent].any()):
         return {"kinds": [], "grid_map": None}
-    shares = places.shares()[latent].tolist()
+    shares = places.shares[latent].tolist()
     kinds = []
     for kind, share in zip(places.kinds_there, shares, strict=True):
         columns = places.of_kind(kind)
@@ -203,12 +204,18 @@ def _labels(content: Content, row: int) -> list[dict[str, Any]]:
             clean(text),
             {
                 "text": clean(text),
+                "query": _query(clean(text)),
                 "column": column if once else "",
                 "count": count,
                 "width": round(100 * count / len(numbers), 1),
             },
         )
     return list(found.values())
+
+
+def _query(text: str) -> str:
+    """Return a text for an address, without a character that could mean anything there."""
+    return quote(text.casefold(), safe="").replace(".", "%2E")
 
 
 def _near(content: Content, row: int) -> list[tuple[int, float]]:
@@ -242,6 +249,18 @@ def _partners(
             }
         )
     return found
+
+
+def _answers(content: Content, latent: int) -> list[dict[str, Any]]:
+    """Return what the language model says, with the image that each answer is about."""
+    return [
+        {
+            **row,
+            "tile": None if row["image"] is None else content.tile(row["image"], small=True),
+            "changed": row["before"] != row["after"],
+        }
+        for row in content.answers.get(latent, [])
+    ]
 
 
 def _steering(content: Content, steered: Steered | None) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def index_data(content: Content) -> dict[str, Any]:
             "numbers": order,
             "labels": [content.label(number)[:N_LIST_NAME] for number in order],
             "texts": _texts(content),
+            "files": file_names(content),
         },
     }
 
@@ -74,6 +75,12 @@ def _texts(content: Content) -> dict[str, Any]:
         texts = (text[:N_LIST_TEXT] for text in content.reader.texts(number).values())
         of_image.append(sorted({place.setdefault(text, len(place)) for text in texts}))
     return {"all": list(place), "of": of_image}
+
+
+def file_names(content: Content) -> list[str]:
+    """Return the images' file names, or other ids; none where the ids are plain numbers."""
+    ids = [content.id(number) for number in content.writer.order]
+    return ids if any(not each.isdecimal() for each in ids) else []
 
 
 def tiles(content: Content) -> list[dict[str, str]]:

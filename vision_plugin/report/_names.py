@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vision_plugin.lens import FeatureNames
 from vision_plugin.report._inputs import check_latent, clean
 from vision_plugin.report._numbers import compact
 
@@ -51,7 +52,8 @@ def read_names(names: Any, d_sae: int) -> list[tuple[Name, ...]] | None:
     Args:
         names: A sequence of ``d_sae`` entries, or a mapping from latents to entries. An entry is a
             text, a mapping with ``name`` and any of ``method``, ``auroc``, ``low`` and ``high`` (or
-            ``interval``) and ``chance``, several of these, or None.
+            ``interval``) and ``chance``, several of these, or None. ``vp.name_features`` and
+            ``vp.lens.read_names`` return names with their checks.
         d_sae: Number of latents.
 
     Raises:
@@ -60,6 +62,8 @@ def read_names(names: Any, d_sae: int) -> list[tuple[Name, ...]] | None:
     """
     if names is None:
         return None
+    if isinstance(names, FeatureNames):
+        names = _checked(names)
     found: list[tuple[Name, ...]] = [()] * d_sae
     if isinstance(names, Mapping):
         for latent, entry in names.items():
@@ -97,18 +101,49 @@ def _name(entry: Mapping[str, Any], where: str) -> Name:
     return Name(clean(entry["name"]), clean(entry.get("method") or ""), **read)
 
 
-def read_answers(answers: Any, d_sae: int) -> dict[int, list[dict[str, str]]]:
+def _checked(names: FeatureNames) -> list[list[dict[str, Any]]]:
+    """Return every latent's names with their checks: the chosen one, then each other method's."""
+    return [
+        [
+            _candidate(names, method, latent)
+            for method in dict.fromkeys([chosen, *names.candidates])
+            if method is not None and names.candidates[method].names[latent]
+        ]
+        for latent, chosen in enumerate(names.made_by)
+    ]
+
+
+def _candidate(names: FeatureNames, method: str, latent: int) -> dict[str, Any]:
+    one = names.candidates[method]
+    check = one.check
+    found = {"name": one.names[latent], "method": method}
+    if check is None:
+        return found
+    columns = {
+        "auroc": check.auroc,
+        "low": check.low,
+        "high": check.high,
+        "chance": check.shuffled,
+    }
+    return found | {key: float(values[latent]) for key, values in columns.items()}
+
+
+def read_answers(answers: Any, d_sae: int, n_images: int = 0) -> dict[int, list[dict[str, Any]]]:
     """Return what a language model says before and while a latent is held, ready for a page.
 
     Args:
-        answers: A mapping from latents to mappings with ``prompt``, ``before``, ``after`` and
-            ``strength``.
+        answers: A mapping from latents to mappings with ``prompt``, ``before``, ``after``,
+            ``strength`` and ``image`` (a number); or the ``to_dict()`` of what
+            ``vp.tasks.feature_answers`` returns, to which ``"images"`` may add their numbers.
         d_sae: Number of latents.
+        n_images: Number of images of the report's source.
 
     Raises:
-        ValueError: a latent is out of range, or an answer lacks one of its texts.
+        ValueError: a latent or an image is out of range, or an answer lacks one of its texts.
     """
-    found: dict[int, list[dict[str, str]]] = {}
+    if isinstance(answers, Mapping) and "answers" in answers:
+        answers = _by_latent(answers)
+    found: dict[int, list[dict[str, Any]]] = {}
     for latent, rows in (answers or {}).items():
         check_latent(latent, d_sae, "answers")
         for row in rows:
@@ -117,8 +152,32 @@ def read_answers(answers: Any, d_sae: int) -> dict[int, list[dict[str, str]]]:
                 raise ValueError(
                     f"answers[{latent}] lacks {lacking[0]!r}: give prompt, before, after"
                 )
-            strength = row.get("strength")
+            strength, image = row.get("strength"), row.get("image")
+            if image is not None and not (type(image) is int and 0 <= image < n_images):
+                raise ValueError(
+                    f"answers[{latent}] names image {image!r}: there are {n_images}, from 0"
+                )
             texts = {key: clean(row[key]) for key in ("prompt", "before", "after")}
-            texts["strength"] = "" if strength is None else compact(float(strength))
-            found.setdefault(int(latent), []).append(texts)
+            held = "" if strength is None else compact(float(strength))
+            found.setdefault(int(latent), []).append({**texts, "strength": held, "image": image})
+    return found
+
+
+def _by_latent(answers: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """Return the answers of ``FeatureAnswers.to_dict()``, one for each image, by latent."""
+    numbers = answers.get("images") or ()
+    found: dict[int, list[dict[str, Any]]] = {}
+    for spoken in answers["answers"]:
+        try:
+            pairs = list(zip(spoken["before"], spoken["after"], strict=True))
+            asked = {"prompt": spoken["prompt"], "strength": spoken["strength"]}
+            rows = found.setdefault(spoken["latent"], [])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "answers= does not hold what vp.tasks.feature_answers returns "
+                f"({error!r}): ask again"
+            ) from None
+        for place, (before, after) in enumerate(pairs):
+            image = numbers[place] if place < len(numbers) else None
+            rows.append({**asked, "before": before, "after": after, "image": image})
     return found

@@ -12,12 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vision_plugin._version import __version__
 from vision_plugin.report._content import Content
-from vision_plugin.report._index_page import index_data, tiles
+from vision_plugin.report._index_page import file_names, index_data, tiles
 from vision_plugin.report._private import without_paths
 from vision_plugin.report._scripts import write_script
 
 MADE_BY = f"Made by vision_plugin {__version__}"
 N_BAD_LISTED = 50
+_N_LOOKED_AT, _N_HINTS = 200, 4
 TITLES = {
     "index.html": "Features",
     "map.html": "Map",
@@ -91,15 +92,21 @@ class Pages:
             n_bad=f"{len(bad):,}",
             bad=[(content.id(number), without_paths(why)) for number, why in bad[:N_BAD_LISTED]],
             has_names=content.names is not None,
-            label_columns=list(content.reader.columns) or ["label"] * _has_labels(content),
+            searched=_searched(content),
             given=content.tokens is None,
             tokens_noun=_tokens_noun(content.tokens),
         )
         write_script(self.folder / "data.js", "REPORT", index_data(content))
 
 
-def _has_labels(content: Content) -> bool:
-    return any(content.label(number) for number in content.writer.order[:200])
+def _searched(content: Content) -> str:
+    """Return what the search box searches, as its hint."""
+    order = content.writer.order
+    has_labels = any(content.label(number) for number in order[:_N_LOOKED_AT])
+    found = ["name of a feature"] if content.names is not None else []
+    found += list(content.reader.columns)[:_N_HINTS] or ["label"] * has_labels
+    found += ["file name"] if file_names(content) else []
+    return ", ".join([*found, "#number"]) if found else "#number"
 
 
 def _tokens_noun(tokens: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -44,14 +45,15 @@ class Places:
         """Return the places of the tokens of a kind."""
         return torch.tensor([place for place, each in enumerate(self.kinds) if each == kind])
 
+    @cached_property
     def shares(self) -> Float[Tensor, "d_sae kinds"]:
-        """Return the share of each latent's activation at each kind of token; 0 where dead."""
+        """The share of each latent's activation at each kind of token; 0 where dead."""
         sums = torch.stack([self.total[:, self.of_kind(k)].sum(1) for k in self.kinds_there], 1)
         return sums / sums.sum(1, keepdim=True).clamp(min=1e-30)
 
     def main_kind(self) -> list[str]:
         """Return the kind of token that each latent belongs to, an empty text where dead."""
-        shares = self.shares()
+        shares = self.shares
         largest, place = shares.max(1)
         named = [NAMES.get(kind, kind) for kind in self.kinds_there]
         return [

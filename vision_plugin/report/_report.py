@@ -39,7 +39,7 @@ def report(
     latents: Any = None,
     scores: Mapping[str, Any] | None = None,
     names: Any = None,
-    answers: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
+    answers: Mapping[Any, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     study: Mapping[str, Any] | None = None,
@@ -88,9 +88,11 @@ def report(
         scores: Arrays of one number per latent by column name, NaN where there is none.
         names: A text per latent, as a sequence of ``d_sae`` texts or a mapping from latents. In
             place of a text there may be a mapping with ``name`` and any of ``method``, ``auroc``,
-            ``low``, ``high`` and ``chance`` (how the name was found and checked), or several.
+            ``low``, ``high`` and ``chance`` (how the name was found and checked), or several. What
+            ``vp.name_features`` and ``vp.lens.read_names`` return will do as it is.
         answers: What a language model says: by latent, mappings with ``prompt``, ``before``,
-            ``after`` and ``strength``.
+            ``after``, ``strength`` and ``image``, a number of an image; or the ``to_dict()`` of
+            what ``vp.tasks.feature_answers`` returns.
         evaluation: The JSON of ``vision-plugin eval``. Its scores become columns beside
             ``scores``, and its table the summary page.
         training: The lines of ``validation.jsonl``, for the curves of the summary page.
@@ -160,7 +162,7 @@ def report(
         ),
         chance=chance_of(evaluation),
         names=read_names(names, d_sae),
-        answers=read_answers(answers, d_sae),
+        answers=read_answers(answers, d_sae, len(reader)),
         features=read_features(features, d_sae),
         steering=steering,
         steerer=make_steerer(

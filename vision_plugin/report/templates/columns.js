@@ -10,11 +10,13 @@ const Columns = (() => {
   const place = new Map(columns.map((column, index) => [column.key, index]));
   const rowOf = new Map(report.ids.map((id, row) => [id, row]));
   const names = report.names;
-  const folded = names ? names.map((name) => name.toLocaleLowerCase()) : null;
+  const FITS = [0, 1e-4, 1e-2, 1];
+  const fold = (text) => text.toLocaleLowerCase();
+  let folded = null;
   const STATES = ["usual", "few", "dense", "dead"];
   // Scores of features on too few images, or on almost all, come after all others.
   const APART = [0, 2, 1, 3];
-  let nameRanks = null, foldedTexts = null;
+  let nameRanks = null;
 
   const rankNames = () => {
     const collator = new Intl.Collator(undefined, { numeric: true });
@@ -39,21 +41,38 @@ const Columns = (() => {
     return column.kind === "category" ? column.names[value] ?? "–" : VP.format(value, column.kind);
   };
 
-  // Of every feature, how many of its top images have a text with the words; null for no words.
-  const matches = (query) => {
-    if (!query) return null;
-    foldedTexts ??= report.pictures.texts.all.map((one) => one.toLocaleLowerCase());
-    const has = foldedTexts.map((one) => one.includes(query));
-    const images = report.pictures.texts.of.map((list) => list.some((one) => has[one]));
-    const found = new Float64Array(n);
+  // How well a text has the words: as whole words 3, at the start of a word 2, anywhere 1.
+  const escaped = (words) => words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+  const fitOf = (words) => {
+    const start = new RegExp(`(?<![\\p{L}\\p{N}])${escaped(words)}`, "u"), whole = new RegExp(`${start.source}(?:s|es)?(?![\\p{L}\\p{N}])`, "u");
+    return (text) => (!text.includes(words) ? 0 : whole.test(text) ? 3 : start.test(text) ? 2 : 1);
+  };
+
+  // How well each picture's texts and file name have the words, by slot.
+  const picturesWith = (words) => {
+    folded ??= { names: (names ?? []).map(fold), texts: report.pictures.texts.all.map(fold), files: report.pictures.files.map(fold) };
+    const fit = fitOf(words), texts = folded.texts.map(fit);
+    return Uint8Array.from(report.pictures.texts.of, (list, slot) => {
+      let best = folded.files.length ? fit(folded.files[slot]) : 0;
+      for (const one of list) if (texts[one] > best) best = texts[one];
+      return best;
+    });
+  };
+
+  // Of every feature, how well its number, name and top images have the words; null for no words.
+  // rank orders features: number, name, images by how many and how near the top; hits counts them.
+  const matches = (words) => {
+    if (!words) return null;
+    const pictures = picturesWith(words), fit = fitOf(words), rank = new Float64Array(n), hits = new Int32Array(n);
     for (let row = 0; row < n; row++) {
-      let hits = 0;
-      for (const slot of report.images[row]) if (images[slot]) hits++;
-      if (folded && folded[row].includes(query)) hits += 100;
-      if (String(report.ids[row]).startsWith(query)) hits += 1000;
-      found[row] = hits;
+      const counts = [0, 0, 0, 0];
+      let near = 0;
+      report.images[row].forEach((slot, place) => { const how = pictures[slot]; counts[how]++; if (how) near += FITS[how] / (place + 1); });
+      const named = folded.names.length ? fit(folded.names[row]) : 0;
+      hits[row] = counts[3] || counts[2] || counts[1];
+      rank[row] = counts[3] + counts[2] * FITS[2] + counts[1] * FITS[1] + near / 1e5 + 100 * (named && FITS[named]) + (String(report.ids[row]).startsWith(words) ? 1000 : 0);
     }
-    return found;
+    return { rank, hits };
   };
 
   // Rows that fit, in order. filters: key -> [low, high], or a list of categories.
@@ -68,7 +87,7 @@ const Columns = (() => {
     rows: for (let row = 0; row < n; row++) {
       if (wanted >= 0 && states[row] !== wanted) continue;
       if (exact && exact.length && !exact.includes(String(report.ids[row]))) continue;
-      if (matched && matched[row] === 0) continue;
+      if (matched && matched.rank[row] === 0) continue;
       for (const [list, isCategory, range] of ranges) {
         const value = list[row];
         if (isCategory ? !range.includes(value) : !(value >= range[0] && value <= range[1])) continue rows;
@@ -80,7 +99,7 @@ const Columns = (() => {
   };
 
   const ordered = (rows, sort, down, matched) => {
-    const key = sort === "match" ? matched : valuesOf(sort);
+    const key = sort === "match" ? matched.rank : valuesOf(sort);
     const column = columnOf(sort), ranks = sort === "match" || Boolean(column && column.ranks);
     const group = new Int8Array(n);
     for (const row of rows) group[row] = Number.isNaN(key[row]) ? 4 : ranks ? APART[states[row]] : 0;
@@ -161,5 +180,5 @@ const Columns = (() => {
     field.value = chosen;
   };
 
-  return { report, n, columns, states, STATES, names, rowOf, valuesOf, columnOf, text, select, commonest, extent, scaleOf, ramp, colours, options };
+  return { report, n, columns, states, STATES, names, rowOf, valuesOf, columnOf, text, select, picturesWith, commonest, extent, scaleOf, ramp, colours, options };
 })();

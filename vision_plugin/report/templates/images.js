@@ -117,15 +117,15 @@ const ImagePage = (() => {
   };
 
   const drawAll = () => {
-    const words = byId("query").value.trim().toLocaleLowerCase(), { all, of } = report.pictures.texts;
-    const fits = (number) => !words || String(number) === words.replace("#", "") || of[slots.get(number)].some((i) => all[i].toLocaleLowerCase().includes(words));
+    const words = byId("query").value.trim().toLocaleLowerCase(), fit = words ? Columns.picturesWith(words) : null;
+    const fits = (number) => !words || String(number) === words.replace("#", "") || fit[slots.get(number)] > 0;
     const found = numbers.filter(fits);
     byId("count").textContent = found.length === numbers.length ? VP.count(found.length, "image") : `${found.length.toLocaleString("en")} of ${VP.count(numbers.length, "image")}`;
     byId("all").replaceChildren(...found.map((number) => {
       const label = report.pictures.labels[slots.get(number)];
       const button = element("button", { type: "button", "data-number": number, "aria-label": `Image ${number}${label ? `: ${label}` : ""}`, title: label || undefined }, thumb(report, slots.get(number)));
       if (number === now) button.setAttribute("aria-current", "true");
-      button.addEventListener("click", () => { open(number); byId("one").scrollIntoView({ block: "start" }); });
+      button.addEventListener("click", () => open(number));
       return element("li", {}, button);
     }));
   };

@@ -19,8 +19,7 @@
 
   const valueText = (row) => {
     if (view.sort === "match" && matched) {
-      const hits = matched[row] % 100, of = report.images[row].length;
-      return matched[row] >= 100 && hits === 0 ? "by name" : `${hits} of ${of}`;
+      return matched.hits[row] === 0 ? "by name" : `${matched.hits[row]} of ${report.images[row].length}`;
     }
     return Columns.text(view.sort === "match" ? report.sort : shownValue(), row);
   };
@@ -81,6 +80,7 @@
     root.setAttribute("aria-label", "Features");
     if (view.mode !== "list") { root.removeAttribute("aria-rowcount"); return; }
     root.setAttribute("aria-rowcount", order.length + 1);
+    document.documentElement.style.setProperty("--thumbs", thumbsInLine());
     const head = (key, title, name, note) => {
       const button = element("button", { type: "button", "data-sort": key, title: note || undefined }, isolated(title));
       const made = element("div", { class: `cell ${name}`, role: "columnheader" }, button);
