@@ -12,8 +12,8 @@ from ._decompose import Decomposed as Decomposed
 from ._decompose import decompose_images as decompose_images
 from ._dictionaries import FittedDictionary as FittedDictionary
 from ._dictionaries import fit_dictionary as fit_dictionary
-from ._dissect import DissectSettings as DissectSettings
 from ._dissect import Dissected as Dissected
+from ._dissect import DissectSettings as DissectSettings
 from ._dissect import dissect as dissect
 from ._hallucination import HallucinationSettings as HallucinationSettings
 from ._hallucination import hallucination as hallucination
@@ -41,11 +41,11 @@ from ._name_checks import Check as Check
 from ._name_checks import auroc_interval as auroc_interval
 from ._name_features import name_features as name_features
 from ._name_labels import average_precision as average_precision
-from ._name_settings import NameSettings as NameSettings
 from ._name_settings import NamesConfig as NamesConfig
-from ._names import FeatureNames as FeatureNames
+from ._name_settings import NameSettings as NameSettings
 from ._names import NAMES_FILE as NAMES_FILE
 from ._names import NAMES_KIND as NAMES_KIND
+from ._names import FeatureNames as FeatureNames
 from ._names import NameCandidates as NameCandidates
 from ._names_file import read_names as read_names
 from ._second_order import SecondOrder as SecondOrder
