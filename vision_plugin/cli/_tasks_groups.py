@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vision_plugin._extras import require_sklearn
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, training
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, train_saes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ def compute_groups(cfg: GroupConfig, *, task: str) -> tuple[Any, Any]:
     else:
         hooks = [f"blocks.{layer}.hook_resid_post" for layer in cfg.layers]
         out.print(f"Training SAEs at {', '.join(hooks)} on {cfg.training_images} drawn images")
-        saes, names = train_saes(cfg, model, hooks, model_name=cfg.model_name), ", ".join(hooks)
+        saes, names = train_drawn(cfg, model, hooks), ", ".join(hooks)
     repair = background if task == "background" else attribute
     result = repair(model, saes, data, settings=settings, name=names, announce=out.print)
     used = result.edit.dictionaries or saes[:1]
@@ -113,28 +111,12 @@ def _images(cfg: GroupConfig, task: str, model: Any) -> Any:
     )
 
 
-def train_saes(
-    cfg: TrainsSAE, model: Any, hooks: list[str], *, model_name: str, tokens: str = "all"
-) -> list[Any]:
-    """Return an SAE at each hook, all trained in one pass over drawn images."""
+def train_drawn(cfg: Any, model: Any, hook_names: list[str], *, tokens: str = "all") -> list[Any]:
+    """Return an SAE at each hook, all trained on drawn images."""
     from vision_plugin.demo import draw
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.sae import train_many
 
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "saes"
-        configs = {
-            hook: training(
-                cfg,
-                hook,
-                model_name=model_name,
-                images="drawn images",
-                tokens=tokens,
-                place=str(place),
-            )
-            for hook in hooks
-        }
-        drawn = open_images(list(draw(cfg.training_images, seed=11 + cfg.seed).images))
-        train_many(configs, output_path=str(place), model=model, images=drawn)
-        return [load_sae(str(place / hook), device=cfg.device) for hook in hooks]
+    drawn = draw(cfg.training_images, seed=11 + cfg.seed).images
+    return train_saes(
+        cfg, model, hook_names, drawn, model_name=cfg.model_name, images="drawn images",
+        tokens=tokens,
+    )  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, training
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, train_saes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,7 @@ class LlavaConfig(TrainsSAE):
 
 def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     """Return the result, and the SAE or where it lies."""
+    from vision_plugin.demo import draw
     from vision_plugin.demo.multimodal import multimodal_data
     from vision_plugin.formats import load_sae
     from vision_plugin.models import load_model, load_vlm
@@ -61,7 +60,11 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     if cfg.sae is None:
         hook_name = vlm.reach.hook_names[-1]
         out.print(f"Training an SAE at {hook_name} on {cfg.training_images} drawn images")
-        sae = train_sae(cfg, vlm, hook_name)
+        drawn = draw(cfg.training_images, seed=31 + cfg.seed).images
+        (sae,) = train_saes(
+            cfg, vlm.vision, [hook_name], drawn, model_name=cfg.model_name, images="drawn images",
+            tokens="patch",
+        )  # fmt: skip
     else:
         sae = load_sae(cfg.sae, device=cfg.device)
     out.print("Drawing images")
@@ -87,25 +90,3 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     )
     result = replace(result, one_word=said)
     return result, sae if cfg.sae is None else str(local_path(cfg.sae).absolute())
-
-
-def train_sae(cfg: LlavaConfig, vlm: Any, hook_name: str) -> Any:
-    """Return an SAE of the patches that the language model reads, trained on drawn images."""
-    from vision_plugin.demo import draw
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.sae import VisionSAETrainingRunner
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(Path(folder) / "sae")
-        configured = training(
-            cfg,
-            hook_name,
-            model_name=cfg.model_name,
-            images="drawn images",
-            tokens="patch",
-            place=place,
-        )
-        drawn = open_images(list(draw(cfg.training_images, seed=31 + cfg.seed).images))
-        VisionSAETrainingRunner(configured, model=vlm.vision, images=drawn).run()
-        return load_sae(place, device=cfg.device)

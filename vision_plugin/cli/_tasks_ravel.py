@@ -7,7 +7,7 @@ from typing import Any
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_groups import train_saes
+from vision_plugin.cli._tasks_groups import train_drawn
 from vision_plugin.cli._tasks_training import LEAST, TrainsSAE
 
 SPLITS = ("train", "validation", "test")
@@ -100,7 +100,7 @@ def compute_ravel(cfg: RavelConfig) -> tuple[Any, Any]:
     else:
         hooks = [f"blocks.{layer}.hook_resid_post" for layer in cfg.layers]
         out.print(f"Training SAEs at {', '.join(hooks)} on {cfg.training_images} drawn images")
-        saes = train_saes(cfg, model, hooks, model_name=cfg.model_name, tokens=cfg.tokens)
+        saes = train_drawn(cfg, model, hooks, tokens=cfg.tokens)
         names = ", ".join(hooks)
     result = ravel(model, saes, data, settings=settings, name=names, announce=out.print)
     used = result.edit.dictionaries or saes[:1]

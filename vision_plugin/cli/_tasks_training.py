@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vision_plugin._device import check_device
@@ -13,6 +15,9 @@ LEAST = 30
 """Fewest images of which a task gives an interval."""
 MAX_IMAGES = 50_000
 """Largest number of images of which a task holds the pixels."""
+
+MAX_KEPT_BYTES = 4 * 2**30
+"""Most activations that are kept on disk while SAEs are trained on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +60,65 @@ class TrainsSAE:
                 raise ValueError(f"{flag} is too few for an interval: at least {least}")
 
 
-def training(
-    cfg: TrainsSAE, hook_name: str, *, model_name: str, images: str, tokens: str, place: str
-) -> Any:
-    """Return the configuration of an SAE's training.
+def train_saes(
+    cfg: TrainsSAE,
+    model: Any,
+    hook_names: Sequence[str],
+    pictures: Sequence[Any],
+    *,
+    model_name: str,
+    images: str,
+    tokens: str = "all",
+) -> list[Any]:
+    """Return an SAE at each hook, all trained on one pass over pictures.
+
+    Where training repeats the pictures, the model runs on each of them once and its activations
+    are kept on disk, unless they are many.
 
     Args:
         cfg: Configuration of the task.
-        hook_name: Hook of the SAE.
-        model_name: Name of the model.
+        model: The model.
+        hook_names: Hooks of the SAEs.
+        pictures: The images.
+        model_name: Name of the model, for records.
         images: What the images are, for records.
         tokens: Kind of token.
-        place: Folder of the SAE.
     """
     from sae_lens import BatchTopKTrainingSAEConfig
 
-    from vision_plugin.sae import VisionSAERunnerConfig
+    from vision_plugin.activations import ExtractionConfig, extract
+    from vision_plugin.formats import load_sae
+    from vision_plugin.images import open_images
+    from vision_plugin.sae import VisionSAERunnerConfig, train_many
 
-    return VisionSAERunnerConfig(
-        model_name=model_name,
-        images=images,
-        hook_name=hook_name,
-        tokens=tokens,
-        sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
-        training_tokens=cfg.training_tokens,
-        seed=cfg.seed,
-        device=cfg.device,
-        output_path=place,
-    )
+    source: Any = open_images(list(pictures))
+    vectors = len(pictures) * len(model.token_layout().indices(tokens))
+    n_bytes = vectors * int(model.cfg.d_model) * 4 * len(hook_names)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "saes"
+        if vectors < cfg.training_tokens and n_bytes <= MAX_KEPT_BYTES:
+            store = ExtractionConfig(
+                model_name=model_name, images=images, hook_names=tuple(hook_names),
+                output_path=str(Path(folder) / "store"), tokens=tokens, batch_size=64,
+                n_workers=0, device=cfg.device,
+            )  # fmt: skip
+            source = extract(store, model=model, images=source)
+        configs = {
+            hook_name: VisionSAERunnerConfig(
+                model_name=model_name,
+                images=images,
+                hook_name=hook_name,
+                tokens=tokens,
+                sae=BatchTopKTrainingSAEConfig(d_in=0, d_sae=cfg.d_sae, k=cfg.k),
+                training_tokens=cfg.training_tokens,
+                seed=cfg.seed,
+                device=cfg.device,
+                output_path=str(place),
+            )
+            for hook_name in hook_names
+        }
+        train_many(configs, output_path=str(place), model=model, images=source)
+        return [load_sae(str(place / name), device=cfg.device) for name in hook_names]
 
 
 def given_latents(

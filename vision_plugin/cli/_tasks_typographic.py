@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, training
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, train_saes
 
 PAIRS = ("train_pairs", "validation_pairs", "test_pairs")
 
@@ -98,7 +96,12 @@ def compute_typographic(cfg: TypographicConfig) -> tuple[Any, Any]:
     if given is None:
         images = for_training()
         out.print(f"Training an SAE at {cfg.hook_name} on {len(images)} images, half with a word")
-    sae = train_sae(cfg, model, images) if given is None else given
+        (sae,) = train_saes(
+            cfg, model, [cfg.hook_name], images, model_name=cfg.model_name,
+            images=cfg.images or "drawn images, half of them with a word",
+        )  # fmt: skip
+    else:
+        sae = given
     result = typographic(
         model, sae, pairs, settings=settings, published=published, name=cfg.sae or "sae",
         announce=out.print,
@@ -141,23 +144,3 @@ def open_data(cfg: TypographicConfig, model: Any) -> tuple[list[Any], Callable[[
         train=cfg.train_pairs, validation=cfg.validation_pairs, test=cfg.test_pairs, seed=cfg.seed,
     )  # fmt: skip
     return [labelled.data()], lambda: labelled.for_training(cfg.training_images)
-
-
-def train_sae(cfg: TypographicConfig, model: Any, images: list[Any]) -> Any:
-    """Return an SAE trained on images of which half carry a word."""
-    from vision_plugin.formats import load_sae
-    from vision_plugin.images import open_images
-    from vision_plugin.sae import VisionSAETrainingRunner
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(Path(folder) / "sae")
-        configured = training(
-            cfg,
-            cfg.hook_name,
-            model_name=cfg.model_name,
-            images=cfg.images or "drawn images, half of them with a word",
-            tokens="all",
-            place=place,
-        )
-        VisionSAETrainingRunner(configured, model=model, images=open_images(images)).run()
-        return load_sae(place, device=cfg.device)
