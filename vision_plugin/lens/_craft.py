@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from vision_plugin._rich import Table
 from vision_plugin.models.dictionary import Dictionary, encode_and_decode
 from vision_plugin.models.site import Site, in_eval_mode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Score = Callable[[Tensor], Tensor]
 """Returns an answer for each image embedding, ``[n, d_embed]`` to ``[n]``."""
@@ -54,6 +57,19 @@ class ConceptImportance:
         for latent in self.ranked()[:n]:
             table.add_row(str(latent), f"{index[latent]:.3f}")
         return table
+
+    def plot(self, n: int = 20) -> Figure:
+        """Return a bar for each of the most important concepts."""
+        from matplotlib.figure import Figure
+
+        index = dict(zip(self.latents, self.importance.nan_to_num().tolist(), strict=True))
+        shown = self.ranked()[:n]
+        figure = Figure(figsize=(4.6, 0.25 * len(shown) + 1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh([str(latent) for latent in shown], [index[latent] for latent in shown])
+        axes.invert_yaxis()
+        axes.set(xlabel="total Sobol index", ylabel="latent")
+        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""

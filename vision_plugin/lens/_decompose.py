@@ -1,7 +1,8 @@
 """``vision-plugin decompose``: what the image embeddings of a model are made of, in one folder.
 
 The parts and their shares, mean ablation, and, with texts, TEXTSPAN of the last layers' heads and
-maps of texts over images.
+maps of texts over images; for neurons of a layer or latents of an SAE, what later heads make of
+them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from vision_plugin._ours import DECOMPOSITION, check_replaceable
 from vision_plugin._paths import local_path
 from vision_plugin._rich import Console, Table
 from vision_plugin.evaluation import read_concepts
+from vision_plugin.formats import load_sae
 from vision_plugin.images import label_text, open_images, read_spread
 from vision_plugin.lens._ablation import MeanAblation, mean_ablation
 from vision_plugin.lens._heads import head_outputs
 from vision_plugin.lens._pixels import pixel_batches
+from vision_plugin.lens._second_order import SecondOrder, second_order
 from vision_plugin.lens._segmentation import text_maps
 from vision_plugin.lens._texts import embed_texts
 from vision_plugin.lens._textspan import TextSpan
 from vision_plugin.models import Decomposition, VisionBridge, load_model
+from vision_plugin.models.dictionary import Dictionary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +66,11 @@ class DecomposeConfig:
     images; or ``demo`` for the factors of drawn images. None looks at shares and cosines alone."""
     template: str = "{}"
     """Sentence around a text, for example ``a picture of {}``."""
+    second_order: str | None = None
+    """Neurons or latents whose effect through later heads is read: the number of the neurons'
+    layer, or an SAE at the residual stream."""
+    components: tuple[int, ...] = ()
+    """Numbers of these neurons or latents; all by default."""
     n_images: int = 128
     """Number of images, spread evenly over the source."""
     layers: int = 4
@@ -77,6 +86,8 @@ class DecomposeConfig:
         for name in ("n_images", "layers", "n_texts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.components and self.second_order is None:
+            raise ValueError("components= are of a layer or an SAE: name it with second_order=")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +101,9 @@ class Decomposed:
         spans: TEXTSPAN of the last layers' heads; empty without texts.
         ids: Ids of the images.
         pictures: Images with maps: id, text, the image's pixels, and the map.
+        second: Effects of neurons or latents through later heads; None unless they were asked for.
+        texts: The texts.
+        embedded: Their embeddings; None without texts.
     """
 
     config: DecomposeConfig
@@ -98,9 +112,12 @@ class Decomposed:
     spans: dict[tuple[int, int], TextSpan]
     ids: tuple[str, ...]
     pictures: Pictures
+    second: SecondOrder | None
+    texts: tuple[str, ...]
+    embedded: Tensor | None
 
     def tables(self) -> list[Table]:
-        """Return the tables: shares, mean ablation, and the texts of the heads."""
+        """Return the tables: shares, mean ablation, texts of heads, second-order effects."""
         tables = [self.parts.table(), self.ablation.table()]
         if self.spans:
             heads = Table(title="TEXTSPAN, heads in the order in which they matter")
@@ -112,6 +129,8 @@ class Decomposed:
                 last = f"{float(span.explained[-1]):.2f}" if span.texts else ""
                 heads.add_row(f"{layer}.{head}", last, ", ".join(span.texts))
             tables.append(heads)
+        if self.second is not None:
+            tables.append(self.second.table(self.embedded, self.texts))
         return tables
 
     def ordered(self) -> list[tuple[int, int]]:
@@ -120,10 +139,12 @@ class Decomposed:
         return [head for head in every if head in self.spans]
 
     def plots(self) -> dict[str, Figure]:
-        """Return the figures by name: ``shares``, ``ablation``, and ``maps`` with texts."""
+        """Return the figures: ``shares``, ``ablation``, and, if any, ``maps``, ``second_order``."""
         figures = {"shares": self.parts.plot(), "ablation": self.ablation.plot()}
         if self.pictures:
             figures["maps"] = _draw_maps(self.pictures)
+        if self.second is not None:
+            figures["second_order"] = self.second.plot()
         return figures
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +159,9 @@ class Decomposed:
                 {"layer": layer, "head": head, **self.spans[layer, head].to_dict()}
                 for layer, head in self.ordered()
             ],
+            "second_order": None
+            if self.second is None
+            else self.second.to_dict(self.embedded, self.texts),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -185,6 +209,7 @@ def decompose_images(
     if texts:
         spoken = sentences(cfg.template, texts, argument="template")
         embedded = embed_texts(model, spoken)
+    followed = _followed(cfg)
     read = read_spread(source, cfg.n_images)
     ids = tuple(source.ids[place] for place in read)
     pixels = model.preprocess(list(read.values()))
@@ -210,9 +235,27 @@ def decompose_images(
         )
         spans = outputs.textspan(texts, n_texts=cfg.n_texts, embeddings=embedded)
         pictures = _pictures(model, pixels[:MAPS], ids, texts, embedded)
-    found = Decomposed(cfg, Decomposition.joined(parts), ablation, spans, ids, pictures)
+    second = None
+    if followed is not None:
+        second = second_order(
+            model, pixels, followed, which=cfg.components or None, batch_size=cfg.batch_size,
+            progress=progress,
+        )  # fmt: skip
+    found = Decomposed(
+        cfg, Decomposition.joined(parts), ablation, spans, ids, pictures, second, tuple(texts),
+        embedded,
+    )  # fmt: skip
     found.save(cfg.output_path)
     return found
+
+
+def _followed(cfg: DecomposeConfig) -> int | Dictionary | None:
+    """Return the layer or the SAE whose second-order effects are asked for."""
+    asked = cfg.second_order
+    if asked is None or asked.isdecimal():
+        return None if asked is None else int(asked)
+    sae: Dictionary = load_sae(asked, device=cfg.device)
+    return sae
 
 
 def _texts(cfg: DecomposeConfig, source: Any) -> list[str]:

@@ -1,9 +1,12 @@
 """What heads are about, and how consistent and how disentangled they are.
 
-Madasu et al. (2024, arXiv 2409.06579; 2025, arXiv 2503.11103) let a language model say which
-property the TEXTSPAN texts of a head share, and judge how many of them do. Here each text has its
+Madasu et al. (2024, arXiv 2409.06579) publish an association score for the first and an
+entanglement score for the second, and later (2025, arXiv 2503.11103) a Concept Consistency Score.
+There a language model says which property the TEXTSPAN texts of a head share, shown a few examples,
+and another one judges how many of the texts have it. Neither their formulas nor their prompts and
+judgements could be established, so figures here do not compare with theirs. Here each text has its
 property beforehand (in a vocabulary by topics, in the drawn world by factors), so that nothing is
-judged. The exact formulas of their scores could not be established; those below are stated in full.
+judged, and the scores below are stated in full, beside what texts drawn at random score.
 """
 
 from __future__ import annotations

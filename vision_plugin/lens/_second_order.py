@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,9 @@ from vision_plugin.lens._pixels import pixel_batches
 from vision_plugin.lens._second_order_reading import Writers, passage
 from vision_plugin.lens._texts import centred, unit
 from vision_plugin.models.dictionary import Dictionary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOP_IMAGES = 100
 """Images of the largest effect behind a component's direction (the paper's number)."""
@@ -184,18 +187,43 @@ class SecondOrder:
         }
 
     def table(
-        self, texts: Tensor | None = None, names: Sequence[str] = (), *, n_words: int = 4
+        self,
+        texts: Tensor | None = None,
+        names: Sequence[str] = (),
+        *,
+        n_words: int = 4,
+        n: int | None = 20,
     ) -> Table:
-        """Return a row for each component, for ``rich`` to print."""
+        """Return a row for each of the strongest components, for ``rich`` to print.
+
+        Args:
+            texts: Text embeddings for the words.
+            names: The texts.
+            n_words: Words of each component.
+            n: Components to show; None shows all.
+        """
         table = Table(title=f"{self.name}, {len(self.amounts):,} images, {self.model_name}")
         for heading in ("number", "strength", "first direction\nexplains"):
             table.add_column(heading, justify="right")
         table.add_column("words")
-        for entry in self.to_dict(texts, names, n_words=n_words)["components"]:
+        entries = self.to_dict(texts, names, n_words=n_words)["components"]
+        for entry in sorted(entries, key=lambda entry: -entry["strength"])[:n]:
             words = ", ".join(f"{text} {value:+.2f}" for text, value in entry.get("words", ()))
             cells = (f"{entry['strength']:.4f}", f"{entry['explained']:.2f}")
             table.add_row(str(entry["component"]), *cells, words)
         return table
+
+    def plot(self) -> Figure:
+        """Return a figure: what the first direction explains, against the strength."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        shares = [self.explained(component) for component in self.which]
+        axes.scatter(self.strength().tolist(), shares, s=8)
+        axes.set(title=self.name, xlabel="mean length of the effect", ylim=(0, 1.02))
+        axes.set_ylabel("share of the first direction")
+        return figure
 
 
 def second_order(
