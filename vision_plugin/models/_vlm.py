@@ -73,7 +73,7 @@ class VisionLanguageBridge(Attaching, VisionLanguageWeights):
     # ------------------------------------------------------------------ SAEs and edits
 
     @property
-    def _tower(self) -> VisionBridge:
+    def _tower(self) -> Any:
         return self.vision
 
     def _check_place(self, hook_name: str, tokens: str) -> None:

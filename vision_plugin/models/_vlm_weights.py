@@ -76,7 +76,9 @@ class VisionLanguageWeights:
         head = model.get_output_embeddings()
         head = getattr(head, "original_component", head)
         bias = getattr(head, "bias", None)
-        if isinstance(bias, nn.Parameter) and bias.dtype != head.weight.dtype:
+        if isinstance(bias, nn.Parameter) and head.weight.device.type == "meta":
+            head.bias = None  # what brings offloaded weights back knows none of that name
+        elif isinstance(bias, nn.Parameter) and bias.dtype != head.weight.dtype:
             bias.data = bias.data.to(head.weight)
         self.vision._renew_loans()
 

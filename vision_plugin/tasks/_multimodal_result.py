@@ -17,7 +17,8 @@ from vision_plugin.tasks._row import Row, cell, printed
 from vision_plugin.tasks._saved import save_edits
 
 SCHEMA = 1
-_SHOWN = ("accuracy", "inserted", "suppressed", "preserved")
+_FIRST = ("accuracy", "inserted", "suppressed")
+"""Figures of which a row has one: how often an answer is right, or changed as it should."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,25 @@ class MultimodalResult:
         raise KeyError(f"no row of {method!r} for {kind!r}, {how!r}")
 
     def table(self) -> Table:
-        """Return the rows for ``rich`` to print."""
+        """Return the rows for ``rich`` to print.
+
+        The share is that of answers that are right, are the value put in, or no longer the value
+        taken out.
+        """
         table = Table(title=f"llava: {self.model}")
         for heading in ("factor", "what", "method"):
-            table.add_column(heading, no_wrap=True)
+            table.add_column(heading, overflow="fold")
         table.add_column("size", justify="right")
-        for name in _SHOWN:
-            table.add_column(name, justify="right")
+        for heading in ("share", "preserved"):
+            table.add_column(heading, justify="right", no_wrap=True)
         last = None
         for row in sorted(self.rows, key=lambda one: (one.how, one.kind)):
             if last not in (None, (row.how, row.kind)):
                 table.add_section()
             last = (row.how, row.kind)
-            found = [row.figures.get(name) for name in _SHOWN]
-            table.add_row(row.kind, row.how, row.method, str(row.size or ""), *map(cell, found))
+            first = next(row.figures[name] for name in _FIRST if name in row.figures)
+            figures = (cell(first), cell(row.figures.get("preserved")))
+            table.add_row(row.kind, row.how, row.method, str(row.size or ""), *figures)
         return table
 
     def to_dict(self) -> dict[str, Any]:
