@@ -18,6 +18,8 @@ FOLDERS = (
     "models", "report", "sae", "scale", "steering", "tasks",
 )  # fmt: skip
 """Folders with a page of the reference."""
+
+
 def reference() -> dict[str, dict[str, str]]:
     """Return where each public name is defined, by folder."""
     return {folder: _names(f"vision_plugin.{folder}") for folder in FOLDERS}
@@ -30,6 +32,8 @@ def _names(package: str) -> dict[str, str]:
     tree = ast.parse((stub if stub.is_file() else folder / "__init__.py").read_text())
     found = {}
     for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found[node.name] = f"{package}.{node.name}"
         if not isinstance(node, ast.ImportFrom) or node.module in (None, "__future__"):
             continue
         module = f"{package}.{node.module}" if node.level else str(node.module)
@@ -82,7 +86,5 @@ def on_files(files: Any, config: Any) -> Any:
     for address, content in pages().items():
         files.append(File.generated(config, address, content=content))
     for picture in sorted(RESULTS.glob("*.png")):
-        files.append(
-            File.generated(config, f"measured/{picture.name}", abs_src_path=str(picture))
-        )
+        files.append(File.generated(config, f"measured/{picture.name}", abs_src_path=str(picture)))
     return files
