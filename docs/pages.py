@@ -32,6 +32,8 @@ def _names(package: str) -> dict[str, str]:
     tree = ast.parse((stub if stub.is_file() else folder / "__init__.py").read_text())
     found = {}
     for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found[node.name] = f"{package}.{node.name}"
         if not isinstance(node, ast.ImportFrom) or node.module in (None, "__future__"):
             continue
         module = f"{package}.{node.module}" if node.level else str(node.module)
