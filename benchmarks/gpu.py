@@ -338,7 +338,14 @@ def _job(options: Options) -> dict[str, Any]:
         seconds["evaluation"] = time.perf_counter() - start
         scores["evaluation"] = str(table)
         start = time.perf_counter()
-        table = vp.evaluate(sae, model, images, metrics=["steerability"])
+        table = vp.evaluate(
+            sae,
+            model,
+            images,
+            metrics=["steerability"],
+            steering_images=2 if options.rehearse else 8,
+            concepts=["a red circle", "a blue square", "a green star", "stripes", "dots"],
+        )
         seconds["steerability"] = time.perf_counter() - start
         scores["steerability"] = str(table)
     return {"seconds": seconds, "scores": scores}

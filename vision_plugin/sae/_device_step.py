@@ -104,7 +104,7 @@ class DeviceStep:
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             # Fused Adam divides the gradients itself, which saves reading and writing them.
-            optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)  # type: ignore[attr-defined]
+            optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
             self._step_with_rates_of_the_device()
         optimizer.zero_grad()
 
