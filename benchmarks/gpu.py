@@ -334,11 +334,11 @@ def _job(options: Options) -> dict[str, Any]:
         sae = vp.train(cfg, model=model)
         seconds["training"] = time.perf_counter() - start
         start = time.perf_counter()
-        table = vp.evaluate(sae, model, images, metrics=["monosemanticity", "fvu"])
+        found = vp.evaluate(sae, model, images, metrics=["monosemanticity", "fvu"])
         seconds["evaluation"] = time.perf_counter() - start
-        scores["evaluation"] = str(table)
+        scores["evaluation"] = found.summaries()
         start = time.perf_counter()
-        table = vp.evaluate(
+        found = vp.evaluate(
             sae,
             model,
             images,
@@ -347,7 +347,7 @@ def _job(options: Options) -> dict[str, Any]:
             concepts=["a red circle", "a blue square", "a green star", "stripes", "dots"],
         )
         seconds["steerability"] = time.perf_counter() - start
-        scores["steerability"] = str(table)
+        scores["steerability"] = found.summaries()
     return {"seconds": seconds, "scores": scores}
 
 

@@ -37,7 +37,7 @@ def call(made: Any, *arguments: Any) -> Any:
 def _unwatched(arguments: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return False
     gradients = torch.is_grad_enabled()
     for argument in arguments:
