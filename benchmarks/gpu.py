@@ -334,13 +334,20 @@ def _job(options: Options) -> dict[str, Any]:
         sae = vp.train(cfg, model=model)
         seconds["training"] = time.perf_counter() - start
         start = time.perf_counter()
-        table = vp.evaluate(sae, model, images, metrics=["monosemanticity", "fvu"])
+        found = vp.evaluate(sae, model, images, metrics=["monosemanticity", "fvu"])
         seconds["evaluation"] = time.perf_counter() - start
-        scores["evaluation"] = str(table)
+        scores["evaluation"] = found.summaries()
         start = time.perf_counter()
-        table = vp.evaluate(sae, model, images, metrics=["steerability"])
+        found = vp.evaluate(
+            sae,
+            model,
+            images,
+            metrics=["steerability"],
+            steering_images=2 if options.rehearse else 8,
+            concepts=["a red circle", "a blue square", "a green star", "stripes", "dots"],
+        )
         seconds["steerability"] = time.perf_counter() - start
-        scores["steerability"] = str(table)
+        scores["steerability"] = found.summaries()
     return {"seconds": seconds, "scores": scores}
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -240,7 +242,7 @@ def _over_floor(stages: dict[str, dict[str, dict[str, object]]]) -> dict[str, fl
 
 
 def host_times(device: str, repetitions: int) -> dict[str, float]:
-    """Return the microseconds that the host spends on a call, on tensors of next to no work.
+    """Return the microseconds of CPU time of a call without gradients, on next to no work.
 
     On a GPU nothing waits between the calls, so this is the time to launch one.
     """
@@ -261,21 +263,17 @@ def host_times(device: str, repetitions: int) -> dict[str, float]:
         ),
     }
     n = 100
-
-    def many(call: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(n):
-                call()
-
-        return run
-
+    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        times = interleaved(
-            {name: many(call) for name, call in calls.items()},
-            repetitions=repetitions,
-            device=device,
-        )
-    return {name: 1e3 * timing.min_ms / n for name, timing in times.items()}
+        for _ in range(repetitions + 1):
+            for name, call in calls.items():
+                start = time.process_time()
+                for _ in range(n):
+                    call()
+                times[name].append(1e6 * (time.process_time() - start) / n)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+    return {name: statistics.median(us[1:]) for name, us in times.items()}
 
 
 def _bf16(work: Callable[[], object]) -> Callable[[], object]:

@@ -509,3 +509,22 @@ def test_an_exported_sparse_step_takes_batches_of_any_size(name):
     )
     x = inputs(17, 5, 40, seed=1)["x"]
     torch.testing.assert_close(exported.module()(x, *weights), step(x, *weights))
+
+
+def test_a_call_past_the_operator_gives_its_bits_and_leaves_modes_to_it():
+    """Without gradients the function behind an operator runs at once, unless something watches."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    t = inputs(6, 5, 40)
+    encoder = (t["x"], t["W_enc"], t["b_enc"])
+    values, indices = kernels.topk_encode(*encoder, 4)
+    operator = _operators.encode_topk(*encoder, None, None, 4, True, None, "auto")
+    assert torch.equal(values, operator[0])
+    assert torch.equal(indices, operator[1])
+    out = kernels.sparse_decode(values, indices, t["W_dec"], t["b_dec"])
+    arguments = (t["W_dec"], indices, None, values, t["b_dec"], "auto")
+    assert torch.equal(out, _operators.gather_sum(*arguments))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in encoder]
+        shapes = [tensor.shape for tensor in kernels.topk_encode(*fakes, 4)]
+    assert shapes == [(6, 4), (6, 4)]

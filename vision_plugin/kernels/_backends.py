@@ -282,6 +282,8 @@ def _candidates() -> list[str]:
 
 def _load(name: str) -> Any:
     """Return the backend, or the exception that kept it from loading."""
+    if name in _loaded:
+        return _loaded[name]
     with _lock:
         if name not in _loaded:
             _loaded[name] = _import(name)

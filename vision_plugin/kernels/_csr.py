@@ -77,8 +77,15 @@ class SparseLatents:
 
     def with_values(self, values: Tensor) -> SparseLatents:
         """Return the same pattern with other values, ``[nnz]``."""
-        more = {"k": self.k, "trusted": self.trusted, "padded": self.padded}
-        return SparseLatents(values, self.indices, self._offsets, self.d_sae, **more)
+        return SparseLatents(
+            values,
+            self.indices,
+            self._offsets,
+            self.d_sae,
+            k=self.k,
+            trusted=self.trusted,
+            padded=self.padded,
+        )
 
     def prune(self) -> SparseLatents:
         """Drop entries that are exactly zero (a ReLU TopK row may have some)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backends, _operators
+from ._calling import call
 from ._csr import SparseLatents
 
 
@@ -54,8 +55,17 @@ def topk_encode(
     if not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k={k} is out of range: W_enc has {W_enc.shape[1]} latents (d_sae)")
     flat = x.reshape(-1, x.shape[-1])
-    values, indices = _operators.encode_topk(
-        flat, W_enc, b_enc, b_in, _constant(scale), k, relu, _product_dtype(x), _name(backend)
+    values, indices = call(
+        _operators.encode_topk,
+        flat,
+        W_enc,
+        b_enc,
+        b_in,
+        _constant(scale),
+        k,
+        relu,
+        _product_dtype(x),
+        _name(backend),
     )
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
@@ -97,7 +107,8 @@ def sparse_decode(
     _check_mode(values, W_dec)
     k = values.shape[-1]
     n_rows = math.prod(values.shape[:-1])  # numel() of the shape would fix a traced batch
-    decoded: Tensor = _operators.gather_sum(
+    decoded: Tensor = call(
+        _operators.gather_sum,
         W_dec,
         indices.reshape(n_rows, k).int(),
         None,
@@ -143,7 +154,8 @@ def batch_topk_encode(
     _check_encoder(x, W_enc, b_enc, b_in, scale)
     if not k > 0:
         raise ValueError(f"k={k} must be positive: the average number of latents per row")
-    values, indices, offsets = _operators.encode_batch_topk(
+    values, indices, offsets = call(
+        _operators.encode_batch_topk,
         x,
         W_enc,
         b_enc,
@@ -189,8 +201,15 @@ def threshold_encode(
             f"threshold must have shape {list(b_enc.shape)}, one per latent, "
             f"got {list(threshold.shape)}"
         )
-    values, indices, offsets = _operators.encode_threshold(
-        x, W_enc, b_enc, b_in, threshold.detach(), _product_dtype(x), _name(backend)
+    values, indices, offsets = call(
+        _operators.encode_threshold,
+        x,
+        W_enc,
+        b_enc,
+        b_in,
+        threshold.detach(),
+        _product_dtype(x),
+        _name(backend),
     )
     return SparseLatents(values, indices, offsets, W_enc.shape[1], trusted=True)
 
@@ -230,8 +249,15 @@ def csr_decode(
     else:
         shape = (latents.batch, latents.k)
         values, indices = values.reshape(shape), indices.reshape(shape)
-    decoded: Tensor = _operators.gather_sum(
-        W_dec, indices, offsets, values, b_dec, _name(backend), latents.trusted
+    decoded: Tensor = call(
+        _operators.gather_sum,
+        W_dec,
+        indices,
+        offsets,
+        values,
+        b_dec,
+        _name(backend),
+        latents.trusted,
     )
     return decoded
 
@@ -280,7 +306,8 @@ def matryoshka_decode(
         segment += latents.indices >= width
     edges = torch.arange(latents.batch * n_levels + 1, device=segment.device)
     offsets = torch.searchsorted(segment, edges, out_int32=True)
-    levels: Tensor = _operators.level_sums(
+    levels: Tensor = call(
+        _operators.level_sums,
         W_dec,
         latents.indices,
         offsets,

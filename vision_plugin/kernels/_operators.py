@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._calling import call, operator
 from ._entries import check_entries
 
 _ENCODER = "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_in, Tensor? scale"
 _TAIL = "ScalarType? dtype, str backend"
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::encode_topk",
-    mutates_args=(),
     schema=f"({_ENCODER}, SymInt k, bool relu, {_TAIL}) -> (Tensor, Tensor)",
 )
 def encode_topk(
@@ -46,9 +46,8 @@ def encode_topk(
     return values.to(_result_dtype(x, W_enc)), indices
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::encode_batch_topk",
-    mutates_args=(),
     schema=f"({_ENCODER}, SymInt total, bool padded, {_TAIL}) -> (Tensor, Tensor, Tensor)",
 )
 def encode_batch_topk(
@@ -71,9 +70,8 @@ def encode_batch_topk(
     return values.to(_result_dtype(x, W_enc)), indices, offsets
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::encode_threshold",
-    mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_in, Tensor threshold, "
     f"{_TAIL}) -> (Tensor, Tensor, Tensor)",
 )
@@ -94,9 +92,8 @@ def encode_threshold(
     return values.to(_result_dtype(x, W_enc)), indices, offsets
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::gather_sum",
-    mutates_args=(),
     schema="(Tensor source, Tensor indices, Tensor? offsets, Tensor weights, Tensor? bias, "
     "str backend, bool trusted=False) -> Tensor",
 )
@@ -124,9 +121,8 @@ def gather_sum(
     return result
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::level_sums",
-    mutates_args=(),
     schema="(Tensor source, Tensor indices, Tensor offsets, Tensor weights, Tensor? bias, "
     "SymInt n_levels, str backend, bool trusted=False) -> Tensor",
 )
@@ -148,9 +144,8 @@ def level_sums(
     return result
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::pair_dot",
-    mutates_args=(),
     schema="(Tensor segments, Tensor source, Tensor indices, Tensor? offsets, str backend) "
     "-> Tensor",
 )
@@ -164,9 +159,8 @@ def pair_dot(
     return result
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::segment_sum",
-    mutates_args=(),
     schema="(Tensor values, Tensor offsets, str backend) -> Tensor",
 )
 def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
@@ -175,9 +169,8 @@ def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return result
 
 
-@torch.library.custom_op(
+@operator(
     "vision_plugin::transpose",
-    mutates_args=(),
     schema="(Tensor indices, Tensor? offsets, SymInt n_columns, str backend) "
     "-> (Tensor, Tensor, Tensor)",
 )
@@ -280,16 +273,17 @@ def _encoder_gradients(
     backend = ctx.backend
     grad_x = grad_W = grad_b = grad_b_in = None
     if need_x:
-        grad_x = gather_sum(W_enc.t(), indices, offsets, grad, None, backend, True).to(x.dtype)
+        grad_x = call(gather_sum, W_enc.t(), indices, offsets, grad, None, backend, True)
+        grad_x = grad_x.to(x.dtype)
     if need_W or need_b or need_b_in:
-        rows, order, starts = transpose(indices, offsets, W_enc.shape[1], backend)
+        rows, order, starts = call(transpose, indices, offsets, W_enc.shape[1], backend)
         by_latent = grad.reshape(-1).index_select(0, order)
         if need_W:
             centred = x if b_in is None else x - b_in
-            grad_W = gather_sum(centred, rows, starts, by_latent, None, backend, True)
+            grad_W = call(gather_sum, centred, rows, starts, by_latent, None, backend, True)
             grad_W = grad_W.to(W_enc.dtype).t()
         if need_b or need_b_in:
-            total = segment_sum(by_latent, starts, backend)
+            total = call(segment_sum, by_latent, starts, backend)
             grad_b = total.to(b_enc.dtype) if need_b else None
             if need_b_in:
                 # Summed over the batch, the gradient through x - b_in is one matrix-vector product.
@@ -374,12 +368,12 @@ def _sum_gradients(
     """Return the gradients of source and weights from those of the segments' sums."""
     grad_source = grad_weights = None
     if need[0]:
-        rows, order, starts = transpose(indices, offsets, source.shape[0], backend)
+        rows, order, starts = call(transpose, indices, offsets, source.shape[0], backend)
         by_column = weights.reshape(-1).index_select(0, order)
-        grad_source = gather_sum(grad, rows, starts, by_column, None, backend, True)
+        grad_source = call(gather_sum, grad, rows, starts, by_column, None, backend, True)
         grad_source = grad_source.to(source.dtype)
     if need[3]:
-        grad_weights = pair_dot(grad, source, indices, offsets, backend).to(weights.dtype)
+        grad_weights = call(pair_dot, grad, source, indices, offsets, backend).to(weights.dtype)
     return grad_source, grad_weights
 
 

@@ -87,8 +87,9 @@ class TritonBackend(TorchBackend):
             start += part.shape[0]
         keys, rows, columns = parts[0]
         if len(parts) > 1:  # each chunk gave its own largest: choose among them
-            joined = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            keys, rows, columns = choose_again(*joined, total, (batch - 1, d_sae - 1))
+            keys, rows, columns = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            last = (batch - 1, d_sae - 1)
+            keys, rows, columns = choose_again(keys, rows, columns, total, last)
         if not padded:
             n_positive = int((keys != 0).sum())
             keys, rows, columns = (t[:n_positive] for t in (keys, rows, columns))

@@ -7,6 +7,7 @@ step runs as it is, with the dead latents gathered in as many rows as there are 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -57,7 +58,9 @@ class DeviceStep:
             trainer.sae.dead_capacity = self._room_for_dead()
             for rate, group in zip(self._rates, trainer.optimizer.param_groups, strict=True):
                 rate.fill_(float(group["lr"]))
-        output = self._replay(sae_in) if self.capture else self.body(sae_in)
+        # Streams and graphs are made on the current device, which need not be that of the SAE.
+        with torch.cuda.device(sae_in.device) if sae_in.is_cuda else contextlib.nullcontext():
+            output = self._replay(sae_in) if self.capture else self.body(sae_in)
         trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
         trainer.lr_scheduler.step()
         for scheduler in trainer.coefficient_schedulers.values():
@@ -104,7 +107,7 @@ class DeviceStep:
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             # Fused Adam divides the gradients itself, which saves reading and writing them.
-            optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)  # type: ignore[attr-defined]
+            optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
             self._step_with_rates_of_the_device()
         optimizer.zero_grad()
 
