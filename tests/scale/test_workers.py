@@ -49,7 +49,7 @@ def flags(store: Path, out: Path, n_tokens: int = 8192, *more: str) -> list[str]
 @pytest.mark.slow
 def test_two_workers_by_the_command_have_the_bits_of_one(store: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
     said = run(COMMAND, *flags(store, two, 4096, "--workers", "2"))
     assert _runs.weights(two) == _runs.weights(one)
     assert said.count("Trained a batchtopk SAE") == 1
@@ -67,7 +67,7 @@ def test_what_workers_refuse_is_one_sentence(store: Path, tmp_path: Path) -> Non
 @pytest.mark.scale
 def test_torchrun_runs_the_same_command_to_the_same_bits(store: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     run(
         *(torchrun, "--standalone", "--no-python", "--nproc-per-node", "2"),
@@ -83,7 +83,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
     """Two workers; one is killed, then its node, which comes back: 2, 2, 1 and 2 workers."""
     straight, out = tmp_path / "straight", tmp_path / "out"
     often = ("--n-checkpoints", "60")
-    run(COMMAND, *flags(store, straight, 400_000, "--split", "lanes", *often))
+    run(COMMAND, *flags(store, straight, 400_000, "--share", "lanes", *often))
     checkpoints = out.with_name("out.checkpoints")
 
     def steps() -> int:
