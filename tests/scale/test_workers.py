@@ -20,7 +20,8 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 FLAGS = (
-    *("--hook-name", "blocks.1.hook_resid_post", "--d-sae", "96", "--k", "6"),
+    *("--model-name", "demo", "--hook-name", "blocks.1.hook_resid_post"),
+    *("--d-sae", "96", "--k", "6"),
     *("--train-batch-size-tokens", "256", "--device", "cpu", "--n-quality-tokens", "512"),
 )
 
