@@ -20,7 +20,8 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 FLAGS = (
-    *("--hook-name", "blocks.1.hook_resid_post", "--d-sae", "96", "--k", "6"),
+    *("--model-name", "demo", "--hook-name", "blocks.1.hook_resid_post"),
+    *("--d-sae", "96", "--k", "6"),
     *("--train-batch-size-tokens", "256", "--device", "cpu", "--n-quality-tokens", "512"),
 )
 
@@ -49,7 +50,7 @@ def flags(store: Path, out: Path, n_tokens: int = 8192, *more: str) -> list[str]
 @pytest.mark.slow
 def test_two_workers_by_the_command_have_the_bits_of_one(store: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
     said = run(COMMAND, *flags(store, two, 4096, "--workers", "2"))
     assert _runs.weights(two) == _runs.weights(one)
     assert said.count("Trained a batchtopk SAE") == 1
@@ -67,7 +68,7 @@ def test_what_workers_refuse_is_one_sentence(store: Path, tmp_path: Path) -> Non
 @pytest.mark.scale
 def test_torchrun_runs_the_same_command_to_the_same_bits(store: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--split", "lanes"))
+    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     run(
         *(torchrun, "--standalone", "--no-python", "--nproc-per-node", "2"),
@@ -83,7 +84,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
     """Two workers; one is killed, then its node, which comes back: 2, 2, 1 and 2 workers."""
     straight, out = tmp_path / "straight", tmp_path / "out"
     often = ("--n-checkpoints", "60")
-    run(COMMAND, *flags(store, straight, 400_000, "--split", "lanes", *often))
+    run(COMMAND, *flags(store, straight, 200_000, "--share", "lanes", *often))
     checkpoints = out.with_name("out.checkpoints")
 
     def steps() -> int:
@@ -94,7 +95,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
         cluster.env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "60"
         head = cluster.start(head=True)
         node = cluster.start()
-        command = cluster.command(*flags(store, out, 400_000, "--workers", "2", *often))
+        command = cluster.command(*flags(store, out, 200_000, "--workers", "2", *often))
 
         def members(of: int) -> set[int]:
             return {p for p in tree(of) if "RayTrainWorker" in title(p)}
@@ -110,6 +111,6 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
         said, _ = command.communicate(timeout=300)
         assert command.returncode == 0, said
         assert head.poll() is None
-    assert killed_at < 400_000 // 256, "the node was killed too late to matter"
+    assert killed_at < 200_000 // 256, "the node was killed too late to matter"
     assert _runs.weights(out) == _runs.weights(straight)
     assert not list(tmp_path.glob(".out*")), "Ray Train's notes stayed"

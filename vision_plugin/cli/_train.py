@@ -24,7 +24,7 @@ class TeamFlags(EngineFlags):
     workers: int = 1
     """Processes that train the SAE together, on this machine or on a Ray cluster. Under
     ``torchrun`` its own processes do so."""
-    split: Literal["auto", "lanes", "latents"] = "auto"
+    share: Literal["auto", "lanes", "latents"] = "auto"
     """What each worker has: ``lanes``, a part of every batch, with the same bits on any number of
     workers; or ``latents``, a part of the SAE, which need not fit one device. ``auto`` takes lanes
     where there are several workers."""
@@ -44,7 +44,7 @@ class TeamFlags(EngineFlags):
     @property
     def shared(self) -> bool:
         """Whether the run is one of workers, if only of one."""
-        return self.workers > 1 or self.launched or self.split != "auto" or self.engine != "local"
+        return self.workers > 1 or self.launched or self.share != "auto" or self.engine != "local"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,7 +77,7 @@ def train_line(cfg: Any, team: TeamFlags) -> Any:
 def _split(team: TeamFlags) -> Any:
     from vision_plugin.scale import Split
 
-    return Split("lanes" if team.split == "auto" else team.split, team.n_lanes)
+    return Split("lanes" if team.share == "auto" else team.share, team.n_lanes)
 
 
 def _train(runner: Any) -> Any:

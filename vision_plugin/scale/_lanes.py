@@ -64,7 +64,7 @@ class LaneTrainer(CountingTrainer):
         step.add_up()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         self._schedule()
-        return step.output
+        return step.output or _nothing(sae, sae_in)
 
     def _input(self, rows: Tensor) -> TrainStepInput:
         return TrainStepInput(
@@ -143,6 +143,15 @@ class _Step:
         least = float(self.team.add_up(self.least).min())
         found = torch.tensor([least if least < torch.inf else 0.0], dtype=torch.float64)
         self.sae.update_topk_threshold(found.to(self.sae.device))
+
+
+def _nothing(sae: Any, batch: Tensor) -> TrainStepOutput:
+    """Return the output of a process that computes no lane."""
+    none, latents = batch[:0], batch.new_zeros(0, int(sae.cfg.d_sae))
+    loss = batch.new_zeros(())
+    return TrainStepOutput(
+        sae_in=none, sae_out=none, feature_acts=latents, hidden_pre=latents, loss=loss, losses={}
+    )
 
 
 def _taken(parameter: nn.Parameter) -> Tensor:

@@ -100,7 +100,8 @@ def spread(
             if time.monotonic() - looked > _LOOK_SECONDS:
                 looked = time.monotonic()
                 slots = max(1, slot.count(ray))
-                if twice and not waiting and len(flights) < slots and seconds:
+                # Not only where a slot is free: of a machine that is cut off, all seem busy.
+                if twice and not waiting and seconds:
                     _repeat_slowest(remote, flights, statistics.median(seconds))
     finally:
         for ref in flights:

@@ -78,7 +78,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.by not in ("lanes", "latents"):
-            raise ValueError(f"split={self.by!r}: use 'lanes' or 'latents'")
+            raise ValueError(f"share={self.by!r}: use 'lanes' or 'latents'")
 
 
 @contextlib.contextmanager
