@@ -118,7 +118,7 @@ DECOMPOSITION = Kind(
     noun="a decomposition",
     marker="decomposition.json",
     is_marked=lambda content: str(content.get("schema")).startswith("vision_plugin.decompose/"),
-    contents=re.compile(r"decomposition\.json|table\.txt|(shares|ablation|maps)\.png"),
+    contents=re.compile(r"decomposition\.json|table\.txt|(shares|ablation|maps|second_order)\.png"),
 )
 """What ``decompose`` writes."""
 LENS = Kind(

@@ -157,6 +157,9 @@ def test_importance_is_the_closed_form(model: VisionBridge, pixels: Tensor) -> N
     torch.testing.assert_close(found.importance, expected, atol=0.03, rtol=0)
     assert found.ranked()[0] == 0
     assert found.n_passes == 256 * 6
+    bars = found.plot().axes[0].patches
+    drawn = [bar.get_width() for bar in bars]  # type: ignore[attr-defined]
+    assert drawn == pytest.approx(sorted(found.importance.tolist(), reverse=True))
 
 
 def test_an_answer_that_never_changes_has_no_importance(

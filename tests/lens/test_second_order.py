@@ -184,6 +184,7 @@ def test_words_are_the_code_that_scikit_learn_finds(model: VisionBridge) -> None
     entry = found.to_dict(texts, names, n_words=3)["components"][0]
     assert len(entry["words"]) == 3
     assert found.table(texts, names).row_count == 1
+    assert found.plot().axes[0].get_ylabel() == "share of the first direction"
 
 
 def test_what_has_no_second_order_effect_is_refused(model: VisionBridge, pixels: Tensor) -> None:
