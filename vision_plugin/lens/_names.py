@@ -307,8 +307,9 @@ def _entry(method: str, one: NameCandidates, latent: int) -> dict[str, str | flo
     columns = {"auroc": "auroc", "low": "low", "high": "high", "chance": "others", "beats": "beats"}
     for key, column in columns.items():
         entry[key] = None if check is None else _plain(float(getattr(check, column)[latent]))
-    unknown = check is None or entry["auroc"] is None
-    return entry | {"better": None if unknown else bool(check.better[latent])}
+    if check is None or entry["auroc"] is None:
+        return entry | {"better": None}
+    return entry | {"better": bool(check.better[latent])}
 
 
 def _candidates_to_dict(one: NameCandidates) -> dict[str, Any]:
