@@ -138,3 +138,26 @@ def test_more_latents_than_there_are_are_refused(vlm) -> None:
     settings = vp.tasks.MultimodalSettings(sizes=(1, 1000))
     with pytest.raises(ValueError, match="allows at most 48"):
         vp.tasks.multimodal(vlm, make_sae(READ, 128), data, settings=settings)
+
+
+def test_a_table_shows_its_figures_where_a_terminal_is_narrow() -> None:
+    from rich.console import Console
+
+    from vision_plugin.steering import Edit
+    from vision_plugin.tasks import Figure, MultimodalResult, Row
+
+    changed, kept = Figure(0.977, 0.953, 0.997), Figure(0.939, 0.917, 0.959)
+    rows = [
+        Row("sae", "background", "test", 0, None, "reconstruction in place of the layer", "", {
+            "accuracy": changed}),
+        Row("random_active_latents", "background", "test", 30, 2, "suppression, preserving", "", {
+            "suppressed": changed, "preserved": kept}),
+    ]  # fmt: skip
+    result = MultimodalResult("demo", "sae", {}, rows, [], [], Edit(), {})
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(result.table())
+    lines = [line for line in captured.get().splitlines() if "0.977 ±0.022" in line]
+    assert len(lines) == 2
+    assert "0.939 ±0.021" in lines[1]
+    assert "0.939" not in lines[0]
