@@ -39,7 +39,7 @@ class ActivationStore(ReadableStore):
 
     If its extraction was interrupted, a store opens with the shards that are complete.
 
-    Example:
+    Examples:
         >>> store = ActivationStore("acts/")  # doctest: +SKIP
         >>> store.activations("blocks.5.hook_resid_post", [0, 7]).shape  # doctest: +SKIP
         torch.Size([2, 50, 768])

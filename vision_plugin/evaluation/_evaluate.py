@@ -158,7 +158,7 @@ def evaluate(
         ValueError: the SAE, model, images, concepts or metrics are not there or do not fit
             together.
 
-    Example:
+    Examples:
         >>> found = evaluate(sae, model, "photos/", metrics=["fvu"])  # doctest: +SKIP
         >>> found.results["fvu"]["sae"].explained_variance  # doctest: +SKIP
     """

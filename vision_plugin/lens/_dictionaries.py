@@ -95,7 +95,7 @@ def fit_dictionary(
         seed: Seed of the start.
         max_iter: Iterations at most.
 
-    Example:
+    Examples:
         >>> x = torch.rand(64, 8)
         >>> fit_dictionary(x, 4, "kmeans").at("blocks.3.hook_resid_post").encode(x).shape
         torch.Size([64, 4])

@@ -126,7 +126,7 @@ def edit_language(
     Raises:
         ValueError: the edit does not fit, or the image stands at different places in the prompts.
 
-    Example:
+    Examples:
         >>> inputs = vlm.prepare(images, "Is there a star?")  # doctest: +SKIP
         >>> with edit_language(vlm, project_away(vlm, "star", 1), inputs):  # doctest: +SKIP
         ...     vlm.generate(inputs)

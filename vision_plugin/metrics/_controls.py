@@ -98,7 +98,7 @@ class ControlDictionary(nn.Module):
     def at(self, hook_name: str, *, tokens: str = "all") -> ControlDictionary:
         """Return the same dictionary at a hook of a model, usable wherever an SAE is.
 
-        Example:
+        Examples:
             >>> control = random_dictionary(4, 8, k=2, seed=0).at("blocks.11.hook_resid_post")
             >>> control.cfg.metadata["hook_name"]
             'blocks.11.hook_resid_post'
@@ -213,7 +213,7 @@ def with_controls(
         k: latents kept per image by the random dictionary, which is as wide as ``latents``.
         seed: seed of the random dictionary.
 
-    Example:
+    Examples:
         >>> x, e = torch.randn(8, 4), torch.randn(8, 3)
         >>> rows = with_controls(lambda a: monosemanticity(a, e), x.relu(), x, k=2)
         >>> list(rows)

@@ -120,7 +120,7 @@ def hierarchy(
 def matryoshka_groups(widths: Sequence[int]) -> Int[Tensor, " k"]:
     """Number the latents by Matryoshka group, from the cumulative widths of the nested SAEs.
 
-    Example:
+    Examples:
         >>> matryoshka_groups([2, 5]).tolist()
         [0, 0, 1, 1, 1]
     """

@@ -127,7 +127,7 @@ def compare_at_equal_firing(
         ValueError: the two results come from different images, embeddings or definitions, or an
             argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import vision_plugin as vp
         >>> generator = torch.Generator().manual_seed(0)

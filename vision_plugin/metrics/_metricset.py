@@ -26,7 +26,7 @@ class MetricSet:
     Raises:
         ValueError: a metric is unknown, lacks an argument, or has no such option.
 
-    Example:
+    Examples:
         >>> scores = MetricSet(["monosemanticity"], {"n_features": 2, "d_embed": 2})
         >>> three = torch.eye(2)[[0, 0, 1]]
         >>> scores.update({"latents": three, "embeddings": three})

@@ -136,7 +136,7 @@ class Monosemanticity(StreamingMetric):
         definition: ``"all"`` images or each latent's ``"top16"``.
         top_range: images whose range scales the weights of ``"top16"``: ``"dataset"`` or ``"top"``.
 
-    Example:
+    Examples:
         >>> metric = Monosemanticity(n_features=2, d_embed=2)
         >>> metric.update(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), torch.eye(2)[[0, 0, 1]])
         >>> metric.compute().score.tolist()

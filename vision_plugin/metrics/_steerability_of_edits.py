@@ -149,7 +149,7 @@ def edit_steerability(
         ValueError: there is no edit, two are the same in words and have no names, an edit does not
             fit the model, or concepts and embeddings differ in number.
 
-    Example:
+    Examples:
         >>> import vision_plugin as vp
         >>> model = vp.load_model("demo")
         >>> texts = model.encode_text(["a red circle", "a blue square"])

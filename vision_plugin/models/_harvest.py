@@ -36,7 +36,7 @@ class _AllHarvested(Exception):
 class Harvester:
     """Collects the activations at some hooks, at about the cost of the native forward.
 
-    Example:
+    Examples:
         >>> harvest = Harvester(model, ["blocks.5.hook_resid_post"])  # doctest: +SKIP
         >>> harvest(pixels)["blocks.5.hook_resid_post"].shape  # doctest: +SKIP
         torch.Size([8, 50, 768])

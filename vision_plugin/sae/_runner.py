@@ -71,7 +71,7 @@ class VisionMultiSAETrainingRunner:
         ValueError: the runs cannot share a pass, or a model, image source, store, hook or width is
             unknown or does not fit.
 
-    Example:
+    Examples:
         >>> runner = VisionMultiSAETrainingRunner(  # doctest: +SKIP
         ...     {
         ...         f"blocks.{layer}": dataclasses.replace(

@@ -41,7 +41,7 @@ class RayEngine:
         ClusterError: on entering: no cluster answers, or it refuses this process.
         ImportError: on entering: Ray is not installed.
 
-    Example:
+    Examples:
         >>> with RayEngine("auto") as engine:  # doctest: +SKIP
         ...     store = vision_plugin.extract(cfg, engine=engine)
     """
