@@ -279,8 +279,8 @@ def page(found: dict[str, Any]) -> str:
     if len(found) > 1:
         on = found["machine"]
         lines += [
-            f"({on['device']}, {on['cores']} cores, load {on['load_average_before']:.1f} before: CPU "
-            "can be trusted, seconds less.)",
+            f"({on['device']}, {on['cores']} cores, load {on['load_average_before']:.1f} before: "
+            "CPU can be trusted, seconds less.)",
             "",
         ]
     lines += [
