@@ -58,7 +58,8 @@ def main() -> None:
         there["lanes"] = lanes(small=arguments.small)
     if arguments.part in (None, "extraction"):
         there["extraction"] = extraction(small=arguments.small)
-    arguments.output.write_text(json.dumps(there, indent=1) + "\n")
+    if len(there) > 1:
+        arguments.output.write_text(json.dumps(there, indent=1) + "\n")
     text = page(there)
     arguments.output.with_suffix(".md").write_text(text)
     logger.info("%s", text)
@@ -275,11 +276,14 @@ def page(found: dict[str, Any]) -> str:
             "in one process (aim: at most +25%).",
             "",
         ]
-    machine_of = found["machine"]
+    if len(found) > 1:
+        on = found["machine"]
+        lines += [
+            f"({on['device']}, {on['cores']} cores, load {on['load_average_before']:.1f} before: "
+            "CPU can be trusted, seconds less.)",
+            "",
+        ]
     lines += [
-        f"({machine_of['device']}, {machine_of['cores']} cores, load "
-        f"{machine_of['load_average_before']:.1f} before: CPU can be trusted, seconds less.)",
-        "",
         "## Many GPUs",
         "",
         "Nothing here was run on a GPU. The simulator gives shards to slots that start, straggle "

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def connected(address: str | None, *, dashboard: bool = False, **settings: Any) 
             _check_answers(address)
             settings = {}
         stack.callback(ray.shutdown)
+        before = _children()
         try:
             ray.init(
                 address="local" if address is None else address,
@@ -81,14 +83,33 @@ def connected(address: str | None, *, dashboard: bool = False, **settings: Any) 
                 logging_level=logging.ERROR,
                 **settings,
             )
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        except Exception as error:
+            for process in _children() - before:  # of a cluster that started in part
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             raise _refused(address, error) from error
         yield ray
 
 
+def _children() -> set[int]:
+    """Return the processes that this one started and that have not ended; empty off Linux."""
+    found: set[int] = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(path.parent.name))
+    return found
+
+
 def _refused(address: str | None, error: Exception) -> ClusterError:
     said = " ".join(str(error).split())[:300]
-    where = "on this machine" if address is None else f"at address={address}"
+    if address is None:
+        return ClusterError(
+            f"Ray did not start on this machine ({said}): a busy machine may be too slow for it; "
+            "run the same command again, or start a cluster with 'ray start --head' and name it "
+            "with address=auto"
+        )
+    where = f"at address={address}"
     if "ersion mismatch" in said:
         return ClusterError(
             f"the cluster {where} runs another version of Ray or Python than this process: install "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 _RUN = "import sys; from vision_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
 _LOOK_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(arguments: Sequence[str], n_processes: int) -> int:
@@ -45,6 +47,7 @@ def launch(arguments: Sequence[str], n_processes: int) -> int:
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=None if rank == 0 else subprocess.DEVNULL,
             stderr=None if rank == 0 else subprocess.PIPE,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         for rank in range(n_processes)
     ]
@@ -90,6 +93,11 @@ def _first_failed(running: list[subprocess.Popen[bytes]]) -> tuple[int, int] | N
         if all(status == 0 for status in found):
             return None
         time.sleep(_LOOK_SECONDS)
+
+
+def _end_with_parent() -> None:
+    """Let the system end this process when the one that started it ends, for any reason."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:
