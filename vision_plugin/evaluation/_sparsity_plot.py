@@ -50,8 +50,9 @@ def table_of(result: SparsityStudy) -> Table:
 def text_of(result: SparsityStudy) -> str:
     """Return the table as plain text."""
     console = Console(
-        file=io.StringIO(), width=TABLE_WIDTH, color_system=None, markup=False, emoji=False
-    )
+        file=io.StringIO(), width=TABLE_WIDTH, color_system=None, markup=False, emoji=False,
+        force_jupyter=False,
+    )  # fmt: skip
     with console.capture() as captured:
         console.print(table_of(result))
     return captured.get()

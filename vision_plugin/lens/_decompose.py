@@ -317,7 +317,10 @@ def _draw_maps(pictures: Pictures) -> Figure:
 
 
 def _text(tables: Sequence[Table]) -> str:
-    out = Console(file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False)
+    out = Console(
+        file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False,
+        force_jupyter=False,
+    )  # fmt: skip
     with out.capture() as captured:
         for table in tables:
             out.print(table)

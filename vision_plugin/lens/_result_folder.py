@@ -55,7 +55,9 @@ def save_result(
 
 def printed(table: Table) -> str:
     """Return a table as text, whole however narrow the terminal is."""
-    console = Console(width=160, no_color=True, markup=False, emoji=False, highlight=False)
+    console = Console(
+        width=160, no_color=True, markup=False, emoji=False, highlight=False, force_jupyter=False
+    )
     with console.capture() as captured:
         console.print(table)
     return captured.get()

@@ -50,7 +50,7 @@ def cell(figure: Figure | None) -> str:
 
 def printed(table: Table) -> str:
     """Return a table as text, whole however narrow the terminal is."""
-    console = Console(width=160, no_color=True)
+    console = Console(width=160, no_color=True, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
