@@ -16,6 +16,9 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update"),
 )
 
+TIMEOUT_MS = 300_000
+"""Time for a page to open, on a machine with other work too."""
+
 
 @contextmanager
 def chromium() -> Iterator[Any]:
@@ -38,6 +41,7 @@ def chromium() -> Iterator[Any]:
 def opened(browser: Any, folder: Path, address: str, **context: Any) -> Any:
     """A page of a report, once its script has run."""
     page = browser.new_context(**context).new_page()
+    page.set_default_timeout(TIMEOUT_MS)
     page.goto(f"{folder.resolve().as_uri()}/{address}")
     if not address.startswith("features/") and "summary" not in address:
         page.wait_for_selector("html[data-ready]")
@@ -59,23 +63,19 @@ def search_for(folder: Path, words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def take_pages(folder: Path, out: Path, *, word: str = "frog") -> list[Path]:
+def take_pages(folder: Path, out: Path, *, word: str = "bird") -> list[Path]:
     """Write ``report-<page>.webp`` for index, feature, image, map, compare and summary.
 
     Args:
         folder: The report.
         out: Where the pictures go.
-        word: A label of pictures; the feature page is of the best match, the image page of such a
-            picture, if there is one.
+        word: A label of pictures; the image page is of such a picture, if there is one.
     """
     view = {"viewport": {"width": 1200, "height": 800}}
     taken = []
     with chromium() as browser:
-        page = opened(browser, folder, f"index.html#query={word}&sort=match", **view)
+        page = opened(browser, folder, "index.html#state=usual", **view)
         cards = page.locator("#view .card a")
-        if cards.count() == 0:
-            page = opened(browser, folder, "index.html", **view)
-            cards = page.locator("#view .card a")
         first = cards.first.text_content()
         addresses = {
             "index": "index.html#state=usual",

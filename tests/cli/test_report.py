@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sae_lens
+import torch
 
 import vision_plugin as vp
 from tests._clip import make_sae
@@ -84,9 +86,11 @@ def test_names_of_a_file_and_those_of_another_sae(
     assert main([*flags, "--names", str(tmp_path / "mine.json")]) == 0
     names = vp.lens.read_names(tmp_path / "mine.json")
     assert read_data(tmp_path / "pages")["names"] == [name or "" for name in names.names[1:3]]
-    content = json.loads((tmp_path / "mine.json").read_text())
-    content["sae"]["fingerprint"] = {**content["sae"]["fingerprint"], "d_sae": 7}
-    (copied / "names.json").write_text(json.dumps(content))
+    shutil.copy(tmp_path / "mine.json", copied / "names.json")
+    other = sae_lens.SAE.load_from_disk(copied)
+    with torch.no_grad():
+        other.W_dec.copy_(other.W_dec.flip(0))
+    other.save_model(copied)
     assert main(flags) == 0
     assert "the report shows no names of names.json" in caplog.text
     assert read_data(tmp_path / "pages")["names"] is None

@@ -146,6 +146,7 @@ class Visit:
     def __init__(self, browser, folder, **context):
         self.folder = folder
         self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **context)
+        self.context.set_default_timeout(180_000)  # other work may keep the machine busy
         self.page = self.context.new_page()
         self.complaints, self.requests = [], []
         self.page.on("console", lambda m: self.complaints.append(f"{m.type}: {m.text}"))

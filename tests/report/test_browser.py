@@ -292,6 +292,25 @@ def test_the_heat_map_fades_and_tells_the_value_under_the_pointer(index, built, 
     assert page.locator("#fade").input_value() == "30"
 
 
+def test_a_search_leads_to_the_pictures_patch_by_patch(index, built):
+    page = index.page
+    data = read_data(built)["pictures"]
+    page.locator("#query").fill("red disc")
+    links = page.locator("#found a").all()
+    wanted = {
+        f"images.html#image={data['numbers'][slot]}"
+        for slot in data["pages"]
+        if any("red disc" in data["texts"]["all"][t] for t in data["texts"]["of"][slot])
+    }
+    assert {link.get_attribute("href") for link in links} == wanted
+    links[0].click()
+    page.wait_for_selector("#stage .image")
+    assert "red disc" in page.locator("#one-title").text_content()
+    index.open("index.html#query=%235")
+    ready(page)
+    assert not page.locator("#found").is_visible()
+
+
 def test_a_label_leads_to_the_features_that_share_it(index):
     page = index.page
     index.open("features/4.html")

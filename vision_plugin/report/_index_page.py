@@ -52,6 +52,7 @@ def index_data(content: Content) -> dict[str, Any]:
             "labels": [content.label(number)[:N_LIST_NAME] for number in order],
             "texts": _texts(content),
             "files": file_names(content),
+            "pages": [slots[number] for number in order if number in content.image_pages],
         },
     }
 

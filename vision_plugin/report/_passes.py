@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -322,9 +323,19 @@ def _batches(
     reader: ImageReader, numbers: Sequence[int], what: str, progress: bool, *, size: int = BATCH
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
     """Yield the readable images of each batch with their numbers; a batch may be empty."""
-    with Progress(len(numbers), what, shown=progress) as shown:
-        for start in range(0, len(numbers), size):
-            found = {n: reader.read(n) for n in numbers[start : start + size]}
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def read(part: Sequence[int]) -> dict[int, Image.Image | None]:
+        return {n: reader.read(n) for n in part}
+
+    # The next images are read while the model is at work on these.
+    with Progress(len(numbers), what, shown=progress) as shown, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(read, parts[0]) if parts else None
+        for following in [*parts[1:], None]:
+            if coming is None:
+                break
+            found = coming.result()
+            coming = None if following is None else ahead.submit(read, following)
             readable = {n: image for n, image in found.items() if image is not None}
             yield list(readable), list(readable.values())
             shown.advance(len(found))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
 from PIL import Image
 
 LOSSLESS_BELOW = 128
@@ -14,6 +15,11 @@ LOSSLESS_BELOW = 128
 THUMB, THUMBS_ACROSS = 64, 16
 _MOST_ACROSS = 8
 _FILES_PER_FEATURE = 0.7
+_SILENT = Markup('aria-hidden="true"')
+_SVG = Markup(
+    '<svg class="{0}" viewBox="0 0 {1} {2}" {3}><image href="{4}" x="-{5}" y="-{6}" width="{7}" '
+    'height="{7}"/></svg>'
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,19 @@ class Tile:
     height: int
     sheet: int
     """Width and height of the sheet."""
+
+    def svg(self, root: str, label: str, kind: str = "image") -> Markup:
+        """Return the image as markup.
+
+        Args:
+            root: Way from the page to the report's folder.
+            label: What it shows, for those who do not see it; empty where it is told beside it.
+            kind: Class, for the style sheet.
+        """
+        told = Markup('role="img" aria-label="{}"').format(label) if label else _SILENT
+        return _SVG.format(
+            kind, self.width, self.height, told, root + self.source, self.x, self.y, self.sheet
+        )
 
 
 class Sheets:

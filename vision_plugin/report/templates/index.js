@@ -151,6 +151,18 @@
     byId("filters").replaceChildren(...chips);
   };
 
+  // Pictures that have the words and can be opened patch by patch: from a thing to what fires at it.
+  const drawFound = () => {
+    const words = view.query.trim().toLocaleLowerCase(), fit = words && !words.startsWith("#") ? Columns.picturesWith(words) : null;
+    const slots = fit ? report.pictures.pages.filter((slot) => fit[slot] > 0).sort((a, b) => fit[b] - fit[a]) : [];
+    byId("found").hidden = slots.length === 0;
+    byId("found-title").textContent = `Patch by patch: ${VP.count(slots.length, "picture")}`;
+    byId("found-pictures").replaceChildren(...slots.slice(0, 12).map((slot) => {
+      const number = report.pictures.numbers[slot], label = report.pictures.labels[slot];
+      return element("a", { href: `images.html#image=${number}`, "aria-label": `Image ${number}${label ? `: ${label}` : ""}`, title: label || undefined }, thumb(report, slot));
+    }));
+  };
+
   const drawPicked = () => {
     byId("picked").hidden = picked.size === 0;
     byId("n-picked").textContent = `${picked.size.toLocaleString("en")} selected`;
@@ -177,6 +189,7 @@
     byId("count").textContent = order.length === all ? VP.count(all, "feature") : `${order.length.toLocaleString("en")} of ${VP.count(all, "feature")}`;
     byId("random").disabled = order.length === 0;
     drawFilters();
+    drawFound();
     drawPicked();
     if (byId("distributions").open) Histograms.draw(order, filters);
     drawPlot();
