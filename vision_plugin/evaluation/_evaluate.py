@@ -160,7 +160,8 @@ def evaluate(
 
     Examples:
         >>> found = evaluate(sae, model, "photos/", metrics=["fvu"])  # doctest: +SKIP
-        >>> found.results["fvu"]["sae"].explained_variance  # doctest: +SKIP
+        >>> fvu = found.results["fvu"]  # doctest: +SKIP
+        >>> fvu["sae"].explained_variance  # doctest: +SKIP
     """
     concepts = settings.pop("concepts", None)
     given = {name: _settled(value) for name, value in settings.items()}
