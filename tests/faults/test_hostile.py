@@ -37,7 +37,7 @@ def test_the_corpus_is_large() -> None:
     assert len(FIXED) >= 300
 
 
-LONG = ("vision-plugin tasks",)
+LONG = ("vision-plugin tasks", "vision-plugin sweep")
 """Kinds whose lines take half a minute: tasks that run to their end."""
 
 

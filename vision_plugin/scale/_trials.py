@@ -88,11 +88,18 @@ class Sweep:
             seed: Seed of the draws: the same seed gives the same trials.
 
         Raises:
-            ValueError: a parameter has no values, or a distribution that is unknown here.
+            ValueError: a parameter has no values, or a distribution that is unknown here; or the
+                trials are none or too many.
         """
+        if n_trials is not None and not 1 <= n_trials <= MAX_TRIALS:
+            raise ValueError(f"n_trials={n_trials}: use a whole number from 1 to {MAX_TRIALS:,}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: use a whole number from 0 up, below 2 to the 63")
         chosen = self._grid() if self.method == "grid" else self._drawn(n_trials or 20, seed)
-        found = {trial.id: trial for trial in map(_trial, itertools.islice(chosen, n_trials))}
-        return list(found.values())
+        several = list(itertools.islice(chosen, n_trials or MAX_TRIALS + 1))
+        if len(several) > MAX_TRIALS:
+            raise ValueError(f"the grid has more than {MAX_TRIALS:,} trials: name fewer values")
+        return list({trial.id: trial for trial in map(_trial, several)}.values())
 
     def _grid(self) -> Iterator[dict[str, Any]]:
         choices = []
@@ -113,6 +120,9 @@ def _trial(parameters: dict[str, Any]) -> Trial:
     text = json.dumps(parameters, sort_keys=True)
     return Trial(hashlib.sha256(text.encode()).hexdigest()[:8], parameters)
 
+
+MAX_TRIALS = 10_000
+"""Most trials of a sweep."""
 
 _DRAWS: dict[str, Callable[[np.random.Generator, float, float], float]] = {
     "uniform": lambda rng, low, high: rng.uniform(low, high),

@@ -33,6 +33,7 @@ BASES: dict[str, tuple[str, ...]] = {
         *("--d-sae", "16", "--k", "2", "--training-tokens", "256", "--n-batches-in-buffer", "2"),
         *("--train-batch-size-tokens", "32", "--n-checkpoints", "0"),
     ),
+    "sweep": (f"{HERE}/sweep.yaml", "--n-trials", "1"),
     "eval": (
         *(*_ON_IMAGES, "--sae", SAE, "--metrics", "fvu", "sparsity", "--controls", "neurons"),
         *("--output-path", OUT),
@@ -72,6 +73,18 @@ BASES: dict[str, tuple[str, ...]] = {
     ),
 }
 """A line of each command that works."""
+
+SWEEP = "\n".join(
+    [
+        *("method: random", "metric: {name: validation/fvu, goal: minimize}", "parameters:"),
+        *(
+            f"  {flag.removeprefix('--').replace('-', '_')}: {{value: {value}}}"
+            for flag, value in zip(BASES["train"][::2], BASES["train"][1::2], strict=True)
+        ),
+        "command: [vision-plugin, train, '${args}']\n",
+    ]
+)
+"""A sweep of one trial, which trains as the line above does."""
 
 DEEP = '{"a":' * 3_000 + "1" + "}" * 3_000
 NUMBERS = ("x", "-1", "0", "nan", "", "1e30", "9" * 25, "9" * 5_000, None)
@@ -213,6 +226,8 @@ def _classes(command: str) -> list[type]:
         return [import_module("vision_plugin.activations").ExtractionConfig]
     if command == "tasks":
         return [import_module("vision_plugin.cli._tasks_typographic").TypographicConfig]
+    if command == "sweep":
+        return [import_module("vision_plugin.cli._sweep").SweepFlags]
     if command == "demo":
         return [import_module("vision_plugin.demo.job").DemoConfig]
     module = import_module(f"vision_plugin.cli._{command}")
@@ -309,7 +324,7 @@ def fixtures() -> dict[str, bytes]:
     made |= {f"store/{name}": content for name, content in samples.store().items()}
     made |= {f"foreign/{n}": c for n, c in samples.foreign("visaebench-topk").items()}
     made |= {"concepts.txt": "\n".join(CONCEPTS).encode(), "file": b"text", "empty": b""}
-    made |= {"list.json": b"[1]", "deep.json": DEEP.encode()}
+    made |= {"list.json": b"[1]", "deep.json": DEEP.encode(), "sweep.yaml": SWEEP.encode()}
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_clip(Path(folder) / "model")
         torch.manual_seed(0)
