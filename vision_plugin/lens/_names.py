@@ -136,11 +136,11 @@ class FeatureNames:
             better_than_chance: Whether to leave out names whose check does not lie above chance.
         """
         check = self.check
+        better = [False] * len(self) if check is None else check.better.tolist()
         return {
             latent: name
             for latent, name in enumerate(self.names)
-            if name
-            and not (better_than_chance and not (check is not None and bool(check.better[latent])))
+            if name and (better[latent] or not better_than_chance)
         }
 
     def entries(self) -> dict[int, list[dict[str, str | float | bool | None]]]:
@@ -151,16 +151,16 @@ class FeatureNames:
         ``beats`` (the share of those that do worse) and ``better`` (whether the name is better than
         chance). ``vp.report(names=...)`` takes them.
         """
+        columns = {
+            method: _columns(one.check, len(self)) for method, one in self.candidates.items()
+        }
         found: dict[int, list[dict[str, str | float | bool | None]]] = {}
         for latent, chosen in enumerate(self.made_by):
-            methods = sorted(self.candidates, key=lambda method: method != chosen)
-            entries = [
-                _entry(method, self.candidates[method], latent)
-                for method in methods
-                if self.candidates[method].names[latent] is not None
-            ]
-            if entries:
-                found[latent] = entries
+            for method in sorted(self.candidates, key=lambda method: method != chosen):
+                name = self.candidates[method].names[latent]
+                if name is not None:
+                    checked = {key: values[latent] for key, values in columns[method].items()}
+                    found.setdefault(latent, []).append({"name": name, "method": method, **checked})
         return found
 
     def summary(self) -> dict[str, dict[str, float | int]]:
@@ -301,15 +301,16 @@ def place_of(path: str | Path) -> Path:
     return place / NAMES_FILE if place.is_dir() else place
 
 
-def _entry(method: str, one: NameCandidates, latent: int) -> dict[str, str | float | bool | None]:
-    check = one.check
-    entry: dict[str, str | float | bool | None] = {"name": one.names[latent], "method": method}
+def _columns(check: Check | None, n: int) -> dict[str, list[float | bool | None]]:
+    """Return the numbers of a check that stand beside a name, one for each latent."""
     columns = {"auroc": "auroc", "low": "low", "high": "high", "chance": "others", "beats": "beats"}
-    for key, column in columns.items():
-        entry[key] = None if check is None else _plain(float(getattr(check, column)[latent]))
-    if check is None or entry["auroc"] is None:
-        return entry | {"better": None}
-    return entry | {"better": bool(check.better[latent])}
+    if check is None:
+        return dict.fromkeys([*columns, "better"], [None] * n)
+    found: dict[str, list[float | bool | None]] = {
+        key: [*_column(getattr(check, column))] for key, column in columns.items()
+    }
+    known = zip(check.better.tolist(), found["auroc"], strict=True)
+    return found | {"better": [None if auroc is None else better for better, auroc in known]}
 
 
 def _candidates_to_dict(one: NameCandidates) -> dict[str, Any]:
