@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 from benchmarks._kernel_timing import interleaved
 from benchmarks._machine import machine
 

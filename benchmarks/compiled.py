@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 from benchmarks._machine import machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
+
 from benchmarks import _kernel_cases as cases
 from benchmarks import bridge, kernel
 from benchmarks._kernel_timing import interleaved

@@ -32,6 +32,9 @@ from vision_plugin.sae import VisionSAETrainingRunner
 N = 60
 
 
+pytestmark = pytest.mark.slow  # a server of object storage starts for them
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from s3_server(tmp_path_factory.mktemp("moto"))
@@ -81,7 +84,6 @@ def test_a_store_in_a_bucket_has_the_objects_and_values_of_a_folder(
     assert main(["verify", "s3://bucket/acts"]) == main(["info", "s3://bucket/acts"]) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
 def test_an_sae_trains_from_a_bucket_as_from_a_folder(tmp_path: Path) -> None:
     make("s3://bucket/trained")
@@ -91,7 +93,6 @@ def test_an_sae_trains_from_a_bucket_as_from_a_folder(tmp_path: Path) -> None:
     assert _runs.weights(tmp_path / "a") == _runs.weights(tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_a_killed_extraction_goes_on_and_writes_no_object_again(
     bucket: S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +127,6 @@ def test_a_killed_extraction_goes_on_and_writes_no_object_again(
     assert copied(bucket, "bucket/killed", tmp_path / "copy") == local(tmp_path / "local")
 
 
-@pytest.mark.slow
 def test_damage_and_another_plan_in_a_bucket_are_found(bucket: S3FileSystem) -> None:
     make("s3://bucket/damaged")
     with pytest.raises(StoreMismatchError, match="dtype"):
@@ -156,7 +156,6 @@ def test_a_place_that_takes_no_store_is_one_sentence(url: str, said: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
 def test_nothing_in_a_bucket_is_replaced() -> None:
     with pytest.raises(ValueError, match="nothing is replaced"):

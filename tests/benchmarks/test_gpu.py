@@ -19,6 +19,7 @@ def _rehearsed(out: Path, *only: str) -> dict:
     return report
 
 
+@pytest.mark.slow
 def test_stages_of_the_script_run_on_a_cpu(tmp_path):
     report = _rehearsed(
         tmp_path / "gpu.json", "encoder, tiny", "decoder, tiny", "captured and eager"

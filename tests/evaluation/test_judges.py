@@ -127,6 +127,7 @@ def test_classes_that_are_not_there_are_named_before_anything_is_scored(
     assert not (tmp_path / "scores.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_the_sae_is_above_random_directions(
     world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def test_the_folder_holds_the_result(result: ConceptBottleneck, tmp_path: Path) 
         result.save(place)
 
 
+@pytest.mark.slow
 def test_names_come_from_a_file_or_a_list(model: Any, images: Any, planted: Any, tmp_path) -> None:
     path = tmp_path / "names.json"
     path.write_text(json.dumps({"schema": "x", "names": {"1": "orange", "3": None}}))

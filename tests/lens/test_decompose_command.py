@@ -57,6 +57,7 @@ def test_labels_among_the_texts_give_an_accuracy(tmp_path: Path) -> None:
     assert rows["all attention"]["accuracy"] < rows["nothing"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_what_later_heads_make_of_neurons_and_latents_is_there_when_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,7 @@ def test_other_versions_elsewhere_are_one_sentence() -> None:
         Home(versions={"torch": "0.1"}, variables={}).settle()
 
 
+@pytest.mark.slow
 def test_without_ray_the_engine_is_one_sentence(tmp_path: Path) -> None:
     """A fresh process in which Ray cannot be imported."""
     code = (
@@ -144,7 +145,7 @@ def test_without_ray_the_engine_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run([*line, "--engine", "ray"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "vision-plugin extract: engine='ray' needs Ray; install it with 'pip install "
+        "vision-plugin extract: --engine 'ray' needs Ray; install it with 'pip install "
         "vision-plugin[ray]'"
     )
     assert "Traceback" not in done.stderr

@@ -109,6 +109,7 @@ def result(world: World) -> TaskResult:
     return world.run(sizes=(2, 3))
 
 
+@pytest.mark.slow
 def test_swapping_planted_latents_is_perfect(result: TaskResult) -> None:
     for factor, latents in PLANTED.items():
         row = result.row("sae", kind=factor)
@@ -121,6 +122,7 @@ def test_swapping_planted_latents_is_perfect(result: TaskResult) -> None:
     assert random["disentangle"].value < 0.7
 
 
+@pytest.mark.slow
 def test_no_swap_keeps_everything_and_a_whole_swap_takes_everything(result: TaskResult) -> None:
     for factor in PLANTED:
         none = result.row("none", kind=factor).figures

@@ -110,6 +110,7 @@ def test_heads_and_leace_mend_and_random_latents_do_not(result) -> None:
     assert {row.method for row in result.rows} == set(METHODS)
 
 
+@pytest.mark.slow
 def test_the_choice_is_that_of_an_exhaustive_search(model, data, sae) -> None:
     """Candidates that were dropped half way, against whole passes over all of them."""
     sizes, cap, split = (1, 5, 20), 0.05, data.validation
