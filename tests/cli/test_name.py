@@ -107,7 +107,7 @@ def test_a_task_edits_the_latents_that_a_name_stands_for(sae: Path, tmp_path: Pa
     word = named(sae, tmp_path)
     out = tmp_path / "out"
     small = ["--train-pairs", "30", "--validation-pairs", "30", "--test-pairs", "30"]
-    small += ["--sizes", "5", "--kinds", "shape", "--no-unseen-words", "--cap", "1"]
+    small += ["--sizes", "5", "--kinds", "shape", "--no-unseen-words", "--cap", "0.9"]
     line = ["tasks", "typographic", "--sae", str(sae), "--output-path", str(out), *small]
     assert main([*line, "--latents", f"name:{word}"]) == 0
     asked = json.loads((out / "results.json").read_text())["settings"]["latents"]
