@@ -206,10 +206,10 @@ def page(rows: list[dict[str, Any]], searches: list[dict[str, Any]]) -> str:
     ]
     lines += [
         "",
-        f"The aim was {AIM:g} times at a middle layer. One set alone misses it: half of the layers "
-        "remain there, with every token, since patches attend to the class token, and that bounds "
-        "the gain at twice. What is above it is the SAE, which encodes the edited tokens only, and "
-        "the last block, which runs for the class token alone.",
+        f"The aim was {AIM:g} times at a middle layer. Where half of the layers remain, with every "
+        "token, since patches attend to the class token, the layers alone bound the gain at twice. "
+        "What is above it is the SAE, which encodes the edited tokens only, and the last block, "
+        "which runs for the class token alone: of four layers that is much, of twelve little.",
         "",
         "A whole search of the typographic task (finding the latents, choosing among the sets and "
         "reporting the winner on 30 pairs included), beside full forwards of the attacked and the "
