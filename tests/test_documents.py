@@ -117,6 +117,26 @@ def test_the_examples_of_a_page_run(
     assert runner.failures == 0, "".join(told)
 
 
+@pytest.mark.slow
+def test_the_first_program_of_a_newcomer_runs(tmp_path: Path) -> None:
+    (code,) = [
+        code
+        for _, code in FENCE.findall((DOCS / "getting-started.md").read_text())
+        if code.startswith("import vision_plugin")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mean_score" in done.stdout
+    assert (tmp_path / "runs" / "first-report" / "index.html").is_file()
+
+
+def test_the_example_of_scored_edits_runs() -> None:
+    module = importlib.import_module("vision_plugin.metrics._steerability_of_edits")
+    assert doctest.testmod(module).failed == 0
+
+
 def test_an_example_that_prints_something_else_is_noticed() -> None:
     runner, told = doctest.DocTestRunner(verbose=False), []
     (code,) = blocks("```python\n>>> 1 + 1\n3\n\n```\n")

@@ -49,14 +49,14 @@ class TeamFlags(EngineFlags):
 
 def run(arguments: Sequence[str]) -> int:
     """Train an SAE from flags, and print what was decided, what came out and where it is."""
-    from vision_plugin.scale import launch
-
     cfg, team = read_line(arguments)
     if team.engine != "local":
         with opened(team) as engine:
             said = engine.train(cfg, n_workers=team.workers, split=_split(team))
         console().print(f"{said}\nSaved to {cfg.output_path} in SAELens's format.".strip())
     elif team.workers > 1 and not team.launched:
+        from vision_plugin.scale import launch
+
         return launch(["train", *arguments], team.workers)
     else:
         train_line(cfg, team)
@@ -65,11 +65,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def train_line(cfg: Any, team: TeamFlags) -> Any:
     """Train in this process, with others where these are; return the runner."""
-    from vision_plugin.sae import VisionSAETrainingRunner
+    if not team.shared:
+        from vision_plugin.sae import VisionSAETrainingRunner
+
+        return _train(VisionSAETrainingRunner(cfg))
     from vision_plugin.scale import shared_runner
 
-    if not team.shared:
-        return _train(VisionSAETrainingRunner(cfg))
     with shared_runner(cfg, _split(team)) as runner:
         return _train(runner)
 

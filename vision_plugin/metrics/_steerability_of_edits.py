@@ -153,7 +153,7 @@ def edit_steerability(
         >>> import vision_plugin as vp
         >>> model = vp.load_model("demo")
         >>> texts = model.encode_text(["a red circle", "a blue square"])
-        >>> pixels = model.preprocess([vp.open_images("demo:1").read(0)])
+        >>> pixels = model.preprocess([vp.open_images("demo:1")[0]])
         >>> edit = vp.Edit.clamp("blocks.2.hook_resid_post", {0: 40.0})
         >>> result = vp.metrics.edit_steerability(
         ...     model, edit, pixels, texts, concepts=["red circle", "blue square"])
