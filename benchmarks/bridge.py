@@ -89,25 +89,38 @@ def _tower(size: str, device: str, dtype: torch.dtype) -> nn.Module:
     return CLIPVisionModel(config).eval().to(device, dtype)
 
 
+def _edited(model: Any, pixels: torch.Tensor, edit: Any) -> object:
+    with model.edit(edit):
+        return model(pixels)
+
+
 def _variants(tower: nn.Module, pixels: torch.Tensor) -> dict[str, Callable[[], object]]:
     import sae_lens
 
     import vision_plugin as vp
     from vision_plugin.models import Harvester
+    from vision_plugin.steering import EditPass
 
     model = vp.wrap(tower)
     native = model.native
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     pattern = f"blocks.{model.cfg.n_layers - 1}.attn.hook_pattern"
     width = int(model.cfg.d_model)
-    sae = sae_lens.TopKSAE(
-        sae_lens.TopKSAEConfig(
-            d_in=width, d_sae=16 * width, k=32, device=str(pixels.device),
-            dtype=str(pixels.dtype).removeprefix("torch."),
-        )
-    )  # fmt: skip
-    sae.cfg.metadata.hook_name = hook
-    sae.cfg.metadata.tokens = "all"
+
+    def sae_at(hook_name: str) -> Any:
+        made = sae_lens.TopKSAE(
+            sae_lens.TopKSAEConfig(
+                d_in=width, d_sae=16 * width, k=32, device=str(pixels.device),
+                dtype=str(pixels.dtype).removeprefix("torch."),
+            )
+        )  # fmt: skip
+        made.cfg.metadata.hook_name, made.cfg.metadata.tokens = hook_name, "all"
+        return made
+
+    sae, middle = sae_at(hook), sae_at(f"blocks.{model.cfg.n_layers // 2 - 1}.hook_resid_post")
+    edit = vp.Edit.suppress(middle, [0, 1, 2])
+    cached = EditPass(model, pixels, batch_size=len(pixels))
+    cached.embed(edit)
     harvest = Harvester(model, [hook])
 
     def look(activation: torch.Tensor, hook: Any) -> None:
@@ -120,6 +133,8 @@ def _variants(tower: nn.Module, pixels: torch.Tensor) -> dict[str, Callable[[], 
         "bridge, one pattern": lambda: model.run_with_hooks(pixels, fwd_hooks=[(pattern, look)]),
         "harvest of the last block": lambda: harvest(pixels),
         "spliced SAE": lambda: model.run_with_saes(pixels, saes=[sae]),
+        "edit in the middle": lambda: _edited(model, pixels, edit),
+        "the same, cached pass": lambda: cached.embed(edit),
     }
 
     def quiet(way: Callable[[], object]) -> Callable[[], object]:

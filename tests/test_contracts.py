@@ -19,7 +19,7 @@ PUBLIC = {
     "evaluation": 33,
     "formats": 15,
     "images": 8,
-    "lens": 71,
+    "lens": 75,
     "models": 20,
     "sae": 28,
     "scale": 13,

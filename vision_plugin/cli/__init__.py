@@ -31,6 +31,7 @@ COMMANDS = {
     "decompose": Command("say what image embeddings are made of, by layer and head", "_decompose"),
     "name": Command("name an SAE's features, and check the names on other images", "_name"),
     "bottleneck": Command("classify by named latents, beside probes and zero-shot", "_bottleneck"),
+    "concepts": Command("take a class apart into concepts, with what each is worth", "_concepts"),
     "splice": Command("write image embeddings as sparse sums of words", "_splice"),
     "lens": Command("read classes, texts or words off every layer", "_lens"),
     "hallucination": Command("mend what a language model sees that is not there", "_hallucination"),

@@ -5,6 +5,10 @@ from ._bottleneck import BottleneckSettings as BottleneckSettings
 from ._bottleneck import concept_bottleneck as concept_bottleneck
 from ._bottleneck_explanation import Explanation as Explanation
 from ._bottleneck_result import ConceptBottleneck as ConceptBottleneck
+from ._class_concepts import ClassConceptsSettings as ClassConceptsSettings
+from ._class_concepts import class_concepts as class_concepts
+from ._class_concepts_result import ClassConcepts as ClassConcepts
+from ._class_concepts_result import Deletion as Deletion
 from ._craft import ConceptImportance as ConceptImportance
 from ._craft import concept_importance as concept_importance
 from ._decompose import DecomposeConfig as DecomposeConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,24 +122,63 @@ def concept_importance(
     """
     if design < 2 or design & (design - 1):
         raise ValueError(f"design={design} must be a power of 2 from 2 up, as Sobol's points need")
-    site = Site.of(model, dictionary, tokens=tokens, check_model=check_model)
-    reading = site.read(site.harvester()(pixels))
-    codes, _ = encode_and_decode(dictionary, reading.source)
-    dense = codes if isinstance(codes, Tensor) else codes.to_dense()
-    dense = dense.view(*reading.source.shape[:2], -1)
-    chosen = _chosen(latents, dense)
+    scaled = Scaled(
+        Site.of(model, dictionary, tokens=tokens, check_model=check_model), dictionary, pixels,
+        score, batch_size,
+    )  # fmt: skip
+    chosen = _chosen(latents, scaled.codes)
     factors = _factors(design, len(chosen), seed)
-    found = []
-    for image in range(len(pixels)):
-        answers = _answers(
-            site, dictionary, pixels[image], reading.rows[image], dense[image], chosen, factors,
-            score, batch_size,
-        )  # fmt: skip
-        found.append(_total_indices(answers, design, len(chosen)))
-    each = torch.stack(found)
+    each = torch.stack(
+        [
+            _total_indices(scaled.answers(image, chosen, factors), design, len(chosen))
+            for image in range(len(pixels))
+        ]
+    )
     return ConceptImportance(
         tuple(chosen), each.nanmean(0), each, design, design * (len(chosen) + 2)
     )
+
+
+class Scaled:
+    """Images whose latents are multiplied by factors, decoded, and put in place.
+
+    Args:
+        site: Hook and tokens.
+        dictionary: The dictionary at the hook.
+        pixels: Images prepared by ``model.preprocess``, ``[n, channels, height, width]``.
+        score: Answer for each image embedding.
+        batch_size: Images that run at once.
+
+    Attributes:
+        codes: Latents of the images, ``[n, tokens, d_sae]``.
+    """
+
+    def __init__(
+        self, site: Site, dictionary: Dictionary, pixels: Tensor, score: Score, batch_size: int
+    ) -> None:
+        self.site, self.dictionary, self.pixels = site, dictionary, pixels
+        self.score, self.batch_size = score, batch_size
+        reading = site.read(site.harvester()(pixels))
+        codes, _ = encode_and_decode(dictionary, reading.source)
+        dense = codes if isinstance(codes, Tensor) else codes.to_dense()
+        self.codes = dense.view(*reading.source.shape[:2], -1)
+        self.activations, self._rows = reading.source, reading.rows
+
+    @torch.no_grad()
+    def answers(
+        self, image: int, latents: Sequence[int], factors: Float[Tensor, "points k"]
+    ) -> Float[Tensor, " points"]:
+        """Return the answer on one image for each row of factors of some latents."""
+        parts = []
+        for some in factors.split(self.batch_size):
+            codes = self.codes[image].expand(len(some), -1, -1).clone()
+            codes[:, :, list(latents)] *= some[:, None].to(codes)
+            values = self.dictionary.decode(codes)
+            same = self.pixels[image].expand(len(some), *self.pixels.shape[1:])
+            rows = self._rows[image].expand(len(some), -1)
+            with in_eval_mode(self.site.model), self.site.replaced(rows, values):
+                parts.append(self.score(self.site.model.image_features(same)).double().cpu())
+        return torch.cat(parts)
 
 
 def _chosen(latents: list[int] | None, dense: Tensor) -> list[int]:
@@ -162,28 +201,6 @@ def _factors(design: int, k: int, seed: int) -> Float[Tensor, "points k"]:
     for place in range(k):
         mixed[place, :, place] = b[:, place]
     return torch.as_tensor(np.concatenate([a, b, mixed.reshape(-1, k)])).float()
-
-
-def _answers(
-    site: Site,
-    dictionary: Dictionary,
-    pixels: Tensor,
-    rows: Tensor,
-    codes: Float[Tensor, "tokens d_sae"],
-    chosen: list[int],
-    factors: Float[Tensor, "points k"],
-    score: Score,
-    batch_size: int,
-) -> Float[Tensor, " points"]:
-    parts = []
-    for some in factors.split(batch_size):
-        scaled = codes.expand(len(some), -1, -1).clone()
-        scaled[:, :, chosen] *= some[:, None].to(codes)
-        values = dictionary.decode(scaled)
-        same = pixels.expand(len(some), *pixels.shape)
-        with in_eval_mode(site.model), site.replaced(rows.expand(len(some), -1), values):
-            parts.append(score(site.model.image_features(same)).double().cpu())
-    return torch.cat(parts)
 
 
 def _total_indices(answers: Tensor, design: int, k: int) -> Float[Tensor, " k"]:

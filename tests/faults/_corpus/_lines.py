@@ -49,6 +49,11 @@ BASES: dict[str, tuple[str, ...]] = {
         *("--images", "demo:200", "--labels", "column:texture", "--model-name", MODEL),
         *("--sae", SAE, "--output-path", OUT, "--epochs", "2"),
     ),
+    "concepts": (
+        *("--images", "demo:120", "--labels", "column:texture", "--class-name", "plain"),
+        *("--model-name", MODEL, "--output-path", OUT, "--n-features", "3", "--design", "2"),
+        *("--n-images", "1"),
+    ),
     "splice": (
         *("--images", "demo:24", "--model-name", MODEL, "--output-path", OUT),
         *("--vocabulary", f"{HERE}/concepts.txt"),
