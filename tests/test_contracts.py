@@ -16,7 +16,7 @@ from tests.metrics_stub import STUB, exports
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "activations": 26,
-    "evaluation": 33,
+    "evaluation": 35,
     "formats": 15,
     "images": 8,
     "lens": 75,

@@ -99,13 +99,6 @@ UNDEFINED = "-"
 WIDEST_WORD = 20
 """Characters that a label has in any terminal; a longer word is continued on the next line."""
 
-HEADINGS = {
-    "sae": "SAE",
-    "pca": "PCA",
-    "random": "random\ndirections",
-    "random_model": "random\nmodel's\nneurons",
-}
-
 LABELS = {
     "fvu/explained_variance": "explained variance",
     "fvu/cosine": "cosine of the reconstruction",
@@ -137,6 +130,7 @@ def scores_table(result: Any) -> Table:
 
     A number that is undefined for every dictionary has no row; the JSON has it.
     """
+    from vision_plugin.evaluation import DICTIONARY_TITLES
     from vision_plugin.metrics import headline_of
 
     table = Table(title=f"{len(result.encoded.ids)} images, {result.encoded.tokens} tokens")
@@ -153,7 +147,8 @@ def scores_table(result: Any) -> Table:
     longest = max((len(word) for label, _ in rows for word in label.split()), default=0)
     table.add_column("", overflow="fold", min_width=min(longest, WIDEST_WORD))
     for key in columns:
-        table.add_column(HEADINGS.get(key, key), justify="right", no_wrap=True)
+        title = DICTIONARY_TITLES.get(key, key).replace(" ", "\n")
+        table.add_column(title, justify="right", no_wrap=True)
     for label, cells in rows:
         table.add_row(label, *cells)
     return table

@@ -31,3 +31,5 @@ from ._sparsity_result import SparsityStudy as SparsityStudy
 from ._sparsity_study import FILES as FILES
 from ._sparsity_study import sparsity_study as sparsity_study
 from ._sparsity_study import write_study as write_study
+from ._summary import DICTIONARY_TITLES as DICTIONARY_TITLES
+from ._summary import summary_by_metric as summary_by_metric

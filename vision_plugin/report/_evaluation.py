@@ -7,18 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vision_plugin.evaluation import DICTIONARY_TITLES, summary_by_metric
 from vision_plugin.report._charts import LineChart, line_chart
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._numbers import compact
 from vision_plugin.report._private import without_paths
 
 N_CURVES = 24
-HEADINGS = {
-    "sae": "SAE",
-    "pca": "PCA",
-    "random": "random directions",
-    "random_model": "random model's neurons",
-}
 
 
 def scores_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -49,25 +44,19 @@ def chance_of(evaluation: Mapping[str, Any] | None) -> float:
 
 def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summaries of all metrics, a row for each number and a column per dictionary."""
-    summaries: dict[str, dict[str, dict[str, Any]]] = {}
-    dictionaries: dict[str, None] = {"sae": None}
-    for key, numbers in evaluation.get("summary", {}).items():
-        metric, _, dictionary = key.rpartition("/")
-        summaries.setdefault(metric, {})[dictionary] = numbers
-        dictionaries[dictionary] = None
+    dictionaries, by_metric = summary_by_metric(evaluation.get("summary", {}))
     groups = []
-    for metric, by_dictionary in summaries.items():
-        names = dict.fromkeys(name for numbers in by_dictionary.values() for name in numbers)
+    for metric, numbers in by_metric.items():
         rows = [
             {
                 "name": clean(name.replace("_", " ")),
-                "cells": [_cell(by_dictionary.get(d, {}).get(name)) for d in dictionaries],
+                "cells": [_cell(of.get(dictionary)) for dictionary in dictionaries],
             }
-            for name in names
+            for name, of in numbers.items()
         ]
         groups.append({"metric": clean(metric.replace("_", " ")), "rows": rows})
     return {
-        "dictionaries": [clean(HEADINGS.get(name, name)) for name in dictionaries],
+        "dictionaries": [clean(DICTIONARY_TITLES.get(name, name)) for name in dictionaries],
         "groups": groups,
         "n_images": _count(evaluation.get("n_images")),
         "verdicts": _verdicts(evaluation),

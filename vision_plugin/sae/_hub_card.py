@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from vision_plugin._version import __version__
+from vision_plugin.evaluation import DICTIONARY_TITLES, summary_by_metric
 
 MOST_NAMES = 40
 _MARKED = "vision-plugin"
@@ -100,17 +101,12 @@ def _facts(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
     """Return the numbers of every metric, the SAE beside its controls."""
-    summary = evaluation.get("summary") or {}
-    columns = list(dict.fromkeys(["sae", *(key.rpartition("/")[2] for key in summary)]))
-    rows: dict[str, dict[str, Any]] = {}
-    for key, numbers in summary.items():
-        metric, _, dictionary = key.rpartition("/")
-        for name, value in numbers.items():
-            rows.setdefault(f"{metric}: {name.replace('_', ' ')}", {})[dictionary] = value
+    columns, by_metric = summary_by_metric(evaluation.get("summary") or {})
     table = [
-        (label, *(_cell(by_dictionary.get(column)) for column in columns))
-        for label, by_dictionary in rows.items()
-        if any(value is not None for value in by_dictionary.values())
+        (f"{metric}: {name.replace('_', ' ')}", *(_cell(of.get(column)) for column in columns))
+        for metric, numbers in by_metric.items()
+        for name, of in numbers.items()
+        if any(value is not None for value in of.values())
     ]
     seen = (
         "The SAE was trained on these images, where it scores higher than on others."
@@ -118,7 +114,7 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
         else "The SAE was not trained on these images, as far as its metadata says."
     )
     note = f"{_cell(evaluation.get('n_images'))} images. {seen}"
-    return f"{note}\n\n{_table(('', *columns), table)}"
+    return f"{note}\n\n{_table(('', *(DICTIONARY_TITLES.get(c, c) for c in columns)), table)}"
 
 
 def _names(names: Mapping[int, str]) -> str:
