@@ -20,13 +20,12 @@ const Columns = (() => {
 
   const rankNames = () => {
     const collator = new Intl.Collator(undefined, { numeric: true });
-    const sorted = Array.from({ length: n }, (_, row) => row);
-    sorted.sort((a, b) => collator.compare(names[a], names[b]) || a - b);
-    const ranks = new Float64Array(n);
+    const ranks = new Map([...new Set(names)].sort(collator.compare).map((name, rank) => [name, rank]));
     // Features without a name come last in either direction.
-    sorted.forEach((row, rank) => { ranks[row] = names[row] ? rank : NaN; });
-    return ranks;
+    return Float64Array.from(names, (name) => (name ? ranks.get(name) : NaN));
   };
+  // Many names take a moment: they are ranked before somebody asks, when the page has nothing to do.
+  if (names) (window.requestIdleCallback ?? setTimeout)(() => { nameRanks ??= rankNames(); });
 
   const valuesOf = (key) => {
     if (key === "id") return Float64Array.from(report.ids);
