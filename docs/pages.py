@@ -18,14 +18,44 @@ FOLDERS = (
     "models", "report", "sae", "scale", "steering", "tasks",
 )  # fmt: skip
 """Folders with a page of the reference."""
+EXAMPLES = """\
+import torch
+import vision_plugin as vp
+from sae_lens import SAE, TopKTrainingSAEConfig
+
+hook = "blocks.2.hook_resid_post"
+model = vp.load_model("demo")  # the packaged CLIP: 4 blocks, 128 dimensions, 65 tokens
+world = vp.demo.draw(8, seed=0)  # 8 drawn images: .images, .captions, .scenes, .masks
+pixels = model.preprocess(world.images)  # [8, 3, 64, 64]
+embeddings = model.encode_image(pixels)  # [8, 64], unit norm
+acts = model.run_with_cache(pixels)[1][hook]  # [8, 65, 128]
+cfg = vp.VisionSAERunnerConfig(
+    model_name="demo",
+    images="demo:40",
+    hook_name=hook,
+    sae=TopKTrainingSAEConfig(d_in=128, d_sae=256, k=8),
+    training_tokens=2048,
+    output_path="runs/sae",
+)
+vp.train(cfg)  # a second of training: enough to show what comes out, too little to mean much
+sae = SAE.load_from_disk("runs/sae")  # a stock SAELens SAE
+latents = sae.encode(acts).amax(1).detach()  # [8, 256], the largest value over the tokens
+store = vp.extract(
+    vp.activations.ExtractionConfig(
+        model_name="demo", images="demo:40", hook_names=[hook], output_path="acts"
+    )
+)
+vlm = vp.load_vlm("demo")  # the packaged LLaVA over the same images
+"""
+"""What the examples of the reference start from; a test runs this, and then each of them."""
 
 
 def reference() -> dict[str, dict[str, str]]:
     """Return where each public name is defined, by folder."""
-    return {folder: _names(f"vision_plugin.{folder}") for folder in FOLDERS}
+    return {folder: names(f"vision_plugin.{folder}") for folder in FOLDERS}
 
 
-def _names(package: str) -> dict[str, str]:
+def names(package: str) -> dict[str, str]:
     """Return where each public name of a package is defined, modules left out."""
     folder = ROOT.joinpath(*package.split("."))
     stub = folder / "__init__.pyi"
@@ -47,15 +77,15 @@ def _names(package: str) -> dict[str, str]:
 def _definition(module: str, name: str) -> str:
     """Return the path of a name, through the stub of the folder that it comes from."""
     path = ROOT.joinpath(*module.split("."))
-    return _names(module).get(name, f"{module}.{name}") if path.is_dir() else f"{module}.{name}"
+    return names(module).get(name, f"{module}.{name}") if path.is_dir() else f"{module}.{name}"
 
 
 def pages() -> dict[str, str]:
     """Return the generated pages by their address."""
     found = {"reference/index.md": _index()}
-    for folder, names in reference().items():
+    for folder, defined in reference().items():
         parts = [f"# vision_plugin.{folder}\n"]
-        for name, path in sorted(names.items()):
+        for name, path in sorted(defined.items()):
             heading = f"vision_plugin.{folder}.{name}"
             parts.append(f"::: {path}\n    options:\n      heading: {heading}\n")
         found[f"reference/{folder}.md"] = "\n".join(parts)
@@ -67,7 +97,9 @@ def pages() -> dict[str, str]:
 def _index() -> str:
     """Return a page with the names of the package itself, and the folders."""
     lines = ["# Reference", "", "`import vision_plugin as vp` gives:", ""]
-    lines += [f"- [`vp.{name}`][{path}]" for name, path in sorted(_names("vision_plugin").items())]
+    lines += [f"- [`vp.{name}`][{path}]" for name, path in sorted(names("vision_plugin").items())]
+    lines += ["", "Every name has an example. The examples start from these lines, which need no"]
+    lines += ["network, and write into the current folder:", "", "```python", EXAMPLES + "```"]
     lines += ["", "Each folder has its own page:", ""]
     lines += [f"- [`vision_plugin.{folder}`]({folder}.md)" for folder in FOLDERS]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -132,9 +133,50 @@ def test_the_first_program_of_a_newcomer_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "first-report" / "index.html").is_file()
 
 
-def test_the_example_of_scored_edits_runs() -> None:
-    module = importlib.import_module("vision_plugin.metrics._steerability_of_edits")
-    assert doctest.testmod(module).failed == 0
+PREPARED = """
+from vision_plugin.demo.attacks import attack
+list_of_pil_images, image, images = list(world.images), world.images[:1], "demo:60"
+largest, clean_means = latents.amax(0), latents.mean(0)
+directions = torch.eye(128)[:2]
+pairs = attack(model, "shape", 40, seed=0)
+with_word, without_word, labels, printed = pairs.attacked, pairs.clean, pairs.labels, pairs.printed
+texts = model.encode_text(list(vp.demo.zero_shot_prompts("shape")[0]))
+vp.Edit.clamp(sae, {123: 50.0}).save("edit.json", sae="runs/sae")
+"""
+"""What the code of the pages takes for granted, in the drawn world."""
+SMALLER = {
+    "openai/clip-vit-base-patch32": "demo",
+    "imagefolder:photos/": "demo:60",
+    '"photos/"': '"demo:60"',
+    "blocks.10.": "blocks.2.",
+    "d_in=768, d_sae=24576, k=32": "d_in=128, d_sae=256, k=8",
+    "20_000_000": "2_048",
+}
+"""What stands on the front page, and what of the drawn world is put in its place."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/names.md", "docs/report.md", "docs/steering.md",
+             "docs/vision-language.md"]
+)  # fmt: skip
+def test_the_code_of_a_page_runs_in_the_drawn_world(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(generator().EXAMPLES + PREPARED, names)
+    if page != "README.md":  # the front page trains it
+        shutil.copytree("runs/sae", "runs/my_sae")
+    blocks_of_page = FENCE.findall((ROOT / page).read_text())
+    python = [code for language, code in blocks_of_page if language == "python"]
+    assert python
+    for code in python:
+        if page == "README.md":
+            assert all(text in code for text in SMALLER)
+        for text, smaller in SMALLER.items():
+            code = code.replace(text, smaller)
+        exec(compile(code, page, "exec"), names)
 
 
 def test_an_example_that_prints_something_else_is_noticed() -> None:

@@ -16,7 +16,13 @@ from vision_plugin.activations._windows import ReadableStore, Window, WindowRead
 
 @dataclass(frozen=True)
 class Batch:
-    """Activation vectors, with the image and the row that each comes from."""
+    """Activation vectors, with the image and the row that each comes from.
+
+    Examples:
+        >>> batch = store.batches(hook, 16).next_batch()
+        >>> batch.activations[hook].shape, batch.images.shape, batch.rows.shape
+        (torch.Size([16, 128]), torch.Size([16]), torch.Size([16]))
+    """
 
     activations: dict[str, Float[Tensor, "batch d_in"]]
     """Vectors by hook name."""
@@ -35,6 +41,24 @@ class ShuffledBatches:
 
     A batch of the stored type is a part of its half, not a copy: while you hold it, its values
     stay and the memory of that half is in use. Clone a batch that you keep.
+
+    Args:
+        store: What is read.
+        hook_names: Hooks whose activations a batch has.
+        batch_size: Vectors per batch.
+        seed: Seed of the orders.
+        n_batches_in_buffer: Batches that the buffer holds.
+        dtype: Type of the batches.
+        device: Device of the batches.
+
+    Examples:
+        >>> batches = store.batches(hook, 16, seed=0)
+        >>> place = batches.state_dict()
+        >>> first = batches.next_batch().activations[hook]
+        >>> batches.load_state_dict(place)
+        >>> torch.equal(batches.next_batch().activations[hook], first)
+        True
+        >>> batches.close()
     """
 
     def __init__(

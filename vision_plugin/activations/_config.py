@@ -11,7 +11,18 @@ from vision_plugin.activations._plan import MAX_IMAGES_WRITTEN
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """Run images through a model and store its activations in a folder."""
+    """Run images through a model and store its activations in a folder.
+
+    Examples:
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo",
+        ...     images="demo:40",
+        ...     hook_names=["blocks.2.hook_resid_post"],
+        ...     output_path="acts",
+        ... )
+        >>> cfg.tokens, cfg.dtype
+        ('all', 'float32')
+    """
 
     model_name: str
     """Model: Hugging Face id or folder, ``open_clip:...``, ``timm:...`` or ``demo``."""

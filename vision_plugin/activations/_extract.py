@@ -79,6 +79,18 @@ def extract(
         StoreFullError: the disk is full; finished shards are kept.
         TooManyBadImagesError: more images than ``config.max_bad_images`` cannot be read.
         ValueError: the model or the images cannot be loaded, or do not fit the configuration.
+
+    Examples:
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo",
+        ...     images="demo:8",
+        ...     hook_names=[hook],
+        ...     output_path="eight-acts",
+        ...     tokens="cls",
+        ... )
+        >>> store = vp.extract(cfg)
+        >>> store.activations(hook).shape
+        torch.Size([8, 1, 128])
     """
     remote = RemoteFolder(config.output_path) if is_url(config.output_path) else None
     folder = local_path(config.output_path) if remote is None else remote.copies
@@ -128,8 +140,21 @@ def _shared(
 def check_folder(folder: Path) -> None:
     """Raise if a folder contains anything except a store.
 
+    Args:
+        folder: Folder of a store; it need not exist.
+
     Raises:
         StoreError: the path is a file, or the folder contains other things.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> Path("photos").mkdir()
+        >>> _ = Path("photos/one.png").write_bytes(b"a picture")
+        >>> try:
+        ...     vp.activations.check_folder(Path("photos"))
+        ... except vp.activations.StoreError:
+        ...     print("it holds other things than a store")
+        it holds other things than a store
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file: name a folder for the store")

@@ -28,7 +28,23 @@ from vision_plugin.models import Harvester
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What another process needs to make shards of a store."""
+    """What another process needs to make shards of a store.
+
+    Attributes:
+        config: What to extract.
+        plan: The plan of the store.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="acts-of-workers"
+        ... )
+        >>> maker = vp.activations.ShardMaker(cfg, model=model)
+        >>> plan = maker.plan()
+        >>> job = vp.activations.ShardJob(cfg, plan, maker.probe(plan), Path("acts-of-workers"))
+        >>> job.plan.n_shards
+        1
+    """
 
     config: ExtractionConfig
     plan: StorePlan
@@ -50,6 +66,14 @@ class ShardMaker:
 
     Raises:
         ValueError: the model or the images cannot be loaded.
+
+    Examples:
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="acts-of-workers"
+        ... )
+        >>> plan = vp.activations.ShardMaker(cfg, model=model).plan()
+        >>> plan.n_images, plan.n_shards
+        (8, 1)
     """
 
     def __init__(self, config: ExtractionConfig, *, model: Any = None, images: Any = None) -> None:
@@ -167,9 +191,32 @@ def receive(
 ) -> ShardRecord:
     """Write a shard that another machine made, then its marker.
 
+    Args:
+        folder: Folder of the store.
+        plan: The plan of the store.
+        task: The shard's task.
+        shard: Bytes of the shard.
+        marker: Bytes of its marker.
+
     Raises:
         StoreFullError: there is no room for the shard.
         StoreMismatchError: the shard changed on its way.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="acts-here"
+        ... )
+        >>> maker = vp.activations.ShardMaker(cfg, model=model)
+        >>> plan = maker.plan()
+        >>> there, here = Path("made-there"), Path("received-here")
+        >>> for folder in (there, here):
+        ...     folder.mkdir()
+        >>> _ = maker.make(plan, plan.task(0), there)
+        >>> files = (plan.task(0).file, plan.task(0).marker)
+        >>> made = [(there / name).read_bytes() for name in files]
+        >>> vp.activations.receive(here, plan, plan.task(0), *made).n_images
+        8
     """
     with whole_file(folder / task.file) as stream:
         stream.write(shard)

@@ -84,7 +84,13 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The images of one shard: from ``start`` up to, not including, ``stop``."""
+    """The images of one shard: from ``start`` up to, not including, ``stop``.
+
+    Examples:
+        >>> task = vp.activations.ShardTask(index=0, start=0, stop=40)
+        >>> task.file
+        'shard-00000.safetensors'
+    """
 
     index: int
     start: int
@@ -103,7 +109,29 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """All settings that determine a store's bytes. SPEC.md describes each field."""
+    """All settings that determine a store's bytes. SPEC.md describes each field.
+
+    Attributes:
+        model: Model and revision.
+        preprocessing: Hash of the preprocessing.
+        image_size: Height and width of the pixels.
+        hooks: Hooks with the widths of their activations.
+        tokens: Tokens that are stored.
+        dtype: Type that is stored.
+        images: Kind, path and number of the images, and the hash of their ids.
+        seed: Seed of random tokens.
+        batch_size: Images per forward pass.
+        images_per_shard: Images per shard.
+        images_per_chunk: Images per chunk, which has a checksum of its own.
+
+    Examples:
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="planned-acts"
+        ... )
+        >>> plan = vp.activations.ShardMaker(cfg, model=model).plan()
+        >>> plan.hook(hook)
+        HookSpec(name='blocks.2.hook_resid_post', d_in=128, rows_per_image=65, per_token=True)
+    """
 
     model: ModelSpec
     preprocessing: str

@@ -36,7 +36,29 @@ class BadImage:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Content and hashes of a complete shard."""
+    """Content and hashes of a complete shard.
+
+    Attributes:
+        index: Number of the shard.
+        n_images: Images in it.
+        bytes: Size of the file.
+        sha256: Hash of the file, in hexadecimal.
+        ids: Id of each image.
+        labels: Label of each image; None where the collection has none.
+        bad_images: Images that could not be read, with reasons.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="acts-of-shards"
+        ... )
+        >>> maker = vp.activations.ShardMaker(cfg, model=model)
+        >>> plan = maker.plan()
+        >>> Path("acts-of-shards").mkdir()
+        >>> record = maker.make(plan, plan.task(0), Path("acts-of-shards"))
+        >>> record.n_images, len(record.sha256)
+        (8, 64)
+    """
 
     index: int
     n_images: int

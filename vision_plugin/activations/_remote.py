@@ -25,7 +25,15 @@ _URL = re.compile(r"([a-z][a-z0-9+]*)://(.*)", re.DOTALL)
 
 
 def is_url(path: object) -> bool:
-    """Return whether a path names a place in object storage."""
+    """Return whether a path names a place in object storage.
+
+    Args:
+        path: A path, or a place such as ``s3://bucket/acts``.
+
+    Examples:
+        >>> vp.activations.is_url("s3://bucket/acts"), vp.activations.is_url("acts/")
+        (True, False)
+    """
     return isinstance(path, str) and _URL.fullmatch(path) is not None
 
 
@@ -40,6 +48,13 @@ class RemoteFolder:
     Raises:
         ValueError: the place is not in an object storage.
         ImportError: the storage needs a package that is not installed.
+
+    Examples:
+        >>> try:
+        ...     vp.activations.RemoteFolder("acts/")
+        ... except ValueError:
+        ...     print("a folder of this machine")
+        a folder of this machine
     """
 
     def __init__(self, url: str) -> None:

@@ -41,9 +41,9 @@ class ActivationStore(ReadableStore):
     If its extraction was interrupted, a store opens with the shards that are complete.
 
     Examples:
-        >>> store = ActivationStore("acts/")  # doctest: +SKIP
-        >>> store.activations("blocks.5.hook_resid_post", [0, 7]).shape  # doctest: +SKIP
-        torch.Size([2, 50, 768])
+        >>> store = vp.activations.ActivationStore("acts")
+        >>> store.activations("blocks.2.hook_resid_post", [0, 7]).shape
+        torch.Size([2, 65, 128])
     """
 
     def __init__(self, path: str | Path) -> None:

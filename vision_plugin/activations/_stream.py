@@ -39,6 +39,13 @@ class ActivationStream:
     enter a buffer. Batches are drawn from it at random without replacement, and it is refilled
     when half of it is used, so that a batch mixes many images. The seed determines everything,
     and :meth:`state_dict` saves the position.
+
+    Examples:
+        >>> stream = vp.activations.ActivationStream(
+        ...     model, vp.open_images("demo:8"), hook_names=[hook], tokens="patch", batch_size=32
+        ... )
+        >>> next(stream).shape
+        torch.Size([32, 128])
     """
 
     def __init__(

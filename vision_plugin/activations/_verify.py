@@ -33,7 +33,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What was checked, and what was found."""
+    """What was checked, and what was found.
+
+    Attributes:
+        path: The store.
+        n_images: Images in the shards that were checked.
+        n_bytes: Bytes that were checked.
+        problems: What is wrong, with the file each.
+
+    Examples:
+        >>> report = vp.activations.verify("acts")
+        >>> report.complete, report.n_images, report.problems
+        (True, 40, ())
+    """
 
     path: str
     complete: bool
@@ -60,7 +72,15 @@ class VerificationReport:
 
 
 def holds_store(path: str | Path) -> bool:
-    """Return whether a folder, or a place in object storage, has a store, finished or not."""
+    """Return whether a folder, or a place in object storage, has a store, finished or not.
+
+    Args:
+        path: A folder, or a place such as ``s3://bucket/acts``.
+
+    Examples:
+        >>> vp.activations.holds_store("acts"), vp.activations.holds_store("runs")
+        (True, False)
+    """
     if is_url(path):
         return str(path).startswith(STORAGES) and PLAN in RemoteFolder(str(path)).sizes()
     folder = local_path(path)
@@ -72,8 +92,15 @@ def verify(path: str | Path) -> VerificationReport:
 
     Of a store in object storage, every object is copied anew before it is checked.
 
+    Args:
+        path: A folder, or a place such as ``s3://bucket/acts``.
+
     Raises:
         FileNotFoundError: there is no store in the folder.
+
+    Examples:
+        >>> vp.activations.verify("acts").ok
+        True
     """
     if is_url(path):
         with TemporaryDirectory(prefix="vision-plugin-verify-") as name:
@@ -197,9 +224,16 @@ def _check_strays(folder: Path, store: ActivationStore) -> list[Problem]:
 def info(path: str | Path) -> dict[str, Any]:
     """Return the contents of a store, as JSON values.
 
+    Args:
+        path: A folder, or a place such as ``s3://bucket/acts``.
+
     Raises:
         FileNotFoundError: there is no store in the folder.
         StoreError: the store cannot be read.
+
+    Examples:
+        >>> sorted(vp.activations.info("acts"))[:3]
+        ['bad_images', 'batch_size', 'bytes']
     """
     store = ActivationStore(path)
     [folder] = store.paths

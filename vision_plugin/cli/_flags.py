@@ -89,6 +89,7 @@ def as_flags(message: str, cls: type | None = None) -> str:
 
     Examples:
         >>> from vision_plugin._inputs import Inputs
+        >>> from vision_plugin.cli._flags import as_flags
         >>> as_flags("two columns hold images: name one with image_column=", Inputs)
         'two columns hold images: name one with --image-column'
     """

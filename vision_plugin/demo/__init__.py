@@ -72,6 +72,10 @@ def checkpoint_path() -> Path:
 
     Raises:
         FileNotFoundError: the installation lacks the checkpoint.
+
+    Examples:
+        >>> sorted(file.name for file in vp.demo.checkpoint_path().glob("*.safetensors"))
+        ['model.safetensors']
     """
     return _packaged("checkpoint", "train_clip")
 
@@ -83,6 +87,11 @@ def llava_path() -> Path:
 
     Raises:
         FileNotFoundError: the installation lacks the checkpoint.
+
+    Examples:
+        >>> vlm = vp.load_vlm(vp.demo.llava_path())
+        >>> vlm.vision.cfg.n_layers, vlm.language.cfg.n_layers
+        (4, 2)
     """
     return _packaged("llava", "train_llava")
 

@@ -31,7 +31,13 @@ POSITION_PHRASES = MappingProxyType(
 
 @dataclass(frozen=True)
 class Concept:
-    """A text, and the values of factors that it names."""
+    """A text, and the values of factors that it names.
+
+    Examples:
+        >>> concept = vp.demo.Concept("a picture of a star", {"shape": "star"})
+        >>> concept.factor, concept.shown_in(vp.demo.Scene(shape="star", colour="red"))
+        ('shape', True)
+    """
 
     text: str
     values: Mapping[str, str]
@@ -54,6 +60,10 @@ def phrase(values: Mapping[str, str]) -> str:
 
     Raises:
         ValueError: a factor or a value does not exist.
+
+    Examples:
+        >>> vp.demo.phrase({"shape": "star", "colour": "red", "background": "grass"})
+        'a picture of a red star on grass'
     """
     for factor, value in values.items():
         if value not in FACTORS.get(factor, ()):
@@ -83,6 +93,10 @@ def caption(scene: Scene, *, factors: Collection[str] = tuple(FACTORS)) -> str:
     Args:
         scene: the scene.
         factors: factors to mention, all by default. A word is mentioned if there is one.
+
+    Examples:
+        >>> vp.demo.caption(vp.demo.Scene(shape="star", colour="red"), factors=("shape", "colour"))
+        'a picture of a red star'
     """
     return phrase({factor: scene.value(factor) for factor in FACTORS if factor in factors})
 
@@ -139,6 +153,14 @@ def zero_shot_prompts(factor: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Returns:
         The texts, and the value that each stands for.
+
+    Raises:
+        ValueError: there is no such factor.
+
+    Examples:
+        >>> texts, values = vp.demo.zero_shot_prompts("texture")
+        >>> texts[1], values[1]
+        ('a picture of a striped object', 'striped')
     """
     names = tuple(name for name in FACTORS.get(factor, ()) if name != NO_WORD)
     if not names:
@@ -150,6 +172,12 @@ def concept_vocabulary() -> tuple[Concept, ...]:
     """Return a text for every value of every factor, and for every pair of shape and colour.
 
     This vocabulary serves zero-shot classification, naming features and steerability.
+
+    Examples:
+        >>> len(vp.demo.concept_vocabulary())
+        127
+        >>> vp.demo.concept_vocabulary()[0].text
+        'a picture of a circle'
     """
     single = [
         {factor: name} for factor, names in FACTORS.items() for name in names if name != NO_WORD

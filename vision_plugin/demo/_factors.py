@@ -15,10 +15,20 @@ Combinations: TypeAlias = Literal["all", "training", "held out"]
 trained on, or those that it never saw."""
 
 TRAINING_SEED = 0
-"""The seed of the images that the packaged checkpoint was trained on."""
+"""The seed of the images that the packaged checkpoint was trained on.
+
+Examples:
+    >>> vp.demo.TRAINING_SEED
+    0
+"""
 
 NO_WORD = "no word"
-"""The value of the factor `word` of an image without a printed word, in `factor_codes`."""
+"""The value of the factor `word` of an image without a printed word, in `factor_codes`.
+
+Examples:
+    >>> vp.demo.FACTORS["word"][0] == vp.demo.NO_WORD
+    True
+"""
 
 SHAPE_GROUPS = MappingProxyType(
     {
@@ -27,9 +37,36 @@ SHAPE_GROUPS = MappingProxyType(
         "symbol": ("star", "heart", "cross"),
     }
 )
+"""The nine shapes by group, the first level of `taxonomy`.
+
+Examples:
+    >>> vp.demo.SHAPE_GROUPS["round"]
+    ('circle', 'ring', 'moon')
+"""
+
 SHAPES = tuple(shape for shapes in SHAPE_GROUPS.values() for shape in shapes)
+"""The values of the factor `shape`, in the order of the one-hot codes.
+
+Examples:
+    >>> len(vp.demo.SHAPES)
+    9
+"""
+
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+"""The values of the factor `colour`, in the order of the one-hot codes.
+
+Examples:
+    >>> vp.demo.COLOURS[:3]
+    ('red', 'orange', 'yellow')
+"""
+
 WORDS = SHAPES + COLOURS
+"""The words that a label may show: every shape and every colour.
+
+Examples:
+    >>> len(vp.demo.WORDS)
+    17
+"""
 
 FACTORS = MappingProxyType(
     {
@@ -46,12 +83,22 @@ FACTORS = MappingProxyType(
         "word": (NO_WORD, *WORDS),
     }
 )
-"""Every factor with its values, in the order of the one-hot codes."""
+"""Every factor with its values, in the order of the one-hot codes.
+
+Examples:
+    >>> vp.demo.FACTORS["texture"]
+    ('plain', 'striped', 'dotted', 'checked')
+"""
 
 HELD_OUT = frozenset(
     (shape, COLOURS[(3 * index + 1) % len(COLOURS)]) for index, shape in enumerate(SHAPES)
 )
-"""One colour per shape that the packaged checkpoint was never trained on."""
+"""One colour per shape that the packaged checkpoint was never trained on.
+
+Examples:
+    >>> sorted(vp.demo.HELD_OUT)[:2]
+    [('circle', 'orange'), ('cross', 'orange')]
+"""
 
 _PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
 _PAIRS_OF = MappingProxyType(
@@ -67,8 +114,21 @@ _PAIRS_OF = MappingProxyType(
 class Scene:
     """The factors of one image. The same scene is always the same image.
 
+    Attributes:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        texture: How the object is filled.
+        background: What is behind it.
+        position: One of nine places.
+        size: ``"small"`` or ``"large"``.
+
     Raises:
         ValueError: a value is not one of its factor's values in `FACTORS`.
+
+    Examples:
+        >>> scene = vp.demo.Scene(shape="star", colour="red", word="blue")
+        >>> scene.value("position"), scene.conflicting
+        ('centre', True)
     """
 
     shape: str
@@ -187,6 +247,11 @@ def factor_codes(
 
     Raises:
         ValueError: there is no such factor.
+
+    Examples:
+        >>> codes, names = vp.demo.factor_codes(world.scenes, "texture")
+        >>> codes.shape, names
+        ((8, 4), ('plain', 'striped', 'dotted', 'checked'))
     """
     _check_factor(factor)
     names = FACTORS[factor]
@@ -199,9 +264,16 @@ def factor_codes(
 def taxonomy(scenes: Iterable[Scene]) -> list[tuple[str, str, str, str]]:
     """Return the path of each image in a tree four levels deep, from the root down.
 
+    Args:
+        scenes: The scenes of the images.
+
     Returns:
         One path per scene: (group of shapes, shape, colour, texture), such as
         ("round", "circle", "red", "striped").
+
+    Examples:
+        >>> vp.demo.taxonomy([vp.demo.Scene(shape="star", colour="red")])
+        [('symbol', 'star', 'red', 'plain')]
     """
     group_of = {shape: group for group, shapes in SHAPE_GROUPS.items() for shape in shapes}
     return [(group_of[s.shape], s.shape, s.colour, s.texture) for s in scenes]

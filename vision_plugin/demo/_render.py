@@ -11,6 +11,12 @@ from vision_plugin.demo._drawing import cover, paint
 from vision_plugin.demo._factors import Scene
 
 IMAGE_SIZE = 128
+"""The side of a drawn image in pixels, unless another is asked for.
+
+Examples:
+    >>> vp.demo.render(vp.demo.Scene(shape="star", colour="red")).size == (vp.demo.IMAGE_SIZE,) * 2
+    True
+"""
 SMALLEST_SIZE = 32
 
 
@@ -26,6 +32,10 @@ def render(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
 
     Raises:
         ValueError: ``image_size`` is below 32 pixels.
+
+    Examples:
+        >>> vp.demo.render(vp.demo.Scene(shape="star", colour="red"), image_size=64).size
+        (64, 64)
     """
     _check_size(image_size)
     pixels = paint(backdrop(scene, image_size), cover(scene, image_size), scene.colour)
@@ -46,6 +56,11 @@ def object_mask(scene: Scene, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarra
 
     Raises:
         ValueError: ``image_size`` is below 32 pixels.
+
+    Examples:
+        >>> mask = vp.demo.object_mask(vp.demo.Scene(shape="star", colour="red"))
+        >>> mask.shape, bool(mask[64, 64]), bool(mask[0, 0])
+        ((128, 128), True, False)
     """
     _check_size(image_size)
     coverage = cover(scene, image_size)

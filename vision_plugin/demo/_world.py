@@ -22,7 +22,17 @@ T = TypeVar("T")
 
 
 class Drawn(Sequence[T], Generic[T]):
-    """A sequence whose items are made on request and not kept."""
+    """A sequence whose items are made on request and not kept.
+
+    Args:
+        scenes: The scenes.
+        make: Makes the item of a scene.
+
+    Examples:
+        >>> images = vp.demo.draw(100, seed=0).images
+        >>> len(images), len(images[:10]), images[0].size
+        (100, 10, (128, 128))
+    """
 
     def __init__(self, scenes: tuple[Scene, ...], make: Callable[[Scene], T]) -> None:
         self._scenes = scenes
@@ -46,7 +56,13 @@ class Drawn(Sequence[T], Generic[T]):
 
 @dataclass(frozen=True)
 class DemoWorld:
-    """Images of known scenes; see `draw`."""
+    """Images of known scenes; see `draw`.
+
+    Examples:
+        >>> two = vp.demo.DemoWorld(world.scenes[:2])
+        >>> vp.open_images(two.write("two-drawn")).ids
+        ['000000.png', '000001.png']
+    """
 
     scenes: tuple[Scene, ...]
     """The scene of each image."""
@@ -132,6 +148,13 @@ def draw(
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> drawn = vp.demo.draw(3, seed=7)
+        >>> drawn.captions[0]
+        'a picture of a large blue checked moon at night in the top left'
+        >>> drawn.images[0].size
+        (128, 128)
     """
     if n < 0 or seed < 0:
         raise ValueError(f"draw({n}, seed={seed}): use whole numbers from 0 up.")

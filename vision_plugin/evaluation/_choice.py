@@ -10,7 +10,12 @@ from vision_plugin.evaluation._offer import OF_WEIGHTS, hint_for, offered_to
 from vision_plugin.metrics import available, needs
 
 USUAL_METRICS = ("fvu", "sparsity", "monosemanticity", "uniqueness", "steerability")
-"""What is computed, as far as the inputs allow, where no metric is named."""
+"""What is computed, as far as the inputs allow, where no metric is named.
+
+Examples:
+    >>> vp.evaluation.USUAL_METRICS
+    ('fvu', 'sparsity', 'monosemanticity', 'uniqueness', 'steerability')
+"""
 
 
 def choose_metrics(

@@ -10,11 +10,24 @@ from vision_plugin._inputs import Inputs, check_template
 from vision_plugin._untrusted import parse_json
 
 Control = Literal["neurons", "pca", "random", "random_model"]
+"""A dictionary, or a model, that an SAE is scored beside.
+
+Examples:
+    >>> from typing import get_args
+    >>> get_args(vp.evaluation.Control)
+    ('neurons', 'pca', 'random', 'random_model')
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Inputs):
-    """SAE to score, and the images, metrics and controls to score it with."""
+    """SAE to score, and the images, metrics and controls to score it with.
+
+    Examples:
+        >>> cfg = vp.evaluation.EvaluationConfig(sae="runs/sae", images="demo:40", metrics=("fvu",))
+        >>> cfg.controls, cfg.pooling
+        (('neurons', 'pca', 'random', 'random_model'), 'max')
+    """
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""
@@ -122,7 +135,12 @@ class EvaluationConfig(Inputs):
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityStudyConfig(Inputs):
-    """SAEs and images to study."""
+    """SAEs and images to study.
+
+    Examples:
+        >>> vp.evaluation.SparsityStudyConfig(saes=("runs/sae",), images="demo:40").dense_above
+        0.1
+    """
 
     saes: tuple[str, ...]
     """Folders of the SAEs, or any checkpoints that ``vp.load_sae`` reads: one or several, at any

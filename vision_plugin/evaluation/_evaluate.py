@@ -37,7 +37,13 @@ SCHEMA = f"{KIND}1"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An SAE's scores, and those of its controls beside them."""
+    """An SAE's scores, and those of its controls beside them.
+
+    Examples:
+        >>> found = vp.evaluate(sae, model, world.images[:4], metrics=["fvu"], controls=())
+        >>> list(found.summaries()), found.dictionaries
+        (['fvu/sae'], ['sae'])
+    """
 
     config: EvaluationConfig
     encoded: EncodedImages
@@ -159,9 +165,11 @@ def evaluate(
             together.
 
     Examples:
-        >>> found = evaluate(sae, model, "photos/", metrics=["fvu"])  # doctest: +SKIP
-        >>> fvu = found.results["fvu"]  # doctest: +SKIP
-        >>> fvu["sae"].explained_variance  # doctest: +SKIP
+        >>> found = vp.evaluate(sae, model, "demo:8", metrics=["fvu"], controls=("neurons",))
+        >>> list(found.results["fvu"])
+        ['sae', 'neurons']
+        >>> round(found.results["fvu"]["neurons"].explained_variance, 3)
+        1.0
     """
     concepts = settings.pop("concepts", None)
     given = {name: _settled(value) for name, value in settings.items()}
@@ -209,6 +217,13 @@ def evaluate_config(
     Raises:
         ValueError: as :func:`evaluate` raises it.
         FileExistsError: where the results go is something that no evaluation wrote.
+
+    Examples:
+        >>> cfg = vp.evaluation.EvaluationConfig(
+        ...     sae="runs/sae", images="demo:8", metrics=("fvu",), controls=(), output_path="fvu"
+        ... )
+        >>> vp.evaluation.evaluate_config(cfg, sae=sae, model=model).encoded.latents.shape
+        torch.Size([8, 256])
     """
     place = _place(cfg)
     if place is not None:
@@ -338,6 +353,14 @@ def score_part(cfg: EvaluationConfig, places: range, at_once: int) -> Part:
 
     Raises:
         ValueError: as :func:`evaluate` raises it.
+
+    Examples:
+        >>> cfg = vp.evaluation.EvaluationConfig(
+        ...     sae="runs/sae", images="demo:8", metrics=("fvu",), controls=()
+        ... )
+        >>> part = vp.evaluation.score_part(cfg, range(0, 4), 4)
+        >>> type(part).__name__
+        'Part'
     """
     key = repr(cfg)
     if key not in _opened:

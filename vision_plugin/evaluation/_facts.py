@@ -51,6 +51,11 @@ class Facts:
         masks: A folder of masks, or ``demo``.
         domain_images: Labelled images of other domains, as ``open_images`` takes them.
         domain_split: Split of each of them.
+
+    Examples:
+        >>> facts = vp.evaluation.Facts(vp.open_images("demo:8"), labels="column:shape")
+        >>> facts.labels.shape
+        torch.Size([8])
     """
 
     def __init__(
@@ -205,6 +210,10 @@ def class_of_images(images: Any, column: str | None) -> list[str]:
 
     Raises:
         ValueError: there are no labels, or no such column.
+
+    Examples:
+        >>> vp.evaluation.class_of_images(vp.open_images("demo:3"), "column:texture")
+        ['dotted', 'striped', 'plain']
     """
     if column is None:
         if images.labels is None:
@@ -219,10 +228,19 @@ def class_of_images(images: Any, column: str | None) -> list[str]:
 def read_concepts(concepts: str | None, images: Any) -> list[str]:
     """Return distinct concepts, from a column of the images or a text file.
 
+    Args:
+        concepts: ``labels``, ``column:NAME``, ``demo``, or a text file with one concept a line;
+            None gives none.
+        images: An image source.
+
     Raises:
         ValueError: there is no such column, the file is empty or no text, or ``demo`` is named for
             images that are not drawn.
         FileNotFoundError: there is no such file.
+
+    Examples:
+        >>> len(vp.evaluation.read_concepts("column:colour", vp.open_images("demo:100")))
+        8
     """
     if concepts is None:
         return []

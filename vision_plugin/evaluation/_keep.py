@@ -13,7 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Image-level latents, neurons and embeddings of a set of images."""
+    """Image-level latents, neurons and embeddings of a set of images.
+
+    Examples:
+        >>> found = vp.evaluate(sae, model, "demo:8", metrics=["fvu"], controls=())
+        >>> found.encoded.latents.shape, found.encoded.neurons.shape
+        (torch.Size([8, 256]), torch.Size([8, 128]))
+    """
 
     ids: list[str]
     """Ids of the images that could be read, in order."""
@@ -46,7 +52,14 @@ def pool(activations: Tensor, pooling: str) -> Tensor:
 
 
 class Keeper:
-    """Keep the SAE's latents, the neurons and the embeddings of each image."""
+    """Keep the SAE's latents, the neurons and the embeddings of each image.
+
+    Examples:
+        >>> keeper = vp.evaluation.Keeper()
+        >>> keeper.add(list(range(8)), latents, acts[:, 0], {"model": embeddings})
+        >>> keeper.finish(vp.open_images("demo:8"), {}, "all", "max").latents.shape
+        torch.Size([8, 256])
+    """
 
     def __init__(self) -> None:
         self.indices: list[int] = []

@@ -12,7 +12,16 @@ from torch import Tensor
 
 
 class LazyBatch(Mapping[str, Any]):
-    """Values by name that are made when they are first read."""
+    """Values by name that are made when they are first read.
+
+    Args:
+        makers: Functions that make the values, by name.
+
+    Examples:
+        >>> batch = vp.evaluation.LazyBatch({"squares": lambda: torch.arange(3) ** 2})
+        >>> batch["squares"], "cubes" in batch
+        (tensor([0, 1, 4]), False)
+    """
 
     def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
         self._makers = dict(makers)

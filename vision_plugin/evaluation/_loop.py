@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Group:
-    """Metrics that see the same embeddings and the same tokens."""
+    """Metrics that see the same embeddings and the same tokens.
+
+    Examples:
+        >>> group = vp.evaluation.Group(vp.metrics.MetricSet(["uniqueness"], {"n_features": 256}))
+        >>> group.embedder is None
+        True
+    """
 
     metrics: MetricSet
     embedder: str | None = None
@@ -38,7 +44,16 @@ class Group:
 
 @dataclass
 class Subject:
-    """A dictionary that is scored, with its metrics."""
+    """A dictionary that is scored, with its metrics.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> place = vp.evaluation.Place(site, sae, vp.evaluation.Facts(vp.open_images("demo:8")))
+        >>> subject = vp.evaluation.Subject("sae", place)
+        >>> subject.add(["fvu"], widths={})
+        >>> subject.key, len(subject.groups)
+        ('sae', 1)
+    """
 
     key: str
     """``sae``, or the name of a control."""
@@ -107,6 +122,16 @@ class Loop:
             zero-shot logits.
         tolerant: Leave out a metric that raises, with its reason in ``failures``, in place of
             raising.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> place = vp.evaluation.Place(site, sae, vp.evaluation.Facts(vp.open_images("demo:8")))
+        >>> subject = vp.evaluation.Subject("sae", place)
+        >>> subject.add(["sparsity"], widths={})
+        >>> loop = vp.evaluation.Loop([subject])
+        >>> _ = loop.feed(vp.evaluation.ImageBatch(list(range(8)), pixels))
+        >>> round(subject.groups[0].metrics.compute()["sparsity"].l0, 3)
+        8.0
     """
 
     def __init__(
@@ -192,7 +217,18 @@ def _labelled(view: LazyBatch, offer: Offer) -> LazyBatch | None:
 
 
 def needs_class_texts(names: Sequence[str]) -> bool:
-    """Return whether a metric asks for zero-shot logits."""
+    """Return whether a metric asks for zero-shot logits.
+
+    Args:
+        names: Registered names of metrics.
+
+    Examples:
+        >>> (
+        ...     vp.evaluation.needs_class_texts(["loss_recovered"]),
+        ...     vp.evaluation.needs_class_texts(["fvu"]),
+        ... )
+        (True, False)
+    """
     wanted = {"logits", "spliced_logits", "ablated_logits"}
     return any(wanted & set(takes(name)[1]) for name in names)
 
@@ -205,6 +241,10 @@ def embed(embedder: Any, model: Any, images: list[Any], pixels: Tensor) -> Tenso
         model: The model that ``pixels`` were prepared for.
         images: PIL images.
         pixels: Their pixels.
+
+    Examples:
+        >>> vp.evaluation.embed(model, model, list(world.images), pixels).shape
+        torch.Size([8, 64])
     """
     own = pixels if embedder is model else embedder.preprocess(images)
     with torch.no_grad(), in_eval_mode(embedder):

@@ -29,7 +29,19 @@ NO_HINT = "nothing that an evaluation has"
 
 @dataclass(frozen=True)
 class Place:
-    """A dictionary at its site, and what is known of the images."""
+    """A dictionary at its site, and what is known of the images.
+
+    Attributes:
+        site: Hook and tokens.
+        dictionary: What encodes there.
+        facts: Labels, masks and taxonomy of the images.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> place = vp.evaluation.Place(site, sae, vp.evaluation.Facts(vp.open_images("demo:8")))
+        >>> place.reads_text
+        True
+    """
 
     site: Site
     dictionary: Dictionary
@@ -51,6 +63,11 @@ class ImageBatch:
         pixels: as the model wants them.
         embeddings: unit embeddings ``[n, d_embed]`` by the name of the embedder.
         given: entries that are at hand already, in place of those that the table makes.
+
+    Examples:
+        >>> batch = vp.evaluation.ImageBatch(list(range(8)), pixels, {"model": embeddings})
+        >>> batch.pixels.shape
+        torch.Size([8, 3, 64, 64])
     """
 
     indices: list[int]
@@ -61,7 +78,25 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one batch of images gives one dictionary."""
+    """What one batch of images gives one dictionary.
+
+    Attributes:
+        place: The dictionary at its site.
+        batch: The images.
+        reading: What the site reads for them.
+        pooling: How tokens become images: ``"max"`` or ``"mean"``.
+        class_texts: Text embeddings of the classes, ``[classes, d_embed]``; None without classes.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> place = vp.evaluation.Place(site, sae, vp.evaluation.Facts(vp.open_images("demo:8")))
+        >>> subject = vp.evaluation.Subject("sae", place)
+        >>> subject.add(["sparsity"], widths={})
+        >>> loop = vp.evaluation.Loop([subject])
+        >>> offer = loop.feed(vp.evaluation.ImageBatch(list(range(8)), pixels))
+        >>> offer["latents"].shape
+        torch.Size([8, 256])
+    """
 
     place: Place
     batch: ImageBatch

@@ -21,6 +21,11 @@ def randomized_model(model: VisionBridge, *, seed: int = 0) -> VisionBridge:
     Args:
         model: the model, which stays as it is.
         seed: seed of the weights.
+
+    Examples:
+        >>> random = vp.evaluation.randomized_model(model, seed=0)
+        >>> torch.equal(random.encode_image(pixels), embeddings)
+        False
     """
     native = copy.deepcopy(model.native)
     generator = torch.Generator().manual_seed(seed)

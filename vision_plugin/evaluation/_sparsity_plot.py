@@ -23,7 +23,19 @@ TABLE_WIDTH = 120
 
 
 def table_of(result: SparsityStudy) -> Table:
-    """Return a table with a row for each SAE and kind of token."""
+    """Return a table with a row for each SAE and kind of token.
+
+    Args:
+        result: A study.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> vp.evaluation.table_of(study).row_count
+        3
+    """
     table = Table(title=f"{result.n_images:,} images, {result.model_name}")
     for heading in ("SAE", "hook"):
         table.add_column(heading, overflow="fold")
@@ -48,7 +60,19 @@ def table_of(result: SparsityStudy) -> Table:
 
 
 def text_of(result: SparsityStudy) -> str:
-    """Return the table as plain text."""
+    """Return the table as plain text.
+
+    Args:
+        result: A study.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> "patch" in vp.evaluation.text_of(study)
+        True
+    """
     console = Console(
         file=io.StringIO(), width=TABLE_WIDTH, color_system=None, markup=False, emoji=False,
         force_jupyter=False,
@@ -62,6 +86,17 @@ def figure_of(result: SparsityStudy) -> Figure:
     """Return a figure of L0 and explained variance per layer, and a patch map of L0 per SAE.
 
     The maps share one scale, from the smallest to the largest mean L0 of any patch.
+
+    Args:
+        result: A study.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> figure = vp.evaluation.figure_of(vp.evaluation.sparsity_study(cfg, model=model))
+        >>> type(figure).__name__
+        'Figure'
     """
     from matplotlib.figure import Figure
 
@@ -79,7 +114,19 @@ def figure_of(result: SparsityStudy) -> Figure:
 
 
 def labels_of(saes: Sequence[SAEStudy]) -> list[str]:
-    """Return a short label for each SAE: its layer if that is unique, or else its hook."""
+    """Return a short label for each SAE: its layer if that is unique, or else its hook.
+
+    Args:
+        saes: The SAEs of a study.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> vp.evaluation.labels_of(study.saes)
+        ['layer 2']
+    """
     layers = [one.layer for one in saes]
     sites = {re.sub(r"\d+", "", one.hook_name, count=1) for one in saes}
     if None not in layers and len(set(layers)) == len(layers) and len(sites) == 1:

@@ -23,6 +23,14 @@ class KindStudy:
         kind: ``cls``, ``register``, ``patch``, or ``all`` for the selected tokens together.
         sparsity: L0, dead, rare and dense latents over these tokens alone.
         fidelity: fidelity of the reconstruction; explained variance is around these tokens' mean.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> study.saes[0].kinds["patch"].kind
+        'patch'
     """
 
     kind: str
@@ -51,6 +59,14 @@ class SAEStudy:
         tokens: tokens that were selected.
         kinds: results by kind of token, in the order of the sequence, with ``all`` last.
         patch_map: mean L0 at each place of the patch grid; None where patches were not selected.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> (found,) = vp.evaluation.sparsity_study(cfg, model=model).saes
+        >>> found.layer, list(found.kinds), found.patch_map.shape
+        (2, ['cls', 'patch', 'all'], torch.Size([8, 8]))
     """
 
     sae: str
@@ -76,7 +92,22 @@ class SAEStudy:
 
 @dataclass(frozen=True)
 class SparsityStudy:
-    """Results of SAEs of one model, from the first layer to the last."""
+    """Results of SAEs of one model, from the first layer to the last.
+
+    Attributes:
+        config: What was studied.
+        model_name: Name of the model.
+        n_images: Images that were read.
+        saes: Results by SAE.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> study.n_images, len(study.saes)
+        (8, 1)
+    """
 
     config: SparsityStudyConfig
     model_name: str

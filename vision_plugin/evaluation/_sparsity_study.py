@@ -37,7 +37,12 @@ from vision_plugin.models.site import Site
 METRICS = ("sparsity", "fvu")
 JSON, PLOT, TABLE = "sparsity.json", "sparsity.png", "sparsity.txt"
 FILES = (JSON, PLOT, TABLE)
-"""Names of all files in a study's folder."""
+"""Names of all files in a study's folder.
+
+Examples:
+    >>> vp.evaluation.FILES
+    ('sparsity.json', 'sparsity.png', 'sparsity.txt')
+"""
 ALL = "all"
 """Name of the row of all selected tokens together, if they are of several kinds."""
 
@@ -64,6 +69,14 @@ def sparsity_study(
     Raises:
         ValueError: the SAEs, the model or the images are missing or do not fit together.
         FileExistsError: the output folder holds anything but an earlier study.
+
+    Examples:
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path="study"
+        ... )
+        >>> study = vp.evaluation.sparsity_study(cfg, model=model)
+        >>> round(study.saes[0].kinds["all"].sparsity.l0, 3)
+        8.0
     """
     if cfg.output_path is not None:
         check_replaceable(local_path(cfg.output_path), STUDY)
@@ -186,8 +199,23 @@ def _common_model(saes: Mapping[str, Dictionary]) -> str:
 def write_study(result: SparsityStudy, folder: Path) -> None:
     """Write the JSON, the plot and the table into a folder, all of them or none.
 
+    Args:
+        result: A study.
+        folder: Folder for its three files.
+
     Raises:
         FileExistsError: the folder holds anything but an earlier study.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> cfg = vp.evaluation.SparsityStudyConfig(
+        ...     saes=("runs/sae",), images="demo:8", output_path=None
+        ... )
+        >>> vp.evaluation.write_study(
+        ...     vp.evaluation.sparsity_study(cfg, model=model), Path("written")
+        ... )
+        >>> sorted(file.name for file in Path("written").iterdir())
+        ['sparsity.json', 'sparsity.png', 'sparsity.txt']
     """
     with whole_folder(folder, replaces=STUDY) as made:
         write_json(result.to_dict(), made / JSON)

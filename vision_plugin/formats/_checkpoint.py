@@ -40,6 +40,10 @@ class ReadOptions:
             architecture does: refuse it, or clip them to zero (which changes what it computes).
         input_mean: Mean [d_in] that the SAE expects its input to be centred by; it is folded in.
         input_std: Std, one or [d_in], that the SAE expects its input to be divided by; folded in.
+
+    Examples:
+        >>> vp.formats.ReadOptions(activation="topk", k=32).k
+        32
     """
 
     activation: Activation | None = None

@@ -34,6 +34,12 @@ def convert(
     Raises:
         FileExistsError: `out` exists, and `overwrite` is false or somebody else wrote it.
         CheckpointError: `load_sae` cannot read the checkpoint; nothing is written then.
+
+    Examples:
+        >>> vp.formats.convert("runs/sae", "runs/converted").name
+        'converted'
+        >>> SAE.load_from_disk("runs/converted").cfg.d_sae
+        256
     """
     target = local_path(out)
     if os.path.lexists(target) and not overwrite:

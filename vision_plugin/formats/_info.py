@@ -26,6 +26,11 @@ def info(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no SAE.
         CheckpointError: It cannot be read; see `load_sae`.
+
+    Examples:
+        >>> found = vp.formats.info("runs/sae")
+        >>> found["architecture"], found["hook_name"], found["tokens"]
+        ('topk', 'blocks.2.hook_resid_post', 'all')
     """
     named = local_path(path)
     native = native_folder(named)

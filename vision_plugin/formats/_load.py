@@ -74,6 +74,13 @@ def load_sae(
         FileNotFoundError: There is no such file, folder, release or repository.
         CheckpointError: `UnknownFormatError`, `CorruptCheckpointError`, `UnsafeCheckpointError` or
             `RefusedCheckpointError`; it names the file and what to do.
+
+    Examples:
+        >>> sae = vp.load_sae("runs/sae")
+        >>> type(sae).__name__, sae.cfg.d_in, sae.cfg.d_sae
+        ('TopKSAE', 128, 256)
+        >>> sae.cfg.metadata.hook_name
+        'blocks.2.hook_resid_post'
     """
     if format not in ("auto", "sae_lens", *FORMATS):
         raise ValueError(f"format is {format!r}; expected 'auto', 'sae_lens' or {list(FORMATS)}.")

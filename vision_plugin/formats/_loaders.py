@@ -50,6 +50,11 @@ def disk_converter(*, format: str = "auto", **options: Any) -> DiskConverter:
     Args:
         format: The project that wrote the file, or "auto".
         **options: The fields of `ReadOptions`, for what the file leaves out.
+
+    Examples:
+        >>> sae = SAE.load_from_disk("runs/sae", converter=vp.formats.disk_converter())
+        >>> sae.cfg.d_sae
+        256
     """
     chosen = ReadOptions(**options)
 
@@ -67,6 +72,10 @@ def hub_converter(*, format: str = "auto", **options: Any) -> HubConverter:
     Args:
         format: The project that wrote the file, or "auto".
         **options: The fields of `ReadOptions`, for what the file leaves out.
+
+    Examples:
+        >>> vp.formats.hub_converter(format="saev").__name__
+        'convert'
     """
     chosen = ReadOptions(**options)
 

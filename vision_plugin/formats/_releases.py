@@ -16,6 +16,12 @@ def register() -> None:
 
     It adds one loader to SAELens's two loader tables and our releases to its directory. Calling it
     again changes nothing, and existing entries of SAELens or other packages stay.
+
+    Examples:
+        >>> from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+        >>> vp.formats.register()
+        >>> "vision-clip-b-32-resid-post" in get_pretrained_saes_directory()
+        True
     """
     from sae_lens.loading.pretrained_sae_loaders import (
         NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
@@ -35,7 +41,12 @@ def register() -> None:
 
 @cache
 def read_releases() -> dict[str, dict[str, Any]]:
-    """Return the table of named releases: name -> repo_id, model, source, metadata, saes."""
+    """Return the table of named releases: name -> repo_id, model, source, metadata, saes.
+
+    Examples:
+        >>> vp.formats.read_releases()["vision-clip-b-32-resid-post"]["model"]
+        'open_clip:hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K'
+    """
     text = files("vision_plugin.formats").joinpath("releases.yaml").read_text(encoding="utf-8")
     releases: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return releases

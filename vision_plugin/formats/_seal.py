@@ -27,6 +27,12 @@ def seal(folder: str | Path) -> None:
 
     Args:
         folder: Folder that SAELens wrote, with whatever else belongs to the SAE.
+
+    Examples:
+        >>> folder = vp.formats.convert("runs/sae", "runs/sealed-anew")
+        >>> vp.formats.seal(folder)
+        >>> vp.formats.verify(folder).problems
+        ()
     """
     path = local_path(folder) / NATIVE_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -39,9 +45,16 @@ def seal(folder: str | Path) -> None:
 def verify(path: str | Path) -> Verification:
     """Check every byte of an SAE's folder against the checksums from when it was written.
 
+    Args:
+        path: Folder of an SAE.
+
     Raises:
         ValueError: There are none: another program wrote it, or saved it again.
         CheckpointError: Its `cfg.json` cannot be read.
+
+    Examples:
+        >>> vp.formats.verify("runs/sae").problems
+        ()
     """
     folder = local_path(path)
     config = read_config(folder / NATIVE_CONFIG)

@@ -71,6 +71,13 @@ def label_text(value: Any) -> str:
     """Return a label as text, which is empty for an image without a label.
 
     Tables say so with nothing, blank text, NaN or the class number -1.
+
+    Args:
+        value: A cell of a table.
+
+    Examples:
+        >>> vp.images.label_text("star"), vp.images.label_text(float("nan"))
+        ('star', '')
     """
     if value is None or value != value or (isinstance(value, float) and value == -1):
         return ""
@@ -91,7 +98,15 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def hash_ids(ids: Sequence[str]) -> str:
-    """Return the SHA-256 of the ids in order, in hexadecimal."""
+    """Return the SHA-256 of the ids in order, in hexadecimal.
+
+    Args:
+        ids: Ids of images.
+
+    Examples:
+        >>> vp.images.hash_ids(["a.png", "b.png"])[:12]
+        'ba6495104e93'
+    """
     digest = hashlib.sha256()
     for id in ids:
         digest.update(id.encode("utf-8", "surrogateescape"))

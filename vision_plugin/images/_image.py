@@ -53,7 +53,19 @@ Raw = bytes | Path | Image.Image
 
 
 class BadImageError(ValueError):
-    """An image cannot be used; the message says why."""
+    """An image cannot be used; the message says why.
+
+    Args:
+        id: Name of the image.
+        reason: What is wrong with it.
+
+    Examples:
+        >>> try:
+        ...     vp.images.decode_image(b"no picture", "a.png")
+        ... except vp.images.BadImageError as error:
+        ...     print(error)
+        image a.png: not an image in a known format
+    """
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(f"image {id}: {reason}")
@@ -75,6 +87,13 @@ def decode_image(raw: Raw, id: str) -> Image.Image:
 
     Raises:
         BadImageError: the image is broken, truncated, too large, or in no known format.
+
+    Examples:
+        >>> import io
+        >>> file = io.BytesIO()
+        >>> world.images[0].save(file, "png")
+        >>> vp.images.decode_image(file.getvalue(), "a.png").size
+        (128, 128)
     """
     try:
         with warnings.catch_warnings():

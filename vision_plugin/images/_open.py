@@ -34,6 +34,13 @@ class ImageSource:
     """Images that are decoded when they are asked for, with ids, labels and columns.
 
     :func:`open_images` makes it. It can be sent to other processes.
+
+    Examples:
+        >>> images = vp.open_images("demo:8")
+        >>> len(images), images[0].size
+        (8, (128, 128))
+        >>> images.column_names[:3]
+        ['caption', 'shape', 'colour']
     """
 
     def __init__(
@@ -157,6 +164,11 @@ def open_images(
         FileNotFoundError: the path does not exist, and no dataset has that name.
         ValueError: the source holds no images, or a column or split is missing, must be named, or
             is named where the source has no such thing.
+
+    Examples:
+        >>> images = vp.open_images("demo:100", n_images=4)
+        >>> len(images), images[0].mode, len(images.ids)
+        (4, 'RGB', 4)
     """
     if isinstance(source, ImageSource):
         return _again(source, column, split, label_column, n_images)

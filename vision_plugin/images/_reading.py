@@ -32,6 +32,13 @@ def read_batches(
 
     Raises:
         ValueError: more than ``max_bad`` images cannot be read.
+
+    Examples:
+        >>> bad = {}
+        >>> [list(batch) for batch in vp.images.read_batches(vp.open_images("demo:5"), 2, bad)]
+        [[0, 1], [2, 3], [4]]
+        >>> bad
+        {}
     """
     places = range(len(images)) if indices is None else indices
     for start in range(0, len(places), batch_size):
@@ -61,6 +68,10 @@ def read_spread(images: Any, n: int) -> dict[int, Image.Image]:
 
     Raises:
         ValueError: none of them can be read.
+
+    Examples:
+        >>> list(vp.images.read_spread(vp.open_images("demo:9"), 3))
+        [0, 3, 6]
     """
     step = max(1, len(images) // n)
     places = range(0, len(images), step)[:n]

@@ -47,6 +47,11 @@ class Backend(Protocol):
     arrive contiguous; matrices may have any strides. Where ``offsets`` is None, every row has
     equally many entries, and ``indices`` and ``weights`` are ``[rows, k]``. A NaN among the
     pre-activations ranks above every number, and is selected.
+
+    Examples:
+        >>> from vision_plugin.kernels._torch_backend import BACKEND
+        >>> BACKEND.name, BACKEND.unusable("cpu")
+        ('torch', None)
     """
 
     name: str
@@ -138,6 +143,10 @@ class BackendStatus:
         source: Value of the entry point, ``module:object``.
         devices: Types of device that it can run on here; empty when it cannot run at all.
         reason: Why it serves no device here, or None.
+
+    Examples:
+        >>> vp.kernels.available()["torch"].name
+        'torch'
     """
 
     name: str
@@ -147,7 +156,15 @@ class BackendStatus:
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for by name cannot be used; the message says why."""
+    """A backend that was asked for by name cannot be used; the message says why.
+
+    Examples:
+        >>> try:
+        ...     vp.kernels.choose("cpu", "no-such-backend")
+        ... except vp.kernels.BackendUnavailableError:
+        ...     print("there is no such backend")
+        there is no such backend
+    """
 
 
 _lock = threading.Lock()
@@ -176,7 +193,12 @@ def sources() -> dict[str, str]:
 
 
 def available() -> dict[str, BackendStatus]:
-    """Return every backend by name, with its devices here and, if it has none, the reason."""
+    """Return every backend by name, with its devices here and, if it has none, the reason.
+
+    Examples:
+        >>> "torch" in vp.kernels.available()
+        True
+    """
     report = {}
     present = [d for d in ("cpu", "cuda", "mps") if d == "cpu" or _device_present(d)]
     for name, source in sorted(sources().items()):
@@ -202,6 +224,13 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendUnavailableError: no backend has this name, or it cannot be loaded. Whether it runs
             on the device of a tensor is checked by the call that has the tensor.
+
+    Examples:
+        >>> x, W_enc = torch.eye(2), torch.eye(2)
+        >>> with vp.kernels.use_backend("torch"):
+        ...     values, indices = vp.kernels.topk_encode(x, W_enc, torch.zeros(2), k=1)
+        >>> indices.flatten().tolist()
+        [0, 1]
     """
     if name != AUTO and isinstance(loaded := _load(name), Exception):
         raise BackendUnavailableError(_explain(name, str(loaded))) from loaded
@@ -221,6 +250,10 @@ def choose(device_type: str, name: str = AUTO) -> str:
 
     Raises:
         BackendUnavailableError: the backend that was asked for cannot serve the device.
+
+    Examples:
+        >>> vp.kernels.choose("cpu", "torch")
+        'torch'
     """
     if name != AUTO:
         if name != REFERENCE and (reason := _unusable(name, device_type)):

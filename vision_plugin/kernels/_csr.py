@@ -24,6 +24,13 @@ class SparseLatents:
             when it is first asked for, and the kernels do without it.
         trusted: Whether an encoder made the indices and offsets. Others are checked when used.
         padded: Whether zeros may fill up the last row, see `batch_topk_encode`.
+
+    Examples:
+        >>> values, indices = torch.tensor([[2.0], [3.0]]), torch.tensor([[0], [2]])
+        >>> rows = vp.kernels.SparseLatents.from_topk(values, indices, d_sae=3)
+        >>> rows.to_dense()
+        tensor([[2., 0., 0.],
+                [0., 0., 3.]])
     """
 
     def __init__(

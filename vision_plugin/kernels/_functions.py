@@ -50,6 +50,12 @@ def topk_encode(
     Raises:
         ValueError: the shapes do not fit, or k is out of range.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 3.0, 2.0]])
+        >>> values, indices = vp.kernels.topk_encode(x, torch.eye(3), torch.zeros(3), k=2)
+        >>> values, indices
+        (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
     _check_encoder(x, W_enc, b_enc, b_in, scale)
     if not 1 <= k <= W_enc.shape[1]:
@@ -94,6 +100,11 @@ def sparse_decode(
         IndexError: an index is no latent.
         ValueError: the shapes do not fit.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> values, indices = torch.tensor([[3.0, 2.0]]), torch.tensor([[1, 2]])
+        >>> vp.kernels.sparse_decode(values, indices, torch.eye(3), torch.ones(3))
+        tensor([[1., 4., 3.]])
     """
     if values.shape != indices.shape or values.ndim == 0:
         raise ValueError(
@@ -149,6 +160,13 @@ def batch_topk_encode(
     Raises:
         ValueError: the shapes do not fit, or k is not positive.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 3.0], [0.5, 0.2]])
+        >>> rows = vp.kernels.batch_topk_encode(x, torch.eye(2), torch.zeros(2), k=1)
+        >>> rows.to_dense()
+        tensor([[1., 3.],
+                [0., 0.]])
     """
     _check_rows(x)
     _check_encoder(x, W_enc, b_enc, b_in, scale)
@@ -193,6 +211,14 @@ def threshold_encode(
     Raises:
         ValueError: the shapes do not fit.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 3.0]])
+        >>> rows = vp.kernels.threshold_encode(
+        ...     x, torch.eye(2), torch.zeros(2), torch.tensor([2.0, 2.0])
+        ... )
+        >>> rows.to_dense()
+        tensor([[0., 3.]])
     """
     _check_rows(x)
     _check_encoder(x, W_enc, b_enc, b_in, None)
@@ -236,6 +262,13 @@ def csr_decode(
         IndexError: an index is no latent.
         ValueError: the shapes do not fit.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 3.0], [0.5, 0.2]])
+        >>> rows = vp.kernels.batch_topk_encode(x, torch.eye(2), torch.zeros(2), k=1)
+        >>> vp.kernels.csr_decode(rows, torch.eye(2))
+        tensor([[1., 3.],
+                [0., 0.]])
     """
     if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae:
         raise ValueError(
@@ -286,6 +319,13 @@ def matryoshka_decode(
     Raises:
         ValueError: the shapes do not fit, or widths do not increase to d_sae.
         BackendUnavailableError: the backend that was asked for cannot be used.
+
+    Examples:
+        >>> rows = vp.kernels.batch_topk_encode(torch.ones(1, 2), torch.eye(2), torch.zeros(2), k=2)
+        >>> vp.kernels.matryoshka_decode(rows, torch.eye(2), None, widths=[1, 2])
+        tensor([[[1., 0.]],
+        <BLANKLINE>
+                [[1., 1.]]])
     """
     if not widths or list(widths) != sorted(set(widths)) or widths[-1] != latents.d_sae:
         raise ValueError(

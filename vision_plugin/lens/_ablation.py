@@ -34,6 +34,12 @@ class AblationRow:
         cosine: Mean cosine of the embeddings with and without.
         agreement: Share of images with the same nearest class text; None without texts.
         accuracy: Share of images whose nearest class text is their own; None without labels.
+
+    Examples:
+        >>> found = vp.lens.mean_ablation(model, pixels, progress=False)
+        >>> row = found.of("mlp")[0]
+        >>> row.name, row.place, row.cosine <= 1
+        ('MLP of layer 0', (0,), True)
     """
 
     name: str
@@ -50,7 +56,18 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class MeanAblation:
-    """Rows of a mean ablation."""
+    """Rows of a mean ablation.
+
+    Attributes:
+        model_name: Name of the model.
+        n_images: Number of images.
+        rows: What is left without each component.
+
+    Examples:
+        >>> found = vp.lens.mean_ablation(model, pixels, progress=False)
+        >>> [row.name for row in found.of("mlp")]
+        ['MLP of layer 0', 'MLP of layer 1', 'MLP of layer 2', 'MLP of layer 3']
+    """
 
     model_name: str
     n_images: int
@@ -172,6 +189,13 @@ def mean_ablation(
 
     Raises:
         ValueError: labels come without classes, or not one for each image.
+
+    Examples:
+        >>> found = vp.lens.mean_ablation(
+        ...     model, pixels, classes=["a red circle", "a blue square"], progress=False
+        ... )
+        >>> found.n_images, round(found.rows[0].agreement, 3)
+        (8, 1.0)
     """
     n = count(images)
     if labels is not None and (classes is None or len(labels) != n):

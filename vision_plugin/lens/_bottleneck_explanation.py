@@ -24,6 +24,13 @@ class Explanation:
         names: Their names.
         contributions: Weight times latent: what each adds to the class's logit.
         rest: What all other latents add together.
+
+    Examples:
+        >>> settings = vp.lens.BottleneckSettings(labels="column:texture", epochs=5)
+        >>> found = vp.concept_bottleneck(model, sae, "demo:80", settings=settings, progress=False)
+        >>> why = found.explain(0, n=3)
+        >>> len(why.latents), why.truth in found.data.classes
+        (3, True)
     """
 
     image: str

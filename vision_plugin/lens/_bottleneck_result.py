@@ -94,6 +94,12 @@ class ConceptBottleneck:
         names: Names of latents.
         rows: The methods on test images.
         left_out: Reason by method that could not run.
+
+    Examples:
+        >>> settings = vp.lens.BottleneckSettings(labels="column:texture", epochs=5)
+        >>> found = vp.concept_bottleneck(model, sae, "demo:80", settings=settings, progress=False)
+        >>> [row.method for row in found.rows]
+        ['bottleneck', 'probe_embedding', 'probe_neurons', 'zero_shot']
     """
 
     model: str

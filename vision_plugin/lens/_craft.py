@@ -35,6 +35,14 @@ class ConceptImportance:
         each: The indices of each image, ``[n, k]``; NaN for an image whose answer never changes.
         design: Points of the design.
         n_passes: Forward passes per image.
+
+    Examples:
+        >>> red = model.encode_text(["a red object"])[0]
+        >>> found = vp.lens.concept_importance(
+        ...     model, sae, pixels[:1], lambda e: e @ red, latents=[12, 13], design=4
+        ... )
+        >>> found.latents, found.n_passes
+        ((12, 13), 16)
     """
 
     latents: tuple[int, ...]
@@ -119,6 +127,14 @@ def concept_importance(
 
     Raises:
         ValueError: the design is no power of 2, a latent is out of range, or none is active.
+
+    Examples:
+        >>> red = model.encode_text(["a red object"])[0]
+        >>> found = vp.lens.concept_importance(
+        ...     model, sae, pixels[:1], lambda e: e @ red, latents=[12, 13], design=4
+        ... )
+        >>> found.each.shape
+        torch.Size([1, 2])
     """
     if design < 2 or design & (design - 1):
         raise ValueError(f"design={design} must be a power of 2 from 2 up, as Sobol's points need")

@@ -47,7 +47,12 @@ Pictures: TypeAlias = tuple[tuple[str, str, Tensor, Tensor], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
-    """A model, images to take apart, and texts to read the parts with."""
+    """A model, images to take apart, and texts to read the parts with.
+
+    Examples:
+        >>> vp.lens.DecomposeConfig(model_name="demo", images="demo:8", output_path="parts").layers
+        4
+    """
 
     images: str
     """Folder, ``imagefolder:...``, Parquet file, data set name, tar shards, or ``demo:N``."""
@@ -104,6 +109,14 @@ class Decomposed:
         second: Effects of neurons or latents through later heads; None unless they were asked for.
         texts: The texts.
         embedded: Their embeddings; None without texts.
+
+    Examples:
+        >>> cfg = vp.lens.DecomposeConfig(
+        ...     model_name="demo", images="demo:8", output_path="parts-of-eight"
+        ... )
+        >>> found = vp.lens.decompose_images(cfg, model=model, progress=False)
+        >>> found.parts.n_layers, len(found.ids)
+        (4, 8)
     """
 
     config: DecomposeConfig
@@ -198,6 +211,12 @@ def decompose_images(
         ValueError: there are no texts where some are named, or the model has no text tower.
         UnsupportedModelError: the model's head cannot be taken apart.
         FileExistsError: the output folder holds anything but an earlier decomposition.
+
+    Examples:
+        >>> cfg = vp.lens.DecomposeConfig(model_name="demo", images="demo:8", output_path="parts")
+        >>> found = vp.lens.decompose_images(cfg, model=model, progress=False)
+        >>> sorted(found.to_dict())[:3]
+        ['ablation', 'config', 'decomposition']
     """
     check_replaceable(local_path(cfg.output_path), DECOMPOSITION)
     named = cfg.images if images is None else images

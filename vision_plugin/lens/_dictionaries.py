@@ -32,6 +32,11 @@ class FittedDictionary(ControlDictionary):
         W_dec: What each latent adds to the reconstruction, ``[d_sae, d_in]``.
         b_dec: What is added to every reconstruction, ``[d_in]``.
         readers: For ICA, rows whose products with the centred activation are the latents.
+
+    Examples:
+        >>> fitted = vp.lens.fit_dictionary(torch.rand(64, 8), 4, "kmeans")
+        >>> fitted.method, fitted.W_dec.shape
+        ('kmeans', torch.Size([4, 8]))
     """
 
     readers: Tensor | None
@@ -95,15 +100,16 @@ def fit_dictionary(
         seed: Seed of the start.
         max_iter: Iterations at most.
 
-    Examples:
-        >>> x = torch.rand(64, 8)
-        >>> fit_dictionary(x, 4, "kmeans").at("blocks.3.hook_resid_post").encode(x).shape
-        torch.Size([64, 4])
-
     Raises:
         ValueError: the method is unknown, there are too many latents, or activations are below 0
             for ``nmf`` or not finite.
         ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> x = torch.rand(64, 8)
+        >>> fitted = vp.lens.fit_dictionary(x, 4, "kmeans").at("blocks.3.hook_resid_post")
+        >>> fitted.encode(x).shape
+        torch.Size([64, 4])
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is no dictionary: use {', '.join(get_args(Method))}")

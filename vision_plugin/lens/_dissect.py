@@ -37,7 +37,12 @@ _CHUNK_ELEMENTS = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class DissectSettings:
-    """The numbers in soft-WPMI; the defaults are CLIP-Dissect's."""
+    """The numbers in soft-WPMI; the defaults are CLIP-Dissect's.
+
+    Examples:
+        >>> vp.lens.DissectSettings().n_images
+        100
+    """
 
     n_images: int = 100
     """Top images of a latent that are looked at."""
@@ -75,6 +80,14 @@ class Dissected:
     Attributes:
         words: Numbers of the words, the best first, -1 for a latent that never fires.
         scores: Their soft-WPMI; NaN for a latent that never fires.
+
+    Examples:
+        >>> fires = torch.tensor(
+        ...     [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+        ... )  # the second latent never does
+        >>> found = vp.lens.dissect(fires, torch.eye(2)[[0, 0, 1]], torch.eye(2))
+        >>> found.words.tolist()
+        [[0], [-1]]
     """
 
     words: Int[Tensor, "d_sae n"]
@@ -108,6 +121,12 @@ def dissect(
     Raises:
         ValueError: the latents are of another number of images, the embeddings differ in width, or
             there are no words.
+
+    Examples:
+        >>> latents = torch.eye(2)[[0, 0, 1, 1]]  # 4 images, 2 latents
+        >>> found = vp.lens.dissect(latents, torch.eye(2)[[0, 0, 1, 1]], torch.eye(2))
+        >>> found.words.flatten().tolist()
+        [0, 1]
     """
     settings = settings or DissectSettings()
     firing = latents if isinstance(latents, Firing) else Firing.of(latents)

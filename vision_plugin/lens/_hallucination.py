@@ -45,7 +45,12 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class HallucinationSettings:
-    """What is searched through on the choosing half."""
+    """What is searched through on the choosing half.
+
+    Examples:
+        >>> vp.lens.HallucinationSettings(layers=(1,)).weights
+        (1.0, 2.0, 5.0)
+    """
 
     layers: tuple[int, ...] = ()
     """Layers of the language model to erase at, 0 for what enters the first block; by default every
@@ -94,6 +99,20 @@ def hallucination(
 
     Raises:
         ValueError: there are too few questions, or a word is not in the vocabulary.
+
+    Examples:
+        >>> from vision_plugin.demo.objects import object_questions
+        >>> settings = vp.lens.HallucinationSettings(
+        ...     layers=(1,),
+        ...     weights=(1.0,),
+        ...     strengths=(0.9,),
+        ...     demonstrations=4,
+        ...     n_masks=1,
+        ...     n_random=1,
+        ... )
+        >>> found = vp.lens.hallucination(vlm, object_questions(60, absent=1), settings=settings)
+        >>> found.n_questions
+        (60, 60)
     """
     cfg = settings or HallucinationSettings()
     choosing, reported = data.halves(cfg.seed)

@@ -30,6 +30,12 @@ class ObjectQuestions:
         answers: The words for yes and no.
         others: Other questions about the images, whose answers should stay as they are.
         masks: Where each image shows its object, ``[images, height, width]``, for localisation.
+
+    Examples:
+        >>> from vision_plugin.demo.objects import object_questions
+        >>> data = object_questions(4, absent=1)
+        >>> len(data.images), len(data.asked), data.there.tolist()
+        (4, 8, [True, False, True, False, True, False, True, False])
     """
 
     images: Sequence[Image]

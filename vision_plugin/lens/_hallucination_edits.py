@@ -35,6 +35,10 @@ def word_direction(
 
     Raises:
         ValueError: the vocabulary does not have the word, or there is no such layer or kind.
+
+    Examples:
+        >>> vp.lens.word_direction(vlm, "star", layer=1).shape
+        torch.Size([128])
     """
     reading = LanguageReading(vlm)
     tokens = reading.tokens_of(word)
@@ -76,6 +80,11 @@ def project_away(
 
     Raises:
         ValueError: as for :func:`word_direction`.
+
+    Examples:
+        >>> edit = vp.lens.project_away(vlm, "star", 1)
+        >>> edit.hook_names
+        ('blocks.0.hook_resid_post',)
     """
     direction = word_direction(vlm, word, layer, kind=kind)
     return erase(LanguageReading(vlm).hooks[layer], direction, weight)
@@ -127,6 +136,11 @@ def vti_visual(
         n_masks: Masked copies of each image.
         masked: Share of an image's patches that a mask fills with the image's mean.
         seed: Seed of the masks.
+
+    Examples:
+        >>> edit = vp.lens.vti_visual(vlm, world.images[:2], n_masks=2)
+        >>> edit.hook_names
+        ('blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out', 'blocks.2.hook_mlp_out')
     """
     vision = vlm.vision
     last = int(vision.cfg.n_layers) if vlm.reach.layers is None else max(vlm.reach.layers)
@@ -193,6 +207,13 @@ def vti_textual(
         truths: The right answers, words of the vocabulary.
         hallucinated: Wrong answers.
         strength: The authors' lambda.
+
+    Examples:
+        >>> edit = vp.lens.vti_textual(
+        ...     vlm, world.images[:2], ["Is there a star?"] * 2, ["no"] * 2, ["yes"] * 2
+        ... )
+        >>> edit.hook_names
+        ('blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out')
     """
     reading = LanguageReading(vlm)
     streams = reading.hooks[1:]

@@ -144,6 +144,20 @@ class Hallucination:
         maps: Confidence of every object at every image token of the reported half.
         objects: Names of the objects.
         edits: The chosen edits by name.
+
+    Examples:
+        >>> from vision_plugin.demo.objects import object_questions
+        >>> settings = vp.lens.HallucinationSettings(
+        ...     layers=(1,),
+        ...     weights=(1.0,),
+        ...     strengths=(0.9,),
+        ...     demonstrations=4,
+        ...     n_masks=1,
+        ...     n_random=1,
+        ... )
+        >>> found = vp.lens.hallucination(vlm, object_questions(60, absent=1), settings=settings)
+        >>> [row.method for row in found.rows][:3]
+        ['none', 'answer_threshold', 'confidence']
     """
 
     model: str

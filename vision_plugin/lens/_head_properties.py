@@ -37,6 +37,14 @@ class HeadProperties:
         chance: Mean consistency of as many texts drawn at random from all texts.
         disentanglement: 1 less the mean overlap (Jaccard) of a head's texts with those of each
             other head, by head: 1 for texts that no other head has.
+
+    Examples:
+        >>> texts = ["red", "blue", "a circle", "a star"]
+        >>> outputs = vp.lens.head_outputs(model, pixels, layers=1, progress=False)
+        >>> kinds = dict(zip(texts, ("colour", "colour", "shape", "shape")))
+        >>> found = vp.lens.head_properties(outputs.textspan(texts, n_texts=2), kinds)
+        >>> sorted(found.summary())
+        ['chance', 'consistency', 'disentanglement']
     """
 
     property: dict[Head, str]
@@ -110,6 +118,14 @@ def head_properties(
 
     Raises:
         ValueError: a chosen text has no property, or no head has texts.
+
+    Examples:
+        >>> texts = ["red", "blue", "a circle", "a star"]
+        >>> outputs = vp.lens.head_outputs(model, pixels, layers=1, progress=False)
+        >>> kinds = dict(zip(texts, ("colour", "colour", "shape", "shape")))
+        >>> found = vp.lens.head_properties(outputs.textspan(texts, n_texts=2), kinds)
+        >>> list(found.property)
+        [(3, 0), (3, 1), (3, 2), (3, 3)]
     """
     spans = {head: span for head, span in spans.items() if span.texts}
     if not spans:

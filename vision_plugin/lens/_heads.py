@@ -31,6 +31,12 @@ class Neighbours:
         places: Places in the images or texts, nearest first.
         names: Ids of the images, or the texts.
         scores: Cosines.
+
+    Examples:
+        >>> outputs = vp.lens.head_outputs(model, pixels, layers=1, progress=False)
+        >>> near = outputs.nearest_images(0, (3, 1), k=3)
+        >>> len(near.places), 0 in near.places
+        (3, False)
     """
 
     places: tuple[int, ...]
@@ -47,6 +53,11 @@ class HeadOutputs:
         heads: Layer and number of each head.
         ids: Ids of the images.
         model: The VisionBridge, for texts.
+
+    Examples:
+        >>> outputs = vp.lens.head_outputs(model, pixels, layers=1, progress=False)
+        >>> outputs.values.shape, outputs.heads
+        (torch.Size([8, 4, 64]), ((3, 0), (3, 1), (3, 2), (3, 3)))
     """
 
     values: Float[Tensor, "n k d"]
@@ -171,6 +182,11 @@ def head_outputs(
 
     Raises:
         ValueError: the model has no such head, or no image can be read.
+
+    Examples:
+        >>> outputs = vp.lens.head_outputs(model, pixels, heads=[(3, 1)], progress=False)
+        >>> outputs.of((3, 1)).shape
+        torch.Size([8, 64])
     """
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     if heads is None:

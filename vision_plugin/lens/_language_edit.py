@@ -127,9 +127,11 @@ def edit_language(
         ValueError: the edit does not fit, or the image stands at different places in the prompts.
 
     Examples:
-        >>> inputs = vlm.prepare(images, "Is there a star?")  # doctest: +SKIP
-        >>> with edit_language(vlm, project_away(vlm, "star", 1), inputs):  # doctest: +SKIP
-        ...     vlm.generate(inputs)
+        >>> inputs = vlm.prepare(world.images[:1], "Is there a star?")
+        >>> with vp.lens.edit_language(vlm, vp.lens.project_away(vlm, "star", 1), inputs):
+        ...     answers = vlm.generate(inputs)
+        >>> len(answers)
+        1
     """
     view = LanguageView(vlm, inputs["input_ids"])
     with hooked(view, {view.first: view.note}), edit.on(view, check_model=check_model):

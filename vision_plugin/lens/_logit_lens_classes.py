@@ -76,6 +76,16 @@ class ClassLens:
         n_images: Number of images.
         grid: Rows and columns of patches.
         layers: The layers, the embedding first.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> config = ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=7)
+        >>> native = ViTForImageClassification(config).eval()
+        >>> classifier = vp.wrap(native, image_processor=model.image_processor)
+        >>> found = vp.lens.class_lens(classifier, world.images, progress=False)
+        >>> found.n_classes, found.grid, found.reference
+        (7, (4, 4), 'model')
     """
 
     model: str
@@ -229,6 +239,16 @@ def class_lens(
 
     Raises:
         ValueError: the model is no classifier, labels do not fit, or no image could be read.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> config = ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=7)
+        >>> native = ViTForImageClassification(config).eval()
+        >>> classifier = vp.wrap(native, image_processor=model.image_processor)
+        >>> found = vp.lens.class_lens(classifier, world.images, progress=False)
+        >>> found.layers[-1].agreement.value
+        1.0
     """
     source = open_images(images)
     truth = None if labels is None else torch.as_tensor(labels).long()

@@ -44,6 +44,11 @@ class LanguageLens:
         words: Texts of tokens by their ids.
         answers: The likeliest next word after the prompt.
         pictures: The images as they are shown on the pages.
+
+    Examples:
+        >>> found = vp.lens.language_lens(vlm, world.images[:2], "What colour is shown?", top=2)
+        >>> found.tokens.shape, len(found.answers)
+        (torch.Size([2, 3, 64, 2]), 2)
     """
 
     model: str
@@ -176,6 +181,11 @@ def language_lens(
     Raises:
         ValueError: there are too many images, none could be read, or the model was wrapped without
             its processor.
+
+    Examples:
+        >>> found = vp.lens.language_lens(vlm, world.images[:2], "What colour is shown?", top=2)
+        >>> found.grid, len(found.top(0, 1))
+        ((8, 8), 64)
     """
     source = open_images(images)
     if len(source) > MAX_IMAGES:

@@ -31,7 +31,12 @@ LEAST = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TextLensSettings:
-    """What a text lens compares with, and how its translators are fitted."""
+    """What a text lens compares with, and how its translators are fitted.
+
+    Examples:
+        >>> vp.lens.TextLensSettings(labels="column:colour").fit_share
+        0.5
+    """
 
     labels: str | None = None
     """Classes of the images, as ``column:NAME``; by default the labels of the images, where they
@@ -65,6 +70,11 @@ class Translator:
         matrix: ``[d_model, d_model]``, applied from the right.
         bias: ``[d_model]``.
         ridge: Strength of the pull towards the identity; infinite where only the bias is fitted.
+
+    Examples:
+        >>> tokens = torch.randn(2, 8)
+        >>> torch.equal(vp.lens.Translator.identity(8)(tokens), tokens)
+        True
     """
 
     matrix: Float[Tensor, "d d"]
@@ -134,6 +144,11 @@ def text_lens(
 
     Raises:
         ValueError: the model has no text tower, there are fewer than two texts or too few images.
+
+    Examples:
+        >>> found = vp.lens.text_lens(model, "demo:60", ["a star", "a circle"], progress=False)
+        >>> found.n_fitted, len(found.rows)
+        (24, 15)
     """
     cfg = settings or TextLensSettings()
     require_text(model)

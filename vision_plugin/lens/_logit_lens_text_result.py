@@ -59,6 +59,11 @@ class TextLens:
         n_fitted: Images that translators were fitted on.
         rows: A row per lens and layer.
         translators: The tuned translator of each layer; call it with tokens ``[..., d_model]``.
+
+    Examples:
+        >>> found = vp.lens.text_lens(model, "demo:60", ["a star", "a circle"], progress=False)
+        >>> sorted({row.lens for row in found.rows})
+        ['bias', 'raw', 'tuned']
     """
 
     model: str

@@ -46,6 +46,12 @@ class Check:
         by: ``"text"`` where images are about a name as far as a judge's text similarity says,
             ``"labels"`` where they are because the name is their label.
         confidence: Coverage of the intervals.
+
+    Examples:
+        >>> settings = {"vocabulary": ["red", "blue"], "methods": ("dissect",), "progress": False}
+        >>> names = vp.name_features(model, sae, "demo:60", **settings)
+        >>> names.check.by, names.check.n_images
+        ('text', 30)
     """
 
     auroc: Float[Tensor, " d_sae"]
@@ -271,6 +277,13 @@ def auroc_interval(
 
     Raises:
         ValueError: ``confidence`` does not lie between 0 and 1.
+
+    Examples:
+        >>> low, high = vp.lens.auroc_interval(
+        ...     torch.tensor([0.8]), torch.tensor([20]), torch.tensor([80])
+        ... )
+        >>> round(low.item(), 3), round(high.item(), 3)
+        (0.668, 0.884)
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does")

@@ -83,6 +83,12 @@ def name_features(
     Raises:
         ValueError: a method that was asked for lacks what it needs, no method has what it needs,
             the vocabulary is empty or embedded by another model, or the SAE does not fit the model.
+
+    Examples:
+        >>> settings = {"vocabulary": ["red", "blue"], "methods": ("dissect",), "progress": False}
+        >>> names = vp.name_features(model, sae, "demo:60", **settings)
+        >>> len(names.names), {name for name in names.names if name} <= {"red", "blue"}
+        (256, True)
     """
     settings = NameSettings(**options)
     vlm = model if hasattr(model, "vision") and hasattr(model, "generate") else None

@@ -44,6 +44,11 @@ def average_precision(
 
     Returns:
         Average precision; NaN for a label without images.
+
+    Examples:
+        >>> latents = torch.tensor([[3.0], [2.0], [0.0]])  # 3 images, 1 latent
+        >>> vp.lens.average_precision(latents, torch.tensor([0, 1, 1]), 2).tolist()
+        [[1.0, 0.5833333333333333]]
     """
     firing = latents if isinstance(latents, Firing) else Firing.of(latents)
     sizes = torch.bincount(labels[labels >= 0], minlength=n_labels).double()

@@ -15,7 +15,12 @@ METHODS = ("decoder", "dissect", "labels", "steering", "caption")
 
 @dataclass(frozen=True, kw_only=True)
 class NameSettings:
-    """How names are made and checked."""
+    """How names are made and checked.
+
+    Examples:
+        >>> vp.lens.NameSettings(methods=("decoder",)).check_share
+        0.5
+    """
 
     methods: tuple[str, ...] = ()
     """Ways to make names: ``decoder``, ``dissect``, ``labels``, ``steering``, ``caption``; by
@@ -83,7 +88,12 @@ class NameSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class NamesConfig(NameSettings, Inputs):
-    """An SAE whose features are named, and the images, words and models to name them with."""
+    """An SAE whose features are named, and the images, words and models to name them with.
+
+    Examples:
+        >>> vp.lens.NamesConfig(sae="runs/sae", images="demo:60").min_images
+        5
+    """
 
     sae: str
     """Folder of the SAE, or any checkpoint that ``vp.load_sae`` reads."""

@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES_FILE = "names.json"
+"""The name of the file that names are kept in, beside their SAE.
+
+Examples:
+    >>> vp.lens.NAMES_FILE
+    'names.json'
+"""
 NAMES_KIND = "vision_plugin.names/"
+"""What the schema in a file of names begins with; the version follows.
+
+Examples:
+    >>> vp.lens.NAMES_KIND
+    'vision_plugin.names/'
+"""
 SCHEMA = f"{NAMES_KIND}1"
 CHECK_COLUMNS = (
     "auroc", "low", "high", "others", "beats", "shuffled", "shuffled_low", "shuffled_beats",
@@ -42,6 +54,12 @@ class NameCandidates:
         note: How the names were made, where that matters.
         making_auroc: AUROC on the images that names were made from; names are chosen by it.
         check: The check on other images; None where nothing could judge the names.
+
+    Examples:
+        >>> settings = {"vocabulary": ["red", "blue"], "methods": ("dissect",), "progress": False}
+        >>> names = vp.name_features(model, sae, "demo:60", **settings)
+        >>> names.candidates["dissect"].score_name
+        'soft-WPMI'
     """
 
     names: tuple[str | None, ...]
@@ -69,6 +87,12 @@ class FeatureNames:
         settings: Everything else that was asked for.
         left_out: Why a method gave no names.
         n_made_on: Images that names were made from.
+
+    Examples:
+        >>> settings = {"vocabulary": ["red", "blue"], "methods": ("dissect",), "progress": False}
+        >>> names = vp.name_features(model, sae, "demo:60", **settings)
+        >>> list(names.candidates), sorted(names.summary())
+        (['dissect'], ['chosen', 'dissect'])
     """
 
     candidates: Mapping[str, NameCandidates]

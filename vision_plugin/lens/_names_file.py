@@ -44,6 +44,12 @@ def read_names(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no names, is damaged, or names the features of another SAE or model.
+
+    Examples:
+        >>> settings = {"vocabulary": ["red", "blue"], "methods": ("dissect",), "progress": False}
+        >>> names = vp.name_features(model, sae, "demo:60", **settings)
+        >>> vp.lens.read_names(names.save("feature-names.json"), sae=sae).names == names.names
+        True
     """
     place = place_of(path)
     if not place.exists():

@@ -38,6 +38,13 @@ class Words:
         texts: Texts, the largest coefficient first.
         coefficients: Their coefficients, negative for what the direction speaks against.
         explained: Share of the direction's squared length in the code.
+
+    Examples:
+        >>> found = vp.lens.second_order(model, pixels, 1, which=[0], progress=False)
+        >>> texts = ["a red circle", "a blue square"]
+        >>> words = found.words(0, model.encode_text(texts), texts, n_words=1)
+        >>> len(words.texts)
+        1
     """
 
     texts: tuple[str, ...]
@@ -56,6 +63,11 @@ class SecondOrder:
         maps: Where each component leads through each layer and head.
         n_top: Images of the largest effect that a direction is made of.
         model_name: Name of the model.
+
+    Examples:
+        >>> found = vp.lens.second_order(model, pixels, 1, which=[0, 1], progress=False)
+        >>> found.effects(0).shape, found.which
+        (torch.Size([8, 64]), (0, 1))
     """
 
     name: str
@@ -250,6 +262,11 @@ def second_order(
     Raises:
         UnsupportedModelError: the tower has no class token, or heads that cannot be followed.
         ValueError: there is no such layer or component, or there are too many.
+
+    Examples:
+        >>> found = vp.lens.second_order(model, pixels, sae, which=[12, 13], progress=False)
+        >>> found.direction(12).shape
+        torch.Size([64])
     """
     writers = Writers(model, source, which)
     if len(writers.which) > MOST_COMPONENTS:

@@ -200,6 +200,10 @@ def second_order_effects(
     Raises:
         UnsupportedModelError: the tower has no such heads.
         ValueError: there is no such layer or component, or no later head reads it.
+
+    Examples:
+        >>> vp.lens.second_order_effects(model, pixels, 1, which=[0, 1]).shape
+        torch.Size([8, 2, 64])
     """
     return passage(model, pixels, Writers(model, source, which)).effects()
 

@@ -30,6 +30,13 @@ class SegmentationScores:
         miou: Mean of the intersections over unions of object and background, each over all images.
         mean_ap: Mean over images of the average precision of the map as a score of the pixels.
         n_images: Number of images.
+
+    Examples:
+        >>> mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+        >>> mask[:, :2, :2] = True
+        >>> scores = vp.lens.segmentation_scores(mask.float(), mask, threshold=0.5)
+        >>> scores.pixel_accuracy, scores.n_images
+        (1.0, 1)
     """
 
     pixel_accuracy: float
@@ -63,6 +70,10 @@ def text_maps(
 
     Raises:
         ValueError: the model has no such layer or head, or no text tower.
+
+    Examples:
+        >>> vp.lens.text_maps(model, pixels, ["a red circle", "a blue square"]).shape
+        torch.Size([8, 2, 8, 8])
     """
     directions = _directions(model, texts, "texts")
     if against is not None:
@@ -98,8 +109,19 @@ def contrastive_maps(
 
     This is the contrastive segmentation of CLIP-InterpreT (Madasu et al. 2024, arXiv 2409.06579).
 
+    Args:
+        model: A VisionBridge.
+        pixels: Images, ``[b, channels, height, width]``.
+        text: The text whose map is wanted.
+        other: The text whose map is taken off.
+        head: One head (layer, number); None takes all.
+
     Raises:
         ValueError: the model has no such head, or no text tower.
+
+    Examples:
+        >>> vp.lens.contrastive_maps(model, pixels, "a red circle", "a blue square").shape
+        torch.Size([8, 8, 8])
     """
     return text_maps(model, pixels, [text], against=[other], head=head)[:, 0]
 
@@ -113,8 +135,17 @@ def similarity_maps(
     A baseline: patch tokens go through normalisation and projection as the class token does, which
     no loss has asked of them.
 
+    Args:
+        model: A VisionBridge.
+        pixels: Images, ``[b, channels, height, width]``.
+        texts: Texts, or their unit embeddings ``[c, d_embed]``.
+
     Raises:
         ValueError: the model has no text tower, or reads its tokens through an attention pool.
+
+    Examples:
+        >>> vp.lens.similarity_maps(model, pixels, ["a red circle", "a blue square"]).shape
+        torch.Size([8, 2, 8, 8])
     """
     directions = unit(_directions(model, texts, "texts"))
     readout: Readout = model.adapter.readout(model)
@@ -143,8 +174,17 @@ def attention_maps(
 ) -> Float[Tensor, "b rows columns"]:
     """Return the class token's attention to each patch, the mean of a layer's heads: a baseline.
 
+    Args:
+        model: A VisionBridge.
+        pixels: Images, ``[b, channels, height, width]``.
+        layer: Number of the layer; negative ones count from the last.
+
     Raises:
         ValueError: the model has no class token or no such layer.
+
+    Examples:
+        >>> vp.lens.attention_maps(model, pixels).shape
+        torch.Size([8, 8, 8])
     """
     n_layers = int(model.cfg.n_layers)
     layer = layer + n_layers if layer < 0 else layer
@@ -182,6 +222,12 @@ def segmentation_scores(
 
     Raises:
         ValueError: there is no image, the numbers differ, or a map is no number.
+
+    Examples:
+        >>> mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+        >>> mask[:, :2, :2] = True
+        >>> vp.lens.segmentation_scores(mask.float(), mask, threshold=0.5).miou
+        1.0
     """
     if not len(maps) or len(maps) != len(masks):
         raise ValueError(f"there are {len(maps)} maps and {len(masks)} masks: give one of each")

@@ -17,7 +17,12 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Share:
-    """A number with its 95% interval, and the images behind it."""
+    """A number with its 95% interval, and the images behind it.
+
+    Examples:
+        >>> vp.lens.Share(value=0.5, low=0.4, high=0.6, n=100).to_dict()
+        {'value': 0.5, 'low': 0.4, 'high': 0.6, 'n': 100}
+    """
 
     value: float
     low: float

@@ -28,7 +28,12 @@ from vision_plugin.lens._splice_words import (
 
 @dataclass(frozen=True, kw_only=True)
 class SpliceSettings:
-    """How images are written as words."""
+    """How images are written as words.
+
+    Examples:
+        >>> vp.lens.SpliceSettings(l1=(0.1, 0.2)).solver
+        'fista'
+    """
 
     l1: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     """Factors of the sum of the weights; each is a point of the curve."""
@@ -84,6 +89,13 @@ def splice(
     Raises:
         ValueError: the vocabulary is empty or another model's, the model has no text tower, or no
             image could be read.
+
+    Examples:
+        >>> found = vp.lens.splice(
+        ...     model, world.images, ["red", "blue", "a star", "a circle"], progress=False
+        ... )
+        >>> found.codes.shape
+        torch.Size([8, 4])
     """
     cfg = settings or SpliceSettings()
     require_text(model)

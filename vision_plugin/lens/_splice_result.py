@@ -58,6 +58,14 @@ class WordEdit:
         before: Zero-shot accuracy on those images of what all words compose; None without classes.
         after: The same without the words.
         others: Zero-shot accuracy on all other images, whose codes stay as they are.
+
+    Examples:
+        >>> found = vp.lens.splice(
+        ...     model, world.images, ["red", "blue", "a star", "a circle"], progress=False
+        ... )
+        >>> edit = found.without(["red"])
+        >>> edit.words, edit.embeddings.shape
+        (('red',), torch.Size([8, 64]))
     """
 
     words: Sequence[str]
@@ -92,6 +100,13 @@ class Splice:
         class_texts: Text embeddings of the classes.
         plain_accuracy: Zero-shot accuracy of the images' own embeddings.
         bad_images: Reason by id for images that could not be read.
+
+    Examples:
+        >>> found = vp.lens.splice(
+        ...     model, world.images, ["red", "blue", "a star", "a circle"], progress=False
+        ... )
+        >>> found.compose().shape, len(found.curve)
+        (torch.Size([8, 64]), 10)
     """
 
     model: str

@@ -51,6 +51,11 @@ def sparse_codes(
 
     Raises:
         ValueError: shapes do not fit, a number is not finite, or ``l1`` is not above 0.
+
+    Examples:
+        >>> codes = vp.lens.sparse_codes(torch.eye(2), torch.eye(2), 0.2)
+        >>> codes.round(decimals=3).tolist()
+        [[0.9, 0.0], [0.0, 0.9]]
     """
     if targets.ndim != 2 or words.ndim != 2 or targets.shape[1] != words.shape[1]:
         raise ValueError(

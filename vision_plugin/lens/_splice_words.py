@@ -28,6 +28,11 @@ class WordDictionary:
         embeddings: Unit text embeddings ``[v, d]``.
         model: Name of the model that embedded them.
         signature: Signature of that model's vision tower, to tell models apart.
+
+    Examples:
+        >>> words = vp.lens.WordDictionary.of(model, ["red", "blue"], template="a {} object")
+        >>> words.embeddings.shape, words.model
+        (torch.Size([2, 64]), 'demo')
     """
 
     words: Sequence[str]

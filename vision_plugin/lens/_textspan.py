@@ -32,6 +32,12 @@ class TextSpan:
         explained: Share of the outputs' variance in the span of the first texts, one by one.
         basis: Orthonormal directions, one for each text: what it adds to the texts before it.
         mean: Mean of the outputs.
+
+    Examples:
+        >>> outputs = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> span = vp.lens.textspan(outputs, torch.eye(2), ["x", "y"])
+        >>> span.project(outputs).shape
+        torch.Size([4, 2])
     """
 
     texts: tuple[str, ...]
@@ -84,6 +90,12 @@ def textspan(
 
     Raises:
         ValueError: there are no outputs or texts, or the widths differ.
+
+    Examples:
+        >>> outputs = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> span = vp.lens.textspan(outputs, torch.eye(2), ["x", "y"])
+        >>> span.texts, [round(share, 3) for share in span.explained.tolist()]
+        (('x', 'y'), [0.8, 1.0])
     """
     if len(names) != len(texts):
         raise ValueError(f"names= holds {len(names)} texts and texts= {len(texts)} embeddings")

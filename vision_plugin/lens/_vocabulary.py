@@ -35,6 +35,11 @@ class Vocabulary:
     Attributes:
         words: The words.
         name: Where they come from, for records.
+
+    Examples:
+        >>> vocabulary = vp.lens.Vocabulary(("red", "blue"), name="mine")
+        >>> vocabulary.embed(model, "a {} object").shape
+        torch.Size([2, 64])
     """
 
     words: tuple[str, ...]
@@ -97,6 +102,10 @@ def read_vocabulary(source: str | Path | Sequence[str] | Vocabulary | None = Non
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no text, has no words, or too many or too long ones.
+
+    Examples:
+        >>> vp.lens.read_vocabulary(["red", "blue", "red"]).words
+        ('red', 'blue')
     """
     if isinstance(source, Vocabulary):
         return source

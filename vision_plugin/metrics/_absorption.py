@@ -42,6 +42,17 @@ class AbsorptionPair(MetricResult):
         f1_expanded: F1 of a probe for the class on more latents.
         absorbed: whether the overlap or the gain in F1 is large.
         n_positive: number of images of the class.
+
+    Examples:
+        >>> labels = torch.arange(60) % 3
+        >>> codes = torch.tensor([3.0, 2.0, 1.0]).diag()[labels]
+        >>> metric = vp.metrics.Absorption(
+        ...     n_features=3, sibling_groups={"birds": [0, 1, 2]}, top_k=1
+        ... )
+        >>> metric.update(codes, labels)
+        >>> pair = metric.compute().pairs[0]
+        >>> pair.group, pair.class_index, pair.overlap, pair.absorbed
+        ('birds', 0, 1.0, True)
     """
 
     group: str
@@ -64,6 +75,17 @@ class AbsorptionResult(MetricResult):
         pairs: every tested pair.
         n_groups: number of groups given.
         n_pairs: number of pairs tested.
+
+    Examples:
+        >>> labels = torch.arange(60) % 3
+        >>> codes = torch.tensor([3.0, 2.0, 1.0]).diag()[labels]
+        >>> metric = vp.metrics.Absorption(
+        ...     n_features=3, sibling_groups={"birds": [0, 1, 2]}, top_k=1
+        ... )
+        >>> metric.update(codes, labels)
+        >>> found = metric.compute()
+        >>> found.n_pairs, [pair.overlap for pair in found.pairs]
+        (3, [1.0, 0.0, 0.0])
     """
 
     headline = ("rate", "mean_overlap", "mean_f1_gap", "n_pairs")
@@ -98,6 +120,16 @@ class Absorption(ImageCodes):
         k_expanded: number of latents of the wide probe.
         seed: seed of the probes' solver.
         only_active: whether to leave silent latents out of the overlap.
+
+    Examples:
+        >>> labels = torch.arange(60) % 3
+        >>> codes = torch.tensor([3.0, 2.0, 1.0]).diag()[labels]  # a latent for each class
+        >>> metric = vp.metrics.Absorption(
+        ...     n_features=3, sibling_groups={"birds": [0, 1, 2]}, top_k=1
+        ... )
+        >>> metric.update(codes, labels)
+        >>> round(metric.compute().rate, 3)
+        0.333
     """
 
     higher_is_better = False
@@ -203,6 +235,10 @@ def sibling_groups(class_paths: Sequence[Sequence[str]]) -> dict[str, list[int]]
 
     Returns:
         Class numbers by parent. Parents with a single class are left out.
+
+    Examples:
+        >>> vp.metrics.sibling_groups([["bird", "owl"], ["bird", "duck"], ["fish", "cod"]])
+        {'bird': [0, 1]}
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(class_paths):

@@ -68,6 +68,11 @@ class ControlDictionary(nn.Module):
         k: latents kept per activation, after a ReLU; None keeps every latent, signed.
         hook_name: hook at which its activations are read; see :meth:`at`.
         tokens: kind of token that it encodes.
+
+    Examples:
+        >>> control = vp.metrics.ControlDictionary("two axes", torch.eye(3)[:2], k=1)
+        >>> control.encode(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[0., 2.]])
     """
 
     use_error_term = False
@@ -99,8 +104,8 @@ class ControlDictionary(nn.Module):
         """Return the same dictionary at a hook of a model, usable wherever an SAE is.
 
         Examples:
-            >>> control = random_dictionary(4, 8, k=2, seed=0).at("blocks.11.hook_resid_post")
-            >>> control.cfg.metadata["hook_name"]
+            >>> control = vp.metrics.random_dictionary(4, 8, k=2, seed=0)
+            >>> control.at("blocks.11.hook_resid_post").cfg.metadata["hook_name"]
             'blocks.11.hook_resid_post'
         """
         return ControlDictionary(
@@ -156,6 +161,14 @@ def neuron_dictionary(d_in: int) -> ControlDictionary:
     """Return the identity dictionary: its latents are the neurons, the baseline of every metric.
 
     Setting its latent ``j`` overwrites dimension ``j`` of the activation.
+
+    Args:
+        d_in: width of the activations.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, -2.0]])
+        >>> vp.metrics.neuron_dictionary(2).encode(x)
+        tensor([[ 1., -2.]])
     """
     return ControlDictionary("neurons", torch.eye(d_in))
 
@@ -168,6 +181,13 @@ def random_dictionary(d_in: int, n_features: int, *, k: int | None, seed: int) -
         n_features: number of directions.
         k: latents kept per activation, best the SAE's own L0; None keeps every latent.
         seed: seed of the random draw.
+
+    Examples:
+        >>> control = vp.metrics.random_dictionary(128, 256, k=8, seed=0)
+        >>> int((control.encode(acts[:, 0]) > 0).sum(1).max())
+        8
+        >>> control.at("blocks.2.hook_resid_post").cfg.metadata["hook_name"]
+        'blocks.2.hook_resid_post'
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_features, d_in, generator=generator)
@@ -183,6 +203,16 @@ def pca_dictionary(
         activations: at least two activations.
         n_features: number of components kept; all ``d_in`` by default.
         k: latents kept per activation, after a ReLU; None keeps signed projections.
+
+    Raises:
+        ValueError: there are fewer than two activations, or one is NaN or infinite.
+
+    Examples:
+        >>> control = vp.metrics.pca_dictionary(acts[0], n_features=4)
+        >>> control.W_dec.shape
+        torch.Size([4, 128])
+        >>> torch.allclose(control.W_dec @ control.W_dec.T, torch.eye(4), atol=1e-4)
+        True
     """
     if activations.shape[0] < 2:
         raise ValueError(
@@ -215,7 +245,9 @@ def with_controls(
 
     Examples:
         >>> x, e = torch.randn(8, 4), torch.randn(8, 3)
-        >>> rows = with_controls(lambda a: monosemanticity(a, e), x.relu(), x, k=2)
+        >>> rows = vp.metrics.with_controls(
+        ...     lambda a: vp.metrics.monosemanticity(a, e), x.relu(), x, k=2
+        ... )
         >>> list(rows)
         ['latents', 'neurons', 'pca', 'random (seed 0)']
     """

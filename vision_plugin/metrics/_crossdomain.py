@@ -38,6 +38,18 @@ class DomainScores(MetricResult):
         probe_accuracy: accuracy of logistic regression on the latents that best separate classes.
         n_images: number of images of this domain.
         n_active: number of latents active here.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> codes = torch.eye(2)[labels]
+        >>> metric = vp.metrics.CrossDomain(n_features=2, domains=["sketches"], k_probe=1)
+        >>> for domain in ("home", "sketches"):
+        ...     metric.update(
+        ...         codes, domain=domain, labels=labels, activations=codes, reconstruction=codes
+        ...     )
+        >>> scores = metric.compute().domains["sketches"]
+        >>> scores.coverage, scores.overlap, scores.probe_accuracy
+        (1.0, 1.0, 1.0)
     """
 
     composite: float
@@ -58,6 +70,17 @@ class CrossDomainResult(MetricResult):
         composite: mean composite of the domains.
         domains: scores by domain.
         n_active_home: number of latents active at home.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> codes = torch.eye(2)[labels]
+        >>> metric = vp.metrics.CrossDomain(n_features=2, domains=["sketches"], k_probe=1)
+        >>> for domain in ("home", "sketches"):
+        ...     metric.update(
+        ...         codes, domain=domain, labels=labels, activations=codes, reconstruction=codes
+        ...     )
+        >>> metric.compute().n_active_home
+        2
     """
 
     composite: float
@@ -82,6 +105,17 @@ class CrossDomain(ImageCodes):
         k_probe: number of latents in the probe.
         test_size: share of the images held out to test the probe.
         seed: seed of the split into training and test images.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> codes = torch.eye(2)[labels]  # latents and activations alike
+        >>> metric = vp.metrics.CrossDomain(n_features=2, domains=["sketches"], k_probe=1)
+        >>> for domain in ("home", "sketches"):
+        ...     metric.update(
+        ...         codes, domain=domain, labels=labels, activations=codes, reconstruction=codes
+        ...     )
+        >>> list(metric.compute().domains)
+        ['sketches']
     """
 
     higher_is_better = True

@@ -44,6 +44,14 @@ class DissectionResult(MetricResult):
         best_concept: concept of the largest IoU, -1 for a latent without one, ``[k]``.
         best_iou: IoU with the best concept, ``[k]``.
         n_images: number of images seen.
+
+    Examples:
+        >>> maps = torch.tensor([[[1.0], [0], [0], [0]]])  # 1 image, 2 x 2 patches, 1 latent
+        >>> mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+        >>> mask[..., :2, :] = True  # the concept fills the upper half
+        >>> found = vp.metrics.dissection(maps, mask, grid_size=(2, 2))
+        >>> found.best_concept.tolist(), found.chance.tolist()
+        ([0], [0.5])
     """
 
     headline = ("mean_best_iou", "mean_pointing_at_best", "n_detectors", "n_concepts_found")
@@ -87,6 +95,15 @@ class Dissection(StreamingMetric):
         threshold: activation above which a place is active: one number, or one per latent such as
             :func:`quantile_thresholds` returns. 0 suits sparse latents.
         upsample: interpolation of the patch grid to the masks' size.
+
+    Examples:
+        >>> maps = torch.tensor([[[1.0], [0], [0], [0]]])  # 1 image, 2 x 2 patches, 1 latent
+        >>> mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+        >>> mask[..., :2, :] = True  # the concept fills the upper half
+        >>> metric = vp.metrics.Dissection(n_features=1, n_concepts=1, grid_size=(2, 2))
+        >>> metric.update(maps, mask)
+        >>> metric.compute().iou.tolist()
+        [[0.5]]
     """
 
     sparse_latents = True
@@ -262,7 +279,23 @@ def dissection(
     threshold: float | Float[Tensor, " k"] = 0.0,
     upsample: Upsample = "nearest",
 ) -> DissectionResult:
-    """Compare heat maps with masks in one call; see :class:`Dissection`."""
+    """Compare heat maps with masks in one call; see :class:`Dissection`.
+
+    Args:
+        latents: latents of the patches ``[n, patches, k]``.
+        masks: pixels of each concept ``[n, c, height, width]``.
+        grid_size: rows and columns of patches.
+        threshold: activation above which a place is active: one number, or one per latent.
+        upsample: interpolation of the patch grid to the masks' size.
+
+    Examples:
+        >>> maps = torch.tensor([[[1.0], [0], [0], [0]]])  # 1 image, 2 x 2 patches, 1 latent
+        >>> mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+        >>> mask[..., :2, :] = True  # the concept fills the upper half
+        >>> found = vp.metrics.dissection(maps, mask, grid_size=(2, 2))
+        >>> found.iou.tolist(), found.pointing.tolist()
+        ([[0.5]], [[1.0]])
+    """
     metric = Dissection(
         n_features=latents.shape[2],
         n_concepts=masks.shape[1],
@@ -278,7 +311,21 @@ def dissection(
 def quantile_thresholds(
     latents: Float[Tensor, "n patches k"], *, share: float = 0.005
 ) -> Float[Tensor, " k"]:
-    """Return the value that each latent exceeds on ``share`` of all patches (paper: 0.005)."""
+    """Return the value that each latent exceeds on ``share`` of all patches (paper: 0.005).
+
+    Args:
+        latents: latents of the patches ``[n, patches, k]``.
+        share: share of the patches, between 0 and 1.
+
+    Raises:
+        ValueError: the share does not lie between 0 and 1.
+
+    Examples:
+        >>> maps = torch.arange(100.0).reshape(1, 100, 1)  # 1 image, 100 patches, 1 latent
+        >>> threshold = vp.metrics.quantile_thresholds(maps, share=0.05)
+        >>> int((maps > threshold).sum())
+        5
+    """
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1")
     flat = latents.flatten(0, 1)

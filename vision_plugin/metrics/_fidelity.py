@@ -33,6 +33,14 @@ class FVUResult(MetricResult):
         n_tokens: number of tokens seen.
         n_without_cosine: number of tokens whose activation or reconstruction is zero.
         definition: definition of ``fvu``.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric = vp.metrics.FVU(d_in=2)
+        >>> metric.update(x, 0.5 * x)
+        >>> found = metric.compute()
+        >>> found.cosine, found.mse, found.definition
+        (1.0, 0.125, 'visaebench')
     """
 
     headline = ("explained_variance", "cosine", "fvu")
@@ -61,6 +69,13 @@ class FVU(StreamingMetric):
     Args:
         d_in: width of the activations.
         definition: definition of the field ``fvu``.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric = vp.metrics.FVU(d_in=2)
+        >>> metric.update(x, 0.5 * x)
+        >>> metric.compute().explained_variance
+        0.75
     """
 
     higher_is_better = False

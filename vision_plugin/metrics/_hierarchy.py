@@ -35,6 +35,12 @@ class HierarchyResult(MetricResult):
         frequency_size: number of latents in each of these means.
         chance_depth: mean depth over all pairs of images, the depth of random images.
         n_left_out: number of latents with fewer positive images than ``n_top``.
+
+    Examples:
+        >>> paths = [("animal", "bird"), ("animal", "bird"), ("animal", "fish"), ("plant", "fern")]
+        >>> found = vp.metrics.hierarchy(torch.tensor([[0, 1], [0, 2], [0, 3]]), paths)
+        >>> found.group_depth, round(found.chance_depth, 3)
+        ({0: 1.0}, 0.667)
     """
 
     depth: Float[Tensor, " k"]
@@ -86,6 +92,11 @@ def hierarchy(
 
     Raises:
         ValueError: an image has no path, or ``groups`` has another length.
+
+    Examples:
+        >>> paths = [("animal", "bird"), ("animal", "bird"), ("animal", "fish"), ("plant", "fern")]
+        >>> vp.metrics.hierarchy(torch.tensor([[0, 1], [0, 2], [0, 3]]), paths).depth.tolist()
+        [2.0, 1.0, 0.0]
     """
     k, n_top = top_images.shape
     if n_top < 2:
@@ -120,8 +131,14 @@ def hierarchy(
 def matryoshka_groups(widths: Sequence[int]) -> Int[Tensor, " k"]:
     """Number the latents by Matryoshka group, from the cumulative widths of the nested SAEs.
 
+    Args:
+        widths: numbers of latents of the nested SAEs, growing.
+
+    Raises:
+        ValueError: the widths are not positive and growing.
+
     Examples:
-        >>> matryoshka_groups([2, 5]).tolist()
+        >>> vp.metrics.matryoshka_groups([2, 5]).tolist()
         [0, 0, 1, 1, 1]
     """
     steps = [stop - start for start, stop in zip([0, *widths], widths, strict=False)]
@@ -131,7 +148,15 @@ def matryoshka_groups(widths: Sequence[int]) -> Int[Tensor, " k"]:
 
 
 def frequency_groups(frequency: Float[Tensor, " k"]) -> Int[Tensor, " k"]:
-    """Number the latents by the power of ten of their firing frequency (dead ones: -99)."""
+    """Number the latents by the power of ten of their firing frequency (dead ones: -99).
+
+    Args:
+        frequency: share of the images on which each latent fires, ``[k]``.
+
+    Examples:
+        >>> vp.metrics.frequency_groups(torch.tensor([0.5, 0.02, 0.0])).tolist()
+        [-1, -2, -99]
+    """
     decade = frequency.double().log10().floor().clamp(min=-99)
     return decade.long()
 
@@ -144,6 +169,13 @@ class Hierarchy(TopImages):
         taxonomy_paths: a path per image, in the order in which the images come.
         groups: a group number per latent; one group by default.
         n_top: number of top images per latent, 16 in the paper.
+
+    Examples:
+        >>> paths = [("animal", "bird"), ("animal", "bird"), ("plant", "fern")]
+        >>> metric = vp.metrics.Hierarchy(n_features=2, taxonomy_paths=paths, n_top=2)
+        >>> metric.update(torch.tensor([[2.0, 2.0], [1.0, 0.0], [0.0, 1.0]]))
+        >>> metric.compute().depth.tolist()
+        [2.0, 0.0]
     """
 
     n_active: Tensor

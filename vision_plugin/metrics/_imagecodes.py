@@ -36,6 +36,14 @@ def pool_latents(
         latents: ``[n, tokens, k]``.
         how: ``"cls"`` for the CLS token's latents, ``"max"`` or ``"mean"`` over tokens.
         cls_at: index of the CLS token.
+
+    Raises:
+        ValueError: there is no such way to pool.
+
+    Examples:
+        >>> tokens = torch.tensor([[[0.0], [4.0], [2.0]]])  # 1 image, 3 tokens, 1 latent
+        >>> [vp.metrics.pool_latents(tokens, how).item() for how in ("cls", "max", "mean")]
+        [0.0, 4.0, 2.0]
     """
     if how == "cls":
         return latents[:, cls_at]

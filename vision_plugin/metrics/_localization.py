@@ -36,6 +36,16 @@ class LocalizationResult(MetricResult):
             1 for one patch of activity, 0 for scattered patches, negative for a checkerboard.
         n_valid: number of images that count, per latent.
         min_images: fewest images of a latent that has a score.
+
+    Examples:
+        >>> maps = torch.zeros(1, 16, 1)
+        >>> maps[0, [0, 1, 4, 5]] = torch.tensor([[1.0], [1.0], [1.0], [2.0]])
+        >>> metric = vp.metrics.Localization(
+        ...     n_features=1, grid_size=(4, 4), min_active_patches=2, min_images=1
+        ... )
+        >>> metric.update(maps)
+        >>> metric.compute().n_valid.tolist()
+        [1]
     """
 
     headline = ("mean_score", "share_non_localized", "n_defined")
@@ -77,6 +87,16 @@ class Localization(StreamingMetric):
         max_active_fraction: largest share of active patches of an image that counts.
         min_images: fewest images of a latent that has a score.
         max_images: number of images after which a latent takes no further update.
+
+    Examples:
+        >>> maps = torch.zeros(1, 16, 1)  # 1 image, 4 x 4 patches, 1 latent: active in a corner
+        >>> maps[0, [0, 1, 4, 5]] = torch.tensor([[1.0], [1.0], [1.0], [2.0]])
+        >>> metric = vp.metrics.Localization(
+        ...     n_features=1, grid_size=(4, 4), min_active_patches=2, min_images=1
+        ... )
+        >>> metric.update(maps)
+        >>> round(metric.compute().score.item(), 3)
+        0.283
     """
 
     sparse_latents = True
@@ -180,7 +200,18 @@ class Localization(StreamingMetric):
 def morans_i(
     maps: Float[Tensor, "n height width"],
 ) -> tuple[Float[Tensor, " n"], Tensor]:
-    """Return Moran's I of each map under the 8-neighbour weights, and whether the map varies."""
+    """Return Moran's I of each map under the 8-neighbour weights, and whether the map varies.
+
+    Args:
+        maps: one map per image, ``[n, height, width]``.
+
+    Examples:
+        >>> board = torch.tensor([[[1.0, 0, 1], [0, 1, 0], [1, 0, 1]]])
+        >>> corner = torch.tensor([[[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]])
+        >>> index, varies = vp.metrics.morans_i(torch.cat([board, corner]))
+        >>> [round(value, 3) for value in index.tolist()], varies.tolist()
+        ([-0.19, 0.125], [True, True])
+    """
     height, width = maps.shape[1:]
     ones = torch.ones(1, height, width, dtype=maps.dtype, device=maps.device)
     total_weight = _neighbour_sum(ones).sum()

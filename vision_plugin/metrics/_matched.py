@@ -33,6 +33,15 @@ class EqualFiringBin(MetricResult):
         control_mean: mean score of the control.
         difference: ``mean - control_mean``.
         standard_error: of the difference.
+
+    Examples:
+        >>> fires = torch.arange(64)[:, None] % torch.arange(2, 22)  # 64 images, 20 latents
+        >>> scores = vp.metrics.monosemanticity(
+        ...     (fires == 0).float(), torch.eye(4)[torch.arange(64) % 4]
+        ... )
+        >>> found = vp.metrics.compare_at_equal_firing(scores, scores, min_active=2)
+        >>> [(one.fewest, one.most, one.n_latents) for one in found.bins]
+        [(4, 7, 12), (8, 15, 5)]
     """
 
     fewest: int
@@ -60,6 +69,15 @@ class EqualFiringResult(MetricResult):
             latents of the control fire as often.
         n_control: latents of the control that they are compared with.
         bins: the bins that are compared, rarest first.
+
+    Examples:
+        >>> fires = torch.arange(64)[:, None] % torch.arange(2, 22)  # 64 images, 20 latents
+        >>> scores = vp.metrics.monosemanticity(
+        ...     (fires == 0).float(), torch.eye(4)[torch.arange(64) % 4]
+        ... )
+        >>> found = vp.metrics.compare_at_equal_firing(scores, scores, min_active=2)
+        >>> found.difference, found.verdict
+        (0.0, 'not told apart')
     """
 
     headline = ("difference", "low", "high", "n_latents", "n_left_out")
@@ -128,19 +146,16 @@ def compare_at_equal_firing(
             argument is out of range.
 
     Examples:
-        >>> import torch
-        >>> import vision_plugin as vp
-        >>> generator = torch.Generator().manual_seed(0)
+        >>> _ = torch.manual_seed(0)
         >>> kinds = torch.arange(200) % 4
-        >>> fires = torch.rand(200, 20, generator=generator) < 0.2
+        >>> fires = torch.rand(200, 20) < 0.2
         >>> of_one_kind = fires & (kinds[:, None] == torch.arange(20) % 4)
-        >>> at_random = of_one_kind[torch.randperm(200, generator=generator)]
-        >>> embeddings = torch.eye(4)[kinds]
+        >>> at_random = of_one_kind[torch.randperm(200)]
         >>> true, control = (
-        ...     vp.metrics.monosemanticity(fired.float(), embeddings)
+        ...     vp.metrics.monosemanticity(fired.float(), torch.eye(4)[kinds])
         ...     for fired in (of_one_kind, at_random)
         ... )
-        >>> compare_at_equal_firing(true, control, min_active=2).verdict
+        >>> vp.metrics.compare_at_equal_firing(true, control, min_active=2).verdict
         'above'
     """
     _check_same_images(latents, control)

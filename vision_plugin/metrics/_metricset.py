@@ -27,7 +27,7 @@ class MetricSet:
         ValueError: a metric is unknown, lacks an argument, or has no such option.
 
     Examples:
-        >>> scores = MetricSet(["monosemanticity"], {"n_features": 2, "d_embed": 2})
+        >>> scores = vp.metrics.MetricSet(["monosemanticity"], {"n_features": 2, "d_embed": 2})
         >>> three = torch.eye(2)[[0, 0, 1]]
         >>> scores.update({"latents": three, "embeddings": three})
         >>> scores.scalars()["monosemanticity/n_rare"]

@@ -65,6 +65,12 @@ class MonosemanticityResult(MetricResult):
         n_images: number of images in the scores.
         n_excluded: number of images left out because their embedding has norm 0.
         definition: definition of the score; scores of different definitions do not compare.
+
+    Examples:
+        >>> latents = torch.tensor([[1.0, 0], [1, 0], [0, 0]])
+        >>> found = vp.metrics.monosemanticity(latents, torch.eye(2)[[0, 0, 1]])
+        >>> found.reason, found.n_active.tolist(), round(found.mean_similarity, 3)
+        (('ok', 'dead'), [2, 0], 0.333)
     """
 
     headline = ("mean_score", "median_score", "share_z_above_3", "n_dead", "n_constant", "n_rare")
@@ -137,7 +143,7 @@ class Monosemanticity(StreamingMetric):
         top_range: images whose range scales the weights of ``"top16"``: ``"dataset"`` or ``"top"``.
 
     Examples:
-        >>> metric = Monosemanticity(n_features=2, d_embed=2)
+        >>> metric = vp.metrics.Monosemanticity(n_features=2, d_embed=2)
         >>> metric.update(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), torch.eye(2)[[0, 0, 1]])
         >>> metric.compute().score.tolist()
         [1.0, 0.0]
@@ -313,6 +319,12 @@ def monosemanticity(
 
     Raises:
         ValueError: shapes disagree, fewer than two images, NaN or infinity, an unknown option.
+
+    Examples:
+        >>> latents = torch.tensor([[1.0, 0], [1, 1], [0, 1]])  # 3 images, 2 latents
+        >>> found = vp.metrics.monosemanticity(latents, torch.eye(2)[[0, 0, 1]])
+        >>> found.score.tolist()
+        [1.0, 0.0]
     """
     if latents.ndim != 2 or embeddings.ndim != 2:
         raise ValueError(

@@ -44,6 +44,14 @@ class SparseProbingResult(MetricResult):
         majority: share of the largest class in the test images, the accuracy without any latent.
         n_images: number of images seen.
         n_classes: number of classes among them.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> metric = vp.metrics.SparseProbing(n_features=2, k_values=(1,))
+        >>> metric.update(torch.eye(2)[labels], labels)
+        >>> found = metric.compute()
+        >>> found.accuracy, found.majority
+        ({1: 1.0}, 0.5)
     """
 
     headline = ("auc", "majority")
@@ -70,6 +78,13 @@ class SparseProbing(ImageCodes):
         seed: seed of the split.
         rank_on: images that choose the latents: ``"all"``, as in VISAEBench, where held-out images
             have a say, or ``"train"``, which keeps them out.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> metric = vp.metrics.SparseProbing(n_features=2, k_values=(1, 2))
+        >>> metric.update(torch.eye(2)[labels], labels)
+        >>> metric.compute().auc
+        1.0
     """
 
     higher_is_better = True
@@ -137,6 +152,15 @@ class DownstreamPreservationResult(MetricResult):
         accuracy_reconstructed: accuracy on the same images' reconstructions.
         n_images: number of images seen.
         n_sparse_classes: number of classes with fewer than five held-out images.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> x = torch.eye(2)[labels]
+        >>> metric = vp.metrics.DownstreamPreservation(d_in=2)
+        >>> metric.update(x, torch.zeros(40, 2), labels)
+        >>> found = metric.compute()
+        >>> found.accuracy_original, found.accuracy_reconstructed
+        (1.0, 0.5)
     """
 
     headline = ("preservation", "accuracy_original", "accuracy_reconstructed")
@@ -160,6 +184,14 @@ class DownstreamPreservation(StreamingMetric):
         seed: seed of the split.
         regularization: ``C`` of the logistic regression.
         max_iter: most iterations of its solver.
+
+    Examples:
+        >>> labels = torch.arange(40) % 2
+        >>> x = torch.eye(2)[labels]
+        >>> metric = vp.metrics.DownstreamPreservation(d_in=2)
+        >>> metric.update(x, 0.9 * x, labels)
+        >>> metric.compute().preservation
+        1.0
     """
 
     higher_is_better = True

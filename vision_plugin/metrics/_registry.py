@@ -67,6 +67,11 @@ class MetricInfo:
         target: where the class is, as ``module:Class``.
         package: name and version of the distribution that registered it.
         error: why it cannot be used; None when it can.
+
+    Examples:
+        >>> found = vp.metrics.available()["fvu"]
+        >>> found.name, found.usable
+        ('fvu', True)
     """
 
     name: str
@@ -85,6 +90,10 @@ def available() -> dict[str, MetricInfo]:
 
     A metric that cannot be imported, is no ``torchmetrics.Metric``, or shares its name with another
     one is listed with its ``error``, which is also logged; it breaks nothing else.
+
+    Examples:
+        >>> "monosemanticity" in vp.metrics.available()
+        True
     """
     found: dict[str, MetricInfo] = {}
     for name, points in sorted(_points().items()):
@@ -100,9 +109,16 @@ def available() -> dict[str, MetricInfo]:
 def get(name: str) -> type[Metric]:
     """Return the metric class registered under a name.
 
+    Args:
+        name: a name that :func:`available` lists.
+
     Raises:
         ValueError: no metric has this name; the message lists near ones.
         ImportError: the metric is registered, but broken.
+
+    Examples:
+        >>> vp.metrics.get("monosemanticity").__name__
+        'Monosemanticity'
     """
     points = _points()
     if name not in points:
@@ -124,6 +140,11 @@ def build(metric: str | type[Metric], known: Mapping[str, Any]) -> Metric:
 
     Raises:
         ValueError: a required parameter is not known.
+
+    Examples:
+        >>> metric = vp.metrics.build("fvu", {"d_in": 2, "n_features": 8})
+        >>> type(metric).__name__
+        'FVU'
     """
     found = get(metric) if isinstance(metric, str) else metric
     who = f"metric {metric!r}" if isinstance(metric, str) else metric.__name__
@@ -139,6 +160,13 @@ def feed(metric: Any, batch: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a required value is not in the batch.
+
+    Examples:
+        >>> metric = vp.metrics.FVU(d_in=2)
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> vp.metrics.feed(metric, {"activations": x, "reconstruction": x, "labels": None})
+        >>> metric.compute().mse
+        0.0
     """
     who = f"{type(metric).__name__}.update"
     names = _batch_names(type(metric))
@@ -153,6 +181,10 @@ def needs(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Args:
         metric: a registered name, or a class.
+
+    Examples:
+        >>> vp.metrics.needs("monosemanticity")
+        (('n_features', 'd_embed'), ('latents', 'embeddings'))
     """
     metric = get(metric) if isinstance(metric, str) else metric
     names = _batch_names(metric)
@@ -161,7 +193,15 @@ def needs(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def takes(metric: str | type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names a metric uses, required and optional, in the form of :func:`needs`."""
+    """Return the names a metric uses, required and optional, in the form of :func:`needs`.
+
+    Args:
+        metric: a registered name, or a class.
+
+    Examples:
+        >>> vp.metrics.takes("fvu")
+        (('d_in', 'definition'), ('activations', 'reconstruction'))
+    """
     metric = get(metric) if isinstance(metric, str) else metric
     names = _batch_names(metric)
     used = tuple(names.get(item.name, item.name) for item in _parameters(metric.update))

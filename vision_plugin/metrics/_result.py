@@ -25,6 +25,14 @@ class MetricResult:
 
     ``torch.stack`` takes each result for its main number. torchmetrics' ``MetricTracker`` and
     ``BootStrapper`` stack results, and so they work with these metrics.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric = vp.metrics.FVU(d_in=2)
+        >>> metric.update(x, 0.5 * x)
+        >>> found = metric.compute()
+        >>> isinstance(found, vp.metrics.MetricResult), found.summary()["explained_variance"]
+        (True, 0.75)
     """
 
     headline: ClassVar[tuple[str, ...]] = ()
@@ -66,8 +74,15 @@ def summary_of(result: Any) -> dict[str, float | int]:
     A tensor with an entry per latent gives ``mean_score`` over the entries that are not NaN, and
     ``n_undefined``.
 
+    Args:
+        result: what the metric's ``compute`` returned.
+
     Raises:
         TypeError: the result holds no number.
+
+    Examples:
+        >>> vp.metrics.summary_of(torch.tensor([1.0, 0.0, float("nan")]))
+        {'mean_score': 0.5, 'n_undefined': 1}
     """
     if isinstance(result, MetricResult):
         return result.summary()
@@ -89,7 +104,17 @@ def summary_of(result: Any) -> dict[str, float | int]:
 
 
 def headline_of(result: Any) -> dict[str, float | int]:
-    """Return the few entries of the summary that a table shows."""
+    """Return the few entries of the summary that a table shows.
+
+    Args:
+        result: a metric's result, as for :func:`summary_of`.
+
+    Examples:
+        >>> latents = torch.tensor([[1.0], [1.0], [0.0]])
+        >>> found = vp.metrics.monosemanticity(latents, torch.eye(2)[[0, 0, 1]])
+        >>> vp.metrics.headline_of(found)["mean_score"]
+        1.0
+    """
     numbers = summary_of(result)
     names = getattr(result, "headline", ())
     return {name: numbers[name] for name in names if name in numbers} or numbers
@@ -108,7 +133,15 @@ def _number(value: Any) -> float | int | None:
 
 
 def to_json(value: Any) -> Any:
-    """Return tensors, tuples, mappings and records as types that strict JSON can hold."""
+    """Return tensors, tuples, mappings and records as types that strict JSON can hold.
+
+    Args:
+        value: anything that a result holds.
+
+    Examples:
+        >>> vp.metrics.to_json({"score": torch.tensor([1.0, float("nan")])})
+        {'score': [1.0, None]}
+    """
     if isinstance(value, MetricResult):
         return value.to_dict()
     if isinstance(value, Tensor):

@@ -39,6 +39,13 @@ class SparsityResult(MetricResult):
         n_rare: number of latents that fire, but on fewer than ten tokens.
         n_dense: number of latents with a frequency above ``dense_above``.
         n_tokens: number of tokens seen.
+
+    Examples:
+        >>> metric = vp.metrics.Sparsity(n_features=3)
+        >>> metric.update(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+        >>> found = metric.compute()
+        >>> found.frequency.tolist(), found.n_dead
+        ([1.0, 0.5, 0.0], 1)
     """
 
     headline = ("l0", "n_dead", "n_rare", "n_dense")
@@ -75,6 +82,13 @@ class Sparsity(StreamingMetric):
         token_kinds: kind of each token of an image, in order, such as ``("cls", "patch", ...)``;
                 by default all tokens have one unnamed kind.
         dense_above: frequency above which a latent is counted as dense.
+
+    Examples:
+        >>> metric = vp.metrics.Sparsity(n_features=3, token_kinds=("cls", "patch"))
+        >>> metric.update(torch.tensor([[[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]]]))  # 1 image, 2 tokens
+        >>> found = metric.compute()
+        >>> found.l0, found.l0_by_kind
+        (1.5, {'cls': 2.0, 'patch': 1.0})
     """
 
     sparse_latents = True
@@ -189,6 +203,13 @@ def l0_map(result: SparsityResult, token_kinds: Sequence[str], grid: tuple[int, 
 
     Raises:
         ValueError: the grid has another number of patches.
+
+    Examples:
+        >>> kinds = ("cls", "patch", "patch", "patch", "patch")
+        >>> metric = vp.metrics.Sparsity(n_features=2, token_kinds=kinds)
+        >>> metric.update(torch.tensor([[[0.0, 0], [1, 0], [1, 1], [0, 0], [0, 1]]]))
+        >>> vp.metrics.l0_map(metric.compute(), kinds, (2, 2)).tolist()
+        [[1.0, 2.0], [0.0, 1.0]]
     """
     is_patch = torch.tensor([kind == "patch" for kind in token_kinds])
     if is_patch.numel() != result.l0_by_position.numel() or int(is_patch.sum()) != math.prod(grid):

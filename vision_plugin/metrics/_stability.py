@@ -38,6 +38,11 @@ class StabilityResult(MetricResult):
         matched_cosine: cosine with the partner in the best one-to-one assignment (Hungarian); NaN
             without a partner, None where no assignment was asked for.
         n_zero: number of directions of norm 0, left out of both.
+
+    Examples:
+        >>> found = vp.metrics.stability(torch.eye(3)[:2], torch.eye(3))
+        >>> found.max_cosine_back.tolist(), found.n_zero
+        ([1.0, 1.0, 0.0], 0)
     """
 
     headline = ("mean_max_cosine", "mean_matched_cosine", "share_above_0.9")
@@ -81,6 +86,11 @@ def stability(
 
     Raises:
         ValueError: widths differ, there is no direction, or a value is NaN or infinite.
+
+    Examples:
+        >>> found = vp.metrics.stability(torch.eye(3), torch.eye(3).flip(0))
+        >>> found.matched_cosine.tolist()
+        [1.0, 1.0, 1.0]
     """
     if decoder.ndim != 2 or other.ndim != 2 or decoder.shape[1] != other.shape[1]:
         raise ValueError(
@@ -114,6 +124,12 @@ class Stability(StreamingMetric):
 
     Args:
         assign: whether to solve the one-to-one assignment of each pair; see :func:`stability`.
+
+    Examples:
+        >>> metric = vp.metrics.Stability()
+        >>> metric.update(torch.eye(3), torch.eye(3).flip(0))
+        >>> metric.compute().max_cosine.tolist()
+        [1.0, 1.0, 1.0]
     """
 
     higher_is_better = True

@@ -61,6 +61,13 @@ class Steerability(StreamingMetric):
     Raises:
         ValueError: the SAE does not fit the model, a latent is out of range or given twice, a text
             embedding is zero, NaN or infinite, or an option is unknown.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> metric = vp.metrics.Steerability(model, sae, texts, latents=[12, 13], strength=50.0)
+        >>> metric.update(pixels)
+        >>> metric.compute().score.shape
+        torch.Size([2])
     """
 
     higher_is_better = True
@@ -169,6 +176,14 @@ def steerability(
 
     Raises:
         ValueError: as :class:`Steerability` raises it.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> found = vp.metrics.steerability(
+        ...     model, sae, pixels, texts, latents=[12, 13], strength=50.0
+        ... )
+        >>> found.score.shape, found.delta.shape
+        (torch.Size([2]), torch.Size([2, 2]))
     """
     steering, scoring = SteerabilityOptions(**options).open(model, sae, text_embeddings)
     if adaptive is False:
@@ -216,6 +231,14 @@ def steerability_curve(
     Raises:
         ValueError: ``strength`` is given, there are no strengths, or :class:`Steerability` would
             raise.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> curve = vp.metrics.steerability_curve(
+        ...     model, sae, pixels, texts, latents=[12], strengths=(10.0, 50.0)
+        ... )
+        >>> curve.score.shape
+        torch.Size([2, 1])
     """
     if "strength" in options:
         raise ValueError(

@@ -36,6 +36,15 @@ class EditSteerabilityResult(MetricResult):
         threshold: Sum of ``delta ** 2`` above which an edit steers.
         n_images: Number of images.
         concepts: Names of the concepts.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> edits = {"nothing": vp.Edit.scale("blocks.2.hook_resid_post", {0: 1.0})}
+        >>> found = vp.metrics.edit_steerability(
+        ...     model, edits, pixels, texts, concepts=["red circle", "blue square"]
+        ... )
+        >>> found.edits, found.steerable.tolist()
+        (('nothing',), [False])
     """
 
     headline = ("mean_score", "max_score", "n_steerable", "coverage")
@@ -150,14 +159,12 @@ def edit_steerability(
             fit the model, or concepts and embeddings differ in number.
 
     Examples:
-        >>> import vision_plugin as vp
-        >>> model = vp.load_model("demo")
         >>> texts = model.encode_text(["a red circle", "a blue square"])
-        >>> pixels = model.preprocess([vp.open_images("demo:1")[0]])
         >>> edit = vp.Edit.clamp("blocks.2.hook_resid_post", {0: 40.0})
-        >>> result = vp.metrics.edit_steerability(
-        ...     model, edit, pixels, texts, concepts=["red circle", "blue square"])
-        >>> result.edits
+        >>> found = vp.metrics.edit_steerability(
+        ...     model, edit, pixels, texts, concepts=["red circle", "blue square"]
+        ... )
+        >>> found.edits
         ('clamp neuron 0 to 40 (neurons at blocks.2.hook_resid_post, tokens all)',)
     """
     named = _named(edits)

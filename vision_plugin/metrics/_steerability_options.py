@@ -35,6 +35,11 @@ class SteerabilityOptions:
 
     Raises:
         ValueError: a number is not finite, or the definition is unknown.
+
+    Examples:
+        >>> options = vp.metrics.SteerabilityOptions(strength=50.0, latents=[12, 13])
+        >>> options.strength, options.tokens
+        (50.0, 'all')
     """
 
     strength: float = STRENGTH

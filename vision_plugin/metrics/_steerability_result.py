@@ -50,6 +50,14 @@ class SteerabilityResult(MetricResult):
             images (not the sum of squares of its ``delta``), and its other numbers describe the
             images seen.
         concepts: names of the concepts, where they were given.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> found = vp.metrics.steerability(
+        ...     model, sae, pixels, texts, latents=[12, 13], strength=50.0
+        ... )
+        >>> found.latents.tolist(), found.strength, found.n_images
+        ([12, 13], 50.0, 8)
     """
 
     headline = ("mean_score", "max_score", "n_steerable", "share_steerable", "coverage")
@@ -116,7 +124,16 @@ class SteerabilityResult(MetricResult):
 
 @dataclass(frozen=True)
 class SteerabilityCurve(MetricResult):
-    """Steerability at several strengths; ``results[j]`` belongs to ``strengths[j]``."""
+    """Steerability at several strengths; ``results[j]`` belongs to ``strengths[j]``.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> curve = vp.metrics.steerability_curve(
+        ...     model, sae, pixels, texts, latents=[12], strengths=(10.0, 50.0)
+        ... )
+        >>> curve.strengths, len(curve.results)
+        ((10.0, 50.0), 2)
+    """
 
     strengths: tuple[float, ...]
     results: tuple[SteerabilityResult, ...]

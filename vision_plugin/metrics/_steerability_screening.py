@@ -38,6 +38,10 @@ class Screening:
         margin: standard deviations by which a latent's estimate must lie below the threshold for it
             to be dropped; a larger margin is slower and misses fewer latents.
         seed: seed of the order of the images.
+
+    Examples:
+        >>> list(vp.metrics.Screening(first=4).stages(20))
+        [(0, 4), (4, 8), (8, 16), (16, 20)]
     """
 
     first: int = 12

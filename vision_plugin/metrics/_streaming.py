@@ -35,6 +35,24 @@ class StreamingMetric(Metric):
 
     Raises:
         ValueError: ``compute`` is called before any data was seen, here or in another process.
+
+    Examples:
+        >>> class Mean(vp.metrics.StreamingMetric):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        ...         self.add_state("n", torch.tensor(0), dist_reduce_fx="sum")
+        ...
+        ...     def update(self, latents):
+        ...         self.total += latents.sum()
+        ...         self.n += latents.numel()
+        ...
+        ...     def compute(self):
+        ...         return float(self.total / self.n)
+        >>> metric = Mean()
+        >>> metric.update(torch.tensor([1.0, 3.0]))
+        >>> metric.compute()
+        2.0
     """
 
     full_state_update = False

@@ -19,6 +19,14 @@ __all__ = ["TaxonomyPaths", "read_taxonomy", "taxonomy_from_columns"]
 
 T = TypeVar("T")
 TaxonomyPaths = Sequence[Sequence[str]]
+"""A path per image, the broadest step first; lengths may differ.
+
+Examples:
+    >>> paths: vp.metrics.TaxonomyPaths = [("bird", "owl"), ("fish",)]
+    >>> taxonomy = vp.metrics.hierarchy(torch.tensor([[0, 1]]), paths)
+    >>> taxonomy.depth.tolist()
+    [0.0]
+"""
 
 MAX_BYTES = 2**28
 """Larger files are refused."""
@@ -33,8 +41,17 @@ def taxonomy_from_columns(
 
     A row's path ends at its first empty or missing entry.
 
+    Args:
+        table: entries by column.
+        columns: levels, broadest first.
+
     Raises:
         ValueError: a column is missing, or the columns differ in length.
+
+    Examples:
+        >>> table = {"group": ["bird", "fish"], "name": ["owl", ""]}
+        >>> vp.metrics.taxonomy_from_columns(table, ["group", "name"])
+        (('bird', 'owl'), ('fish',))
     """
     missing = [column for column in columns if column not in table]
     if missing or not columns:
@@ -65,6 +82,15 @@ def read_taxonomy(
 
     Raises:
         ValueError: the file is neither JSON nor CSV, too large, or lacks an image or a column.
+
+    Examples:
+        >>> import json
+        >>> from pathlib import Path
+        >>> _ = Path("paths.json").write_text(
+        ...     json.dumps({"a.png": ["bird", "owl"], "b.png": ["fish"]})
+        ... )
+        >>> vp.metrics.read_taxonomy("paths.json", image_ids=["b.png", "a.png"])
+        (('fish',), ('bird', 'owl'))
     """
     path = local_path(path)
     if path.suffix == ".json":

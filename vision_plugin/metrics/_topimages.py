@@ -26,6 +26,11 @@ class TopImagesResult(MetricResult):
             activation.
         values: the activations, 0 beside a -1.
         n_images: number of images seen.
+
+    Examples:
+        >>> found = vp.metrics.top_images(torch.tensor([[1.0], [3.0], [0.0]]), n_top=2)
+        >>> found.images.tolist(), found.values.tolist()
+        ([[1, 0]], [[3.0, 1.0]])
     """
 
     images: Int[Tensor, "k n_top"]
@@ -39,6 +44,13 @@ class TopImages(StreamingMetric):
     Args:
         n_features: number of latents, ``k``.
         n_top: images kept per latent.
+
+    Examples:
+        >>> metric = vp.metrics.TopImages(n_features=1, n_top=2)
+        >>> metric.update(torch.tensor([[1.0], [3.0]]))
+        >>> metric.update(torch.tensor([[2.0]]))
+        >>> metric.compute().images.tolist()
+        [[1, 2]]
     """
 
     sparse_latents = True
@@ -94,6 +106,14 @@ def top_images(latents: Tensor, *, n_top: int = 16) -> TopImagesResult:
     Args:
         latents: image-level latents ``[n, k]``, dense, sparse COO or sparse CSR.
         n_top: images kept per latent.
+
+    Raises:
+        ValueError: latents are not ``[images, latents]``, or not finite, or ``n_top`` is below 1.
+
+    Examples:
+        >>> latents = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 5.0]])  # 3 images, 2 latents
+        >>> vp.metrics.top_images(latents, n_top=2).images.tolist()
+        [[1, 2], [2, -1]]
     """
     if latents.ndim != 2:
         raise ValueError(f"latents= must be [images, latents], got shape {tuple(latents.shape)}")

@@ -35,6 +35,11 @@ class UniquenessResult(MetricResult):
         n_pairs: number of pairs compared.
         n_features: number of latents.
         n_left_out: number of latents without a top image (dead), whose index would be 0/0.
+
+    Examples:
+        >>> found = vp.metrics.uniqueness(torch.tensor([[0, 1], [0, 2], [-1, -1]]))
+        >>> found.max_jaccard.tolist(), found.n_left_out
+        ([0.3333333333333333, 0.3333333333333333, nan], 1)
     """
 
     headline = ("mean_jaccard", "share_above_0", "share_above_0.5", "n_left_out")
@@ -71,6 +76,11 @@ def uniqueness(top_images: Int[Tensor, "k n_top"]) -> UniquenessResult:
 
     Raises:
         ValueError: fewer than two latents have an image.
+
+    Examples:
+        >>> found = vp.metrics.uniqueness(torch.tensor([[0, 1], [0, 1], [2, 3]]))
+        >>> found.score.tolist(), round(found.mean_jaccard, 3)
+        ([0.0, 0.0, 1.0], 0.333)
     """
     incidence = _incidence(top_images)
     sizes = np.diff(incidence.indptr)
@@ -111,6 +121,12 @@ class Uniqueness(TopImages):
     Args:
         n_features: number of latents.
         n_top: size of the top-image sets, 16 in the paper.
+
+    Examples:
+        >>> metric = vp.metrics.Uniqueness(n_features=2, n_top=2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+        >>> metric.compute().score.tolist()
+        [1.0, 1.0]
     """
 
     higher_is_better = False

@@ -36,6 +36,15 @@ class VisionBridge(Weights, Embeddings, Splicing, TransformerBridge):
     :func:`vision_plugin.load_model` and :func:`vision_plugin.wrap` make it. It computes what the
     native module computes, to the bit. ``model.native`` is that module, untouched, and shares its
     weights with the bridge. Extraction uses plain forward hooks on it, which cost next to nothing.
+
+    Examples:
+        >>> out, cache = model.run_with_cache(pixels)
+        >>> cache["resid_post", 2].shape
+        torch.Size([8, 65, 128])
+        >>> with model.steer(sae, {12: 50.0}):
+        ...     steered = model.encode_image(pixels)
+        >>> steered.shape
+        torch.Size([8, 64])
     """
 
     def __init__(

@@ -51,6 +51,13 @@ class Decomposition:
         read: Kind of the tokens that the result is read from: ``cls``, ``patch`` or ``all``.
         model_name: Name of the model.
         is_onto: Whether ``d`` counts directions that the parts were multiplied by.
+
+    Examples:
+        >>> parts = model.decompose(pixels)
+        >>> torch.allclose(parts.total(), model.encode_image(pixels, normalize=False), atol=1e-4)
+        True
+        >>> parts.by_head().shape
+        torch.Size([8, 4, 4, 64])
     """
 
     embed: Float[Tensor, "b d"]

@@ -8,7 +8,15 @@ HOW_TO_ADD = "CONTRIBUTING.md shows how to add a family"
 
 
 class UnsupportedModelError(ValueError):
-    """No adapter fits a module; the message says which part did not match."""
+    """No adapter fits a module; the message says which part did not match.
+
+    Examples:
+        >>> try:
+        ...     vp.wrap(torch.nn.Linear(2, 2))
+        ... except vp.models.UnsupportedModelError:
+        ...     print("no adapter fits")
+        no adapter fits
+    """
 
 
 def not_found(name: str, error: Exception) -> str:

@@ -19,7 +19,13 @@ from vision_plugin.models._modes import in_eval_mode
 
 @dataclass(frozen=True)
 class Source:
-    """Place in the native module where a hook point's tensor appears."""
+    """Place in the native module where a hook point's tensor appears.
+
+    Examples:
+        >>> sources = vp.models.component_sources(model)
+        >>> sources["blocks.2.hook_out"].side
+        'out'
+    """
 
     path: str
     """Dotted path of the native submodule."""
@@ -37,9 +43,9 @@ class Harvester:
     """Collects the activations at some hooks, at about the cost of the native forward.
 
     Examples:
-        >>> harvest = Harvester(model, ["blocks.5.hook_resid_post"])  # doctest: +SKIP
-        >>> harvest(pixels)["blocks.5.hook_resid_post"].shape  # doctest: +SKIP
-        torch.Size([8, 50, 768])
+        >>> harvest = vp.models.Harvester(model, ["blocks.2.hook_resid_post"])
+        >>> harvest(pixels)["blocks.2.hook_resid_post"].shape
+        torch.Size([8, 65, 128])
     """
 
     def __init__(self, model: Any, hook_names: Sequence[str]) -> None:
@@ -113,7 +119,16 @@ def native_source(model: Any, hook_name: str) -> Source:
 
 
 def component_sources(model: Any) -> dict[str, Source]:
-    """Return sources for the inputs and outputs of the bridge's components, by hook name."""
+    """Return sources for the inputs and outputs of the bridge's components, by hook name.
+
+    Args:
+        model: A VisionBridge.
+
+    Examples:
+        >>> sources = vp.models.component_sources(model)
+        >>> sources["blocks.2.hook_out"].path
+        'vision_model.encoder.layers.2'
+    """
     sources: dict[str, Source] = {}
     for path, component in _components(model):
         for side in ("in", "out"):

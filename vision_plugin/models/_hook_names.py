@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 
 class UnknownHookError(ValueError):
-    """The model has no hook of this name."""
+    """The model has no hook of this name.
+
+    Examples:
+        >>> try:
+        ...     model.harvest(pixels, "blocks.2.hook_resid_pots")
+        ... except vp.models.UnknownHookError as error:
+        ...     print(str(error)[:66])
+        demo has no hook named 'blocks.2.hook_resid_pots'. Near matches: b
+    """
 
 
 def check_hook_names(names: Iterable[object], known: Iterable[str], model_name: str) -> None:

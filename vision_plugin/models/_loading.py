@@ -48,6 +48,11 @@ def load_model(
     Raises:
         ValueError: nothing is found under that name, its kind of model is not supported, or this
             machine lacks the device.
+
+    Examples:
+        >>> model = vp.load_model("demo")
+        >>> model.cfg.n_layers, model.cfg.d_model, model.token_layout().n_tokens
+        (4, 128, 65)
     """
     usable_device(device)
     source, _, rest = name.partition(":")

@@ -29,6 +29,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
     them; grey of 32 bits spans 8, 16 or 32 bits, the fewest that hold its largest value. Floats
     span 0 to 1 where none is larger, and else as integers do. An image that is upright RGB
     already is returned as it is.
+
+    Args:
+        image: An image of any mode.
+
+    Examples:
+        >>> from PIL import Image
+        >>> clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+        >>> vp.models.as_rgb(clear).getpixel((0, 0))
+        (255, 255, 255)
     """
     key = _transparent_colour(image)
     image.load()

@@ -38,6 +38,11 @@ def sparse_latents(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> SparseLate
     Returns:
         One row per activation vector (leading axes flattened) without zeros, differentiable in x
         and the SAE's parameters. Values differ from ``sae.encode``'s by rounding at most.
+
+    Examples:
+        >>> rows = vp.models.sparse_latents(sae, acts[:, 0])
+        >>> torch.allclose(rows.to_dense(), sae.encode(acts[:, 0]), atol=1e-4)
+        True
     """
     if (encoded := _encode_on_kernel(sae, x)) is not None:
         return encoded.prune()
@@ -56,6 +61,11 @@ def sparse_forward(
     Returns:
         The latents of :func:`sparse_latents`, and ``sae.decode(sae.encode(x))`` in the shape of x,
         plus a skip transcoder's skip term. Dense latents exist for a few rows at most.
+
+    Examples:
+        >>> rows, output = vp.models.sparse_forward(sae, acts)
+        >>> rows.batch, output.shape
+        (520, torch.Size([8, 65, 128]))
     """
     if (encoded := _encode_on_kernel(sae, x)) is not None and _decodes_on_kernel(sae):
         return encoded.prune(), _decode_on_kernel(sae, encoded, x)

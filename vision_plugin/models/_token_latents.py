@@ -22,6 +22,11 @@ class TokenLatents:
         rows: Latents ``[n * tokens, k]``, image by image: compressed rows, or dense where some
             are negative, because a missing entry, a zero, is then not the smallest value.
         reconstruction: Decoded activations ``[n, tokens, d_out]``.
+
+    Examples:
+        >>> found = vp.models.encode_tokens(sae, acts)
+        >>> found.dense.shape, found.pooled("max").shape
+        (torch.Size([8, 65, 256]), torch.Size([8, 256]))
     """
 
     rows: SparseLatents | Tensor
@@ -131,6 +136,11 @@ def encode_tokens(dictionary: Dictionary, source: Float[Tensor, "n tokens d_in"]
     Args:
         dictionary: A SAELens SAE or transcoder, a control, or any other dictionary.
         source: Activations of the tokens, heads joined.
+
+    Examples:
+        >>> found = vp.models.encode_tokens(sae, acts)
+        >>> found.n_images, found.n_tokens, found.reconstruction.shape
+        (8, 65, torch.Size([8, 65, 128]))
     """
     latents, reconstruction = encode_and_decode(dictionary, source)
     if isinstance(latents, SparseLatents) and bool((latents.values < 0).any()):

@@ -16,7 +16,15 @@ KINDS = ("cls", "patch", "register", "all")
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Order of a vision transformer's tokens: CLS, registers, then patches row by row."""
+    """Order of a vision transformer's tokens: CLS, registers, then patches row by row.
+
+    Examples:
+        >>> layout = vp.models.TokenLayout(n_cls=1, n_registers=0, grid=(2, 2))
+        >>> layout.kinds
+        ('cls', 'patch', 'patch', 'patch', 'patch')
+        >>> layout.indices("patch").tolist()
+        [1, 2, 3, 4]
+    """
 
     n_cls: int
     """Class tokens at the front: 1, or 0 in towers without one, or 2 with a distillation token."""
@@ -78,7 +86,19 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """A parsed ``tokens=`` argument: one kind of token, or n random tokens per image."""
+    """A parsed ``tokens=`` argument: one kind of token, or n random tokens per image.
+
+    Attributes:
+        kind: ``cls``, ``patch``, ``register``, ``all`` or ``random``.
+        n_random: Number of random tokens per image; None for a kind.
+
+    Examples:
+        >>> layout = vp.models.TokenLayout(n_cls=1, n_registers=0, grid=(2, 2))
+        >>> vp.models.TokenSelection.parse("patch").rows(layout, batch=1).tolist()
+        [[1, 2, 3, 4]]
+        >>> vp.models.TokenSelection.parse("random:3").rows(layout, batch=2).shape
+        torch.Size([2, 3])
+    """
 
     kind: str
     n_random: int | None = None

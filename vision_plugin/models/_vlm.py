@@ -37,6 +37,13 @@ class VisionLanguageBridge(Attaching, VisionLanguageWeights):
         vision: Bridge of the tower: a VisionBridge. What is attached to it acts on the answers.
         language: TransformerLens's bridge of the language model.
         processor: transformers' processor; None where the module was wrapped without one.
+
+    Examples:
+        >>> len(vlm.generate(world.images[:2], "What colour is shown?"))
+        2
+        >>> logits, cache = vlm.run_with_cache(world.images[:1], "What colour is shown?")
+        >>> cache["vision.blocks.1.hook_resid_post"].shape
+        torch.Size([1, 65, 128])
     """
 
     def __init__(

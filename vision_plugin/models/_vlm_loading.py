@@ -44,6 +44,11 @@ def load_vlm(
         ValueError: nothing is found under that name, this machine lacks the device, or the edit
             does not fit.
         UnsupportedModelError: no adapter fits a part; the message names it.
+
+    Examples:
+        >>> vlm = vp.load_vlm("demo")
+        >>> vlm.vision.cfg.d_model, vlm.language.cfg.d_model
+        (128, 128)
     """
     import transformers
 
@@ -95,6 +100,12 @@ def wrap_vlm(
 
     Raises:
         UnsupportedModelError: no adapter fits a part; the message names it.
+
+    Examples:
+        >>> mine = vp.wrap_vlm(vlm.native, vlm.processor, name="mine")
+        >>> question = "What colour is shown?"
+        >>> mine.generate(world.images[:1], question) == vlm.generate(world.images[:1], question)
+        True
     """
     name = name or type(module).__name__
     try:

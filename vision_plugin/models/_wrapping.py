@@ -52,6 +52,14 @@ def wrap(
 
     Raises:
         UnsupportedModelError: no adapter fits; the message says which part did not match.
+
+    Examples:
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+        >>> mine = vp.wrap(tower, name="mine")
+        >>> mine.cfg.n_layers, mine.token_layout().n_tokens
+        (2, 17)
     """
     name = name or type(module).__name__
     architecture, adapter_class = find_adapter(module)
@@ -87,6 +95,10 @@ def adapters() -> dict[str, Any]:
 
     This package's own group comes first: TransformerLens has its own adapters for some
     architectures, and its group cannot replace them.
+
+    Examples:
+        >>> "CLIPModel" in vp.models.adapters()
+        True
     """
     found: dict[str, Any] = {}
     for group in (ENTRY_POINTS, OWN_ENTRY_POINTS):

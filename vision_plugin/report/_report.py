@@ -130,6 +130,11 @@ def report(
         FileExistsError: ``output_path`` holds something that is not a report.
         UnknownHookError: the model lacks the SAE's hook.
         ValueError: the arguments do not fit together, or too many images are broken.
+
+    Examples:
+        >>> index = vp.report(sae, model, world.images, "report", features=[12, 13], layout="none")
+        >>> index.name
+        'index.html'
     """
     place = local_path(output_path).resolve()
     check_replaceable(place, REPORT)

@@ -22,9 +22,17 @@ def write_checksums(folder: Path) -> None:
 def verify(path: str | Path) -> Verification:
     """Check every byte of a report against the checksums from when it was written.
 
+    Args:
+        path: Folder of a report.
+
     Raises:
         FileNotFoundError: It has no checksums: an earlier version of this package wrote it.
         ValueError: The file that holds them is damaged.
+
+    Examples:
+        >>> index = vp.report(sae, model, world.images, "checked", features=[12], layout="none")
+        >>> vp.report.verify("checked").problems
+        ()
     """
     folder = local_path(path)
     try:

@@ -12,6 +12,10 @@ def architectures() -> list[str]:
 
     This package's sparse classes go by SAELens's names, and its transcoders by the names that
     SAELens saves them under.
+
+    Examples:
+        >>> {"topk", "batchtopk", "transcoder"} <= set(vp.sae.architectures())
+        True
     """
     names = _registry()
     return sorted({name.removeprefix(PREFIX) for name in names})
@@ -20,8 +24,15 @@ def architectures() -> list[str]:
 def training_config_class(architecture: str) -> Any:
     """Return the class of an architecture's training configuration.
 
+    Args:
+        architecture: A name that :func:`architectures` lists.
+
     Raises:
         ValueError: the architecture is unknown.
+
+    Examples:
+        >>> vp.sae.training_config_class("gated").__name__
+        'GatedTrainingSAEConfig'
     """
     registry = _registry()
     for name in (architecture, f"{PREFIX}{architecture}"):

@@ -66,6 +66,18 @@ class VisionSAERunnerConfig:
 
     A field that means the same as in SAELens's ``LanguageModelSAERunnerConfig`` has the same name.
     A "token" is the activation vector of one token of one image.
+
+    Examples:
+        >>> cfg = vp.VisionSAERunnerConfig(
+        ...     model_name="demo",
+        ...     images="demo:40",
+        ...     hook_name="blocks.2.hook_resid_post",
+        ...     sae=TopKTrainingSAEConfig(d_in=128, d_sae=256, k=8),
+        ...     training_tokens=2048,
+        ...     tokens="patch",
+        ... )
+        >>> cfg.tokens, cfg.total_training_steps
+        ('patch', 8)
     """
 
     sae: TrainingSAEConfig

@@ -49,7 +49,12 @@ SAE_FIELDS = {
     "jumprelu_ste_to_input": "Pass the penalty's gradient to the encoder as well as to the "
     "threshold; auto does.",
 }
-"""Help text by the field's name."""
+"""Help text by the field's name.
+
+Examples:
+    >>> print(vp.sae.SAE_FIELDS["d_sae"])
+    Number of latents; 0 takes 8 times the width of the activations.
+"""
 
 DECIDED_IN_SAE = frozenset(
     {
@@ -59,4 +64,9 @@ DECIDED_IN_SAE = frozenset(
         "jumprelu_ste_to_input",
     }
 )
-"""Fields of an SAE that the rules of ``_defaults.py`` fill in if they are not set."""
+"""Fields of an SAE that the rules of ``_defaults.py`` fill in if they are not set.
+
+Examples:
+    >>> "k" in vp.sae.DECIDED_IN_SAE
+    True
+"""

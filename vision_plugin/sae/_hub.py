@@ -59,6 +59,11 @@ def hub_folder(
         FileNotFoundError: the SAE, the evaluation or a picture is not there.
         ValueError: ``repo_id`` or ``sae_id`` is no name, or a name is of a latent that the SAE
             does not have.
+
+    Examples:
+        >>> folder = vp.sae.hub_folder("runs/sae", "to-upload", "me/demo-saes")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'cfg.json', 'sae_weights.safetensors', 'sparsity.safetensors']
     """
     _check_place(repo_id, sae_id)
     place = local_path(output_path)
@@ -123,6 +128,13 @@ def push_to_hub(
     Raises:
         ConnectionError: the hub does not answer, or refuses; the message says what it said.
         FileNotFoundError, ValueError: see :func:`hub_folder`.
+
+    Examples:
+        >>> try:
+        ...     vp.push_to_hub(sae, "no owner")
+        ... except ValueError:
+        ...     print("not a repository's name")
+        not a repository's name
     """
     _check_place(repo_id, sae_id)
     api = HfApi(endpoint=endpoint, token=token)

@@ -31,6 +31,12 @@ def monosemanticity_loss(
     Args:
         x: Vectors that the SAE reads; they get no gradient.
         latents: Latents of these vectors, not negative.
+
+    Examples:
+        >>> x = torch.eye(2)[[0, 0, 1]]
+        >>> clean, mixed = torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+        >>> vp.sae.monosemanticity_loss(x, clean), vp.sae.monosemanticity_loss(x, mixed)
+        (tensor(0.), tensor(1.))
     """
     directions = torch.nn.functional.normalize(x.detach(), dim=1)
     low, high = latents.detach().amin(0), latents.detach().amax(0)

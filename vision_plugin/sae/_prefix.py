@@ -9,7 +9,15 @@ PREFIX = "vision_plugin_"
 
 
 def architecture_of(config: Any) -> str:
-    """Return the architecture of an SAE's configuration, by SAELens's name."""
+    """Return the architecture of an SAE's configuration, by SAELens's name.
+
+    Args:
+        config: Configuration of an SAE, for training or for inference.
+
+    Examples:
+        >>> vp.sae.architecture_of(cfg.sae)
+        'topk'
+    """
     return str(config.architecture()).removeprefix(PREFIX)
 
 

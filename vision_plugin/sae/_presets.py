@@ -18,7 +18,13 @@ _TRANSCODERS = ("transcoder", "skip_transcoder")
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that train an SAE of an architecture on a backbone."""
+    """Settings that train an SAE of an architecture on a backbone.
+
+    Examples:
+        >>> found = vp.sae.presets()[0]
+        >>> found.name, found.architecture, found.kind
+        ('clip-vit-b-32', 'standard', 'published')
+    """
 
     name: str
     """Name of the backbone, for example ``clip-vit-b-32``."""
@@ -53,6 +59,10 @@ def preset(name: str, *, architecture: str) -> Preset:
 
     Raises:
         ValueError: the backbone or the architecture has no preset; the message lists near names.
+
+    Examples:
+        >>> vp.sae.preset("clip-vit-b-32", architecture="batchtopk").sae
+        {'d_in': 768, 'd_sae': 12288}
     """
     table = _table()
     name = _known(name.replace("_", "-"), backbones(), "preset")
@@ -67,7 +77,12 @@ def preset(name: str, *, architecture: str) -> Preset:
 
 
 def presets() -> list[Preset]:
-    """Return every preset."""
+    """Return every preset.
+
+    Examples:
+        >>> len({preset.name for preset in vp.sae.presets()}) > 1
+        True
+    """
     return [preset(n, architecture=a) for n in backbones() for a in architectures()]
 
 

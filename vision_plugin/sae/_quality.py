@@ -24,7 +24,16 @@ _CHUNK = 2048
 
 @dataclass(frozen=True)
 class Quality:
-    """Numbers of latents and reconstruction quality of an SAE on some vectors."""
+    """Numbers of latents and reconstruction quality of an SAE on some vectors.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=256, output_path=None)
+        >>> runner = vp.VisionSAETrainingRunner(short, model=model)
+        >>> _ = runner.run()
+        >>> runner.quality.n_latents, runner.quality.l0
+        (256, 8.0)
+    """
 
     n_vectors: int
     """Number of vectors measured."""

@@ -72,16 +72,17 @@ class VisionMultiSAETrainingRunner:
             unknown or does not fit.
 
     Examples:
-        >>> runner = VisionMultiSAETrainingRunner(  # doctest: +SKIP
-        ...     {
-        ...         f"blocks.{layer}": dataclasses.replace(
-        ...             cfg, hook_name=f"blocks.{layer}.hook_resid_post"
-        ...         )
-        ...         for layer in range(12)
-        ...     },
-        ...     output_path="runs/every-layer",
-        ... )
-        >>> saes = runner.run()  # doctest: +SKIP
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=256)
+        >>> cfgs = {
+        ...     f"blocks.{layer}": dataclasses.replace(
+        ...         short, hook_name=f"blocks.{layer}.hook_resid_post"
+        ...     )
+        ...     for layer in (1, 2)
+        ... }
+        >>> saes = vp.VisionMultiSAETrainingRunner(cfgs, output_path=None, model=model).run()
+        >>> list(saes)
+        ['blocks.1', 'blocks.2']
     """
 
     def __init__(
@@ -211,6 +212,13 @@ class VisionSAETrainingRunner:
 
     Raises:
         ValueError: the model, image source, store, hook or width is unknown or does not fit.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=256, output_path=None)
+        >>> runner = vp.VisionSAETrainingRunner(short, model=model)
+        >>> runner.run().cfg.d_sae
+        256
     """
 
     def __init__(
@@ -283,6 +291,13 @@ def train(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
     Args:
         cfg: Configuration of the run.
         **in_hand: Other arguments of VisionSAETrainingRunner, for example ``model=``.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=256, output_path="runs/short-run")
+        >>> sae = vp.train(short, model=model)
+        >>> SAE.load_from_disk("runs/short-run").cfg.d_sae
+        256
     """
     return VisionSAETrainingRunner(cfg, **in_hand).run()
 
@@ -306,6 +321,20 @@ def train_many(
             ``vision_plugin.scale.RayEngine(address="auto")``, or None for this process.
         **in_hand: Other arguments of VisionMultiSAETrainingRunner, for example ``model=``; an
             engine takes none.
+
+    Raises:
+        ValueError: there are no SAEs, the runs cannot share a pass and there is no engine, or an
+            engine is given what it has to open itself.
+
+    Examples:
+        >>> import dataclasses
+        >>> narrow = dataclasses.replace(cfg, training_tokens=256)
+        >>> wide = dataclasses.replace(narrow, sae=TopKTrainingSAEConfig(d_in=128, d_sae=512, k=8))
+        >>> saes = vp.train_many(
+        ...     {"narrow": narrow, "wide": wide}, output_path="runs/widths-of-two", model=model
+        ... )
+        >>> {name: sae.cfg.d_sae for name, sae in saes.items()}
+        {'narrow': 256, 'wide': 512}
     """
     if engine is not None and in_hand:
         left_out = ", ".join(f"{name}=" for name in in_hand)
@@ -318,7 +347,17 @@ def train_many(
 
 
 def streams(cfgs: Mapping[str, VisionSAERunnerConfig]) -> list[dict[str, VisionSAERunnerConfig]]:
-    """Return runs in groups that can share a pass over the images, in the order of the first."""
+    """Return runs in groups that can share a pass over the images, in the order of the first.
+
+    Args:
+        cfgs: Configurations by the SAE's name.
+
+    Examples:
+        >>> import dataclasses
+        >>> cfgs = {"patches": cfg, "more": cfg, "classes": dataclasses.replace(cfg, tokens="cls")}
+        >>> [list(group) for group in vp.sae.streams(cfgs)]
+        [['patches', 'more'], ['classes']]
+    """
     found: dict[str, dict[str, VisionSAERunnerConfig]] = {}
     for name, cfg in cfgs.items():
         fields = [f.name for f in dataclasses.fields(cfg) if f.name not in MAY_DIFFER]

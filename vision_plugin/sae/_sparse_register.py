@@ -55,6 +55,11 @@ def register() -> None:
 
     Raises:
         ValueError: another package has taken one of the names.
+
+    Examples:
+        >>> vp.sae.register()
+        >>> "transcoder" in vp.sae.architectures()
+        True
     """
     for sae_class, config_class in (*CLASSES, *_transcoder.CLASSES):
         name = config_class.architecture()

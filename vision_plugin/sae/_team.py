@@ -9,7 +9,12 @@ from vision_plugin.sae._trainer import SteppedTrainer
 
 @runtime_checkable
 class Team(Protocol):
-    """Processes that train one SAE together, as one of them sees it."""
+    """Processes that train one SAE together, as one of them sees it.
+
+    Examples:
+        >>> isinstance(object(), vp.sae.Team)
+        False
+    """
 
     @property
     def leads(self) -> bool:

@@ -36,7 +36,12 @@ _OF_THE_DEVICE = ("fused", "capturable", "foreach")
 
 @dataclass(frozen=True)
 class Progress:
-    """Figures of an SAE in training, from one batch and the steps before it."""
+    """Figures of an SAE in training, from one batch and the steps before it.
+
+    Examples:
+        >>> vp.sae.Progress(explained_variance=0.9, l0=8.0, n_fired=250, n_latents=256, window=1000)
+        Progress(explained_variance=0.9, l0=8.0, n_fired=250, n_latents=256, window=1000)
+    """
 
     explained_variance: float
     """Explained variance of the batch."""
@@ -63,6 +68,11 @@ class SteppedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens ships no type
     The trainer also has two settings that SAELens lacks: a learning rate for the encoder, and a
     number of active latents that the weight of the sparsity penalty aims at. TopK, BatchTopK and
     Matryoshka SAEs on the sparse kernel take their steps on the device alone, see ``_device_step``.
+
+    Examples:
+        >>> import sae_lens
+        >>> issubclass(vp.sae.SteppedTrainer, sae_lens.SAETrainer)
+        True
     """
 
     own_step = True

@@ -33,7 +33,13 @@ from vision_plugin.sae._prefix import PREFIX, NamedAsStock
 
 @dataclass
 class TranscoderTrainingConfig(NamedAsStock, TrainingSAEConfig):  # type: ignore[misc]
-    """A ReLU transcoder with an L1 penalty."""
+    """A ReLU transcoder with an L1 penalty.
+
+    Examples:
+        >>> transcoder = vp.sae.TranscoderTrainingConfig(d_in=128, d_out=128, d_sae=256)
+        >>> transcoder.get_inference_config_class().__name__
+        'TranscoderConfig'
+    """
 
     d_out: int = 0
     """Width of the activations to predict; 0 takes the width at ``hook_name_out``."""
@@ -67,7 +73,13 @@ class TranscoderTrainingConfig(NamedAsStock, TrainingSAEConfig):  # type: ignore
 
 @dataclass
 class SkipTranscoderTrainingConfig(TranscoderTrainingConfig):
-    """A ReLU transcoder with an L1 penalty and a linear path past the latents."""
+    """A ReLU transcoder with an L1 penalty and a linear path past the latents.
+
+    Examples:
+        >>> transcoder = vp.sae.SkipTranscoderTrainingConfig(d_in=128, d_out=128, d_sae=256)
+        >>> transcoder.get_inference_config_class().__name__
+        'SkipTranscoderConfig'
+    """
 
     @classmethod
     def architecture(cls) -> str:

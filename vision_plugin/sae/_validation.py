@@ -90,6 +90,11 @@ class Validator:
       classification with and without the SAE, if the images have labels and the model reads text;
     - ``<metric>/<entry of its summary>`` for every metric in ``names``; metrics of whole images get
       latents max-pooled over tokens.
+
+    Examples:
+        >>> validator = vp.sae.Validator(model, vp.open_images("demo:8"), [hook])
+        >>> sorted(validator.score(sae))[:3]
+        ['accuracy', 'accuracy_spliced', 'cosine']
     """
 
     model: VisionBridge

@@ -19,7 +19,12 @@ _START_SECONDS = "180"
 
 
 class ClusterError(OSError):
-    """The cluster does not answer, refuses, or lost what it was asked to do."""
+    """The cluster does not answer, refuses, or lost what it was asked to do.
+
+    Examples:
+        >>> issubclass(vp.scale.ClusterError, OSError)
+        True
+    """
 
     exit_status = 1
     """Exit status of the command."""

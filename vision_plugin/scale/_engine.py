@@ -44,8 +44,13 @@ class RayEngine:
         ImportError: on entering: Ray is not installed.
 
     Examples:
-        >>> with RayEngine("auto") as engine:  # doctest: +SKIP
-        ...     store = vision_plugin.extract(cfg, engine=engine)
+        >>> cfg = vp.activations.ExtractionConfig(
+        ...     model_name="demo", images="demo:8", hook_names=[hook], output_path="acts-by-ray"
+        ... )
+        >>> with vp.scale.RayEngine(num_cpus=1) as engine:
+        ...     store = vp.extract(cfg, engine=engine)
+        >>> len(store.ids)
+        8
     """
 
     def __init__(

@@ -174,7 +174,13 @@ def _encoded(sae: Any, found: tuple[Tensor, Tensor] | None) -> Iterator[None]:
 
 
 class LaneTeam(Lanes):
-    """The processes that train one SAE, for a training session."""
+    """The processes that train one SAE, for a training session.
+
+    Examples:
+        >>> team = vp.scale.LaneTeam(n_lanes=8)  # without torchrun, this process alone
+        >>> team.leads, team.n_lanes
+        (True, 8)
+    """
 
     def trainer(self, **settings: Any) -> SteppedTrainer:
         """Return a trainer whose steps the processes share."""

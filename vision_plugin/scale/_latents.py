@@ -31,6 +31,10 @@ class LatentTeam(Lanes):
 
     Raises:
         ValueError: the number of processes is no power of two.
+
+    Examples:
+        >>> vp.scale.LatentTeam().leads
+        True
     """
 
     def __init__(self, device: str = "cpu") -> None:

@@ -30,6 +30,10 @@ def launch(arguments: Sequence[str], n_processes: int) -> int:
 
     Raises:
         ChildProcessError: a signal ended one of them; the others were ended then.
+
+    Examples:
+        >>> vp.scale.launch(["info", "acts"], n_processes=1)
+        0
     """
     env = {
         **os.environ,

@@ -55,6 +55,14 @@ def sweep(
         ValueError: the sweep cannot be drawn here, or a trial's flags are refused; trials that
             were begun go on to their ends first.
         ClusterError: a trial's processes died again and again.
+
+    Examples:
+        >>> config = vp.scale.Sweep("grid", "loss", False, {"k": {"values": [4, 8]}})
+        >>> def train(flags):
+        ...     return {"loss": float(flags[-1].removeprefix("--k="))}
+        >>> found = vp.scale.sweep(config, train)
+        >>> [(trial.parameters, figures["loss"]) for trial, figures in found]
+        [({'k': 4}, 4.0), ({'k': 8}, 8.0)]
     """
     works = [TrialWork(trial, train, Home()) for trial in config.trials(n_trials, seed)]
     if config.method == "bayes":

@@ -18,7 +18,12 @@ from vision_plugin.scale._latents import LatentTeam
 from vision_plugin.scale._team import Lanes
 
 N_LANES = 8
-"""Lanes of a batch: as many processes at most, and part of what decides the last bits."""
+"""Lanes of a batch: as many processes at most, and part of what decides the last bits.
+
+Examples:
+    >>> vp.scale.N_LANES
+    8
+"""
 
 
 def train_in_lanes(
@@ -42,6 +47,12 @@ def train_in_lanes(
 
     Raises:
         ValueError: the batch cannot be cut into the lanes, or the configuration does not fit.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=512, output_path=None)
+        >>> vp.scale.train_in_lanes(short, model=model).cfg.d_sae
+        256
     """
     with shared_runner(cfg, Split("lanes", n_lanes), **in_hand) as runner:
         return runner.run()
@@ -62,6 +73,12 @@ def train_by_latents(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
 
     Raises:
         ValueError: the SAE is of another kind, or its latents cannot be cut into equal slices.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=512, output_path=None)
+        >>> vp.scale.train_by_latents(short, model=model).cfg.d_sae
+        256
     """
     with shared_runner(cfg, Split("latents"), **in_hand) as runner:
         return runner.run()
@@ -69,7 +86,12 @@ def train_by_latents(cfg: VisionSAERunnerConfig, **in_hand: Any) -> SAE[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How the processes that train one SAE divide the work."""
+    """How the processes that train one SAE divide the work.
+
+    Examples:
+        >>> vp.scale.Split(by="latents").n_lanes
+        8
+    """
 
     by: str = "lanes"
     """``lanes``: each computes a part of the batch; ``latents``: each holds a part of the SAE."""
@@ -94,6 +116,13 @@ def shared_runner(
 
     Raises:
         ValueError: the configuration does not fit.
+
+    Examples:
+        >>> import dataclasses
+        >>> short = dataclasses.replace(cfg, training_tokens=512, output_path=None)
+        >>> with vp.scale.shared_runner(short, vp.scale.Split(), model=model) as runner:
+        ...     runner.cfg.total_training_steps
+        2
     """
     with _group():
         team: Lanes

@@ -21,7 +21,16 @@ _LARGEST_FILE = 2**20
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a sweep."""
+    """One training run of a sweep.
+
+    Attributes:
+        parameters: Value by flag.
+
+    Examples:
+        >>> config = vp.scale.Sweep("grid", "loss", False, {"k": {"values": [4, 8]}})
+        >>> config.trials(None, seed=0)[0].arguments
+        ['--k=4']
+    """
 
     id: str
     """Eight hexadecimal digits that follow from the parameters: the same ones, the same trial."""
@@ -41,7 +50,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file of wandb: what varies, how, and the figure that decides."""
+    """A sweep file of wandb: what varies, how, and the figure that decides.
+
+    Attributes:
+        maximize: Whether the largest is the best.
+        parameters: What each flag may be.
+
+    Examples:
+        >>> config = vp.scale.Sweep("grid", "loss", False, {"k": {"values": [4, 8]}})
+        >>> [trial.parameters for trial in config.trials(None, seed=0)]
+        [{'k': 4}, {'k': 8}]
+    """
 
     method: str
     """``grid``, ``random`` or ``bayes``; here ``bayes`` draws at random."""

@@ -26,7 +26,13 @@ Operate: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """The latents of an SAE, a transcoder or any other dictionary, at the hook it names."""
+    """The latents of an SAE, a transcoder or any other dictionary, at the hook it names.
+
+    Examples:
+        >>> basis = vp.steering.Latents(sae)
+        >>> basis.hook_name, basis.size, basis.tokens
+        ('blocks.2.hook_resid_post', 256, 'all')
+    """
 
     dictionary: Dictionary
 
@@ -143,7 +149,12 @@ class _Plain:
 
 @dataclass(frozen=True, eq=False)
 class Neurons(_Plain):
-    """The single dimensions of the activation at a hook; heads count as joined."""
+    """The single dimensions of the activation at a hook; heads count as joined.
+
+    Examples:
+        >>> vp.steering.Neurons("blocks.2.hook_resid_post")
+        Neurons(hook_name='blocks.2.hook_resid_post')
+    """
 
     hook_name: str
 
@@ -180,6 +191,13 @@ class Directions(_Plain):
 
     Raises:
         ValueError: shapes do not fit together, or a number is not finite.
+
+    Examples:
+        >>> plane = vp.steering.Directions(hook, torch.eye(128)[:2])
+        >>> plane.size
+        2
+        >>> print(vp.Edit.project(plane))
+        project direction 0, 1 (2 directions at blocks.2.hook_resid_post, tokens all)
     """
 
     hook_name: str

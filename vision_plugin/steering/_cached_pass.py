@@ -29,6 +29,12 @@ class Prepared:
         target: activation at the hook that is edited.
         final: the residual stream behind the last block; None unless it is asked for.
         embedding: image embeddings without an edit, not normalised, ``[n, d_embed]``.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> prepared = vp.steering.CachedPass(site).prepare(pixels)
+        >>> prepared.source.shape, prepared.entry.shape
+        (torch.Size([8, 65, 128]), torch.Size([8, 65, 128]))
     """
 
     entry: Tensor
@@ -43,7 +49,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class CachedPass:
-    """A forward pass in two parts, with a dictionary's site between them."""
+    """A forward pass in two parts, with a dictionary's site between them.
+
+    Examples:
+        >>> site = vp.steering.Latents(sae).site(model, "all")
+        >>> cached = vp.steering.CachedPass(site)
+        >>> cached.start, cached.prepare(pixels).embedding.shape
+        (3, torch.Size([8, 64]))
+    """
 
     site: Site
 

@@ -39,6 +39,11 @@ class Change:
         where: On which of those tokens, by what latents of the same dictionary do; None takes all.
         include_error: Whether what the dictionary does not reconstruct stays.
         keep_norm: Whether each token keeps its norm.
+
+    Examples:
+        >>> (change,) = vp.Edit.clamp(sae, {12: 50.0}).changes
+        >>> change.operation, change.targets, change.amounts
+        ('clamp', (12,), (50.0,))
     """
 
     operation: Operation

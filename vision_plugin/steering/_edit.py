@@ -29,11 +29,18 @@ class Edit:
     Latents are those of an SAE, which knows its hook. The name of a hook in place of an SAE stands
     for the hook's neurons, and ``Directions(hook_name, vectors)`` for directions there.
 
+    Attributes:
+        changes: The changes, in order.
+
     Examples:
-        >>> edit = Edit.clamp("blocks.1.hook_resid_post", {4: 9.0}, tokens="cls")
-        >>> print(edit + Edit.scale("blocks.2.hook_mlp_out", {7: 0.5}))
+        >>> edit = vp.Edit.clamp("blocks.1.hook_resid_post", {4: 9.0}, tokens="cls")
+        >>> print(edit + vp.Edit.scale("blocks.2.hook_mlp_out", {7: 0.5}))
         clamp neuron 4 to 9 (neurons at blocks.1.hook_resid_post, tokens cls)
         scale neuron 7 by 0.5 (neurons at blocks.2.hook_mlp_out, tokens all)
+        >>> with model.edit(edit):
+        ...     edited = model.encode_image(pixels)
+        >>> torch.equal(edited, embeddings)
+        False
     """
 
     changes: tuple[Change, ...] = ()

@@ -181,6 +181,13 @@ def fingerprint(dictionary: Dictionary) -> dict[str, Any]:
     """Return numbers that tell a dictionary from others, and its latents' order from another.
 
     They survive a change of dtype and device.
+
+    Args:
+        dictionary: An SAE or another dictionary.
+
+    Examples:
+        >>> sorted(vp.steering.fingerprint(sae))
+        ['W_dec', 'W_enc', 'd_in', 'd_sae']
     """
     found: dict[str, Any] = {"d_in": int(dictionary.cfg.d_in), "d_sae": int(dictionary.cfg.d_sae)}
     for name in ("W_enc", "W_dec"):
@@ -193,7 +200,18 @@ def fingerprint(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def same_dictionary(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Return whether two fingerprints are of the same weights."""
+    """Return whether two fingerprints are of the same weights.
+
+    Args:
+        ours: A fingerprint.
+        theirs: Another.
+
+    Examples:
+        >>> ours = vp.steering.fingerprint(sae)
+        >>> theirs = vp.steering.fingerprint(vp.load_sae("runs/sae"))
+        >>> vp.steering.same_dictionary(ours, theirs)
+        True
+    """
     if any(ours.get(name) != theirs.get(name) for name in ("d_in", "d_sae")):
         return False
     for name in ours.keys() & theirs.keys() & {"W_enc", "W_dec"}:

@@ -44,6 +44,11 @@ class EditPass:
 
     Raises:
         ValueError: the images are not a batch of finite pixels.
+
+    Examples:
+        >>> ready = vp.steering.EditPass(model, pixels)
+        >>> ready.embed(vp.Edit.clamp(sae, {12: 50.0})).shape
+        torch.Size([8, 64])
     """
 
     def __init__(

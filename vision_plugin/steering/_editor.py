@@ -62,7 +62,17 @@ class Reading:
 
 
 class LatentEditor:
-    """Compute the change of an activation for any latent of one SAE."""
+    """Compute the change of an activation for any latent of one SAE.
+
+    Args:
+        sae: An SAE or another dictionary.
+
+    Examples:
+        >>> editor = vp.steering.LatentEditor(sae)
+        >>> reading = editor.read(acts)
+        >>> editor.coefficients(reading, torch.tensor([12, 13]), 50.0).shape
+        torch.Size([8, 65, 2])
+    """
 
     def __init__(self, sae: Dictionary) -> None:
         self.sae = sae

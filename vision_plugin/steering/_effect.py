@@ -19,7 +19,22 @@ from vision_plugin.steering._edit_pass import EditPass
 
 @dataclass(frozen=True)
 class SteeringEffect:
-    """Zero-shot probabilities of concepts, per image, before and while steering."""
+    """Zero-shot probabilities of concepts, per image, before and while steering.
+
+    Attributes:
+        concepts: Names of the concepts.
+        before: Probabilities without the change, ``[n, c]``.
+        after: Probabilities with it, ``[n, c]``.
+
+    Examples:
+        >>> concepts = ["red circle", "blue square"]
+        >>> texts = model.encode_text(concepts)
+        >>> effect = vp.steering.steering_effect(
+        ...     model, sae, pixels, texts, {12: 50.0}, concepts=concepts
+        ... )
+        >>> effect.before.shape, len(effect.gains())
+        (torch.Size([8, 2]), 2)
+    """
 
     concepts: list[str]
     before: Float[Tensor, "n c"]
@@ -57,6 +72,13 @@ class EffectPass:
     Raises:
         ValueError: the dictionary does not fit the model, or concepts and embeddings differ in
             number.
+
+    Examples:
+        >>> concepts = ["red circle", "blue square"]
+        >>> texts = model.encode_text(concepts)
+        >>> ready = vp.steering.EffectPass(model, sae, pixels, texts, concepts=concepts)
+        >>> ready.effect({12: 50.0}).after.shape
+        torch.Size([8, 2])
     """
 
     @torch.no_grad()
@@ -121,6 +143,15 @@ def steering_effect(
 
     Raises:
         ValueError: :class:`EffectPass` or :meth:`EffectPass.effect` raises it.
+
+    Examples:
+        >>> concepts = ["red circle", "blue square"]
+        >>> texts = model.encode_text(concepts)
+        >>> effect = vp.steering.steering_effect(
+        ...     model, sae, pixels, texts, {12: 50.0}, concepts=concepts
+        ... )
+        >>> torch.allclose(effect.after.sum(1), torch.ones(8), atol=1e-4)
+        True
     """
     images = EffectPass(model, sae, pixels, text_embeddings, concepts=concepts, tokens=tokens)
     return images.effect(latents)
@@ -148,6 +179,14 @@ def edit_effect(
 
     Raises:
         ValueError: the edit does not fit the model, or concepts and embeddings differ in number.
+
+    Examples:
+        >>> concepts = ["red circle", "blue square"]
+        >>> texts = model.encode_text(concepts)
+        >>> edit = vp.Edit.clamp("blocks.2.hook_resid_post", {0: 40.0})
+        >>> effect = vp.steering.edit_effect(model, edit, pixels, texts, concepts=concepts)
+        >>> effect.before.shape, effect.after.shape
+        (torch.Size([8, 2]), torch.Size([8, 2]))
     """
     (effect,) = edit_effects(
         model, [edit], pixels, text_embeddings, concepts=concepts, check_model=check_model
@@ -179,6 +218,13 @@ def edit_effects(
 
     Raises:
         ValueError: an edit does not fit the model, or concepts and embeddings differ in number.
+
+    Examples:
+        >>> concepts = ["red circle", "blue square"]
+        >>> texts = model.encode_text(concepts)
+        >>> edits = [vp.Edit.clamp(hook, {neuron: 40.0}) for neuron in range(3)]
+        >>> len(vp.steering.edit_effects(model, edits, pixels, texts, concepts=concepts))
+        3
     """
     _check_concepts(concepts, text_embeddings)
     images = EditPass(model, pixels)

@@ -37,6 +37,12 @@ class Spread:
         squares: sum over images of the squared norm of the change.
         agreement: sum over images of the squared deviation of ``h_i``, the mean inner product of
             one image's change with the changes of the batch's other images.
+
+    Examples:
+        >>> same = torch.ones(1, 4, 2, dtype=torch.float64)
+        >>> spread = vp.steering.Spread.of(same)
+        >>> spread.squares, spread.agreement
+        (tensor([8.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
     """
 
     squares: Tensor
@@ -61,6 +67,14 @@ class Shift:
         total: sum over images of the change of each concept's probability, ``[k, concepts]``.
         spread: spread over the images; None where it was not asked for.
         n_images: number of images.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> steering = vp.steering.Steering(model, sae, texts)
+        >>> (prepared,) = steering.prepare(pixels)
+        >>> shift = steering.shift(prepared, torch.tensor([12, 13]), 50.0)
+        >>> shift.n_images, shift.total.shape
+        (8, torch.Size([2, 2]))
     """
 
     total: Tensor
@@ -80,6 +94,13 @@ class Steering:
         batch_size: number of sequences per forward pass.
         closed_form: whether to use the algebra from the last block's MLP on where it applies.
         watch: called with the number of passes, one for each latent and image, as they are done.
+
+    Examples:
+        >>> texts = model.encode_text(["a red circle", "a blue square"])
+        >>> steering = vp.steering.Steering(model, sae, texts)
+        >>> (prepared,) = steering.prepare(pixels)
+        >>> steering.shift(prepared, torch.tensor([12]), 50.0).total.shape
+        torch.Size([1, 2])
     """
 
     def __init__(

@@ -19,6 +19,12 @@ def latent_change(
         activation: Activation ``[..., d_in]``.
         index: Numbers of the latents, ``[m]``.
         operate: Returns new values ``[..., m]`` of the latents' old ones.
+
+    Examples:
+        >>> x = torch.zeros(1, 128)
+        >>> change = vp.steering.latent_change(sae, x, torch.tensor([3]), lambda old: old + 2)
+        >>> torch.allclose(change[0], 2 * sae.W_dec[3], atol=1e-4)
+        True
     """
     with bare(sae):
         # Some SAEs keep the input's scale from encode to decode: encode before every decode.

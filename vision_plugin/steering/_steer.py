@@ -36,6 +36,12 @@ def steer(
     Raises:
         ValueError: a latent is out of range, a value is not finite, or the SAE does not belong to
             the model.
+
+    Examples:
+        >>> with vp.steering.steer(model, sae, {12: 50.0}, tokens="all"):
+        ...     steered = model.encode_image(pixels)
+        >>> torch.equal(steered, embeddings)
+        False
     """
     if isinstance(sae, Edit):
         if latents is not None:
@@ -61,5 +67,11 @@ def steer_neurons(
 
     Raises:
         ValueError: a value is not finite, or a dimension is out of range (when the model runs).
+
+    Examples:
+        >>> with vp.steering.steer_neurons(model, "blocks.2.hook_resid_post", {7: 20.0}):
+        ...     edited, cache = model.run_with_cache(pixels)
+        >>> bool((cache["blocks.2.hook_resid_post"][..., 7] == 20).all())
+        True
     """
     return Edit.clamp(hook_name, neurons, tokens=tokens).on(model)

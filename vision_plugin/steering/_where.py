@@ -25,6 +25,12 @@ class Where:
 
     Raises:
         ValueError: no latent is named, or a threshold is not finite.
+
+    Examples:
+        >>> where = vp.steering.Where({12: 0.5})
+        >>> edit = vp.Edit.suppress(sae, [12], where=where)
+        >>> print(edit.changes[0].where)
+        where 12 > 0.5
     """
 
     above: Mapping[int, float]

@@ -208,8 +208,15 @@ def _tokens_of(processor: Any, words: Sequence[str]) -> list[Tensor] | None:
 def check_reads_one_block(vlm: Any) -> int:
     """Return how many blocks run before the output that a language model reads.
 
+    Args:
+        vlm: A VisionLanguageBridge.
+
     Raises:
         ValueError: it reads the outputs of several blocks, or what comes behind the last.
+
+    Examples:
+        >>> vp.tasks.check_reads_one_block(vlm)
+        3
     """
     layers = vlm.reach.layers
     if layers is None or len(layers) != 1:

@@ -20,6 +20,12 @@ class Attack:
         attacked: Pixels of the same images with a word that names another class.
         labels: True class of each image.
         printed: Class that the word names.
+
+    Examples:
+        >>> from vision_plugin.demo.attacks import attack
+        >>> pairs = attack(model, "shape", 4, seed=0)
+        >>> pairs.clean.shape, bool((pairs.labels != pairs.printed).all())
+        (torch.Size([4, 3, 64, 64]), True)
     """
 
     clean: Float[Tensor, "n channels height width"]
@@ -61,6 +67,12 @@ class TypographicData:
         validation: Pairs on which rules and sizes are chosen.
         test: Pairs that are reported on.
         others: Sentences about other questions, whose answers should stay, by question.
+
+    Examples:
+        >>> from vision_plugin.demo.attacks import typographic_data
+        >>> data = typographic_data(model, "shape", train=8, validation=4, test=4)
+        >>> data.prompts[0], len(data.train.labels)
+        ('a picture of a circle', 8)
     """
 
     kind: str

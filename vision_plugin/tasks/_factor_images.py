@@ -47,6 +47,12 @@ def read_factors(
     Raises:
         ValueError: there is no such column, a factor has fewer than two values, or images are too
             few for an interval.
+
+    Examples:
+        >>> sizes = {"readers": 60, "train": 60, "validation": 30, "test": 50, "least": 5}
+        >>> data = vp.tasks.read_factors(model, "demo:200", ["texture", "size"], **sizes)
+        >>> data.factors["size"], len(data.train.pixels)
+        (('large', 'small'), 60)
     """
     source = open_images(images)
     if len(factors) < 2:

@@ -26,6 +26,11 @@ class FactorSplit:
 
     Raises:
         ValueError: there are no factors, or a factor has another number of entries than images.
+
+    Examples:
+        >>> split = vp.tasks.FactorSplit(pixels, {"texture": torch.arange(8) % 4})
+        >>> split.pixels.shape
+        torch.Size([8, 3, 64, 64])
     """
 
     pixels: Float[Tensor, "n channels height width"]
@@ -59,6 +64,16 @@ class FactorData:
     Raises:
         ValueError: there are fewer than two factors, a factor has one value in a split, or nothing
             says how a factor is read.
+
+    Examples:
+        >>> values = {"texture": torch.arange(8) % 2, "size": torch.arange(8) // 2 % 2}
+        >>> split = vp.tasks.FactorSplit(pixels, values)
+        >>> names = {"texture": ("plain", "striped"), "size": ("small", "large")}
+        >>> data = vp.tasks.FactorData(
+        ...     names, train=split, validation=split, test=split, readers=split
+        ... )
+        >>> list(data.splits)
+        ['train', 'validation', 'test', 'readers']
     """
 
     factors: Mapping[str, tuple[str, ...]]

@@ -90,7 +90,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "unused": unused,
     }
 )
-"""Rules by name; ``"name"`` and ``"list"`` choose latents that you know."""
+"""Rules by name; ``"name"`` and ``"list"`` choose latents that you know.
+
+Examples:
+    >>> sorted(vp.tasks.RULES)
+    ['attribution', 'auroc', 'class_difference', 'difference', 'net_attribution', 'unused']
+"""
 
 GRADIENT_RULES = frozenset({"attribution", "net_attribution"})
 """Rules that follow gradients from answers to latents."""
@@ -145,6 +150,12 @@ def find_latents(
 
     Raises:
         ValueError: the rule is unknown, or lacks what it needs; the message says what.
+
+    Examples:
+        >>> striped = [scene.texture == "striped" for scene in world.scenes]
+        >>> found = vp.find_latents(model, sae, pixels, rule="difference", present=striped, n=3)
+        >>> found.scores.shape, len(found.latents) <= 3
+        (torch.Size([256]), True)
     """
     if rule not in (*RULES, "name", "list"):
         known = ", ".join((*RULES, "name", "list"))

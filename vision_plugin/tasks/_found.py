@@ -24,6 +24,12 @@ class FoundLatents:
         clean_mean: Mean of each latent on the images without what was looked for, at these tokens.
         noun: What the numbers count: ``"latent"`` or ``"neuron"``.
         neurons: The neurons that the same rule chooses, as many; None where it was not asked for.
+
+    Examples:
+        >>> striped = [scene.texture == "striped" for scene in world.scenes]
+        >>> found = vp.find_latents(model, sae, pixels, rule="auroc", present=striped, n=3)
+        >>> found.rule, found.tokens, found.noun
+        ('auroc', 'all', 'latent')
     """
 
     rule: str

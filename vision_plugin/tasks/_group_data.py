@@ -25,6 +25,11 @@ class GroupSplit:
         labels: What is asked: 0 or 1.
         nuisance: What goes along with it in training: 0 or 1.
         others: Values of other attributes, whose answers should stay, by attribute.
+
+    Examples:
+        >>> split = vp.tasks.GroupSplit(pixels, torch.arange(8) % 2, torch.arange(8) // 4)
+        >>> split.groups.tolist(), split.sizes
+        ([0, 2, 0, 2, 1, 3, 1, 3], (2, 2, 2, 2))
     """
 
     pixels: Float[Tensor, "n channels height width"]
@@ -89,6 +94,12 @@ class GroupData:
 
     Raises:
         ValueError: a group has no image, or too few for an interval where they are reported on.
+
+    Examples:
+        >>> from vision_plugin.demo.groups import group_data
+        >>> data = group_data(model, "background", usual=8, unusual=2, validation=30, test=30)
+        >>> data.group_names
+        ('circle, night', 'circle, sand', 'square, night', 'square, sand')
     """
 
     kind: str

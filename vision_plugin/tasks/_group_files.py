@@ -49,6 +49,21 @@ def read_waterbirds(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the table cannot be read, or a group has too few images.
+
+    Examples:
+        >>> from itertools import product
+        >>> from pathlib import Path
+        >>> folder = Path("waterbirds-copy")
+        >>> folder.mkdir()
+        >>> with (folder / "metadata.csv").open("w") as table:
+        ...     print("img_filename,y,split,place", file=table)
+        ...     for n, (split, y, place, image) in enumerate(
+        ...         product(range(3), (0, 1), (0, 1), range(30))
+        ...     ):
+        ...         world.images[image % 8].save(folder / f"{n}.jpg")
+        ...         print(f"{n}.jpg,{y},{split},{place}", file=table)
+        >>> vp.tasks.read_waterbirds(model, folder).classes
+        ('landbird', 'waterbird')
     """
     root = local_path(folder)
     table = _found(root, ("metadata.csv",), "Waterbirds")
@@ -88,6 +103,26 @@ def read_celeba(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a table cannot be read, has no such attribute, or a group has too few images.
+
+    Examples:
+        >>> from itertools import product
+        >>> from pathlib import Path
+        >>> folder = Path("celeba")
+        >>> (folder / "img_align_celeba").mkdir(parents=True)
+        >>> attributes = (folder / "list_attr_celeba.csv").open("w")
+        >>> splits = (folder / "list_eval_partition.csv").open("w")
+        >>> print("image_id,Blond_Hair,Male", file=attributes)
+        >>> print("image_id,partition", file=splits)
+        >>> for n, (split, blond, male, image) in enumerate(
+        ...     product(range(3), (-1, 1), (-1, 1), range(30))
+        ... ):
+        ...     world.images[image % 8].save(folder / "img_align_celeba" / f"{n:06}.jpg")
+        ...     print(f"{n:06}.jpg,{blond},{male}", file=attributes)
+        ...     print(f"{n:06}.jpg,{split}", file=splits)
+        >>> attributes.close(), splits.close()
+        (None, None)
+        >>> vp.tasks.read_celeba(model, folder, others=()).classes
+        ('not Blond_Hair', 'Blond_Hair')
     """
     root = local_path(folder)
     if label == nuisance:

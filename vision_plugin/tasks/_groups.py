@@ -40,6 +40,12 @@ GROUP_METHODS = (
     "none", "sae", "random_latents", "random_active_latents", "neurons", "random_dictionary",
     "pca", "diff_mean", "difference_subspace", "leace", "probe", "reweighted", "balanced",
 )  # fmt: skip
+"""Every method of the tasks of groups: the SAE, the baselines, and probes fitted anew.
+
+Examples:
+    >>> vp.tasks.GROUP_METHODS[:2]
+    ('none', 'sae')
+"""
 PROBES = ("reweighted", "balanced")
 """Methods that fit another probe and leave the model as it is."""
 CONTROL_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -53,7 +59,12 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSettings:
-    """What a worst-group task searches through."""
+    """What a worst-group task searches through.
+
+    Examples:
+        >>> vp.tasks.GroupSettings(sizes=(2, 5)).rules
+        ('difference', 'auroc', 'attribution')
+    """
 
     rules: tuple[str, ...] = ("difference", "auroc", "attribution")
     """Rules that find latents."""
@@ -107,6 +118,16 @@ def background(
     Raises:
         ValueError: an SAE belongs to another model, or the images do not.
         ImportError: scikit-learn is missing.
+
+    Examples:
+        >>> from vision_plugin.demo.groups import group_data
+        >>> data = group_data(model, "background", usual=30, unusual=4, validation=30, test=30)
+        >>> settings = vp.tasks.GroupSettings(
+        ...     rules=("difference",), sizes=(2,), methods=("none", "sae")
+        ... )
+        >>> found = vp.tasks.background(model, sae, data, settings=settings)
+        >>> [row.method for row in found.rows]
+        ['none', 'sae']
     """
     return _repair("background", model, sae, images, settings, name, announce)
 
@@ -123,6 +144,16 @@ def attribute(
     """Repair a probe of one attribute that relies on another, as in CelebA, with every baseline.
 
     Arguments and errors are those of :func:`background`.
+
+    Examples:
+        >>> from vision_plugin.demo.groups import group_data
+        >>> data = group_data(model, "attribute", usual=30, unusual=4, validation=30, test=30)
+        >>> settings = vp.tasks.GroupSettings(
+        ...     rules=("difference",), sizes=(2,), methods=("none", "sae")
+        ... )
+        >>> found = vp.tasks.attribute(model, sae, data, settings=settings)
+        >>> sorted(found.row("sae", kind="texture").figures)[:2]
+        ['accuracy', 'accuracy (dotted, purple)']
     """
     return _repair("attribute", model, sae, images, settings, name, announce)
 

@@ -42,6 +42,14 @@ class LabelledImages:
 
     Raises:
         ValueError: there are no labels, too few classes, or too few images for an interval.
+
+    Examples:
+        >>> images = vp.open_images("demo:120")
+        >>> labelled = vp.tasks.LabelledImages(
+        ...     model, images, label_column="shape", train=30, validation=30, test=40
+        ... )
+        >>> labelled.data().classes[:2]
+        ('circle', 'cross')
     """
 
     def __init__(

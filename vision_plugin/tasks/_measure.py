@@ -22,7 +22,12 @@ LEAST = 30
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its bootstrap interval."""
+    """A number with its bootstrap interval.
+
+    Examples:
+        >>> vp.tasks.Figure(value=0.5, low=0.4, high=0.6).to_dict()
+        {'value': 0.5, 'low': 0.4, 'high': 0.6}
+    """
 
     value: float
     low: float

@@ -65,6 +65,16 @@ def multimodal(
 
     Raises:
         ValueError: the SAE belongs to another hook or model, or the model cannot answer.
+
+    Examples:
+        >>> from vision_plugin.demo.multimodal import multimodal_data
+        >>> data = multimodal_data(train=100, validation=40, test=40)
+        >>> settings = vp.tasks.MultimodalSettings(
+        ...     sizes=(1,), strengths=(1.5,), targets=1, screened=4
+        ... )
+        >>> found = vp.tasks.multimodal(vlm, sae, data, settings=settings)
+        >>> sorted({row.kind for row in found.rows})
+        ['background', 'colour', 'shape', 'texture']
     """
     settings = settings or MultimodalSettings()
     check_reads_one_block(vlm)

@@ -18,6 +18,12 @@ class AskedImages:
     Attributes:
         images: The images.
         labels: Number of the right answer among the values, by factor.
+
+    Examples:
+        >>> from vision_plugin.demo.multimodal import asked
+        >>> data = asked(4, seed=0)
+        >>> len(data.images), sorted(data.labels)
+        (4, ['background', 'colour', 'shape', 'texture'])
     """
 
     images: Sequence[Image]
@@ -39,6 +45,12 @@ class MultimodalData:
         test: Images that are reported on.
         locator: Factor whose latents show where the object is.
         beside: Factors that are seen beside the object, such as the background.
+
+    Examples:
+        >>> from vision_plugin.demo.multimodal import multimodal_data
+        >>> data = multimodal_data(train=100, validation=4, test=4)
+        >>> data.questions["colour"], data.locator
+        ('What colour is shown?', 'colour')
     """
 
     questions: Mapping[str, str]

@@ -32,6 +32,18 @@ class Dialogue:
         image: Number of the test image.
         recipe: What was changed.
         answers: Answer before and after, by question.
+
+    Examples:
+        >>> said = vp.tasks.Dialogue(
+        ...     goal="insertion",
+        ...     factor="colour",
+        ...     value="red",
+        ...     image=3,
+        ...     recipe="clamp latent 12 to 50",
+        ...     answers={"What colour is shown?": ("blue", "red")},
+        ... )
+        >>> said.answers["What colour is shown?"]
+        ('blue', 'red')
     """
 
     goal: str
@@ -63,6 +75,30 @@ class MultimodalResult:
         edits: The edit of each value, by goal, factor and value; where it depends on the value that
             is there, by both, as ``red-to-blue``.
         one_word: What is said in one word about a white image, where that was asked for.
+
+    Examples:
+        >>> row = vp.tasks.Row(
+        ...     method="sae",
+        ...     kind="insertion, colour",
+        ...     split="test",
+        ...     size=1,
+        ...     layer=2,
+        ...     how="patch",
+        ...     edit="clamp latent 12 to 50",
+        ...     figures={"said": vp.tasks.Figure(0.9, 0.8, 0.95)},
+        ... )
+        >>> found = vp.tasks.MultimodalResult(
+        ...     model="demo",
+        ...     sae="runs/sae",
+        ...     settings={},
+        ...     rows=[row],
+        ...     search=[],
+        ...     dialogues=[],
+        ...     edit=vp.Edit.clamp(sae, {12: 50.0}),
+        ...     edits={},
+        ... )
+        >>> found.row("sae", kind="insertion, colour", how="patch").figures["said"].value
+        0.9
     """
 
     model: str

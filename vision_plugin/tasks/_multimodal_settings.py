@@ -29,7 +29,12 @@ DONE: Mapping[Goal, str] = {"insertion": "inserted", "suppression": "suppressed"
 
 @dataclass(frozen=True, kw_only=True)
 class MultimodalSettings:
-    """What a steering task searches through."""
+    """What a steering task searches through.
+
+    Examples:
+        >>> vp.tasks.MultimodalSettings(sizes=(1, 3)).strengths
+        (1.0, 1.25, 1.5, 2.0, 3.0)
+    """
 
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value."""

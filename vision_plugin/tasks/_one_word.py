@@ -43,6 +43,11 @@ class OneWordRow:
         method: ``"none"``, one of ``READINGS``, ``"random"`` or ``"label"``.
         score: Mean cosine of word and images.
         over_none: Mean difference to the unchanged model's words; None where there are none.
+
+    Examples:
+        >>> row = vp.tasks.OneWordRow("white", "random", vp.tasks.Figure(0.2, 0.1, 0.3))
+        >>> row.to_dict()["score"]
+        {'value': 0.2, 'low': 0.1, 'high': 0.3}
     """
 
     image: str
@@ -66,6 +71,13 @@ class OneWordResult:
         alpha: Value that latents were set to.
         rows: Mean scores with 95% bootstrap intervals, latents (or images) drawn.
         words: What is said about a white image, by latent: ``"none"`` and each reading.
+
+    Examples:
+        >>> labels = [scene.colour for scene in world.scenes]
+        >>> limits = {"n_latents": 30, "n_latents_on_images": 0, "max_new_tokens": 1}
+        >>> found = vp.tasks.one_word(vlm, sae, world.images, labels, clip=model, **limits)
+        >>> found.alpha, len(found.words)
+        (100.0, 30)
     """
 
     alpha: float
@@ -146,6 +158,13 @@ def one_word(
 
     Raises:
         ValueError: images and labels differ in number, the SAE does not fit, or no latent fires.
+
+    Examples:
+        >>> labels = [scene.colour for scene in world.scenes]
+        >>> limits = {"n_latents": 30, "n_latents_on_images": 0, "max_new_tokens": 1}
+        >>> found = vp.tasks.one_word(vlm, sae, world.images, labels, clip=model, **limits)
+        >>> [(row.image, row.method) for row in found.rows][:2]
+        [('white', 'none'), ('white', 'clamp')]
     """
     if len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels come with {len(images)} images: give one for each")

@@ -30,6 +30,12 @@ class PrintStyle:
             that does not fit is printed smaller.
         colours: Colours of letters and of the line around them, which differ.
         stroke: Width in pixels of the line around the letters.
+
+    Examples:
+        >>> import numpy as np
+        >>> style = vp.tasks.PrintStyle(stroke=2)
+        >>> style.print_on(world.images[0], "star", np.random.default_rng(0)).size
+        (128, 128)
     """
 
     fonts: tuple[str | Path, ...] = ()

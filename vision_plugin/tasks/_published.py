@@ -44,6 +44,16 @@ class PublishedSet:
         classes: Names of the true and of the printed classes.
         prompts: Sentence about each class.
         attack: The images, with clean twins where the set has them.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> Path("attacks").mkdir()
+        >>> for n in range(4):
+        ...     world.images[n].save(f"attacks/label=star_text=circle_{n}.png")
+        ...     world.images[n + 4].save(f"attacks/label=circle_text=star_{n}.png")
+        >>> (found,) = vp.tasks.read_published(model, "attacks")
+        >>> found.classes, found.without_clean
+        (('circle', 'star'), 'the set has no photographs of the same scenes without the word')
     """
 
     name: str
@@ -108,6 +118,15 @@ def read_published(model: Any, source: Any, *, template: str = TEMPLATE) -> list
 
     Raises:
         ValueError: the source is in none of the layouts, or nothing in it is an attack.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> Path("rta-100").mkdir()
+        >>> for n in range(4):
+        ...     world.images[n].save(f"rta-100/label=star_text=circle_{n}.png")
+        >>> (found,) = vp.tasks.read_published(model, "rta-100")
+        >>> len(found.attack.labels)
+        4
     """
     check_template(template)
     annotated = _annotations(source)
@@ -128,7 +147,15 @@ def read_published(model: Any, source: Any, *, template: str = TEMPLATE) -> list
 
 
 def is_published(source: Any) -> bool:
-    """Return whether a source is in one of the layouts."""
+    """Return whether a source is in one of the layouts.
+
+    Args:
+        source: A folder, or whatever ``vp.open_images`` takes.
+
+    Examples:
+        >>> vp.tasks.is_published("demo:8")
+        False
+    """
     if _annotations(source) is not None:
         return True
     images = open_images(source)

@@ -41,7 +41,12 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RavelSettings:
-    """What a disentanglement task searches through."""
+    """What a disentanglement task searches through.
+
+    Examples:
+        >>> vp.tasks.RavelSettings(sizes=(1, 5)).tokens
+        'cls'
+    """
 
     rules: tuple[str, ...] = SWAP_RULES
     """Rules that find latents, neurons and principal components."""
@@ -101,6 +106,16 @@ def ravel(
         ValueError: an SAE belongs to another model or hook, nothing reads the factors, or there are
             too few pairs for an interval.
         ImportError: probes are to be fitted and scikit-learn is missing.
+
+    Examples:
+        >>> sizes = {"readers": 60, "train": 60, "validation": 60, "test": 60, "least": 5}
+        >>> data = vp.tasks.read_factors(model, "demo:300", ["texture", "size"], **sizes)
+        >>> settings = vp.tasks.RavelSettings(
+        ...     sizes=(2,), methods=("sae",), rules=("difference",), sources=1
+        ... )
+        >>> found = vp.tasks.ravel(model, sae, data, settings=settings)
+        >>> sorted({row.kind for row in found.rows})
+        ['mean of all', 'size', 'texture']
     """
     settings = settings or RavelSettings()
     saes = [sae] if isinstance(sae, Dictionary) else list(sae)

@@ -37,6 +37,16 @@ class TaskResult:
         shown: Names of the figures in the table.
         drawn: Names of the two figures in the plot.
         raised: Name of the figure that validation chose by.
+
+    Examples:
+        >>> from vision_plugin.demo.groups import group_data
+        >>> data = group_data(model, "background", usual=30, unusual=4, validation=30, test=30)
+        >>> settings = vp.tasks.GroupSettings(
+        ...     rules=("difference",), sizes=(2,), methods=("none", "sae")
+        ... )
+        >>> found = vp.tasks.background(model, sae, data, settings=settings)
+        >>> found.task, found.save("background").name
+        ('background', 'background')
     """
 
     task: str

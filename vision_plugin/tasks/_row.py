@@ -23,6 +23,20 @@ class Row:
         how: Rule and kind of token.
         edit: The edit in words.
         figures: Figures by name.
+
+    Examples:
+        >>> row = vp.tasks.Row(
+        ...     method="sae",
+        ...     kind="shape",
+        ...     split="test",
+        ...     size=2,
+        ...     layer=2,
+        ...     how="difference, cls",
+        ...     edit="suppress latents 3 and 5",
+        ...     figures={"accuracy": vp.tasks.Figure(0.9, 0.8, 0.95)},
+        ... )
+        >>> row.to_dict()["method"], row.figures["accuracy"].value
+        ('sae', 0.9)
     """
 
     method: str

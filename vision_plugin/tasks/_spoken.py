@@ -22,6 +22,13 @@ class Spoken:
         strength: Value that the latent is set to.
         before: Answer to each image, unchanged.
         after: Answer to each image, with the latent set.
+
+    Examples:
+        >>> question = {"prompts": ["What colour is shown?"], "strengths": [50.0]}
+        >>> found = vp.tasks.feature_answers(vlm, sae, world.images[:2], [12], **question)
+        >>> said = found.of(12)[0]
+        >>> said.latent, said.strength, len(said.before)
+        (12, 50.0, 2)
     """
 
     latent: int
@@ -44,6 +51,12 @@ class FeatureAnswers:
         model: Name of the model.
         images: The images that are asked about.
         answers: One entry per latent, prompt and strength, in that order.
+
+    Examples:
+        >>> question = {"prompts": ["What colour is shown?"], "strengths": [50.0]}
+        >>> found = vp.tasks.feature_answers(vlm, sae, world.images[:2], [12], **question)
+        >>> len(found.answers), len(found.of(13))
+        (1, 0)
     """
 
     model: str
@@ -89,6 +102,12 @@ def feature_answers(
 
     Raises:
         ValueError: there is no image or prompt, a latent has no strength, or the SAE does not fit.
+
+    Examples:
+        >>> question = {"prompts": ["What colour is shown?"], "strengths": [50.0]}
+        >>> found = vp.tasks.feature_answers(vlm, sae, world.images[:2], [12, 13], **question)
+        >>> [said.latent for said in found.answers]
+        [12, 13]
     """
     if not images or not prompts:
         raise ValueError("give images= and prompts= to ask about")

@@ -47,7 +47,12 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TypographicSettings:
-    """What a typographic task searches through."""
+    """What a typographic task searches through.
+
+    Examples:
+        >>> vp.tasks.TypographicSettings(sizes=(10,)).rules
+        ('attribution', 'net_attribution', 'unused')
+    """
 
     rules: tuple[str, ...] = ("attribution", "net_attribution", "unused")
     """Rules that find latents."""
@@ -84,7 +89,21 @@ class TypographicSettings:
 
 
 def check_reads_text(model: Any) -> None:
-    """Raise ValueError unless a model compares images with texts."""
+    """Raise ValueError unless a model compares images with texts.
+
+    Args:
+        model: A VisionBridge.
+
+    Raises:
+        ValueError: the model has no space shared with text.
+
+    Examples:
+        >>> try:
+        ...     vp.tasks.check_reads_text(vlm.vision)
+        ... except ValueError:
+        ...     print("a tower without a text tower")
+        a tower without a text tower
+    """
     if not model.adapter.has_joint_space:
         raise ValueError(
             f"{model.cfg.model_name} has no space shared with text, so a printed word cannot fool "
@@ -116,6 +135,20 @@ def typographic(
     Raises:
         ValueError: the model has no text tower, an SAE belongs to another model, or a split is too
             small for an interval.
+
+    Examples:
+        >>> from vision_plugin.demo.attacks import typographic_data
+        >>> data = typographic_data(model, "shape", train=40, validation=30, test=30)
+        >>> settings = vp.tasks.TypographicSettings(
+        ...     methods=("none", "sae"),
+        ...     sizes=(5,),
+        ...     rules=("attribution",),
+        ...     tokens=("cls",),
+        ...     unseen_words=False,
+        ... )
+        >>> found = vp.tasks.typographic(model, sae, data, settings=settings)
+        >>> [row.method for row in found.rows]
+        ['none', 'sae']
     """
     check_reads_text(model)
     saes = [sae] if isinstance(sae, Dictionary) else list(sae)

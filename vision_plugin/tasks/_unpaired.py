@@ -23,6 +23,12 @@ class Unpaired:
         labels: True class of each image.
         printed: Class that the word names.
         why: Why there are no figures on clean images.
+
+    Examples:
+        >>> labels, printed = torch.zeros(8).long(), torch.ones(8).long()
+        >>> alone = vp.tasks.Unpaired(pixels, labels, printed, why="no clean twins")
+        >>> alone.why
+        'no clean twins'
     """
 
     attacked: Float[Tensor, "n channels height width"]
