@@ -38,7 +38,13 @@ RANDOM_ORDERS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ClassConceptsSettings:
-    """How a class is taken apart into concepts."""
+    """How a class is taken apart into concepts.
+
+    Examples:
+        >>> import vision_plugin as vp
+        >>> vp.lens.ClassConceptsSettings(method="ica").n_features
+        12
+    """
 
     labels: str | None = None
     """Classes of the images, as ``column:NAME``; by default the labels of the images."""
@@ -89,6 +95,18 @@ def class_concepts(
     text tower. An index has no sign, so what taking a concept out alone does to the answer stands
     beside it. A deletion curve checks the indices: how far the answer moves while concepts are
     taken out, the most important first, the least important first, and in random orders.
+
+    Examples:
+        >>> import vision_plugin as vp
+        >>> model = vp.load_model("demo")
+        >>> settings = vp.lens.ClassConceptsSettings(
+        ...     labels="column:shape", n_features=2, n_images=1, design=2
+        ... )
+        >>> found = vp.lens.class_concepts(
+        ...     model, "demo:120", "star", settings=settings, progress=False
+        ... )
+        >>> sorted(found.importance.ranked()), found.read_by
+        ([0, 1], 'zero-shot')
 
     Args:
         model: A VisionBridge.

@@ -24,6 +24,11 @@ SHOWN = 8
 class Deletion:
     """Mean absolute change of the answer with 0, 1, 2, ... concepts taken out.
 
+    Examples:
+        >>> import vision_plugin as vp
+        >>> vp.lens.Deletion((0.0, 2.0, 2.5), (0.0, 0.5, 2.5), (0.0, 1.0, 2.5)).areas()["random"]
+        1.1666666666666667
+
     Attributes:
         important_first: The most important concepts first.
         important_last: The least important concepts first.
@@ -42,6 +47,18 @@ class Deletion:
 @dataclass(frozen=True, eq=False)
 class ClassConcepts:
     """Concepts of a class; see :func:`vision_plugin.lens.class_concepts`.
+
+    Examples:
+        >>> import vision_plugin as vp
+        >>> settings = vp.lens.ClassConceptsSettings(
+        ...     labels="column:shape", n_features=2, n_images=1, design=2
+        ... )
+        >>> model = vp.load_model("demo")
+        >>> found = vp.lens.class_concepts(
+        ...     model, "demo:120", "star", settings=settings, progress=False
+        ... )
+        >>> found.deletion.random[0], len(found.fires_on)
+        (0.0, 2)
 
     Attributes:
         model: Name of the model.
