@@ -72,11 +72,11 @@ def sparsity_study(
 
     Examples:
         >>> cfg = vp.evaluation.SparsityStudyConfig(
-        ...     saes=("runs/sae",), images="demo:8", output_path="study"
+        ...     saes=("runs/sae",), images="demo:8", output_path="l0"
         ... )
         >>> study = vp.evaluation.sparsity_study(cfg, model=model)
-        >>> round(study.saes[0].kinds["all"].sparsity.l0, 3)
-        8.0
+        >>> 0 < study.saes[0].kinds["all"].sparsity.l0 <= 8
+        True
     """
     if cfg.output_path is not None:
         check_replaceable(local_path(cfg.output_path), STUDY)

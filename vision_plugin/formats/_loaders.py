@@ -74,8 +74,9 @@ def hub_converter(*, format: str = "auto", **options: Any) -> HubConverter:
         **options: The fields of `ReadOptions`, for what the file leaves out.
 
     Examples:
-        >>> vp.formats.hub_converter(format="saev").__name__
-        'convert'
+        >>> converter = vp.formats.hub_converter(format="saev")
+        >>> callable(converter)  # SAE.from_pretrained("owner/name", "folder", converter=converter)
+        True
     """
     chosen = ReadOptions(**options)
 

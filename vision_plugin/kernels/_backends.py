@@ -49,8 +49,10 @@ class Backend(Protocol):
     pre-activations ranks above every number, and is selected.
 
     Examples:
-        >>> from vision_plugin.kernels._torch_backend import BACKEND
-        >>> BACKEND.name, BACKEND.unusable("cpu")
+        >>> from importlib.metadata import entry_points
+        >>> (point,) = entry_points(group="vision_plugin.kernels", name="torch")
+        >>> backend = point.load()
+        >>> backend.name, backend.unusable("cpu")
         ('torch', None)
     """
 

@@ -31,8 +31,8 @@ class Quality:
         >>> short = dataclasses.replace(cfg, training_tokens=256, output_path=None)
         >>> runner = vp.VisionSAETrainingRunner(short, model=model)
         >>> _ = runner.run()
-        >>> runner.quality.n_latents, runner.quality.l0
-        (256, 8.0)
+        >>> runner.quality.n_latents, 0 < runner.quality.l0 <= 8
+        (256, True)
     """
 
     n_vectors: int

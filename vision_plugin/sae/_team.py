@@ -12,8 +12,9 @@ class Team(Protocol):
     """Processes that train one SAE together, as one of them sees it.
 
     Examples:
-        >>> isinstance(object(), vp.sae.Team)
-        False
+        >>> team = vp.scale.LaneTeam(n_lanes=8)
+        >>> isinstance(team, vp.sae.Team), team.leads
+        (True, True)
     """
 
     @property

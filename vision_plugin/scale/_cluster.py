@@ -22,8 +22,12 @@ class ClusterError(OSError):
     """The cluster does not answer, refuses, or lost what it was asked to do.
 
     Examples:
-        >>> issubclass(vp.scale.ClusterError, OSError)
-        True
+        >>> try:
+        ...     with vp.scale.RayEngine("localhost:1"):
+        ...         print("connected")
+        ... except vp.scale.ClusterError:
+        ...     print("no cluster answers there")
+        no cluster answers there
     """
 
     exit_status = 1
