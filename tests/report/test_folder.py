@@ -18,7 +18,7 @@ from tests._processes import ended, in_child, kill_at_change
 from tests.report.conftest import draw_images, topk_sae
 from tests.report.test_content import read_data
 from vision_plugin.models import Harvester
-from vision_plugin.report import _resume
+from vision_plugin.report import _resume, _views
 from vision_plugin.report._folder import new_folder, write_marker
 from vision_plugin.report._resume import Checkpoint
 
@@ -244,6 +244,15 @@ def test_a_build_killed_outright_goes_on_to_the_same_bytes(tmp_path, model, sae,
     assert digest(tmp_path / "r") == digest(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "whole"]
     assert sum(n_run) == 0  # all maps were kept before the last kill
+
+
+def test_a_report_is_the_same_with_room_for_few_images(tmp_path, model, sae, monkeypatch):
+    images, n_run = draw_images(120), images_run(monkeypatch)
+    vp.report(sae, model, images, tmp_path / "all")
+    monkeypatch.setattr(_views, "_MOST_BYTES", 20 * 32 * 32 * 3)
+    vp.report(sae, model, images, tmp_path / "few")
+    assert digest(tmp_path / "few") == digest(tmp_path / "all")
+    assert sum(n_run) == 240  # once on each image, in either build
 
 
 def test_what_a_build_of_another_report_left_is_not_gone_on_from(tmp_path, model, sae, monkeypatch):

@@ -48,6 +48,7 @@ from vision_plugin.report._statistics import LatentStatistics
 from vision_plugin.report._steering import Steerer, effects, shifts
 from vision_plugin.report._together import KeptLatents, images_to_keep, partners
 from vision_plugin.report._verify import write_checksums
+from vision_plugin.report._views import Views
 from vision_plugin.steering import Edit, SteeringEffect
 
 logger = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
 class Kept:
     """What the first pass keeps of the images shown, and the second completes."""
 
-    view: ModelView | None
+    views: Views | None
     """None where the model does not run, or its pixels are not colours."""
     maps: HeatMaps | None = None
     recorder: PatchRecorder | None = None
@@ -254,8 +255,9 @@ def _kept(job: Job, statistics: LatentStatistics, place: Path, checkpoint: Check
     if not view.usable:
         logger.warning("the model's pixels are not colours, so the report has no heat maps")
         return Kept(None)
+    views = Views(view, encoder.layout.grid, statistics.shown, torch.tensor(job.features))
     if not encoder.has_patches:
-        return Kept(view, done=checkpoint.load("maps"))
+        return Kept(views, done=checkpoint.load("maps"))
     columns = encoder.patch_columns
     done = checkpoint.load("maps") if (place / SCRATCH).is_file() else None
     maps = HeatMaps(
@@ -274,7 +276,7 @@ def _kept(job: Job, statistics: LatentStatistics, place: Path, checkpoint: Check
         maps.restore(done)
         if recorder is not None:
             recorder.restore(done)
-    return Kept(view, maps, recorder, done)
+    return Kept(views, maps, recorder, done)
 
 
 def _count(job: Job, place: Path, checkpoint: Checkpoint) -> tuple[Counted, list[Other], Kept]:
@@ -299,7 +301,7 @@ def _count(job: Job, place: Path, checkpoint: Checkpoint) -> tuple[Counted, list
         return count_given(job.latents, main), [], kept
     assert job.encoder is not None
     if kept.done is None:
-        main.maps, main.recorder = kept.maps, kept.recorder
+        main.maps, main.recorder, main.views = kept.maps, kept.recorder, kept.views
     model, tokens = job.encoder.model, job.encoder.tokens
     counters = [main]
     for one in job.others.values():
@@ -328,16 +330,16 @@ def _write_images(
 ) -> ImageWriter:
     """Write small copies of the images shown, and complete their heat maps."""
     size, n_features = job.sizes.image_size, len(job.features)
-    if kept.view is None or job.encoder is None:
+    if kept.views is None or job.encoder is None:
         writer = ImageWriter(place, order, size=size, n_features=n_features)
         show_images(job.reader, writer, progress=job.progress)
         return writer
-    size = min(size, max(kept.view.size))
+    size = min(size, max(kept.views.view.size))
     writer = ImageWriter(place, order, size=size, n_features=n_features)
     ImagePass(
         job.reader,
         job.encoder,
-        kept.view,
+        kept.views,
         writer,
         shown,
         kept.maps,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,15 +19,18 @@ from vision_plugin.evaluation import Facts, Group, ImageBatch, Loop, Place, Subj
 from vision_plugin.metrics import MetricSet
 from vision_plugin.report._encoding import CHUNK_ELEMENTS, TokenEncoder
 from vision_plugin.report._heat_maps import HeatMaps
-from vision_plugin.report._images import ImageReader, ModelView
+from vision_plugin.report._images import ImageReader
 from vision_plugin.report._patches import PatchRecorder
 from vision_plugin.report._places import Places, TokenPlaces
 from vision_plugin.report._resume import Checkpoint, no_checkpoint
 from vision_plugin.report._sprites import ImageWriter
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 from vision_plugin.report._together import Kept, KeptLatents
+from vision_plugin.report._views import Views
 
 BATCH = 32
+_AHEAD = 2
+"""Batches that are read and prepared ahead."""
 MAP_STEP = 256
 """Images between two places at which the second pass can go on; a sheet of thumbnails."""
 _Item = TypeVar("_Item")
@@ -52,11 +56,12 @@ class Counter:
     kept: KeptLatents
     maps: HeatMaps | None = None
     recorder: PatchRecorder | None = None
+    views: Views | None = None
 
     def metrics(self) -> dict[str, Any]:
-        """Return the metrics that the loop feeds; the maps follow the ranking."""
+        """Return the metrics that the loop feeds; what follows the ranking comes after it."""
         found = {"ranking": self.statistics, "places": self.places, "kept": self.kept}
-        found |= {"maps": self.maps, "images": self.recorder}
+        found |= {"maps": self.maps, "images": self.recorder, "views": self.views}
         return {name: metric for name, metric in found.items() if metric is not None}
 
     def compute(self) -> Counted:
@@ -181,7 +186,7 @@ class ImagePass:
 
     reader: ImageReader
     encoder: TokenEncoder
-    view: ModelView
+    views: Views
     writer: ImageWriter
     shown: np.ndarray[Any, np.dtype[np.int64]]
     """Image numbers or -1, ``[features, places]``."""
@@ -201,14 +206,19 @@ class ImagePass:
             found = [] if done is None else done[name].tolist()
             sheets.sizes.update({n: (w, h) for n, w, h in found})
         lacking = self._lacking()
+        kept = self.views.kept.keys() - lacking
         order, read = self.writer.order[start:], start
-        for numbers, made in _batches(
-            self.reader, order, self._view, "writing images", self.progress
-        ):
-            if made is not None:
-                for number, image in zip(numbers, made[1], strict=True):
-                    self.writer.write(number, image)
-                self._feed(made[0], numbers, lacking)
+        batches = _batches(
+            self.reader, order, self._view, "writing images", self.progress, known=kept
+        )
+        for numbers, made in batches:
+            pixels, images = (None, []) if made is None else made
+            others = iter(images)
+            for number in numbers:
+                image = self.views.take(number) if number in kept else next(others)
+                self.writer.write(number, image)
+            if pixels is not None:
+                self._feed(pixels, [n for n in numbers if n not in kept], lacking)
             read += BATCH
             if self.checkpoint.due and read % MAP_STEP == 0:
                 self.writer.finish()
@@ -217,7 +227,7 @@ class ImagePass:
 
     def _view(self, images: list[Image.Image]) -> tuple[Tensor, list[Image.Image]]:
         pixels = self.encoder.pixels(images)
-        return pixels, self.view(_covered(pixels, self.encoder.layout.grid))
+        return pixels, self.views.of(pixels)
 
     def _lacking(self) -> set[int]:
         """Return the images that the model must run on again."""
@@ -254,13 +264,6 @@ def watch(items: Iterable[_Item], what: str, *, progress: bool, total: int) -> I
             shown.advance(1)
 
 
-def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the part of the pixels that patches cover; a remainder at the far edges has none."""
-    rows, columns = grid
-    height, width = pixels.shape[-2:]
-    return pixels[..., : height // rows * rows, : width // columns * columns]
-
-
 def _batches(
     reader: ImageReader,
     numbers: Sequence[int],
@@ -269,23 +272,32 @@ def _batches(
     progress: bool,
     *,
     size: int = BATCH,
+    known: Container[int] = (),
 ) -> Iterator[tuple[list[int], _Item | None]]:
-    """Yield the numbers of the readable images of each batch, and what is made of them.
+    """Yield the numbers of the readable images of each batch, and what is made of those read.
 
-    A batch may be empty; then it is None.
+    Where none was read, that is None. Images that are known are not read.
     """
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
-    def read(part: Sequence[int]) -> tuple[list[int], _Item | None]:
-        found = {n: image for n in part if (image := reader.read(n)) is not None}
-        return list(found), make(list(found.values())) if found else None
+    def read(part: Sequence[int]) -> dict[int, Image.Image | None]:
+        found = {n: None if n in known else reader.read(n) for n in part}
+        return {n: image for n, image in found.items() if image is not None or n in known}
+
+    def prepare(reading: Future[dict[int, Image.Image | None]]) -> tuple[list[int], _Item | None]:
+        found = reading.result()
+        images = [image for image in found.values() if image is not None]
+        return list(found), make(images) if images else None
 
     # The next images are read and prepared while the model is at work on these.
-    with Progress(len(numbers), what, shown=progress) as shown, ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read, parts[0]) if parts else None
-        for part, following in zip(parts, [*parts[1:], None], strict=False):
-            assert coming is not None
-            found = coming.result()
-            coming = None if following is None else ahead.submit(read, following)
+    readers, makers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    with Progress(len(numbers), what, shown=progress) as shown, readers, makers:
+        reading = (readers.submit(read, part) for part in parts)
+        coming = deque(makers.submit(prepare, next(reading)) for _ in parts[:_AHEAD])
+        for part in parts:
+            found = coming.popleft().result()
+            following = next(reading, None)
+            if following is not None:
+                coming.append(makers.submit(prepare, following))
             yield found
             shown.advance(len(part))

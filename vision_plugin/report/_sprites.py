@@ -38,11 +38,12 @@ class Tile:
             label: What it shows, for those who do not see it; empty where it is told beside it.
             kind: Class, for the style sheet.
         """
-        # A page has a hundred of these, and Markup.format takes ten times as long.
+        # A page has a hundred of these, and Markup.format takes ten times as long. The label alone
+        # is not ours.
         told = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
         return Markup(
-            f'<svg class="{escape(kind)}" viewBox="0 0 {self.width} {self.height}" {told}>'
-            f'<image href="{escape(root + self.source)}" x="-{self.x}" y="-{self.y}" '
+            f'<svg class="{kind}" viewBox="0 0 {self.width} {self.height}" {told}>'
+            f'<image href="{root}{self.source}" x="-{self.x}" y="-{self.y}" '
             f'width="{self.sheet}" height="{self.sheet}"/></svg>'
         )
 
