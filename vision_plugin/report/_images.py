@@ -139,4 +139,6 @@ class ModelView:
         """Return ``[batch, height, width, 3]`` of pixels ``[batch, 3, height, width]``."""
         black, span = self.black[:, None, None], (self.white - self.black)[:, None, None]
         values = ((pixels.detach().float().cpu() - black) / span * 255).round().clamp(0, 255)
-        return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        arrays: np.ndarray[Any, np.dtype[np.uint8]]
+        arrays = values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return arrays

@@ -60,8 +60,9 @@ class Counter:
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics that the loop feeds; what follows the ranking comes after it."""
-        found = {"ranking": self.statistics, "places": self.places, "kept": self.kept}
-        found |= {"maps": self.maps, "images": self.recorder, "views": self.views}
+        found: dict[str, Any] = {"ranking": self.statistics, "places": self.places}
+        found |= {"kept": self.kept, "maps": self.maps, "images": self.recorder}
+        found["views"] = self.views
         return {name: metric for name, metric in found.items() if metric is not None}
 
     def compute(self) -> Counted:
