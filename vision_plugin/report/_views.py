@@ -36,7 +36,8 @@ class Views:
             shown: Returns the images ``[f, places]`` that some latents show so far, -1 for none.
             latents: Latents that have a page.
         """
-        self.view, self.grid, self._shown, self._latents = view, grid, shown, latents
+        self.view, self.grid = view, grid
+        self._shown, self._latents = shown, latents
         self.kept: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
     def update(
