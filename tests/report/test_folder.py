@@ -17,8 +17,8 @@ import vision_plugin as vp
 from tests._processes import ended, in_child, kill_at_change
 from tests.report.conftest import draw_images, topk_sae
 from tests.report.test_content import read_data
-from vision_plugin.report import _resume
-from vision_plugin.report._encoding import TokenEncoder
+from vision_plugin.models import Harvester
+from vision_plugin.report import _resume, _views
 from vision_plugin.report._folder import new_folder, write_marker
 from vision_plugin.report._resume import Checkpoint
 
@@ -180,11 +180,23 @@ KILLED = """
 """
 
 
+def images_run(monkeypatch):
+    """The number of images of every run of a model from now on."""
+    found, run = [], Harvester.__call__
+
+    def note(self, pixels, *args, **kwargs):
+        found.append(len(pixels))
+        return run(self, pixels, *args, **kwargs)
+
+    monkeypatch.setattr(Harvester, "__call__", note)
+    return found
+
+
 def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae, monkeypatch):
-    images, n_saved, encoded = draw_images(300), [0], []
+    images, n_saved = draw_images(300), [0]
     vp.report(sae, model, images, tmp_path / "whole", n_image_pages=300)
     monkeypatch.setattr(_resume, "SAVE_EVERY_S", 0.0)
-    save, pixels = Checkpoint.save, TokenEncoder.pixels
+    save, n_run = Checkpoint.save, images_run(monkeypatch)
 
     def stop_after(self, name, state):
         save(self, name, state)
@@ -192,12 +204,7 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae
         if n_saved[0] in (3, 11):
             raise KeyboardInterrupt
 
-    def note(self, found):
-        encoded.append(len(found))
-        return pixels(self, found)
-
     monkeypatch.setattr(Checkpoint, "save", stop_after)
-    monkeypatch.setattr(TokenEncoder, "pixels", note)
     arguments = (sae, model, images, tmp_path / "r")
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -206,9 +213,8 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae
     vp.report(*arguments, n_image_pages=300)
     assert digest(tmp_path / "r") == digest(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "whole"]
-    # No image was encoded again, although the build was stopped in both passes.
-    n_shown = len(read_data(tmp_path / "r")["pictures"]["numbers"])
-    assert sum(encoded) == 300 + n_shown
+    # The model ran once on each image, although the build was stopped in both passes.
+    assert sum(n_run) == 300
 
 
 def test_a_build_killed_outright_goes_on_to_the_same_bytes(tmp_path, model, sae, monkeypatch):
@@ -233,17 +239,20 @@ def test_a_build_killed_outright_goes_on_to_the_same_bytes(tmp_path, model, sae,
         assert ended(child) == -signal.SIGKILL
         assert (tmp_path / ".r.going-on" / f"{name}.safetensors").is_file()
         assert not (tmp_path / "r").exists()
-    encoded, pixels = [], TokenEncoder.pixels
-
-    def note(self, found):
-        encoded.append(len(found))
-        return pixels(self, found)
-
-    monkeypatch.setattr(TokenEncoder, "pixels", note)
+    n_run = images_run(monkeypatch)
     build("", -1)
     assert digest(tmp_path / "r") == digest(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "whole"]
-    assert sum(encoded) < 300
+    assert sum(n_run) == 0  # all maps were kept before the last kill
+
+
+def test_a_report_is_the_same_with_room_for_few_images(tmp_path, model, sae, monkeypatch):
+    images, n_run = draw_images(120), images_run(monkeypatch)
+    vp.report(sae, model, images, tmp_path / "all")
+    monkeypatch.setattr(_views, "_MOST_BYTES", 20 * 32 * 32 * 3)
+    vp.report(sae, model, images, tmp_path / "few")
+    assert digest(tmp_path / "few") == digest(tmp_path / "all")
+    assert sum(n_run) == 240  # once on each image, in either build
 
 
 def test_what_a_build_of_another_report_left_is_not_gone_on_from(tmp_path, model, sae, monkeypatch):

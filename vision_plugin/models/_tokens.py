@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -42,7 +43,7 @@ class TokenLayout:
         """Length of the residual stream."""
         return self.n_cls + self.n_registers + self.n_patches
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[str, ...]:
         """Kind of each token: ``"cls"``, ``"register"`` or ``"patch"``."""
         counts = {"cls": self.n_cls, "register": self.n_registers, "patch": self.n_patches}

@@ -19,6 +19,7 @@ from vision_plugin.report._encoding import TokenEncoder
 from vision_plugin.report._evaluation import layer_charts, score_table, training_charts
 from vision_plugin.report._feature_page import feature_pages, shift_rows
 from vision_plugin.report._folder import write_marker
+from vision_plugin.report._heat_maps import SCRATCH, HeatMaps
 from vision_plugin.report._image_page import images_data, write_patches
 from vision_plugin.report._images import ImageReader, ModelView
 from vision_plugin.report._index_page import tiles
@@ -31,8 +32,7 @@ from vision_plugin.report._pages import Pages
 from vision_plugin.report._passes import (
     Counted,
     Counter,
-    HeatMaps,
-    MapPass,
+    ImagePass,
     count,
     count_given,
     show_images,
@@ -48,11 +48,10 @@ from vision_plugin.report._statistics import LatentStatistics
 from vision_plugin.report._steering import Steerer, effects, shifts
 from vision_plugin.report._together import KeptLatents, images_to_keep, partners
 from vision_plugin.report._verify import write_checksums
+from vision_plugin.report._views import Views
 from vision_plugin.steering import Edit, SteeringEffect
 
 logger = logging.getLogger(__name__)
-
-_SCRATCH = "heat.part"
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def build(job: Job, folder: Path, checkpoint: Checkpoint) -> None:
         pages.write("compare.html", content)
     pages.write("summary.html", content, tiles=tiles(content), **_summary(job))
     write_marker(folder, _about(content))
-    (folder / _SCRATCH).unlink(missing_ok=True)
+    (folder / SCRATCH).unlink(missing_ok=True)
     write_checksums(folder)
 
 
@@ -189,15 +188,20 @@ def make_steerer(
 
 def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
     """Run both passes, and join what they found."""
-    counted, others = _count(job, checkpoint)
-    summary = counted.summary
+    # What outlasts a kill lies beside the folder, which does not, until it is whole.
+    place = checkpoint.place or folder
+    counted, others, kept = _count(job, place, checkpoint)
+    summary, recorder = counted.summary, kept.recorder
     shown = torch.cat([summary.top.images, summary.sample.images], dim=1)[job.features].numpy()
-    wanted = _image_pages(job)
+    wanted = frozenset() if recorder is None else recorder.wanted
     steered = () if job.steerer is None else job.steerer.numbers
     asked = {row["image"] for rows in job.answers.values() for row in rows} - {None}
     beside = {*wanted, *steered, *asked, *top_images_of(others)}
     order = sorted({*np.unique(shown).tolist(), *beside} - {-1})
-    writer, heat, recorder = _write_images(job, shown, order, wanted, folder, checkpoint)
+    writer = _write_images(job, shown, order, kept, place, checkpoint)
+    if place != folder:
+        for name in ("images", "thumbs"):
+            (place / name).rename(folder / name)
     together = partners(counted.kept, job.features, counted.kept, job.sizes.n_neighbours)
     placed = feature_map(job.sae, job.features, job.layout)
     there = {
@@ -221,7 +225,7 @@ def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
         n_top=job.sizes.n_top,
         reader=job.reader,
         writer=writer,
-        heat=heat,
+        heat=kept.maps,
         neighbours=decoder_neighbours(job.sae, job.features, job.sizes.n_neighbours),
         together=together,
         pages=tuple(address for address, is_there in there.items() if is_there),
@@ -230,7 +234,52 @@ def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
     return Gathered(content, others, recorder if there["images.html"] else None, placed)
 
 
-def _count(job: Job, checkpoint: Checkpoint) -> tuple[Counted, list[Other]]:
+@dataclass(frozen=True)
+class Kept:
+    """What the first pass keeps of the images shown, and the second completes."""
+
+    views: Views | None
+    """None where the model does not run, or its pixels are not colours."""
+    maps: HeatMaps | None = None
+    recorder: PatchRecorder | None = None
+    done: dict[str, Tensor] | None = None
+    """State of a build that was killed in its second pass."""
+
+
+def _kept(job: Job, statistics: LatentStatistics, place: Path, checkpoint: Checkpoint) -> Kept:
+    """Make room for heat maps, or take over those of a build that was killed."""
+    encoder, sizes = job.encoder, job.sizes
+    view = None if encoder is None else ModelView(encoder.model)
+    if encoder is None or view is None:
+        return Kept(None)
+    if not view.usable:
+        logger.warning("the model's pixels are not colours, so the report has no heat maps")
+        return Kept(None)
+    views = Views(view, encoder.layout.grid, statistics.shown, torch.tensor(job.features))
+    if not encoder.has_patches:
+        return Kept(views, done=checkpoint.load("maps"))
+    columns = encoder.patch_columns
+    done = checkpoint.load("maps") if (place / SCRATCH).is_file() else None
+    maps = HeatMaps(
+        place,
+        statistics.shown,
+        job.features,
+        sizes.n_top + sizes.n_sample,
+        encoder.layout.grid,
+        columns,
+        outlasts=checkpoint.folder is not None,
+    )
+    wanted = _image_pages(job)
+    d_sae = int(job.sae.cfg.d_sae)
+    recorder = PatchRecorder(wanted, job.features, d_sae, columns) if wanted else None
+    if done is not None:
+        maps.restore(done)
+        if recorder is not None:
+            recorder.restore(done)
+    return Kept(views, maps, recorder, done)
+
+
+def _count(job: Job, place: Path, checkpoint: Checkpoint) -> tuple[Counted, list[Other], Kept]:
     """Run the first pass over the SAE and what it is compared with."""
     d_sae, sizes = int(job.sae.cfg.d_sae), job.sizes
     widest = max([d_sae, *(int(one.cfg.d_sae) for one in job.others.values())])
@@ -245,10 +294,16 @@ def _count(job: Job, checkpoint: Checkpoint) -> tuple[Counted, list[Other]]:
             KeptLatents(d, keep),
         )
 
-    if job.latents is not None or job.encoder is None:
-        return count_given(job.latents, counter(None, d_sae, sizes.n_sample)), []
+    given = job.latents is not None or job.encoder is None
+    main = counter(None if given else job.encoder, d_sae, sizes.n_sample)
+    kept = _kept(job, main.statistics, place, checkpoint)
+    if given:
+        return count_given(job.latents, main), [], kept
+    assert job.encoder is not None
+    if kept.done is None:
+        main.maps, main.recorder, main.views = kept.maps, kept.recorder, kept.views
     model, tokens = job.encoder.model, job.encoder.tokens
-    counters = [counter(job.encoder, d_sae, sizes.n_sample)]
+    counters = [main]
     for one in job.others.values():
         encoder = TokenEncoder(model, one, tokens=tokens)
         counters.append(counter(encoder, int(one.cfg.d_sae), 0))
@@ -256,15 +311,12 @@ def _count(job: Job, checkpoint: Checkpoint) -> tuple[Counted, list[Other]]:
     if counted.summary.n_images == 0:
         raise ValueError(f"none of the {len(job.reader)} images could be read: mend images=")
     pairs = zip(job.others.items(), rest, strict=True)
-    return counted, [Other(name, one, found) for (name, one), found in pairs]
+    return counted, [Other(name, one, found) for (name, one), found in pairs], kept
 
 
 def _image_pages(job: Job) -> list[int]:
     """Return the images that have a page of their own, spread over the source."""
-    encoder, n = job.encoder, job.sizes.n_image_pages
-    if encoder is None or not encoder.has_patches or n == 0:
-        return []
-    n = min(n, len(job.reader))
+    n = min(job.sizes.n_image_pages, len(job.reader))
     return sorted({i * len(job.reader) // n for i in range(n)})
 
 
@@ -272,41 +324,31 @@ def _write_images(
     job: Job,
     shown: np.ndarray[Any, np.dtype[np.int64]],
     order: list[int],
-    wanted: list[int],
-    folder: Path,
+    kept: Kept,
+    place: Path,
     checkpoint: Checkpoint,
-) -> tuple[ImageWriter, HeatMaps | None, PatchRecorder | None]:
-    """Write small copies of the images shown; return heat maps if the model can run on them."""
+) -> ImageWriter:
+    """Write small copies of the images shown, and complete their heat maps."""
     size, n_features = job.sizes.image_size, len(job.features)
-    view = None if job.encoder is None else ModelView(job.encoder.model)
-    if job.encoder is None or view is None or not view.usable:
-        if view is not None:
-            logger.warning("the model's pixels are not colours, so the report has no heat maps")
-        writer = ImageWriter(folder, order, size=size, n_features=n_features)
+    if kept.views is None or job.encoder is None:
+        writer = ImageWriter(place, order, size=size, n_features=n_features)
         show_images(job.reader, writer, progress=job.progress)
-        return writer, None, None
-    size = min(size, max(view.size))
-    # What outlasts a kill lies beside the folder, which does not, until it is whole.
-    place = checkpoint.place or folder
+        return writer
+    size = min(size, max(kept.views.view.size))
     writer = ImageWriter(place, order, size=size, n_features=n_features)
-    d_sae = int(job.sae.cfg.d_sae)
-    recorder = PatchRecorder(wanted, job.features, d_sae) if wanted else None
-    heat = MapPass(
+    ImagePass(
         job.reader,
         job.encoder,
-        view,
+        kept.views,
         writer,
         shown,
-        job.features,
-        recorder,
-        place / _SCRATCH,
+        kept.maps,
+        kept.recorder,
+        kept.done,
         checkpoint,
         job.progress,
     ).run()
-    if place != folder:
-        for name in ("images", "thumbs"):
-            (place / name).rename(folder / name)
-    return writer, heat, recorder
+    return writer
 
 
 def _title(sae: Any) -> str:

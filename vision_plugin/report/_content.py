@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from vision_plugin.report._columns import Column
+from vision_plugin.report._heat_maps import HeatMaps
 from vision_plugin.report._images import ImageReader
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._names import Name
 from vision_plugin.report._neighbours import Neighbours
-from vision_plugin.report._passes import Counted, HeatMaps
+from vision_plugin.report._passes import Counted
 from vision_plugin.report._private import without_paths
 from vision_plugin.report._sprites import ImageWriter, Tile
 from vision_plugin.report._statistics import LatentSummary

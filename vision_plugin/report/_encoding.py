@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vision_plugin.models.dictionary import Dictionary, bare
+from vision_plugin.models import encode_tokens
+from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 
 CHUNK_ELEMENTS = 2**25
 """Most latents held at once (128 MiB in float32), unless one image alone has more."""
-
-
-@dataclass(frozen=True)
-class TokenLatents:
-    """Latents of the selected tokens of some images of a batch."""
-
-    start: int
-    """Row of the first image in the batch."""
-    values: Float[Tensor, "b tokens d_sae"]
 
 
 class TokenEncoder:
@@ -48,7 +37,7 @@ class TokenEncoder:
         self.site = Site(model, site.hook_name, site.hook_name, self.tokens)
         self.layout = model.token_layout()
         self.harvester = self.site.harvester()
-        self.has_patches = self.tokens in ("patch", "all")
+        self.has_patches = self.tokens in ("patch", "all") and self.site.patch_rows is not None
 
     @property
     def patch_columns(self) -> Tensor:
@@ -62,21 +51,19 @@ class TokenEncoder:
         pixels: Tensor = self.model.preprocess(images)
         return pixels
 
-    def encode(self, pixels: Tensor) -> Iterator[TokenLatents]:
-        """Yield the latents of a batch, in parts that fit in memory."""
-        found = self.harvester(pixels)
-        self.has_patches &= found[self.site.hook_name].ndim > 2
-        activation = self.site.read(found).source
-        activation = activation.to(_weights_of(self.sae, activation))
-        per_image = activation.shape[1] * int(self.sae.cfg.d_sae)
-        step = max(1, CHUNK_ELEMENTS // per_image)
-        for start in range(0, len(activation), step):
-            with torch.no_grad(), bare(self.sae):
-                values = self.sae.encode(activation[start : start + step])
-            yield TokenLatents(start, values.to_dense() if values.is_sparse else values)
+    def encode(self, pixels: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the latents of a batch, as metrics take them, in parts that fit in memory.
 
+        Args:
+            pixels: Images prepared for the model.
+            numbers: Their numbers.
 
-def _weights_of(dictionary: Dictionary, otherwise: Tensor) -> Tensor:
-    """Return a tensor of the dictionary's type and on its device."""
-    W_dec = getattr(dictionary, "W_dec", None)
-    return W_dec if isinstance(W_dec, Tensor) else otherwise
+        Yields:
+            Latents of the tokens, image by image, sparse COO or dense, and the images' numbers.
+        """
+        source = self.site.read(self.harvester(pixels)).source
+        step = max(1, CHUNK_ELEMENTS // (source.shape[1] * int(self.sae.cfg.d_sae)))
+        for start in range(0, len(source), step):
+            found = encode_tokens(self.sae, source[start : start + step])
+            flat = found.flat() if found.is_sparse else found.dense
+            yield flat, numbers[start : start + step]

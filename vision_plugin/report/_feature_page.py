@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ import numpy as np
 from vision_plugin.report._charts import activation_chart, curves_chart
 from vision_plugin.report._columns import STATES
 from vision_plugin.report._content import Content
-from vision_plugin.report._heat import heat_uri
+from vision_plugin.report._heat import heat_uris
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._numbers import compact, percent
 from vision_plugin.report._places import NAMES
@@ -93,11 +94,8 @@ def _images(content: Content, row: int, latent: int) -> dict[str, Any]:
     both = [summary.top.values[latent].numpy(), summary.sample.values[latent].numpy()]
     values = np.concatenate(both)
     places = [place for place in range(content.shown.shape[1]) if content.shown[row, place] >= 0]
-    scale = 0.0
-    if content.heat is not None and places:
-        # One scale for all images of a feature, so that they can be compared.
-        scale = float(content.heat.values[row, places].max())
-    shown = {place: _image(content, row, place, float(values[place]), scale) for place in places}
+    heat = _heat(content, row, places, values)
+    shown = {place: _image(content, row, place, float(values[place]), heat) for place in places}
     top = [shown[place] for place in places if place < content.n_top]
     sample = [shown[place] for place in places if place >= content.n_top]
     n_elsewhere = sum(image["elsewhere"] for image in shown.values())
@@ -123,26 +121,48 @@ def _fifths(sample: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _image(content: Content, row: int, place: int, value: float, scale: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Heat:
+    """The heat maps of a feature."""
+
+    scale: float
+    """Activation that is shown white."""
+    uris: dict[int, str]
+    """Maps by place; none where one would be black all over and hide the image."""
+    elsewhere: frozenset[int]
+    """Places where the feature is largest on a token that is no patch."""
+
+
+def _heat(
+    content: Content, row: int, places: list[int], values: np.ndarray[Any, np.dtype[np.float32]]
+) -> _Heat:
+    if content.heat is None or not places:
+        return _Heat(0.0, {}, frozenset())
+    maps, elsewhere = content.heat.of(row, content.shown[row, places])
+    highest = maps.max(1).astype(np.float64)
+    # One scale for all images of a feature, so that they can be compared.
+    scale = float(highest.max())
+    lit = (scale > 0) & (highest > _DARK * np.maximum(scale, values[places]))
+    there = [place for place, is_lit in zip(places, lit.tolist(), strict=True) if is_lit]
+    uris = heat_uris(maps[lit], content.heat.grid, scale)
+    beside = [place for place, at in zip(places, elsewhere.tolist(), strict=True) if at]
+    return _Heat(scale, dict(zip(there, uris, strict=True)), frozenset(beside))
+
+
+def _image(content: Content, row: int, place: int, value: float, heat: _Heat) -> dict[str, Any]:
     number = int(content.shown[row, place])
-    tile, heat, elsewhere = content.tile(number), None, False
-    if content.heat is not None and tile is not None:
-        elsewhere = bool(content.heat.elsewhere[row, place])
-        values = content.heat.values[row, place]
-        # A map that is black all over would hide the image, so there is none.
-        if scale > 0 and float(values.max()) > _DARK * max(scale, value):
-            heat = heat_uri(values, content.heat.grid, scale)
+    tile = content.tile(number)
     return {
         "tile": tile,
         "number": number,
         "value": compact(value),
         "id": content.id(number),
         "label": content.label(number),
-        "heat": heat,
-        "scale": f"{scale:.6g}",
+        "heat": None if tile is None else heat.uris.get(place),
+        "scale": f"{heat.scale:.6g}",
         "rows": content.heat.grid[0] if content.heat else 0,
         "columns": content.heat.grid[1] if content.heat else 0,
-        "elsewhere": elsewhere,
+        "elsewhere": tile is not None and place in heat.elsewhere,
     }
 
 
@@ -180,7 +200,7 @@ def _grid(content: Content, latent: int) -> dict[str, Any] | None:
     if mean.max() <= 0:
         return None
     return {
-        "uri": heat_uri(mean, (rows, columns), float(mean.max())),
+        "uri": heat_uris(mean[None], (rows, columns), float(mean.max()))[0],
         "rows": rows,
         "columns": columns,
         "scale": f"{float(mean.max()):.6g}",

@@ -16,26 +16,29 @@ LEVELS = 128
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def heat_uri(values: Float[np.ndarray, " patches"], grid: tuple[int, int], scale: float) -> str:
-    """Return a data URI with one grey pixel per patch: black at 0, white at ``scale``.
+def heat_uris(
+    values: Float[np.ndarray, "maps patches"], grid: tuple[int, int], scale: float
+) -> list[str]:
+    """Return data URIs with one grey pixel per patch: black at 0, white at ``scale``.
 
     Values are rounded to 128 levels. The file is put together here, since a report has dozens for
     each feature, and an imaging library takes several times as long to write 64 pixels.
 
     Args:
-        values: Activations of the patches, row by row.
+        values: Activations of the patches, row by row, one map per data URI.
         grid: Rows and columns of patches.
         scale: Activation that is shown white.
     """
     share = np.clip(values.astype(np.float32) / max(scale, 1e-30), 0, 1)
     levels = np.round(np.round(share * (LEVELS - 1)) * (255 / (LEVELS - 1)))
     rows, columns = grid
-    lines = np.zeros((rows, columns + 1), dtype=np.uint8)  # each begins with its filter: none
-    lines[:, 1:] = levels.reshape(grid)
+    # Each line begins with its filter: none.
+    lines = np.zeros((len(values), rows, columns + 1), dtype=np.uint8)
+    lines[:, :, 1:] = levels.reshape(len(values), *grid)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)  # 8 bits, grey
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b""))
-    png = _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in parts)
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    head, tail = _SIGNATURE + _chunk(b"IHDR", header), _chunk(b"IEND", b"")
+    files = (head + _chunk(b"IDAT", zlib.compress(each.tobytes())) + tail for each in lines)
+    return ["data:image/png;base64," + base64.b64encode(file).decode("ascii") for file in files]
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -134,9 +135,10 @@ class ModelView:
         """Return whether pixels are three colours and can be turned back."""
         return len(self.black) == 3 and bool(((self.white - self.black).abs() > 1e-6).all())
 
-    def __call__(self, pixels: Tensor) -> list[Image.Image]:
-        """Return one image per row of pixels ``[batch, 3, height, width]``."""
+    def arrays(self, pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return ``[batch, height, width, 3]`` of pixels ``[batch, 3, height, width]``."""
         black, span = self.black[:, None, None], (self.white - self.black)[:, None, None]
         values = ((pixels.detach().float().cpu() - black) / span * 255).round().clamp(0, 255)
+        arrays: np.ndarray[Any, np.dtype[np.uint8]]
         arrays = values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        return arrays

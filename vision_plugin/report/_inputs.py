@@ -14,10 +14,12 @@ MAX_TEXT = 300
 
 def clean(text: object) -> str:
     """Return text without control characters and lone surrogates, fit for any file and page."""
-    kept = "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c
-        for c in str(text)[: MAX_TEXT + 1]
-    )
+    kept = str(text)[: MAX_TEXT + 1]
+    if not kept.isprintable():  # printable text has neither, and is most of it
+        kept = "".join(
+            "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c
+            for c in kept
+        )
     return kept if len(kept) <= MAX_TEXT else kept[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

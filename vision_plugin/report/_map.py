@@ -59,9 +59,9 @@ def feature_map(sae: Any, features: list[int], method: str) -> FeatureMap | None
     if has_umap and method != "pca" and len(features) > _NEIGHBOURS:
         import umap
 
-        found = umap.UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0).fit_transform(
-            unit.numpy()
-        )
+        # The same map in every run takes one thread, and umap warns unless it is told so.
+        layout = umap.UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1)
+        found = layout.fit_transform(unit.numpy())
         note = f"UMAP of the decoder directions, cosine, {_NEIGHBOURS} neighbours"
         return FeatureMap("UMAP", note, _unit_square(np.asarray(found, dtype=np.float64)))
     centred = (unit - unit.mean(0)).double()

@@ -1,14 +1,12 @@
-"""The two passes over the images: all images for the ranking, those shown for heat maps."""
+"""The two passes over the images: all images for ranking and heat maps, those shown for copies."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,31 +18,22 @@ from vision_plugin._progress import Progress
 from vision_plugin.evaluation import Facts, Group, ImageBatch, Loop, Place, Subject
 from vision_plugin.metrics import MetricSet
 from vision_plugin.report._encoding import CHUNK_ELEMENTS, TokenEncoder
-from vision_plugin.report._images import ImageReader, ModelView
+from vision_plugin.report._heat_maps import HeatMaps
+from vision_plugin.report._images import ImageReader
 from vision_plugin.report._patches import PatchRecorder
 from vision_plugin.report._places import Places, TokenPlaces
 from vision_plugin.report._resume import Checkpoint, no_checkpoint
 from vision_plugin.report._sprites import ImageWriter
 from vision_plugin.report._statistics import LatentStatistics, LatentSummary
 from vision_plugin.report._together import Kept, KeptLatents
+from vision_plugin.report._views import Views
 
 BATCH = 32
+_AHEAD = 2
+"""Batches that are read and prepared ahead."""
 MAP_STEP = 256
 """Images between two places at which the second pass can go on; a sheet of thumbnails."""
-_FLOAT16_MAX = 65504.0
 _Item = TypeVar("_Item")
-
-
-@dataclass(frozen=True)
-class HeatMaps:
-    """Patch latents of the shown images, on disk while the report is built."""
-
-    values: np.memmap[Any, np.dtype[np.float16]]
-    """[features, places, patches]."""
-    elsewhere: np.ndarray[Any, np.dtype[np.bool_]]
-    """[features, places]: whether the latent is largest on a token that is no patch."""
-    grid: tuple[int, int]
-    """Rows and columns of patches."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +54,15 @@ class Counter:
     statistics: LatentStatistics
     places: TokenPlaces | None
     kept: KeptLatents
+    maps: HeatMaps | None = None
+    recorder: PatchRecorder | None = None
+    views: Views | None = None
 
     def metrics(self) -> dict[str, Any]:
-        """Return the metrics that the loop feeds."""
-        found = {"ranking": self.statistics, "places": self.places, "kept": self.kept}
+        """Return the metrics that the loop feeds; what follows the ranking comes after it."""
+        found: dict[str, Any] = {"ranking": self.statistics, "places": self.places}
+        found |= {"kept": self.kept, "maps": self.maps, "images": self.recorder}
+        found["views"] = self.views
         return {name: metric for name, metric in found.items() if metric is not None}
 
     def compute(self) -> Counted:
@@ -109,9 +103,9 @@ def count(
         reader.bad.update({int(n): why for n, why in _unpacked(state["bad"]).items()})
     size = loop.images_at_once(BATCH)
     numbers = range(start, len(reader))
-    for batch, images in _batches(reader, numbers, "encoding", progress, size=size):
-        if images:
-            loop.feed(ImageBatch(batch, first.pixels(images)))
+    for batch, pixels in _batches(reader, numbers, first.pixels, "encoding", progress, size=size):
+        if pixels is not None:
+            loop.feed(ImageBatch(batch, pixels))
         if checkpoint.due:
             after = {"next_image": torch.tensor(numbers[0] + size), "bad": _packed(reader.bad)}
             checkpoint.save("counts", {**after, **_states(counters)})
@@ -181,127 +175,86 @@ def _row_reader(latents: Any) -> Any:
 
 def show_images(reader: ImageReader, writer: ImageWriter, *, progress: bool) -> None:
     """Write small copies of all images that the writer has a place for."""
-    for numbers, images in _batches(reader, writer.order, "writing", progress):
-        for number, image in zip(numbers, images, strict=True):
+    for numbers, images in _batches(reader, writer.order, list, "writing", progress):
+        for number, image in zip(numbers, images or (), strict=True):
             writer.write(number, image)
     writer.finish()
 
 
 @dataclass
-class MapPass:
-    """The second pass: images as the model sees them, and their latents patch by patch."""
+class ImagePass:
+    """The second pass: images as the model sees them, and the heat maps that were not kept."""
 
     reader: ImageReader
     encoder: TokenEncoder
-    view: ModelView
+    views: Views
     writer: ImageWriter
     shown: np.ndarray[Any, np.dtype[np.int64]]
     """Image numbers or -1, ``[features, places]``."""
-    features: Sequence[int]
-    """Latents of the rows of ``shown``."""
+    maps: HeatMaps | None
     recorder: PatchRecorder | None
     """Records the images that have a page of their own."""
-    scratch: Path
-    """File to write the heat maps to."""
+    done: dict[str, Tensor] | None
+    """State of a killed build, whose maps and records are taken over already."""
     checkpoint: Checkpoint
     progress: bool
 
-    def run(self) -> HeatMaps | None:
-        """Write the images, and return the heat maps; None where there are no patches."""
-        encoder, n_places = self.encoder, self.shown.shape[1]
-        n_patches = encoder.layout.n_patches if encoder.has_patches else 0
-        done = self.checkpoint.load("maps")
-        shape = (*self.shown.shape, n_patches)
-        values = _mapped(self.scratch, shape, new=done is None)
-        elsewhere = np.zeros(self.shown.shape, dtype=bool)
-        start = 0
-        if done is not None:
-            start, elsewhere = int(done["next"]), done["elsewhere"].numpy().astype(bool)
-            self._restore(done)
-        places = _places_by_image(self.shown)
-        latent_of = torch.as_tensor(np.asarray(self.features, dtype=np.int64))
-        order = self.writer.order[start:]
-        for place, (numbers, images) in enumerate(
-            _batches(self.reader, order, "mapping patches of", self.progress)
-        ):
-            if images:
-                pixels = encoder.pixels(images)
-                covered = _covered(pixels, encoder.layout.grid)
-                for number, image in zip(numbers, self.view(covered), strict=True):
-                    self.writer.write(number, image)
-                for part in encoder.encode(pixels) if encoder.has_patches else ():
-                    if not encoder.has_patches:
-                        break
-                    chosen = numbers[part.start : part.start + len(part.values)]
-                    self._map(part.values, chosen, places, latent_of, n_places, values, elsewhere)
-            read = start + (place + 1) * BATCH
-            if self.checkpoint.due and read % MAP_STEP == 0:
-                values.flush()
-                self.writer.finish()
-                self._save(read, elsewhere)
-        self.writer.finish()
-        if not encoder.has_patches:
-            return None
-        return HeatMaps(values, elsewhere, encoder.layout.grid)
-
-    def _map(
-        self,
-        latents: Tensor,
-        numbers: list[int],
-        places: dict[int, np.ndarray[Any, np.dtype[np.int64]]],
-        latent_of: Tensor,
-        n_places: int,
-        values: np.memmap[Any, np.dtype[np.float16]],
-        elsewhere: np.ndarray[Any, np.dtype[np.bool_]],
-    ) -> None:
-        """Put the latents of some images where they are shown."""
-        nowhere = np.zeros(0, dtype=np.int64)
-        found = [places.get(number, nowhere) for number in numbers]
-        flat = np.concatenate(found)
-        row = np.repeat(np.arange(len(numbers)), [len(each) for each in found])
-        feature, place = np.divmod(flat, n_places)
-        device, columns = latents.device, self.encoder.patch_columns.to(latents.device)
-        picked = latents[torch.as_tensor(row, device=device), :, latent_of[feature].to(device)]
-        patches = picked[:, columns].float().clamp(0, _FLOAT16_MAX)
-        values[feature, place] = patches.cpu().numpy().astype(np.float16)
-        is_elsewhere = picked.amax(1) > picked[:, columns].amax(1)
-        elsewhere[feature, place] = is_elsewhere.cpu().numpy()
-        if self.recorder is not None:
-            for each, number in enumerate(numbers):
-                if number in self.recorder.wanted:
-                    self.recorder.add(number, latents[each], latents[each, columns])
-
-    def _save(self, read: int, elsewhere: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        sizes = [[number, *size] for number, size in self.writer.small.sizes.items()]
-        large = [[number, *size] for number, size in self.writer.large.sizes.items()]
-        state = {
-            "next": torch.tensor(read),
-            "elsewhere": torch.as_tensor(elsewhere.astype(np.uint8)),
-            "small": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 3),
-            "large": torch.tensor(large, dtype=torch.int64).reshape(-1, 3),
-        }
-        recorded = {} if self.recorder is None else self.recorder.state()
-        self.checkpoint.save("maps", {**state, **recorded})
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
+    def run(self) -> None:
+        """Write the images, and run the model on those that lack a map."""
+        done = self.done
+        start = 0 if done is None else int(done["next"])
         for sheets, name in ((self.writer.small, "small"), (self.writer.large, "large")):
-            sheets.sizes.update({n: (w, h) for n, w, h in state[name].tolist()})
+            found = [] if done is None else done[name].tolist()
+            sheets.sizes.update({n: (w, h) for n, w, h in found})
+        lacking = self._lacking()
+        kept = self.views.kept.keys() - lacking
+        order, read = self.writer.order[start:], start
+        batches = _batches(
+            self.reader, order, self._view, "writing images", self.progress, known=kept
+        )
+        for numbers, made in batches:
+            pixels, images = (None, []) if made is None else made
+            others = iter(images)
+            for number in numbers:
+                image = self.views.take(number) if number in kept else next(others)
+                self.writer.write(number, image)
+            if pixels is not None:
+                self._feed(pixels, [n for n in numbers if n not in kept], lacking)
+            read += BATCH
+            if self.checkpoint.due and read % MAP_STEP == 0:
+                self.writer.finish()
+                self._save(read)
+        self.writer.finish()
+
+    def _view(self, images: list[Image.Image]) -> tuple[Tensor, list[Image.Image]]:
+        pixels = self.encoder.pixels(images)
+        return pixels, self.views.of(pixels)
+
+    def _lacking(self) -> set[int]:
+        """Return the images that the model must run on again."""
+        found = set() if self.maps is None else self.maps.missing(self.shown)
         if self.recorder is not None:
-            self.recorder.restore(state)
+            found |= self.recorder.wanted - self.recorder.found.keys()
+        return found
 
+    def _feed(self, pixels: Tensor, numbers: list[int], lacking: set[int]) -> None:
+        rows = [row for row, number in enumerate(numbers) if number in lacking]
+        if not rows:
+            return
+        chosen = torch.tensor([numbers[row] for row in rows])
+        for latents, indices in self.encoder.encode(pixels[rows], chosen):
+            for metric in (self.maps, self.recorder):
+                if metric is not None:
+                    metric.update(latents, indices)
 
-def _mapped(
-    path: Path, shape: tuple[int, ...], *, new: bool
-) -> np.memmap[Any, np.dtype[np.float16]]:
-    """Return a file as numbers, with room for all of it: a full disk kills later writes."""
-    if not new:
-        return np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
-    if hasattr(os, "posix_fallocate") and all(shape):
-        path.unlink(missing_ok=True)
-        with path.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, math.prod(shape) * 2)
-        return np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
-    return np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
+    def _save(self, read: int) -> None:
+        state = {"next": torch.tensor(read)}
+        for sheets, name in ((self.writer.small, "small"), (self.writer.large, "large")):
+            sizes = [[number, *size] for number, size in sheets.sizes.items()]
+            state[name] = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 3)
+        for metric in (self.maps, self.recorder):
+            state |= {} if metric is None else metric.state()
+        self.checkpoint.save("maps", state)
 
 
 def watch(items: Iterable[_Item], what: str, *, progress: bool, total: int) -> Iterator[_Item]:
@@ -312,41 +265,40 @@ def watch(items: Iterable[_Item], what: str, *, progress: bool, total: int) -> I
             shown.advance(1)
 
 
-def _covered(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the part of the pixels that patches cover; a remainder at the far edges has none."""
-    rows, columns = grid
-    height, width = pixels.shape[-2:]
-    return pixels[..., : height // rows * rows, : width // columns * columns]
-
-
 def _batches(
-    reader: ImageReader, numbers: Sequence[int], what: str, progress: bool, *, size: int = BATCH
-) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    """Yield the readable images of each batch with their numbers; a batch may be empty."""
+    reader: ImageReader,
+    numbers: Sequence[int],
+    make: Callable[[list[Image.Image]], _Item],
+    what: str,
+    progress: bool,
+    *,
+    size: int = BATCH,
+    known: Container[int] = (),
+) -> Iterator[tuple[list[int], _Item | None]]:
+    """Yield the numbers of the readable images of each batch, and what is made of those read.
+
+    Where none was read, that is None. Images that are known are not read.
+    """
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def read(part: Sequence[int]) -> dict[int, Image.Image | None]:
-        return {n: reader.read(n) for n in part}
+        found = {n: None if n in known else reader.read(n) for n in part}
+        return {n: image for n, image in found.items() if image is not None or n in known}
 
-    # The next images are read while the model is at work on these.
-    with Progress(len(numbers), what, shown=progress) as shown, ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read, parts[0]) if parts else None
-        for following in [*parts[1:], None]:
-            if coming is None:
-                break
-            found = coming.result()
-            coming = None if following is None else ahead.submit(read, following)
-            readable = {n: image for n, image in found.items() if image is not None}
-            yield list(readable), list(readable.values())
-            shown.advance(len(found))
+    def prepare(reading: Future[dict[int, Image.Image | None]]) -> tuple[list[int], _Item | None]:
+        found = reading.result()
+        images = [image for image in found.values() if image is not None]
+        return list(found), make(images) if images else None
 
-
-def _places_by_image(
-    shown: np.ndarray[Any, np.dtype[np.int64]],
-) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return the flat places of ``shown`` by the image at them."""
-    flat = shown.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    numbers, starts = np.unique(flat[order], return_index=True)
-    parts = np.split(order, starts[1:])
-    return {int(number): part for number, part in zip(numbers, parts, strict=True)}
+    # The next images are read and prepared while the model is at work on these.
+    readers, makers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    with Progress(len(numbers), what, shown=progress) as shown, readers, makers:
+        reading = (readers.submit(read, part) for part in parts)
+        coming = deque(makers.submit(prepare, next(reading)) for _ in parts[:_AHEAD])
+        for part in parts:
+            found = coming.popleft().result()
+            following = next(reading, None)
+            if following is not None:
+                coming.append(makers.submit(prepare, following))
+            yield found
+            shown.advance(len(part))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 PER_PATCH, PER_IMAGE = 8, 16
@@ -27,34 +27,51 @@ class ImageRecord:
 
 
 class PatchRecorder:
-    """Record the strongest features of some images, as the second pass comes to them."""
+    """Record the strongest features of some images; the loop feeds it like a metric."""
 
-    def __init__(self, wanted: Sequence[int], features: Sequence[int], d_sae: int) -> None:
+    sparse_latents = True
+    latents_per = "token"
+
+    def __init__(
+        self,
+        wanted: Sequence[int],
+        features: Sequence[int],
+        d_sae: int,
+        patch_columns: Int[Tensor, " patches"],
+    ) -> None:
         """Choose the images and the features.
 
         Args:
             wanted: Numbers of the images.
             features: Latents that have a page; others are not recorded.
             d_sae: Number of latents.
+            patch_columns: Places of the patches among the tokens.
         """
+        self._columns = patch_columns
         self.wanted = frozenset(wanted)
         self._chosen = torch.as_tensor(list(features))
         self._are_all = len(features) == d_sae
         self.found: dict[int, dict[str, Tensor]] = {}
 
-    def add(
-        self, number: int, tokens: Float[Tensor, "tokens d_sae"], patches: Float[Tensor, "p d_sae"]
-    ) -> None:
-        """Record an image.
+    def update(self, latents: Tensor, image_indices: Int[Tensor, " b"]) -> None:
+        """Record those of some images that are wanted.
 
         Args:
-            number: Its number.
-            tokens: Latents of all selected tokens.
-            patches: Latents of its patches.
+            latents: Latents of the selected tokens, ``[b, tokens, d_sae]`` dense or ``[b * tokens,
+                d_sae]`` sparse COO, image by image.
+            image_indices: Numbers of the images.
         """
+        n_tokens = latents.shape[:-1].numel() // len(image_indices)
+        for place, number in enumerate(image_indices.tolist()):
+            if number in self.wanted:
+                rows = torch.arange(place * n_tokens, (place + 1) * n_tokens, device=latents.device)
+                part = latents.index_select(0, rows) if latents.is_sparse else latents[place]
+                self._add(number, part.to_dense() if part.is_sparse else part)
+
+    def _add(self, number: int, tokens: Float[Tensor, "tokens d_sae"]) -> None:
         if not self._are_all:
-            chosen = self._chosen.to(tokens.device)
-            tokens, patches = tokens[:, chosen], patches[:, chosen]
+            tokens = tokens[:, self._chosen.to(tokens.device)]
+        patches = tokens[self._columns.to(tokens.device)]
         top = patches.float().clamp(min=0).topk(min(PER_PATCH, patches.shape[1]), dim=1)
         sums = tokens.float().clamp(min=0).sum(0).topk(min(PER_IMAGE, tokens.shape[1]))
         maps = patches.float().clamp(min=0)[:, sums.indices].T

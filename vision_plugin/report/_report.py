@@ -72,8 +72,9 @@ def report(
     features, a comparison with other dictionaries, and a summary of the evaluation. All open from
     the file system and fetch nothing.
 
-    The model runs once on each image to rank them (unless ``latents`` are given), and once more on
-    those shown for their heat maps. Memory does not grow with the number of images.
+    The model runs once on each image, and the heat maps of those shown are kept meanwhile; where
+    ``latents`` are given, it runs on the images shown alone. Memory does not grow with the number
+    of images.
     The same input makes the same bytes. The folder appears, or is replaced, as a whole; a build
     that was killed goes on where it was, if the images have ids to be known by.
 

@@ -86,6 +86,10 @@ class LatentStatistics:
         keys = _sampling_keys(images, self.seed)[rows]
         self._sample.merge(features, keys, values, numbers)
 
+    def shown(self, features: Int[Tensor, " f"]) -> Int[Tensor, "f n"]:
+        """Return the images, -1 at free places, that some latents would show after those so far."""
+        return torch.cat([self._top.images[features], self._sample.images[features]], dim=1)
+
     def state(self) -> dict[str, Tensor]:
         """Return all that was counted so far, by name."""
         counted = {"fired": self._n_fired, "histogram": self._histogram, "total": self._total}

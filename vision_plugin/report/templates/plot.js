@@ -51,7 +51,8 @@ class Plot {
     canvas.height = Math.round(h * ratio);
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
-    const size = Math.min(9, Math.max(2, (110 / Math.sqrt(this.points.x.length + 1)) * Math.sqrt(this.view.zoom)));
+    const room = Math.sqrt((w * h) / (this.points.x.length + 1));
+    const size = Math.min(9, Math.max(2.5, room / 6 * Math.sqrt(this.view.zoom)));
     const groups = new Map();
     for (let row = 0; row < this.points.x.length; row++) {
       const [x, y] = this.to(row);
