@@ -17,8 +17,7 @@ DICTIONARY_TITLES: Mapping[str, str] = MappingProxyType(
 """Headings of the dictionaries of an evaluation; others are called by their own name.
 
 Examples:
-    >>> from vision_plugin.evaluation import DICTIONARY_TITLES
-    >>> DICTIONARY_TITLES["random"]
+    >>> vp.evaluation.DICTIONARY_TITLES["random"]
     'random directions'
 """
 
@@ -29,8 +28,9 @@ def summary_by_metric(
     """Return the dictionaries of a summary, the SAE first, and its numbers.
 
     Examples:
-        >>> from vision_plugin.evaluation import summary_by_metric
-        >>> found = summary_by_metric({"fvu/sae": {"fvu": 0.1}, "fvu/pca": {"fvu": 0.3}})
+        >>> found = vp.evaluation.summary_by_metric(
+        ...     {"fvu/sae": {"fvu": 0.1}, "fvu/pca": {"fvu": 0.3}}
+        ... )
         >>> found[0], found[1]["fvu"]["fvu"]
         (['sae', 'pca'], {'sae': 0.1, 'pca': 0.3})
 

@@ -41,7 +41,6 @@ class ClassConceptsSettings:
     """How a class is taken apart into concepts.
 
     Examples:
-        >>> import vision_plugin as vp
         >>> vp.lens.ClassConceptsSettings(method="ica").n_features
         12
     """
@@ -97,8 +96,6 @@ def class_concepts(
     taken out, the most important first, the least important first, and in random orders.
 
     Examples:
-        >>> import vision_plugin as vp
-        >>> model = vp.load_model("demo")
         >>> settings = vp.lens.ClassConceptsSettings(
         ...     labels="column:shape", n_features=2, n_images=1, design=2
         ... )

@@ -25,7 +25,6 @@ class Deletion:
     """Mean absolute change of the answer with 0, 1, 2, ... concepts taken out.
 
     Examples:
-        >>> import vision_plugin as vp
         >>> vp.lens.Deletion((0.0, 2.0, 2.5), (0.0, 0.5, 2.5), (0.0, 1.0, 2.5)).areas()["random"]
         1.1666666666666667
 
@@ -49,11 +48,9 @@ class ClassConcepts:
     """Concepts of a class; see :func:`vision_plugin.lens.class_concepts`.
 
     Examples:
-        >>> import vision_plugin as vp
         >>> settings = vp.lens.ClassConceptsSettings(
         ...     labels="column:shape", n_features=2, n_images=1, design=2
         ... )
-        >>> model = vp.load_model("demo")
         >>> found = vp.lens.class_concepts(
         ...     model, "demo:120", "star", settings=settings, progress=False
         ... )
