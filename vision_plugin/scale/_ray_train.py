@@ -18,6 +18,9 @@ from vision_plugin.scale._versions import Home
 RETRIES = 3
 """How often the workers begin again, from the last checkpoint, after one of them died."""
 
+STARTS = 10
+"""How often the workers may fail to start: after a machine died, Ray Train waits for it in vain."""
+
 _SIGN = "shared"
 """File in the folder of Ray Train's notes, by which a worker sees that it shares the folder."""
 
@@ -81,7 +84,7 @@ def train_workers(ray: Any, work: TeamWork, slot: Slot, workers: tuple[int, int]
         run_config=RunConfig(
             name="run",
             storage_path=str(notes),
-            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=STARTS),
             # Some are read when torch is imported, which Ray Train does before it calls us.
             worker_runtime_env={"env_vars": work.home.variables},
         ),
@@ -144,8 +147,9 @@ def _told(error: Any) -> Exception:
     for failure in failures.values():
         if isinstance(failure, ValueError | ClusterError):
             return failure
-    said = next((str(failure) for failure in failures.values()), str(error))
+    said = " ".join(next((str(failure) for failure in failures.values()), str(error)).split())
+    what = f"died {RETRIES + 1} times" if failures else "did not start"
     return ClusterError(
-        f"the workers that train the SAE died {RETRIES + 1} times ({' '.join(said.split())[:300]}):"
-        " run the same command again, which continues from the last checkpoint"
+        f"the workers that train the SAE {what} ({said[:300]}): run the same command again, which "
+        "continues from the last checkpoint"
     )
