@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vision_plugin.scale._cluster import NOWHERE
+
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
 START_SECONDS, ATTEMPTS = 100, 3
@@ -121,6 +123,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_REPORT_URL": NOWHERE,
             "RAY_raylet_start_wait_time_s": str(round(patience(START_SECONDS))),
             "RAY_agent_register_timeout_ms": str(round(1000 * patience(START_SECONDS))),
             "RAY_health_check_failure_threshold": str(CHECKS),
@@ -131,6 +134,10 @@ class Cluster:
             "PYTHONDONTWRITEBYTECODE": "",
             "HF_HUB_OFFLINE": "1",
         }
+        home = self.folder / "home"
+        home.mkdir()
+        (home / "ray_bootstrap_config.yaml").write_text("{}")  # else Ray asks clouds where it is
+        self.env_of_node = {**self.env, "HOME": str(home)}
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.seen: set[int] = set()
 
@@ -190,7 +197,7 @@ class Cluster:
                     *("--object-store-memory=100000000", "--disable-usage-stats"),
                     *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
-                env=self.env,
+                env=self.env_of_node,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

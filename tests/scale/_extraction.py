@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.scale._cluster import Cluster, said
 
-N_SHARDS = 48
+N_SHARDS = 40
 FLAGS = (
     *("--model-name", "demo", "--images", f"demo:{N_SHARDS * 16}@0"),
     *("--hook-names", "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"),
