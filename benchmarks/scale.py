@@ -25,16 +25,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from sae_lens import BatchTopKTrainingSAEConfig, LoggingConfig, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from transformers import CLIPImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bare checkout works, too
 
 from benchmarks._machine import machine
 from benchmarks._scale_model import Rates, table, with_measured
 from vision_plugin.activations import ExtractionConfig, extract
+from vision_plugin.images import open_images
 from vision_plugin.scale import LaneTeam, RayEngine
 
 logger = logging.getLogger("benchmarks.scale")
@@ -55,14 +59,25 @@ def main() -> None:
     there = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     there["machine"] = machine("ray", "sae-lens", "transformers")
     if arguments.part in (None, "lanes"):  # before Ray's threads: this part forks
-        there["lanes"] = lanes(small=arguments.small)
+        there["lanes"] = timed(lanes, small=arguments.small)
     if arguments.part in (None, "extraction"):
-        there["extraction"] = extraction(small=arguments.small)
+        there["extraction"] = timed(extraction, small=arguments.small)
     if len(there) > 1:
         arguments.output.write_text(json.dumps(there, indent=1) + "\n")
     text = page(there)
     arguments.output.with_suffix(".md").write_text(text)
     logger.info("%s", text)
+
+
+def timed(part: Callable[..., dict[str, Any]], *, small: bool) -> dict[str, Any]:
+    """A part's results, with what it took and how busy the machine was."""
+    load, begun, before = os.getloadavg()[0], time.monotonic(), _cpu_of_tree()
+    found = part(small=small)
+    return found | {
+        "seconds": time.monotonic() - begun,
+        "cpu_seconds_of_all": _cpu_of_tree() - before,
+        "load_average": [load, os.getloadavg()[0]],
+    }
 
 
 # -------------------------------------------------------------------------------- extraction
@@ -76,7 +91,6 @@ def extraction(*, small: bool) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as name,
         RayEngine(num_cpus=1, object_store_memory=150_000_000) as engine,
     ):
-        started = time.monotonic()
         for turn in range(rounds):
             for where, on in (("local", None), ("ray", engine)):
                 found = [_cost(Path(name) / f"{where}-{turn}-{n}", n, on) for n in (few, many)]
@@ -86,7 +100,7 @@ def extraction(*, small: bool) -> dict[str, Any]:
                 logger.info("%s: %s per image", where, cost)
                 turns[where].append(cost)
         tasks = _tasks_per_second(engine, 20 if small else 400)
-        seconds = time.monotonic() - started
+        decoded = _decoded_per_second(Path(name) / "photos", 8 if small else 64)
     cpu = [r["cpu"] / here["cpu"] for here, r in zip(turns["local"], turns["ray"], strict=True)]
     wall = [here["wall"] / r["wall"] for here, r in zip(turns["local"], turns["ray"], strict=True)]
     return {
@@ -98,7 +112,7 @@ def extraction(*, small: bool) -> dict[str, Any]:
         "speed_over_local": statistics.median(wall),
         "speed_over_local_by_turn": wall,
         "tasks_per_second": tasks,
-        "seconds": seconds,
+        "decoded": decoded,
     }
 
 
@@ -155,6 +169,23 @@ def _tasks_per_second(engine: RayEngine, n: int) -> float:
 
 def _nothing() -> None:
     return None
+
+
+def _decoded_per_second(folder: Path, n: int) -> dict[str, float]:
+    """JPEG files that a core opens and makes ready for CLIP at 224 pixels, by its CPU seconds."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = (smooth + rng.integers(-24, 25, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number:03d}.jpg", quality=88)
+    source, ready = open_images(str(folder)), CLIPImageProcessor()
+    before = time.process_time()
+    for number in range(n):
+        ready(source[number], return_tensors="pt")
+    size = statistics.mean(path.stat().st_size for path in folder.iterdir())
+    return {"images_per_second": n / (time.process_time() - before), "bytes": size}
 
 
 # -------------------------------------------------------------------------------- lanes
@@ -265,9 +296,18 @@ def page(found: dict[str, Any]) -> str:
             f"{e['tasks_per_second']:.0f} empty tasks a second to one slot.",
             "",
         ]
-        overhead = max(0.0, e["cpu_over_local"] - 1)
-        rates = with_measured(rates, task_overhead=overhead)
-        measured["task_overhead"] = "measured here on CPUs"
+        rates = with_measured(
+            rates,
+            task_overhead=max(0.0, e["cpu_over_local"] - 1),
+            tasks_per_second=e["tasks_per_second"],
+            core_images=e["decoded"]["images_per_second"],
+        )
+        size = f"measured here, 500 x 375 pixels, {e['decoded']['bytes'] / 1000:.0f} kB"
+        measured = {
+            "task_overhead": "measured here on CPUs",
+            "tasks_per_second": "measured here, to one slot",
+            "core_images": size,
+        }
     if "lanes" in found:
         n = found["lanes"]
         lines += [
@@ -276,11 +316,17 @@ def page(found: dict[str, Any]) -> str:
             "in one process (aim: at most +25%).",
             "",
         ]
-    if len(found) > 1:
+    parts = [name for name in ("extraction", "lanes") if name in found]
+    if parts:
         on = found["machine"]
+        took = "; ".join(
+            f"{name}: {p['seconds']:.0f} s, {p['cpu_seconds_of_all']:.0f} CPU seconds, load "
+            f"{p['load_average'][0]:.1f} before and {p['load_average'][1]:.1f} after"
+            for name, p in ((name, found[name]) for name in parts)
+        )
         lines += [
-            f"({on['device']}, {on['cores']} cores, load {on['load_average_before']:.1f} before: "
-            "CPU can be trusted, seconds less.)",
+            f"{on['device']}, {on['cores']} cores. {took}. Other work on the machine changes "
+            "seconds more than CPU.",
             "",
         ]
     lines += [

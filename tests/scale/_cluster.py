@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from vision_plugin.scale._cluster import NOWHERE
 
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMAND = str(Path(sys.executable).with_name("vision-plugin"))
@@ -22,6 +24,14 @@ AGENT_PORTS = (
     *("runtime-env-agent-port", "metrics-export-port"),
 )
 """Ports that a node would else wait for: it gives up after 15 s, too soon on a busy machine."""
+
+CHECKS, CHECK_SECONDS, BETWEEN_SECONDS = 4, 4, 2
+"""How soon a node that is cut off counts as dead: docs/scale.md names these settings."""
+
+
+def patience(seconds: float) -> float:
+    """How long to wait here for what takes so many seconds where no process waits for a core."""
+    return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def free_port() -> int:
@@ -74,12 +84,23 @@ def alive(processes: set[int]) -> set[int]:
     return processes & parents().keys()
 
 
-def until(condition: object, seconds: float, what: str) -> None:
-    """Wait until a function returns something true."""
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+def until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until a function returns something true, longer on a busy machine."""
+    begun = time.monotonic()
+    while not condition():
+        waited = time.monotonic() - begun
+        assert waited < patience(seconds), f"waited {waited:.0f} s for {what}"
         time.sleep(0.05)
+
+
+def said(command: subprocess.Popen[str], seconds: float) -> str:
+    """What a command says until it ends; it is killed if it does not."""
+    try:
+        return command.communicate(timeout=patience(seconds))[0]
+    except subprocess.TimeoutExpired:
+        kill(tree(command.pid))
+        told = command.communicate()[0]
+        raise AssertionError(f"it did not end in {patience(seconds):.0f} s: {told}") from None
 
 
 class Cluster:
@@ -102,13 +123,21 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": str(START_SECONDS),
-            "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
+            "RAY_USAGE_STATS_REPORT_URL": NOWHERE,
+            "RAY_raylet_start_wait_time_s": str(round(patience(START_SECONDS))),
+            "RAY_agent_register_timeout_ms": str(round(1000 * patience(START_SECONDS))),
+            "RAY_health_check_failure_threshold": str(CHECKS),
+            "RAY_health_check_timeout_ms": str(round(1000 * patience(CHECK_SECONDS))),
+            "RAY_health_check_period_ms": str(1000 * BETWEEN_SECONDS),
             "MKL_CBWR": "AUTO,STRICT",
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "",
             "HF_HUB_OFFLINE": "1",
         }
+        home = self.folder / "home"
+        home.mkdir()
+        (home / "ray_bootstrap_config.yaml").write_text("{}")  # else Ray asks clouds where it is
+        self.env_of_node = {**self.env, "HOME": str(home)}
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.seen: set[int] = set()
 
@@ -145,7 +174,7 @@ class Cluster:
         for _ in range(ATTEMPTS):
             node = self._begin(head, cpus, prefix or self.prefix, host or self.host)
             log = self.folder / f"node-{len(self.nodes)}.log"
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + patience(START_SECONDS)
             while node.poll() is None and time.monotonic() < deadline:
                 if b"Ray runtime started" in log.read_bytes():
                     return node
@@ -168,7 +197,7 @@ class Cluster:
                     *("--object-store-memory=100000000", "--disable-usage-stats"),
                     *(f"--{name}={free_port()}" for name in AGENT_PORTS),
                 ],
-                env=self.env,
+                env=self.env_of_node,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

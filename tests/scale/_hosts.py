@@ -110,12 +110,25 @@ def captured(host: Host, file: Path) -> Iterator[dict[str, int]]:
 
 
 def memory(processes: set[int]) -> int:
-    """Bytes of memory of some processes; of what several share, each has its part (PSS)."""
-    total = 0
+    """Bytes that some processes take on a host of their own.
+
+    That is what each has alone, and of each file that they map the most that one of them shares:
+    other processes of this machine, such as another node's, do not lower it.
+    """
+    private, shared = 0, dict[str, int]()
     for process in processes:
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps").read_text().splitlines()
         except OSError:
             continue  # it ended meanwhile
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+        of, mapped = dict[str, int](), ""
+        for words in map(str.split, lines):
+            if not words[0].endswith(":"):
+                mapped = " ".join(words[5:]) or words[0]  # a file, or where it lies
+            elif words[0].startswith("Private_") and words[0] != "Private_Hugetlb:":
+                private += 1024 * int(words[1])
+            elif words[0] in ("Shared_Clean:", "Shared_Dirty:"):
+                of[mapped] = of.get(mapped, 0) + 1024 * int(words[1])
+        for name, size in of.items():
+            shared[name] = max(size, shared.get(name, 0))
+    return private + sum(shared.values())

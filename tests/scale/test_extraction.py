@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.activations._stores import content
-from tests.scale._cluster import COMMAND, Cluster, kill, until
+from tests.scale._cluster import Cluster, kill, said, until
+from tests.scale._extraction import N_SHARDS, extraction, finished, shards, times
 from vision_plugin.activations import verify
-
-N_SHARDS = 40
-FLAGS = (
-    *("--model-name", "demo", "--images", f"demo:{N_SHARDS * 16}@0"),
-    *("--hook-names", "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"),
-    *("--images-per-shard", "16", "--batch-size", "16", "--n-workers", "0", "--device", "cpu"),
-)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store that one process makes."""
-    folder = tmp_path_factory.mktemp("straight") / "store"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    done = subprocess.run(
-        [COMMAND, "extract", *FLAGS, "--output-path", str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def shards(folder: Path) -> int:
-    return len(list(folder.glob("shard-*.json")))
-
-
-def finished(command: subprocess.Popen[str], seconds: float = 240) -> str:
-    said, _ = command.communicate(timeout=seconds)
-    assert command.returncode == 0, said
-    return said
-
-
-def times(folder: Path) -> dict[str, int]:
-    """When each marker was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
 
 
 def test_a_killed_worker_changes_nothing(straight: Path, tmp_path: Path) -> None:
@@ -58,7 +18,7 @@ def test_a_killed_worker_changes_nothing(straight: Path, tmp_path: Path) -> None
     with Cluster() as cluster:
         cluster.start(head=True)
         node = cluster.start()
-        command = cluster.command("extract", *FLAGS, "--output-path", str(out))
+        command = extraction(cluster, out)
         until(lambda: shards(out) >= 3, 120, "three shards")
         victims = cluster.workers(node, "make_shard")
         if not victims:
@@ -72,49 +32,33 @@ def test_a_killed_worker_changes_nothing(straight: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.scale
-def test_the_same_command_ends_with_the_same_bytes_when_the_driver_and_a_node_died(
+def test_the_same_command_ends_with_the_same_bytes_whatever_died(
     straight: Path, tmp_path: Path
 ) -> None:
+    """The driver, then a node, then the head; what was there is not made again."""
     out = tmp_path / "store"
-    line = ("extract", *FLAGS, "--output-path", str(out))
-    with Cluster() as cluster:
-        cluster.start(head=True)
-        node = cluster.start()
-        command = cluster.command(*line)
-        until(lambda: shards(out) >= 5, 240, "five shards")
-        command.kill()
-        command.communicate(timeout=60)
-        before = times(out)
-        command = cluster.command(*line)
-        until(lambda: shards(out) >= len(before) + 3, 240, "three shards more")
-        cluster.end(node)
-        begun = time.monotonic()
-        there = shards(out)
-        finished(command)
-        assert time.monotonic() - begun < 60
-    assert 5 <= len(before) < there < N_SHARDS, "a kill came too late to matter"
-    assert before.items() <= times(out).items(), "a shard that was there was made again"
-    assert content(out) == content(straight)
-    assert verify(out).ok
-
-
-@pytest.mark.scale
-def test_a_lost_head_is_one_sentence_and_a_new_one_ends_the_work(
-    straight: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "store"
-    line = ("extract", *FLAGS, "--output-path", str(out))
     with Cluster() as cluster:
         head = cluster.start(head=True)
-        command = cluster.command(*line)
-        until(lambda: shards(out) >= 5, 240, "five shards")
+        node = cluster.start()
+        command = extraction(cluster, out)
+        until(lambda: shards(out) >= 4, 240, "four shards")
+        command.kill()
+        command.communicate(timeout=60)
+        of_driver = times(out)
+        command = extraction(cluster, out)
+        until(lambda: shards(out) >= len(of_driver) + 3, 240, "three shards more")
+        cluster.end(node)
+        of_node = times(out)
+        until(lambda: shards(out) >= len(of_node) + 4, 60, "the other node to go on")
         cluster.end(head)
-        said, _ = command.communicate(timeout=150)
-        assert command.returncode == 1, said
-        assert "Traceback" not in said, said
-        before = times(out)
+        told = said(command, 150)
+        assert command.returncode == 1, told
+        assert "Traceback" not in told, told
+        of_head = times(out)
         cluster.start(head=True)
-        finished(cluster.command(*line))
-    assert 5 <= len(before) < N_SHARDS, "the kill came too late to matter"
-    assert before.items() <= times(out).items(), "a shard that was there was made again"
+        finished(extraction(cluster, out))
+    assert 4 <= len(of_driver) < len(of_node) < len(of_head) < N_SHARDS, "a kill came too late"
+    for before in (of_driver, of_node, of_head):
+        assert before.items() <= times(out).items(), "a shard that was there was made again"
     assert content(out) == content(straight)
+    assert verify(out).ok

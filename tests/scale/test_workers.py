@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.sae import _runs
-from tests.scale._cluster import COMMAND, Cluster, kill, title, tree, until
+from tests.scale._cluster import COMMAND, Cluster, kill, patience, title, tree, until
+from tests.scale._extraction import finished
+from tests.scale._here import here
 
 ENV = {
     **os.environ,
@@ -32,7 +34,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store") / "acts"
     images = ("--model-name", "demo", "--images", "demo:64@0", "--n-workers", "0")
     hooks = ("--hook-names", "blocks.1.hook_resid_post", "--output-path", str(folder))
-    run(COMMAND, "extract", *images, *hooks, "--images-per-shard", "16", "--device", "cpu")
+    here("extract", *images, *hooks, "--images-per-shard", "16", "--device", "cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SAE that this process trained alone, in lanes."""
+    folder = tmp_path_factory.mktemp("one") / "sae"
+    here(*flags(store, folder, 4096, "--share", "lanes"))
     return folder
 
 
@@ -48,9 +58,10 @@ def flags(store: Path, out: Path, n_tokens: int = 8192, *more: str) -> list[str]
 
 
 @pytest.mark.slow
-def test_two_workers_by_the_command_have_the_bits_of_one(store: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
+def test_two_workers_by_the_command_have_the_bits_of_one(
+    store: Path, one: Path, tmp_path: Path
+) -> None:
+    two = tmp_path / "two"
     said = run(COMMAND, *flags(store, two, 4096, "--workers", "2"))
     assert _runs.weights(two) == _runs.weights(one)
     assert said.count("Trained a batchtopk SAE") == 1
@@ -66,9 +77,10 @@ def test_what_workers_refuse_is_one_sentence(store: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.scale
-def test_torchrun_runs_the_same_command_to_the_same_bits(store: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMAND, *flags(store, one, 4096, "--share", "lanes"))
+def test_torchrun_runs_the_same_command_to_the_same_bits(
+    store: Path, one: Path, tmp_path: Path
+) -> None:
+    two = tmp_path / "two"
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     run(
         *(torchrun, "--standalone", "--no-python", "--nproc-per-node", "2"),
@@ -84,7 +96,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
     """Two workers; one is killed, then its node, which comes back: 2, 2, 1 and 2 workers."""
     straight, out = tmp_path / "straight", tmp_path / "out"
     often = ("--n-checkpoints", "60")
-    run(COMMAND, *flags(store, straight, 200_000, "--share", "lanes", *often))
+    here(*flags(store, straight, 200_000, "--share", "lanes", *often))
     checkpoints = out.with_name("out.checkpoints")
 
     def steps() -> int:
@@ -92,7 +104,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
         return max(found, default=0)
 
     with Cluster() as cluster:
-        cluster.env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "60"
+        cluster.env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{patience(30):.0f}"
         head = cluster.start(head=True)
         node = cluster.start()
         command = cluster.command(*flags(store, out, 200_000, "--workers", "2", *often))
@@ -108,8 +120,7 @@ def test_ray_train_ends_with_the_bits_of_one_process_whatever_dies(
         cluster.end(node)
         until(lambda: steps() > killed_at + 100 or command.poll() is not None, 240, "one worker")
         cluster.start()
-        said, _ = command.communicate(timeout=300)
-        assert command.returncode == 0, said
+        finished(command, 300)
         assert head.poll() is None
     assert killed_at < 200_000 // 256, "the node was killed too late to matter"
     assert _runs.weights(out) == _runs.weights(straight)

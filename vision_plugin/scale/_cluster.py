@@ -17,6 +17,9 @@ _ANSWER_SECONDS = 10.0
 _START_SECONDS = "180"
 """How long Ray's processes may take to start; its own 30 s are too few on a busy machine."""
 
+NOWHERE = "http://127.0.0.1:9/"
+"""Where a cluster reports to: Ray would else report that it sends no statistics."""
+
 
 class ClusterError(OSError):
     """The cluster does not answer, refuses, or lost what it was asked to do.
@@ -42,6 +45,7 @@ def import_ray() -> Any:
     """
     # Ray reads these when it is imported, and when its processes start.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_USAGE_STATS_REPORT_URL"] = NOWHERE
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
     os.environ.setdefault("RAY_agent_register_timeout_ms", f"{_START_SECONDS}000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,8 +18,23 @@ from vision_plugin.scale._versions import Home
 RETRIES = 3
 """How often the workers begin again, from the last checkpoint, after one of them died."""
 
+STARTS = 10
+"""How often the workers may fail to start: after a machine died, Ray Train waits for it in vain."""
+
 _SIGN = "shared"
 """File in the folder of Ray Train's notes, by which a worker sees that it shares the folder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the work of a group ended, as its first worker tells it."""
+
+    said: str = ""
+    """What there is to say of the SAE's quality."""
+    refused: str = ""
+    """Why the configuration does not fit."""
+    unshared: bool = False
+    """Whether a worker does not see the folder."""
 
 
 @dataclass(frozen=True)
@@ -68,49 +84,62 @@ def train_workers(ray: Any, work: TeamWork, slot: Slot, workers: tuple[int, int]
         run_config=RunConfig(
             name="run",
             storage_path=str(notes),
-            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=STARTS),
+            # Some are read when torch is imported, which Ray Train does before it calls us.
+            worker_runtime_env={"env_vars": work.home.variables},
         ),
     )
     try:
-        found = trainer.fit().metrics or {}
+        outcome: Outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _told(error) from error
     finally:
         shutil.rmtree(notes, ignore_errors=True)
     del ray
-    if "unshared" in found:
+    if outcome.unshared:
         raise ClusterError(
             f"the machines do not share the folder of {out}: put output_path= on a disk that all "
             "of them see"
         )
-    if "refused" in found:
-        raise ValueError(str(found["refused"]))
-    return str(found.get("said", ""))
+    if outcome.refused:
+        raise ValueError(outcome.refused)
+    return outcome.said
 
 
-def _work(settings: Mapping[str, Any]) -> None:
+def _work(settings: Mapping[str, Any]) -> Outcome:
     """Train as one worker of a group."""
     work: TeamWork = settings["work"]
     work.home.settle()
     import torch
-    from ray import train
 
     from vision_plugin.scale._train import shared_runner
 
     torch.set_num_threads(work.threads)
-    if not (Path(settings["notes"]) / _SIGN).is_file():
-        train.report({"unshared": work.cfg.output_path})
-        return
-    try:
-        entered = shared_runner(work.cfg, work.split)
-        runner = entered.__enter__()
-    except (ValueError, OSError) as error:  # every worker finds the same: to try again is no use
-        train.report({"refused": str(error)})
-        return
-    runner.run()
-    entered.__exit__(None, None, None)
-    quality = runner.quality
-    train.report({"said": "" if quality is None else quality.sentence()})
+    if not all(_of_each((Path(settings["notes"]) / _SIGN).is_file())):
+        return Outcome(unshared=True)
+    with contextlib.ExitStack() as stack:
+        refused = ""
+        try:
+            runner = stack.enter_context(shared_runner(work.cfg, work.split))
+        except (ValueError, OSError) as error:  # to try again is no use
+            refused = str(error)
+        refusals = list(filter(None, _of_each(refused)))
+        if refusals:
+            return Outcome(refused=refusals[0])
+        runner.run()
+        quality = runner.quality
+    return Outcome(said="" if quality is None else quality.sentence())
+
+
+def _of_each(found: Any) -> list[Any]:
+    """Return what each worker found: they go on or stop together, since none goes on alone."""
+    from torch import distributed as dist
+
+    if not dist.is_initialized():
+        return [found]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return everyone
 
 
 def _told(error: Any) -> Exception:
@@ -118,8 +147,9 @@ def _told(error: Any) -> Exception:
     for failure in failures.values():
         if isinstance(failure, ValueError | ClusterError):
             return failure
-    said = next((str(failure) for failure in failures.values()), str(error))
+    said = " ".join(next((str(failure) for failure in failures.values()), str(error)).split())
+    what = f"died {RETRIES + 1} times" if failures else "did not start"
     return ClusterError(
-        f"the workers that train the SAE died {RETRIES + 1} times ({' '.join(said.split())[:300]}):"
-        " run the same command again, which continues from the last checkpoint"
+        f"the workers that train the SAE {what} ({said[:300]}): run the same command again, which "
+        "continues from the last checkpoint"
     )
