@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-Cell = dict[str, Any]
-SAES = ("BatchTopK", "Matryoshka")
-CONTROLS = ("neurons", "PCA", "random")
+from benchmarks._dinov2_tables import CONTROLS, SAES, Cell, by_width, number, table, wrapped
+
 JUDGES = ("emoji CLIP", "folders")
-POOLINGS = {
-    "patches": "the maximum over its patches",
-    "class token": "the value at its class token",
-}
+POOLINGS = ("patches", "class token")
+PATCHES, TOKEN = "the maximum over its patches", "the value at its class token"
+PAPER_VECTORS = 100_000 * 4096
 
 HEAD = """\
 # DINOv2-S on clip art
@@ -35,57 +33,80 @@ first paper is *Sparse Autoencoders Learn Monosemantic Features in Vision-Langua
   holds a series by one hand, so the held-out pictures resemble those seen.
 - **Training is on all tokens**, {training_tokens:,} vectors for each SAE with k = {k}. The first
   paper trains on class tokens; {n_seen:,} class tokens cannot train thousands of latents. Its runs
-  have 100,000 steps of 4,096 vectors, a few thousand times as many.
+  have 100,000 steps of 4,096 vectors, {times:,.0f} times as many.
 - **Scores are of pictures.** A latent's value on a picture is {patches} (one in four,
-  evenly spread), or {class token}, which is the paper's choice.
+  evenly spread), or {token}, which is the paper's choice.
 - **Three judges say which pictures are alike.** The *emoji CLIP* is an outside encoder, but a small
   one: 3.9 million parameters, 64 pixels, trained on 1,906 emoji. *Folders* calls two pictures of
-  one of the library's {n_folders} folders alike and all others not; it knows meaning and no shape.
+  one of the {n_folders} folders among them alike and all others not; it knows meaning and no shape.
   *The model itself* judges by its own last class token, which favours every direction of that
   model; it is in the JSON and in one sentence. The paper's judges are CLIP and DINOv2-B, which are
   not at hand.
 - **Controls** are the neurons, the principal components (the {k} largest values kept), and random
-  directions (the {k} largest kept) of the SAE's width. Chance is the mean over all pairs of
-  pictures.
+  directions around the mean vector (the {k} largest values kept) of the SAE's width. Chance
+  is the mean over all pairs of pictures.
 """
 
 
 def page(content: dict[str, Any]) -> str:
     """Return the page as Markdown."""
-    cells = sorted(content["cells"], key=lambda c: (c["layer"], c["width"], c["seed"]))
+    order = (*SAES, *CONTROLS)
+    cells = sorted(
+        content["cells"],
+        key=lambda c: (c["layer"], c["width"], c["seed"], order.index(c["dictionary"])),
+    )
     main = [cell for cell in cells if cell["seed"] == 0]
-    parts = [HEAD.format(**content["settings"], **POOLINGS), *_monosemanticity(main), _seeds(cells)]
+    times = PAPER_VECTORS / content["settings"]["training_tokens"]
+    head = HEAD.format(**content["settings"], times=times, patches=PATCHES, token=TOKEN)
+    parts = [head, _short(main), *_monosemanticity(main), _seeds(cells)]
     parts += [_hierarchy(main), _probing(main), _sparsity(main, content.get("maps", {}))]
     parts += [_uniqueness(main), _features(content.get("features")), _cost(content)]
-    return "\n".join(part.strip() + "\n" for part in parts if part)
+    blocks = "\n\n".join(part.strip() for part in parts if part).split("\n\n")
+    return "\n\n".join(wrapped(block) for block in blocks) + "\n"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table as Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a number, or a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _widths(cells: list[Cell]) -> list[int]:
-    return sorted({cell["width"] for cell in cells})
-
-
-def _by_width(cells: list[Cell], show: Callable[[Cell], str]) -> str:
-    """Return a table with a row for each layer and dictionary, and a column for each width."""
-    widths = _widths(cells)
-    rows = []
-    for layer in sorted({cell["layer"] for cell in cells}):
-        for name in (*SAES, *CONTROLS):
-            own = {c["width"]: c for c in cells if (c["layer"], c["dictionary"]) == (layer, name)}
-            if own:
-                shown = [show(own[width]) if width in own else "" for width in widths]
-                rows.append([str(layer), name, *shown])
-    return table(["layer", "dictionary", *(f"x{width}" for width in widths)], rows)
+def _short(cells: list[Cell]) -> str:
+    """Return what the tables say in all."""
+    explained = {
+        name: [c["explained_variance"]["patch"] for c in cells if c["dictionary"] == name]
+        for name in (*SAES, "PCA", "random")
+    }
+    ranges = ", ".join(
+        f"{name} {number(min(values), 2)} to {number(max(values), 2)}"
+        for name, values in explained.items()
+        if values
+    )
+    verdicts = Counter(
+        cell["monosemanticity"][pooling][judge]["against_random"]["verdict"]
+        for cell in cells
+        if cell["dictionary"] in SAES
+        for pooling in POOLINGS
+        for judge in JUDGES
+    )
+    pairs = [
+        pair
+        for pooling in POOLINGS
+        for judge in JUDGES
+        for pair in _beside(cells, "neurons", pooling, judge)
+    ]
+    compared = sum(verdicts.values())
+    of_class = [c["explained_variance"]["cls"] for c in cells if c["dictionary"] in SAES]
+    return (
+        "## In short\n\n"
+        f"- Fidelity: of the variance of patches the dictionaries explain {ranges}.\n"
+        f"- Monosemanticity by the two outside judges: of {compared} comparisons with random "
+        "directions that fire as often (each SAE, by two judges, on patches and on the class "
+        f"token), the SAE's latents are above in {verdicts['above']}, below in "
+        f"{verdicts['below']}, not told apart in {verdicts['not told apart']} and not comparable "
+        f"in {verdicts['not comparable']}.\n"
+        f"- Their plain means are above the neurons' in {sum(a > b for a, b in pairs)} of "
+        f"{len(pairs)} comparisons. That says little: neurons fire on every picture, so their "
+        "scores lie near chance.\n"
+        f"- Matryoshka: {_deeper(cells)}\n"
+        "- Class tokens, the first paper's choice, are one training vector in 257. The SAEs "
+        f"explain {number(min(of_class), 2)} to {number(max(of_class), 2)} of their variance (0 is "
+        "their mean), so the class-token tables are of SAEs made for patches."
+    )
 
 
 # ---------------------------------------------------------------------- monosemanticity
@@ -107,7 +128,7 @@ def _monosemanticity(cells: list[Cell]) -> Iterator[str]:
                 found = cell["monosemanticity"][pooling][judge]
                 return f"{number(found['mean'])}, best {number(found['best'], 2)}"
 
-            yield f"### {pooling}, by {judge} (chance {number(chance)})\n\n{_by_width(cells, show)}"
+            yield f"### {pooling}, by {judge} (chance {number(chance)})\n\n{by_width(cells, show)}"
     yield _against_random(cells)
     yield _against_neurons(cells)
 
@@ -140,7 +161,7 @@ def _against_random(cells: list[Cell]) -> str:
         f"Of the {len(saes)} SAEs (kind, layer and width), the latents score\n\n"
         + "\n".join(lines)
         + "\n\nThe difference from random directions of the same width, with its 95% interval over "
-        "latents; maximum over patches:\n\n" + _by_width(saes, show)
+        "latents; maximum over patches:\n\n" + by_width(saes, show)
     )
 
 
@@ -164,7 +185,8 @@ def _against_neurons(cells: list[Cell]) -> str:
             for control in CONTROLS:
                 pairs = list(_beside(cells, control, pooling, judge))
                 won = sum(own > other for own, other in pairs)
-                counts.append(f"{control} in {won} of {len(pairs)}")
+                if pairs:
+                    counts.append(f"{control} in {won} of {len(pairs)}")
             lines.append(f"- {pooling}, by {judge}: above {', '.join(counts)}.")
     return (
         "### The plain means beside the controls\n\nIn how many SAEs the mean over latents is "
@@ -222,7 +244,7 @@ def _seeds(cells: list[Cell]) -> str:
 
 def _hierarchy(cells: list[Cell]) -> str:
     chance = cells[0]["hierarchy"]["chance"]
-    shown = _by_width(cells, lambda cell: number(cell["hierarchy"]["depth"], 2))
+    shown = by_width(cells, lambda cell: number(cell["hierarchy"]["depth"], 2))
     rows = []
     for cell in cells:
         for place, group in enumerate(cell["hierarchy"].get("groups", ())):
@@ -240,14 +262,14 @@ def _hierarchy(cells: list[Cell]) -> str:
         "In a Matryoshka SAE early groups should be broad and late ones narrow. Depth / latents / "
         "monosemanticity by folders, for the groups that end at 1/16, 3/16, 7/16 and all of the "
         f"width:\n\n{table(['layer', 'width', 'first', 'second', 'third', 'last'], rows)}\n\n"
-        + _deeper(cells)
+        f"Of these, {_deeper(cells)}"
     )
 
 
 def _deeper(cells: list[Cell]) -> str:
     grouped = [cell["hierarchy"]["groups"] for cell in cells if "groups" in cell["hierarchy"]]
     rises = sum(groups[-1]["depth"] > groups[0]["depth"] for groups in grouped)
-    return f"The last group is deeper than the first in {rises} of {len(grouped)} Matryoshka SAEs."
+    return f"the last group of latents is deeper than the first in {rises} of {len(grouped)} SAEs."
 
 
 def _probing(cells: list[Cell]) -> str:
@@ -269,9 +291,7 @@ def _probing(cells: list[Cell]) -> str:
         def show(cell: Cell, pooling: str = pooling) -> str:
             return " / ".join(number(v, 2) for v in cell["probing"][pooling]["accuracy"].values())
 
-        parts.append(
-            f"### {pooling}\n\n{_by_width(probed, show)}\n\n{_best_probe(probed, pooling)}"
-        )
+        parts.append(f"### {pooling}\n\n{by_width(probed, show)}\n\n{_best_probe(probed, pooling)}")
     return "\n\n".join(parts)
 
 
@@ -341,7 +361,7 @@ def _uniqueness(cells: list[Cell]) -> str:
         "## Uniqueness\n\nOf all pairs of latents, the share that have any of their 16 top "
         "pictures in common, the share whose sets have a Jaccard index above a half, and the mean "
         "index with the nearest other latent. Few pictures and many latents must overlap; compare "
-        "with random directions of the same width.\n\n" + _by_width(cells, show)
+        "with random directions of the same width.\n\n" + by_width(cells, show)
     )
 
 
@@ -373,19 +393,21 @@ def _features(found: dict[str, Any] | None) -> str:
 
 
 def _cost(content: dict[str, Any]) -> str:
-    cells, seconds = content["cells"], content["seconds"]
-    ran = sorted({(c["layer"], c["width"], c["seed"]) for c in cells})
-    cpu = dict.fromkeys(("extract", "train", "score"), 0.0)
-    for name, took in seconds.items():
+    ran = sorted({(c["layer"], c["width"], c["seed"]) for c in content["cells"]})
+    cpu = {"train": 0.0, "score": 0.0}
+    for name, took in content["seconds"].items():
         first = name.partition(" ")[0]
-        cpu[first if first in cpu else "score"] += took["cpu"]
+        if first in cpu:
+            cpu[first] += took["cpu"]
     where = content["environment"]
-    listed = ", ".join(
-        f"{layer}: " + " ".join(f"x{w}" for at, w, s in ran if at == layer and s == 0)
+    listed = "; ".join(
+        f"layer {layer}, "
+        + " ".join(f"x{width}" for at, width, seed in ran if at == layer and not seed)
         for layer in sorted({at for at, _, _ in ran})
     )
-    minutes = ", ".join(f"{name} {value / 60:.0f} minutes" for name, value in cpu.items())
     return (
-        f"## What ran\n\nLayers and widths: {listed}. Processor time: {minutes} on "
-        f"{where['threads']} thread of {where['device']}."
+        f"## What ran\n\nBoth kinds of SAE at {listed}. `--widths` and `--layers` run others. "
+        f"Training took {cpu['train'] / 60:.0f} minutes of processor time, scoring with the "
+        f"controls {cpu['score'] / 60:.0f}, on {where['threads']} thread of {where['device']}; "
+        "the model's own pass over the pictures is not counted."
     )

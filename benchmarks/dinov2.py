@@ -1,6 +1,6 @@
 """A page of results on a real model: what SAEs of a DINOv2-S find in clip art, beside controls.
 
-    python -m benchmarks.dinov2                       # everything; about an hour on one thread
+    python -m benchmarks.dinov2                       # everything; about an hour of one thread
     python -m benchmarks.dinov2 --widths 1 4 16       # fewer cells; the page says which ran
     python -m benchmarks.dinov2 --page                # the page and nothing else
 
@@ -72,11 +72,11 @@ class Config:
     """Blocks behind which to read."""
     widths: tuple[int, ...] = (4, 1, 16, 2, 8)
     """Latents of an SAE, as multiples of the model's width."""
-    sixths: int = 4
+    sixths: int = 2
     """Sixths of the pictures to train on, 1 to 4; the other two are held out."""
     every: int = 1
     """Take every so many-th picture."""
-    training_tokens: int = 200_000
+    training_tokens: int = 150_000
     """Vectors that each SAE is trained on."""
     k: int = 20
     """Latents that fire on a vector, on average; the first paper's."""
@@ -207,18 +207,19 @@ def trained(
     return {name: vp.load_sae(str(place / name)) for name in SAES}
 
 
-def controls(cfg: Config, rows: Tensor, width: int) -> dict[str, Any]:
+def controls(cfg: Config, rows: Tensor, width: int, *, is_first: bool) -> dict[str, Any]:
     """Return what nobody trained, by name; random directions first.
 
     Args:
         cfg: As many latents fire as ``cfg.k`` says.
         rows: Some training vectors, ``[n, d_in]``.
-        width: Multiple of the model's width; neurons and components have width 1 alone.
+        width: Multiple of the model's width.
+        is_first: Whether to return neurons and components, too, whose width is the model's.
     """
     d_in, centre = rows.shape[1], rows.mean(0)
     drawn = metrics.random_dictionary(d_in, width * d_in, k=cfg.k, seed=0)
     found = {"random": metrics.ControlDictionary("random", drawn.W_dec, centre, k=cfg.k)}
-    if width == 1:
+    if is_first:
         found["neurons"] = metrics.neuron_dictionary(d_in)
         found["PCA"] = metrics.pca_dictionary(rows, k=cfg.k)
     return found
@@ -234,17 +235,18 @@ def cells(
         with found.part(f"score layer {layer} x{width}"):
             x = store.activations(hook(layer))[:, TOKENS].float()
             rows = seen.activations(hook(layer), range(0, len(seen), 10))[:, TOKENS]
-            dictionaries = controls(cfg, rows.float().flatten(0, 1), width) | saes
+            before = {(c["layer"], c["dictionary"]) for c in found.content["cells"]}
+            is_first = (layer, "neurons") not in before
+            untrained = controls(cfg, rows.float().flatten(0, 1), width, is_first=is_first)
             random: Judged | None = None
             made = []
-            for name, dictionary in dictionaries.items():
+            for name, dictionary in (untrained | saes).items():
                 groups = [int(x.shape[2] * width * share) for share in GROUPS]
                 one = read(dictionary, x)
                 cell, judged = scores(one, held, random, groups if name == "Matryoshka" else None)
                 random = random or judged
-                made.append(
-                    {"layer": layer, "width": width, "seed": seed, "dictionary": name} | cell
-                )
+                own = width if name in SAES or name == "random" else 1
+                made.append({"layer": layer, "width": own, "seed": seed, "dictionary": name} | cell)
             if seed:
                 made = [cell for cell in made if cell["dictionary"] in SAES]
             found.content["cells"] += made
@@ -290,7 +292,8 @@ def shown(
 
 def wanted_units(cfg: Config, content: dict[str, Any]) -> list[tuple[int, ...]]:
     """Return layer, width and seed of what was asked for and has not run."""
-    done = {(cell["layer"], cell["width"], cell["seed"]) for cell in content["cells"]}
+    ran = [cell for cell in content["cells"] if cell["dictionary"] in SAES]
+    done = {(cell["layer"], cell["width"], cell["seed"]) for cell in ran}
     every = [(layer, width, 0) for width in cfg.widths for layer in cfg.layers]
     if SHOWN_AT in [unit[:2] for unit in every]:
         every.append((*SHOWN_AT, 1))
@@ -335,11 +338,11 @@ def run(cfg: Config, found: Found) -> None:
         seen = ActivationStore.concatenate(parts)
     with found.part("judges"):
         held = held_out(model, store, pictures)
-    cells(cfg, found, held, store, seen)
     if SHOWN_AT[1] in cfg.widths:
-        maps(cfg, found, store, seen)
         if SHOWN_AT[0] in cfg.layers and "features" not in found.content:
             shown(cfg, found, held, store, seen, pictures)
+        maps(cfg, found, store, seen)
+    cells(cfg, found, held, store, seen)
 
 
 def main(cfg: Config) -> None:

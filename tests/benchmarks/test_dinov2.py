@@ -20,6 +20,7 @@ from benchmarks._dinov2_score import KINDS, Held, read, scores
 from vision_plugin import metrics
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 N, D_IN = 240, 8
 
 
@@ -151,6 +152,12 @@ def test_features_are_drawn_red_where_they_fire(
         red, green, _ = drawn.convert("RGB").getpixel((GAP + x, TEXT + y))
     assert red > 200
     assert green < 170
+
+
+def test_the_page_that_is_kept_follows_from_the_json_that_is_kept() -> None:
+    found = json.loads((RESULTS / "dinov2.json").read_text())
+    assert (RESULTS / "dinov2.md").read_text() == page(found), "run it with --page"
+    assert (RESULTS / "dinov2-features.webp").stat().st_size < 300_000
 
 
 @pytest.mark.slow
