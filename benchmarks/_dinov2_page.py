@@ -7,7 +7,18 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks._dinov2_tables import CONTROLS, SAES, Cell, by_width, number, table, wrapped
+from benchmarks._dinov2_tables import (
+    CONTROLS,
+    SAES,
+    Cell,
+    by_width,
+    interval,
+    number,
+    rings_of,
+    said,
+    table,
+    wrapped,
+)
 
 JUDGES = ("emoji CLIP", "folders")
 POOLINGS = ("patches", "class token")
@@ -93,7 +104,9 @@ def _short(cells: list[Cell]) -> str:
     of_class = [c["explained_variance"]["cls"] for c in cells if c["dictionary"] in SAES]
     return (
         "## In short\n\n"
-        f"- Fidelity: of the variance of patches the dictionaries explain {ranges}.\n"
+        f"- Fidelity: of the variance of patches the dictionaries explain {ranges}. BatchTopK by "
+        f"width, mean over layers: {_by_width_alone(cells)}; where more latents do not explain "
+        "more, the runs are too short for them.\n"
         f"- Monosemanticity by the two outside judges: of {compared} comparisons with random "
         "directions that fire as often (each SAE, by two judges, on patches and on the class "
         f"token), the SAE's latents are above in {verdicts['above']}, below in "
@@ -103,10 +116,21 @@ def _short(cells: list[Cell]) -> str:
         f"{len(pairs)} comparisons. That says little: neurons fire on every picture, so their "
         "scores lie near chance.\n"
         f"- Matryoshka: {_deeper(cells)}\n"
+        f"- Sparse probing on patches. {_best_probe(cells, 'patches')} On the class token. "
+        f"{_best_probe(cells, 'class token')}\n"
         "- Class tokens, the first paper's choice, are one training vector in 257. The SAEs "
         f"explain {number(min(of_class), 2)} to {number(max(of_class), 2)} of their variance (0 is "
         "their mean), so the class-token tables are of SAEs made for patches."
     )
+
+
+def _by_width_alone(cells: list[Cell]) -> str:
+    own = [cell for cell in cells if cell["dictionary"] == "BatchTopK"]
+    values = {
+        width: [c["explained_variance"]["patch"] for c in own if c["width"] == width]
+        for width in sorted({cell["width"] for cell in own})
+    }
+    return ", ".join(f"x{width} {number(sum(v) / len(v))}" for width, v in values.items())
 
 
 # ---------------------------------------------------------------------- monosemanticity
@@ -138,7 +162,7 @@ def _against_random(cells: list[Cell]) -> str:
 
     def show(cell: Cell) -> str:
         return "<br>".join(
-            f"{judge}: {_interval(cell['monosemanticity']['patches'][judge]['against_random'])}"
+            f"{judge}: {interval(cell['monosemanticity']['patches'][judge]['against_random'])}"
             for judge in JUDGES
         )
 
@@ -150,12 +174,12 @@ def _against_random(cells: list[Cell]) -> str:
                 cell["monosemanticity"][pooling][judge]["against_random"]["verdict"]
                 for cell in saes
             )
-            said = ", ".join(
-                f"{_said(verdict)} in {verdicts[verdict]}"
+            words = ", ".join(
+                f"{said(verdict)} in {verdicts[verdict]}"
                 for verdict in ("above", "below", "not told apart", "not comparable")
                 if verdicts[verdict]
             )
-            lines.append(f"- {pooling}, by {judge}: {said}.")
+            lines.append(f"- {pooling}, by {judge}: {words}.")
     return (
         "### Against random directions that fire as often\n\n"
         f"Of the {len(saes)} SAEs (kind, layer and width), the latents score\n\n"
@@ -163,17 +187,6 @@ def _against_random(cells: list[Cell]) -> str:
         + "\n\nThe difference from random directions of the same width, with its 95% interval over "
         "latents; maximum over patches:\n\n" + by_width(saes, show)
     )
-
-
-def _said(verdict: str) -> str:
-    return {"above": "**above** random directions", "below": "**below** them"}.get(verdict, verdict)
-
-
-def _interval(found: dict[str, Any]) -> str:
-    if found["verdict"] == "not comparable":
-        return "not comparable"
-    low, high = (number(found[end]) for end in ("low", "high"))
-    return f"{found['difference']:+.3f} ({low} to {high})"
 
 
 def _against_neurons(cells: list[Cell]) -> str:
@@ -334,22 +347,10 @@ def _sparsity(cells: list[Cell], maps: dict[str, list[list[float]]]) -> str:
             "distance from the border; clip art stands in the middle of a white page):\n\n"
             + table(
                 ["layer", "border", "half way", "centre"],
-                [[layer, *_rings(grid)] for layer, grid in maps.items()],
+                [[layer, *rings_of(grid)] for layer, grid in maps.items()],
             )
         )
     return text
-
-
-def _rings(grid: list[list[float]]) -> list[str]:
-    """Return the mean L0 of the outermost ring, the one half way in, and the four in the middle."""
-    side = len(grid)
-    rings: dict[int, list[float]] = {}
-    for row, line in enumerate(grid):
-        for column, value in enumerate(line):
-            ring = min(row, column, side - 1 - row, side - 1 - column)
-            rings.setdefault(ring, []).append(value)
-    chosen = (0, max(rings) // 2, max(rings))
-    return [number(sum(rings[ring]) / len(rings[ring]), 1) for ring in chosen]
 
 
 def _uniqueness(cells: list[Cell]) -> str:

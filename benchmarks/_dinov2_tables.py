@@ -55,3 +55,28 @@ def by_width(cells: list[Cell], show: Callable[[Cell], str]) -> str:
                 shown = [show(own[width]) if width in own else "" for width in widths]
                 rows.append([str(layer), name, *shown])
     return table(["layer", "dictionary", *(f"x{width}" for width in widths)], rows)
+
+
+def rings_of(grid: list[list[float]]) -> list[str]:
+    """Return the mean L0 of the outermost ring, the one half way in, and the four in the middle."""
+    side = len(grid)
+    rings: dict[int, list[float]] = {}
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            ring = min(row, column, side - 1 - row, side - 1 - column)
+            rings.setdefault(ring, []).append(value)
+    chosen = (0, max(rings) // 2, max(rings))
+    return [number(sum(rings[ring]) / len(rings[ring]), 1) for ring in chosen]
+
+
+def said(verdict: str) -> str:
+    """Return a verdict in words."""
+    return {"above": "**above** random directions", "below": "**below** them"}.get(verdict, verdict)
+
+
+def interval(found: dict[str, Any]) -> str:
+    """Return a difference with its interval."""
+    if found["verdict"] == "not comparable":
+        return "not comparable"
+    low, high = (number(found[end]) for end in ("low", "high"))
+    return f"{found['difference']:+.3f} ({low} to {high})"
