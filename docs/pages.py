@@ -113,10 +113,15 @@ def _result(path: Path) -> str:
     return text
 
 
+def pictures() -> list[Path]:
+    """Return the pictures that pages of results show."""
+    return sorted(path for path in RESULTS.iterdir() if path.suffix in (".png", ".webp"))
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages and the pictures of the results."""
     for address, content in pages().items():
         files.append(File.generated(config, address, content=content))
-    for picture in sorted(RESULTS.glob("*.png")):
+    for picture in pictures():
         files.append(File.generated(config, f"measured/{picture.name}", abs_src_path=str(picture)))
     return files

@@ -257,7 +257,7 @@ def dead_links(pages: dict[str, str], files: set[str]) -> list[str]:
 
 def test_no_link_inside_the_site_is_dead() -> None:
     files = {str(file.relative_to(DOCS)) for file in DOCS.rglob("*") if file.is_file()}
-    files |= {f"measured/{picture.name}" for picture in generator().RESULTS.glob("*.png")}
+    files |= {f"measured/{picture.name}" for picture in generator().pictures()}
     assert dead_links(texts(), files) == []
 
 
