@@ -222,7 +222,8 @@ def _beside(
                     own, beside = (
                         one["monosemanticity"][pooling][judge]["mean"] for one in (cell, other)
                     )
-                    yield own, beside
+                    if None not in (own, beside):
+                        yield own, beside
 
 
 def _seeds(cells: list[Cell]) -> str:
@@ -281,7 +282,7 @@ def _hierarchy(cells: list[Cell]) -> str:
 
 def _deeper(cells: list[Cell]) -> str:
     grouped = [cell["hierarchy"]["groups"] for cell in cells if "groups" in cell["hierarchy"]]
-    rises = sum(groups[-1]["depth"] > groups[0]["depth"] for groups in grouped)
+    rises = sum((groups[-1]["depth"] or 0) > (groups[0]["depth"] or 0) for groups in grouped)
     return f"the last group of latents is deeper than the first in {rises} of {len(grouped)} SAEs."
 
 
@@ -310,6 +311,9 @@ def _probing(cells: list[Cell]) -> str:
 
 def _best_probe(cells: list[Cell], pooling: str) -> str:
     lines = []
+    cells = [cell for cell in cells if cell["probing"][pooling]]
+    if not cells:
+        return "No folder is large enough."
     for k in cells[0]["probing"][pooling]["accuracy"]:
         best = max(cells, key=lambda cell, k=k: cell["probing"][pooling]["accuracy"][k])
         accuracy = number(best["probing"][pooling]["accuracy"][k], 2)
