@@ -104,7 +104,7 @@ def take_pages(folder: Path, out: Path, *, word: str = "bird") -> list[Path]:
 def _choose_a_patch(page: Any) -> None:
     found = page.locator("#all button")
     if found.count():
-        found.first.click()
+        found.nth(min(2, found.count() - 1)).click()
     page.wait_for_selector("#stage .image")
     box = page.locator("#stage").bounding_box()
     page.locator("#stage").click(position={"x": box["width"] / 2, "y": box["height"] / 2})
