@@ -59,6 +59,7 @@ def test_memory_is_kept_within_and_given_back_after(monkeypatch: pytest.MonkeyPa
     assert left < 10 * 2**20 * 4 // 4096 // 2
 
 
+@pytest.mark.slow
 def test_an_allocator_that_someone_has_configured_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

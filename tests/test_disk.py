@@ -60,7 +60,7 @@ def replace(folder: Path, text: str) -> None:
         fill(made, text)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_folder_is_the_old_or_the_new_one_after_a_kill_at_each_change(
     tmp_path: Path, after: bool
 ) -> None:

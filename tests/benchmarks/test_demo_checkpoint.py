@@ -47,6 +47,7 @@ def test_muon_finds_the_minimum_of_a_badly_scaled_problem() -> None:
     assert (weight - goal).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_pixels_drawn_in_parallel_are_the_shrunken_images() -> None:
     world = draw(501, seed=0, words=0.5)
     pixels = draw_pixels(world.scenes, 64, workers=2)

@@ -27,6 +27,7 @@ def sae(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_bottleneck_is_fitted_explained_and_written(sae: str, tmp_path: Path, capsys) -> None:
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"3": "three", "5": "five"}))
@@ -64,6 +65,7 @@ def test_images_become_words(tmp_path: Path, capsys) -> None:
     assert (out / "curve.png").is_file()
 
 
+@pytest.mark.slow
 def test_every_lens_writes_its_folder(tmp_path: Path, capsys) -> None:
     config = transformers.ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -83,6 +83,7 @@ def named(sae: Path, tmp_path: Path) -> str:
     return next(w for w in ("circle", "red") if any(w in (n or "") for n in names.names))
 
 
+@pytest.mark.slow
 def test_tasks_take_latents_by_the_names_of_their_features(
     sae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

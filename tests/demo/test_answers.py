@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from vision_plugin.demo import Concept, concept_vocabulary, draw, phrase
@@ -36,6 +37,7 @@ def test_latents_are_chosen_where_name_and_steering_agree() -> None:
     assert choose_latents(of_one_question, top, score, n_active, 9) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_direction_of_red_objects_changes_the_answer_about_colour_alone() -> None:
     """The direction is the difference of two means over images, which no SAE is needed for."""
     model, world = load_model("demo"), draw(240, seed=9)

@@ -85,6 +85,7 @@ def test_it_names_what_new_images_show(judge: ZeroShot) -> None:
         assert accuracy[factor] >= 0.95, factor
 
 
+@pytest.mark.slow
 def test_it_mostly_names_pairs_of_shape_and_colour_it_never_saw(judge: ZeroShot) -> None:
     accuracy = judge.accuracies(draw(IMAGES, seed=SEED, combinations="held out").scenes)
     assert accuracy["colour"] >= 0.95
@@ -92,7 +93,7 @@ def test_it_mostly_names_pairs_of_shape_and_colour_it_never_saw(judge: ZeroShot)
     assert accuracy["shape"] >= 0.50
 
 
-@pytest.mark.parametrize("factor", ["shape", "colour"])
+@pytest.mark.parametrize("factor", ["shape", pytest.param("colour", marks=pytest.mark.slow)])
 def test_a_printed_word_fools_it(judge: ZeroShot, factor: str) -> None:
     scenes = draw(
         IMAGES,

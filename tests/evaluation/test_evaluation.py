@@ -296,6 +296,7 @@ def test_objects_in_hand_are_evaluated_without_a_file(world: SimpleNamespace) ->
     assert list(result.results) == ["fvu"]
 
 
+@pytest.mark.slow
 def test_batches_are_let_go_without_the_garbage_collector(
     world: SimpleNamespace, tmp_path: Any
 ) -> None:

@@ -74,6 +74,7 @@ def test_an_evaluation_compares_with_random_directions_at_equal_firing(
     assert [each["n_latents"] for each in written["bins"]] == [e.n_latents for e in found.bins]
 
 
+@pytest.mark.slow
 def test_without_random_directions_there_is_no_comparison(
     world: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_the_command_says_whether_the_sae_is_above_random_directions(
     assert "trained on these images" in said
 
 
+@pytest.mark.slow
 def test_images_without_a_class_are_no_centre(world: SimpleNamespace, tmp_path: Path) -> None:
     """Of 600 images every second one is looked at for the centre, and has no class."""
     some = [world.images[0], world.images[1]]

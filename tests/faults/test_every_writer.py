@@ -113,7 +113,10 @@ def test_converting_is_all_or_nothing_at_a_kill_at_each_change(sae: str, tmp_pat
     assert survived
 
 
-@pytest.mark.parametrize("command", ["sparsity", "eval", "steer"])
+@pytest.mark.parametrize(
+    "command",
+    ["eval", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sparsity", "steer"))],
+)
 def test_a_command_that_is_killed_at_some_moment_and_run_again(
     command: str, words: Any, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def opens_to_what_is_complete(folder: Path, whole: ActivationStore) -> int:
     return len(store.shards)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments(straight: Path, tmp_path: Path) -> None:
     whole, kills, seen = ActivationStore(straight), 0, set()
     start = time.monotonic()
@@ -149,6 +150,7 @@ def _zombie(process: int) -> bool:
     return not _alive(process)
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_harm_each_other(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
 

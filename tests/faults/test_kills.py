@@ -16,7 +16,7 @@ from tests.faults._kills import JOBS, Job, content, kill_often
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-QUICK = ("extract", "convert", "eval")
+QUICK = ("extract", "convert")
 
 
 def cases() -> list[Any]:

@@ -128,7 +128,9 @@ def read_everything(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]
     return store.activations(RESID), store.activations(MLP), store.ids
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "shard-00001.json"])
+@pytest.mark.parametrize(
+    "file", ["manifest.json", pytest.param("shard-00001.json", marks=pytest.mark.slow)]
+)
 def test_any_edit_of_any_field_is_an_error_or_changes_nothing(
     sound_store: Path, tmp_path: Path, file: str
 ) -> None:

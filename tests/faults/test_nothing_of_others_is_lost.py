@@ -148,6 +148,7 @@ def test_an_sae_that_somebody_else_trained_is_left_alone(run: Any, tmp_path: Pat
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_what_lies_among_the_checkpoints_stays(run: Any, tmp_path: Path) -> None:
     beside = tmp_path / "sae.checkpoints"
     mine = photos(beside / "step-000000005")
@@ -192,7 +193,10 @@ def test_partial_files_of_others_stay(tmp_path: Path) -> None:
     assert hidden == [".lock", ".partial-draft.txt"]
 
 
-@pytest.mark.parametrize(("line", "noun"), [(SPARSITY, "study"), (REPORT, "report")])
+@pytest.mark.parametrize(
+    ("line", "noun"),
+    [(SPARSITY, "study"), pytest.param(REPORT, "report", marks=pytest.mark.slow)],
+)
 def test_a_result_is_replaced_and_not_what_somebody_put_into_it(
     line: str, noun: str, run: Any, tmp_path: Path
 ) -> None:

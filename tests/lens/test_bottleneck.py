@@ -141,6 +141,7 @@ def test_the_fit_reaches_the_optimum_that_another_solver_finds(model: Any, image
     assert loss(torch.zeros(4, 128).double()) > best * 1.1
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_result(result: ConceptBottleneck, tmp_path: Path) -> None:
     removals = result.without(["red", "blue"])
     place = result.save(tmp_path / "bottleneck", removals=removals)
@@ -192,6 +193,7 @@ def test_classes_with_too_few_images_and_no_classes(model: Any, planted: Any) ->
         vp.concept_bottleneck(model, planted, plain, settings=BottleneckSettings())
 
 
+@pytest.mark.slow
 def test_a_model_without_text_has_no_zero_shot(images: Any) -> None:
     import transformers
 

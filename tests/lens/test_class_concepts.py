@@ -111,7 +111,8 @@ def test_a_model_without_text_is_read_by_a_probe(model: vp.VisionBridge) -> None
     tower = tower_of(model)
     sae = TopKSAE(TopKSAEConfig(d_in=128, d_sae=8, k=2))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.tokens = HOOK, "cls"
-    found = class_concepts(tower, "demo:120", "square", sae=sae, settings=SMALL, progress=False)
+    settings = replace(SMALL, n_images=1, design=2)
+    found = class_concepts(tower, "demo:60", "square", sae=sae, settings=settings, progress=False)
     assert found.read_by == "a linear probe"
     assert found.hook_name == HOOK
 

@@ -46,6 +46,7 @@ def test_the_folder_holds_tables_figures_and_every_number(
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_labels_among_the_texts_give_an_accuracy(tmp_path: Path) -> None:
     line = ["decompose", "--model-name", "demo", "--images", "demo:24@2", "--texts", "labels"]
     line += ["--output-path", str(tmp_path / "out"), "--n-images", "24"]

@@ -109,6 +109,7 @@ def test_latents_that_fire_at_random_get_names_that_explain_nothing(
     assert summary["share_better"] < 0.15
 
 
+@pytest.mark.slow
 def test_every_method_at_once_and_the_chosen_name(world: SimpleNamespace, tmp_path: Path) -> None:
     sae = neuron_dictionary(128).at("blocks.3.hook_resid_post", tokens="cls")
     seen: list[int] = []

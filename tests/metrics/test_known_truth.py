@@ -70,6 +70,7 @@ def test_top_images_are_shared_more_and_more_as_two_factors_are_mixed(
     assert results[-1].share_above[9] == pytest.approx(8 / results[-1].n_pairs)
 
 
+@pytest.mark.slow
 def test_a_probe_on_one_latent_loses_its_class_as_two_factors_are_mixed() -> None:
     scenes = draw(8000, seed=12).scenes
     shapes, colours = (codes(scenes, name, 2).sum(1) > 0 for name in ("shape", "colour"))

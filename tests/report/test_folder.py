@@ -49,6 +49,7 @@ def test_two_builds_are_the_same_byte_for_byte(tmp_path, model, sae, images):
     assert first == second
 
 
+@pytest.mark.slow
 def test_batches_do_not_change_the_report(tmp_path, model, sae, images, monkeypatch):
     vp.report(sae, model, images, tmp_path / "a")
     monkeypatch.setattr("vision_plugin.report._encoding.CHUNK_ELEMENTS", 1)
@@ -192,6 +193,7 @@ def images_run(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, model, sae, monkeypatch):
     images, n_saved = draw_images(300), [0]
     vp.report(sae, model, images, tmp_path / "whole", n_image_pages=300)
@@ -246,6 +248,7 @@ def test_a_build_killed_outright_goes_on_to_the_same_bytes(tmp_path, model, sae,
     assert sum(n_run) == 0  # all maps were kept before the last kill
 
 
+@pytest.mark.slow
 def test_a_report_is_the_same_with_room_for_few_images(tmp_path, model, sae, monkeypatch):
     images, n_run = draw_images(120), images_run(monkeypatch)
     vp.report(sae, model, images, tmp_path / "all")

@@ -136,6 +136,7 @@ def test_a_decoder_that_is_the_encoder_is_refused() -> None:
         runner(config(None, "matching_pursuit", archetypal_points=8)).run()
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_pass_may_differ_in_it(tmp_path: Path) -> None:
     cfgs = {
         "near": config(None, archetypal_points=20),

@@ -101,6 +101,7 @@ def test_activation_scaling_folds_without_changing_the_function(cfg) -> None:
     assert float(error) < 0.6
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_the_curves(cfg, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -132,6 +133,7 @@ def test_an_output_folder_in_use_is_kept_unless_told_otherwise(cfg) -> None:
     assert (out / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_half_written_sae(cfg, monkeypatch) -> None:
     runner = VisionSAETrainingRunner(cfg)
     monkeypatch.setattr(

@@ -164,6 +164,7 @@ def test_a_killed_run_has_each_line_once(folders, model, tmp_path: Path, monkeyp
     assert lines(tmp_path / "killed") == lines(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_wandb_has_the_curves_and_the_top_features(
     folders, model, tmp_path: Path, monkeypatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_wandb_has_the_curves_and_the_top_features(
     assert table["data"][0][3] == "Image"  # the images themselves are in the run's artifact
 
 
+@pytest.mark.slow
 def test_nothing_of_wandb_is_called_where_it_is_off(
     folders, model, tmp_path: Path, monkeypatch
 ) -> None:

@@ -143,7 +143,9 @@ def test_one_two_three_and_four_workers_train_to_the_same_bits(
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.scale)])
-@pytest.mark.parametrize("architecture", ["batchtopk", "topk"])
+@pytest.mark.parametrize(
+    "architecture", ["batchtopk", pytest.param("topk", marks=pytest.mark.slow)]
+)
 def test_an_sae_split_by_latents_is_the_whole_one(
     tmp_path: Path, architecture: str, size: int
 ) -> None:

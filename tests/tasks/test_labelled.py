@@ -102,6 +102,7 @@ def test_styles_draw_fonts_sizes_places_and_colours() -> None:
         PrintStyle(colours=((0, 0, 0),))
 
 
+@pytest.mark.slow
 def test_the_task_runs_on_labelled_images(model, labelled) -> None:
     data = labelled.data()
     settings = TypographicSettings(methods=("none", "heads"), unseen_words=False)

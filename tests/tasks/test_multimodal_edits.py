@@ -148,6 +148,7 @@ def test_any_judge_decides_whether_an_answer_states_a_value(vlm, sae, data) -> N
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_one_word_is_what_generate_says_about_a_white_image(vlm, sae) -> None:
     from PIL import Image
 

@@ -137,6 +137,7 @@ def test_scam_without_all_clean_images_has_no_clean_figures(model, tmp_path: Pat
     assert found.without_clean == "3 of 40 images have no row of NoSCAM"
 
 
+@pytest.mark.slow
 def test_the_chosen_edits_are_reported_on_published_sets(model, tmp_path: Path) -> None:
     from vision_plugin.demo.attacks import typographic_data
 

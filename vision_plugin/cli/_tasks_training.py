@@ -42,6 +42,9 @@ class TrainsSAE:
     def __post_init__(self) -> None:
         check_device(self.device)
         self.check_at_most("training_images")
+        for name in ("d_sae", "k"):  # before images are drawn for it
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it has to be above 0")
 
     def check_at_most(self, *names: str) -> None:
         """Raise ValueError where more images are asked for than a task holds in memory."""
