@@ -19,7 +19,13 @@ from vision_plugin._inputs import check_template, sentences
 from vision_plugin.evaluation import class_of_images
 from vision_plugin.images import open_images
 from vision_plugin.lens._class_concepts_result import ClassConcepts, Deletion
-from vision_plugin.lens._craft import Scaled, Score, concept_importance
+from vision_plugin.lens._craft import (
+    Scaled,
+    Score,
+    check_design,
+    dense_latents,
+    importance_of,
+)
 from vision_plugin.lens._dictionaries import fit_dictionary
 from vision_plugin.lens._pixels import pixel_batches
 from vision_plugin.lens._texts import unit
@@ -73,6 +79,7 @@ class ClassConceptsSettings:
 
     def __post_init__(self) -> None:
         check_template(self.template, argument="template")
+        check_design(self.design)
         for name in ("n_features", "n_images", "top", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -124,13 +131,11 @@ def class_concepts(
     pixels = _pixels(model, source, held, cfg, progress)
     own = _pixels(model, source, fitted, cfg, progress)
     dictionary = _fit(model, own, cfg) if sae is None else sae
-    answer, read_by = _answer(model, source, of_image, class_name, held, cfg, progress)
-    importance = concept_importance(
-        model, dictionary, pixels, answer, design=cfg.design, batch_size=cfg.batch_size,
-        seed=cfg.seed,
-    )  # fmt: skip
-    scaled = Scaled(Site.of(model, dictionary), dictionary, pixels, answer, cfg.batch_size)
-    strongest, shares = _strongest(model, dictionary, own, importance.latents, cfg)
+    answer, read_by = _answer(model, source, of_image, class_name, fitted, cfg, progress)
+    site = Site.of(model, dictionary)
+    scaled = Scaled(site, dictionary, pixels, answer, cfg.batch_size)
+    importance = importance_of(scaled, None, cfg.design, cfg.seed)
+    strongest, shares = _strongest(site, dictionary, own, importance.latents, cfg)
     deletion, alone = _deletion(scaled, importance.latents, importance.ranked(), cfg.seed)
     return ClassConcepts(
         model=str(model.cfg.model_name),
@@ -204,11 +209,14 @@ def _answer(
     source: Any,
     of_image: Sequence[str],
     class_name: str,
-    held: list[int],
+    fitted: list[int],
     cfg: ClassConceptsSettings,
     progress: bool,
 ) -> tuple[Score, str]:
-    """Return the answer for the class, and what gives it."""
+    """Return the answer for the class, and what gives it.
+
+    A probe is fitted to the images in ``fitted``, and to images of other classes.
+    """
     classes = sorted({name for name in of_image if name})
     if len(classes) < 2:
         raise ValueError(
@@ -216,7 +224,6 @@ def _answer(
             "images of other classes, too"
         )
     number = classes.index(class_name)
-    own = [at for at, name in enumerate(of_image) if name == class_name]
     if model.tokenizer is not None and model.adapter.has_joint_space:
         texts = model.encode_text(sentences(cfg.template, classes, argument="template"))
 
@@ -231,7 +238,7 @@ def _answer(
     others = torch.tensor([at for at, name in enumerate(of_image) if name not in ("", class_name)])
     generator = torch.Generator().manual_seed(cfg.seed)
     drawn = others[torch.randperm(len(others), generator=generator)[:MOST_PROBED]].tolist()
-    places = sorted({*drawn, *own} - set(held))
+    places = sorted([*drawn, *fitted])
     batches = pixel_batches(
         model, source, batch_size=cfg.batch_size, title="probe", places=places, progress=progress
     )
@@ -252,21 +259,18 @@ def _answer(
 
 
 def _strongest(
-    model: Any,
+    site: Site,
     dictionary: Dictionary,
     pixels: Tensor,
     latents: Sequence[int],
     cfg: ClassConceptsSettings,
 ) -> tuple[list[list[int]], list[float]]:
-    """Return each latent's strongest images and on which share of the images it is not 0."""
-    site = Site.of(model, dictionary)
+    """Return each latent's strongest images and on which share of the images it is above 0."""
     harvest = site.harvester()
     parts = []
     for batch in pixels.split(cfg.batch_size):
-        source = site.read(harvest(batch)).source
-        codes, _ = encode_and_decode(dictionary, source)
-        dense = codes if isinstance(codes, Tensor) else codes.to_dense()
-        parts.append(dense.view(*source.shape[:2], -1)[:, :, list(latents)].amax(1).cpu())
+        dense = dense_latents(dictionary, site.read(harvest(batch)).source)
+        parts.append(dense[:, :, list(latents)].amax(1).cpu())
     most = torch.cat(parts)
     best = most.topk(min(cfg.top, len(most)), dim=0).indices.T.tolist()
     return best, (most > 0).double().mean(0).tolist()

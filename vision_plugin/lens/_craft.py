@@ -136,18 +136,28 @@ def concept_importance(
         >>> found.each.shape
         torch.Size([1, 2])
     """
+    check_design(design)
+    site = Site.of(model, dictionary, tokens=tokens, check_model=check_model)
+    scaled = Scaled(site, dictionary, pixels, score, batch_size)
+    return importance_of(scaled, latents, design, seed)
+
+
+def check_design(design: int) -> None:
+    """Raise ValueError unless a number of points is one that Sobol's sequence is balanced at."""
     if design < 2 or design & (design - 1):
         raise ValueError(f"design={design} must be a power of 2 from 2 up, as Sobol's points need")
-    scaled = Scaled(
-        Site.of(model, dictionary, tokens=tokens, check_model=check_model), dictionary, pixels,
-        score, batch_size,
-    )  # fmt: skip
+
+
+def importance_of(
+    scaled: Scaled, latents: list[int] | None, design: int, seed: int
+) -> ConceptImportance:
+    """Return the total Sobol indices of latents; None takes all that are active on an image."""
     chosen = _chosen(latents, scaled.codes)
     factors = _factors(design, len(chosen), seed)
     each = torch.stack(
         [
             _total_indices(scaled.answers(image, chosen, factors), design, len(chosen))
-            for image in range(len(pixels))
+            for image in range(len(scaled.pixels))
         ]
     )
     return ConceptImportance(
@@ -175,9 +185,7 @@ class Scaled:
         self.site, self.dictionary, self.pixels = site, dictionary, pixels
         self.score, self.batch_size = score, batch_size
         reading = site.read(site.harvester()(pixels))
-        codes, _ = encode_and_decode(dictionary, reading.source)
-        dense = codes if isinstance(codes, Tensor) else codes.to_dense()
-        self.codes = dense.view(*reading.source.shape[:2], -1)
+        self.codes = dense_latents(dictionary, reading.source)
         self.activations, self._rows = reading.source, reading.rows
 
     @torch.no_grad()
@@ -195,6 +203,15 @@ class Scaled:
             with in_eval_mode(self.site.model), self.site.replaced(rows, values):
                 parts.append(self.score(self.site.model.image_features(same)).double().cpu())
         return torch.cat(parts)
+
+
+def dense_latents(
+    dictionary: Dictionary, source: Float[Tensor, "n tokens d"]
+) -> Float[Tensor, "n tokens d_sae"]:
+    """Return the latents of activations as one dense tensor."""
+    codes, _ = encode_and_decode(dictionary, source)
+    dense = codes if isinstance(codes, Tensor) else codes.to_dense()
+    return dense.view(*source.shape[:2], -1)
 
 
 def _chosen(latents: list[int] | None, dense: Tensor) -> list[int]:
