@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests._processes import ended, in_child, kill_at_change
 from vision_plugin._disk import (
+    exchange,
     locked,
     remove_unfinished,
     whole_file,
@@ -60,6 +61,13 @@ def replace(folder: Path, text: str) -> None:
         fill(made, text)
 
 
+@pytest.fixture
+def two_renamings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that exchanges no names, as NFS."""
+    monkeypatch.setattr("vision_plugin._disk.exchange", lambda one, other: False)
+
+
+@pytest.mark.usefixtures("two_renamings")
 @pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_folder_is_the_old_or_the_new_one_after_a_kill_at_each_change(
     tmp_path: Path, after: bool
@@ -84,6 +92,39 @@ def test_a_folder_is_the_old_or_the_new_one_after_a_kill_at_each_change(
     assert seen == {"old", "new"}
 
 
+def test_names_are_exchanged_in_one_step_that_no_kill_and_no_reader_cuts(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        fill(folder, folder.name)
+    if not exchange(one, other):
+        pytest.skip(f"the file system of {tmp_path} exchanges no names")
+    assert (content(one), content(other)) == (["other"] * 2, ["one"] * 2)
+    assert not exchange(one, tmp_path / "missing")
+    assert content(one) == ["other"] * 2
+    folder = tmp_path / "f"
+    for number in range(1, 60):
+        replace(folder, "old")
+
+        def work(number: int = number) -> None:
+            kill_at_change(number)
+            replace(folder, "new")
+
+        survived = ended(in_child(work)) == 0
+        assert content(folder) in (["old"] * 2, ["new"] * 2), number  # nothing has to come back
+        if survived:
+            break
+    assert survived
+    child = in_child(lambda: [replace(folder, "new") for _ in range(50)])
+    looks, end = 0, (0, 0)
+    while end == (0, 0):
+        assert folder.exists()
+        looks, end = looks + 1, os.waitpid(child, os.WNOHANG)
+    assert end == (child, 0)
+    assert looks > 50
+
+
+@pytest.mark.usefixtures("two_renamings")
 def test_what_was_replaced_is_there_again_when_the_next_one_begins(tmp_path: Path) -> None:
     folder, cut = tmp_path / "f", 0
     for number in range(1, 60):

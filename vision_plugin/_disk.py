@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -46,6 +47,7 @@ DTYPES = {
 """Dtypes by their safetensors codes."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PART, _LOCK, _NEW, _REPLACED = ".part-", "lock", "new", "replaced"
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 _UNFINISHED = ".unfinished-"
 WRITER = r"([0-9A-Za-z]+-)?[0-9]+-([0-9a-f]{8}-)?"
 """Pattern of what follows the prefix of an unfinished file: host, process, something random."""
@@ -58,8 +60,9 @@ def whole_folder(
     """Yield an empty folder to fill, and give it the name ``folder`` when the block ends.
 
     Nobody sees it half full. If the block fails, it is deleted and ``folder`` stays as it is. A
-    folder of the kind ``replaces`` that has the name is replaced; it comes back if the renaming
-    fails, or at the next call for the same ``folder`` if the process was killed while it renamed.
+    folder of the kind ``replaces`` that has the name is replaced, in one step where the system
+    exchanges names. Elsewhere two renamings do it: the replaced folder comes back if the second
+    fails, or at the next call for the same ``folder`` if the process was killed between them.
     Of two processes that make one folder, the one that ends last replaces the other's.
 
     Args:
@@ -87,9 +90,11 @@ def whole_folder(
             sync(made)
             with _alone_in(folder.parent):
                 check_replaceable(folder, replaces)
-                if folder.exists():
+                if not folder.exists():
+                    made.replace(folder)
+                elif not exchange(made, folder):
                     folder.replace(staging / _REPLACED)
-                made.replace(folder)
+                    made.replace(folder)
             sync(folder.parent)
         finally:
             _remove(staging, folder)
@@ -124,6 +129,19 @@ def _alone_in(parent: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two folders the other's name in one step; False where the system cannot.
+
+    Linux can on most local file systems (``renameat2``), and not on NFS.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    done = renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
 
 
 @contextmanager
