@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
 _USUAL = {_M_MMAP_THRESHOLD: 32 * 2**20, _M_TRIM_THRESHOLD: 64 * 2**20}
 """Values that glibc reaches by itself in a process that freed large tensors, see mallopt(3)."""
+_lock, _depth = threading.Lock(), 0
 
 
 @contextmanager
@@ -21,20 +23,27 @@ def freed_memory_kept() -> Iterator[None]:
     By default glibc hands large blocks back to the system when they are freed. A model that runs on
     the CPU frees and allocates the same blocks at every layer, and the system clears each of their
     pages anew, which takes up to a quarter of a forward pass. This does nothing with another C
-    library, or where the environment configures the allocator.
+    library, or where the environment configures the allocator. Blocks may be nested: the outermost
+    gives the memory back.
     """
+    global _depth
     if not _may_be_set():
         yield
         return
     libc = ctypes.CDLL(None)
-    for option in _USUAL:
-        libc.mallopt(option, _MOST)
+    with _lock:
+        _depth += 1
+        for option in _USUAL:
+            libc.mallopt(option, _MOST)
     try:
         yield
     finally:
-        for option, value in _USUAL.items():
-            libc.mallopt(option, value)
-        libc.malloc_trim(0)
+        with _lock:
+            _depth -= 1
+            if not _depth:
+                for option, value in _USUAL.items():
+                    libc.mallopt(option, value)
+                libc.malloc_trim(0)
 
 
 def _may_be_set() -> bool:

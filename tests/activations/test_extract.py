@@ -46,7 +46,7 @@ from vision_plugin.activations._decoding import batch_tasks, decode
 from vision_plugin.activations._extract import settle_plan, write_manifest
 from vision_plugin.activations._making import _images_per_shard, make_plan
 from vision_plugin.activations._plan import ShardTask
-from vision_plugin.activations._running import run_tasks
+from vision_plugin.activations._running import ShardRunner
 from vision_plugin.images import open_images
 from vision_plugin.models import TokenLayout, UnknownHookError
 
@@ -174,8 +174,9 @@ class TestSameBytes:
         source = open_images(list(images(20)))
         plan = settle_plan(folder, make_plan(config(folder), tiny_model(), source))
         tasks = list(plan.tasks())
-        for task in (tasks[2], tasks[0], tasks[2], tasks[1], tasks[0]):
-            list(run_tasks(plan, [task], folder=folder, model=tiny_model(), source=source))
+        runners = [ShardRunner(plan, tiny_model(), source) for _ in range(2)]  # two processes
+        for number, task in enumerate((tasks[2], tasks[0], tasks[2], tasks[1], tasks[0])):
+            list(runners[number % 2].run([task], folder))
         write_manifest(folder, plan)
         (folder / ".lock").touch()
         assert content(folder) == content(tmp_path / "plain")

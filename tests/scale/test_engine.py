@@ -23,6 +23,13 @@ __all__ = ["sae"]
 pytestmark = pytest.mark.scale
 
 
+def test_a_process_may_start_one_cluster_after_another() -> None:
+    """Each has a token of its own."""
+    for number in range(2):
+        with RayEngine(num_cpus=1, object_store_memory=100_000_000) as engine:
+            assert engine.ray.get(engine.ray.put(number)) == number
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayEngine]:
     """A cluster of this machine, where wandb writes to a folder."""

@@ -21,7 +21,7 @@ from vision_plugin.activations._files import TEMPORARY, sha256, whole_file
 from vision_plugin.activations._making import make_plan
 from vision_plugin.activations._plan import ShardTask, StorePlan
 from vision_plugin.activations._records import ShardRecord, read_marker
-from vision_plugin.activations._running import run_tasks
+from vision_plugin.activations._running import ShardRunner
 from vision_plugin.images import ImageSource, open_images
 from vision_plugin.models import Harvester
 
@@ -87,6 +87,7 @@ class ShardMaker:
             streaming=config.streaming,
         )
         self.model = _load(config) if model is None else model
+        self._kept: ShardRunner | None = None
 
     def plan(self) -> StorePlan:
         """Return the plan of the store.
@@ -142,20 +143,22 @@ class ShardMaker:
             StoreFullError: there is no room for a shard.
             ValueError: some activations are not finite.
         """
-        return run_tasks(
-            plan,
-            tasks,
-            folder=folder,
-            model=self.model,
-            source=self.source,
-            n_workers=self._n_workers(),
-        )
+        return self._runner(plan).run(tasks, folder)
 
     def make(self, plan: StorePlan, task: ShardTask, folder: Path) -> ShardRecord:
-        """Make one shard and its marker in a folder."""
-        records = [e for e in self.events(plan, [task], folder) if isinstance(e, ShardRecord)]
+        """Make one shard and its marker in a folder.
+
+        Calls for one plan share memory: make one shard at a time with a maker.
+        """
+        if self._kept is None or self._kept.plan != plan:
+            self._kept = self._runner(plan)
+        events = self._kept.run([task], folder)
+        records = [event for event in events if isinstance(event, ShardRecord)]
         assert len(records) == 1
         return records[0]
+
+    def _runner(self, plan: StorePlan) -> ShardRunner:
+        return ShardRunner(plan, self.model, self.source, n_workers=self._n_workers())
 
     def _n_workers(self) -> int:
         if self.config.n_workers is None:

@@ -24,55 +24,66 @@ from vision_plugin.models import Harvester
 logger = logging.getLogger(__name__)
 
 
-def run_tasks(
-    plan: StorePlan,
-    tasks: Iterable[ShardTask],
-    *,
-    folder: Path,
-    model: Any,
-    source: ImageSource,
-    n_workers: int = 0,
-) -> Generator[DecodedBatch | ShardRecord, None, None]:
-    """Run shard tasks in the order given.
-
-    Each task writes its shard and then its marker. Tasks do not depend on each other, on the order
-    or on the process: a task that runs again gives the same bytes.
+class ShardRunner:
+    """Runs shard tasks. What one run allocates serves the next, so runs take turns.
 
     Args:
         plan: Plan of the store.
-        tasks: Shards to make.
-        folder: Folder of the store.
         model: The bridge that the plan was made for.
         source: The images that the plan was made for.
         n_workers: Processes that decode images; 0 decodes in this process.
-
-    Yields:
-        Each batch after its forward pass, and each shard's record when the shard is complete.
-
-    Raises:
-        StoreFullError: there is no room for a shard.
-        ValueError: some activations are not finite.
     """
-    pending = batch_tasks(tasks, plan.batch_size)
-    shards = [_ShardBuffers(plan), _ShardBuffers(plan)]
-    forward = _Forward(plan, model)
-    writing: Future[ShardRecord] | None = None
-    on_cpu = model.device.type == "cpu"
-    with (
-        ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
-        freed_memory_kept() if on_cpu else nullcontext(),
-    ):
-        for batch in decode(source, model.image_processor, pending, n_workers, yielding=on_cpu):
-            shards[0].add(batch, forward(batch, source))
-            yield batch
-            if batch.task.last:
-                if writing is not None:
-                    yield writing.result()
-                writing = writer.submit(shards[0].write, folder, batch.task.shard, source.ids)
-                shards.reverse()
-                shards[0].clear()
-        if writing is not None:
-            yield writing.result()
+
+    def __init__(
+        self, plan: StorePlan, model: Any, source: ImageSource, *, n_workers: int = 0
+    ) -> None:
+        self.plan, self.model, self.source, self.n_workers = plan, model, source, n_workers
+        self._shards = [_ShardBuffers(plan), _ShardBuffers(plan)]
+        self._forward = _Forward(plan, model)
+
+    def run(
+        self, tasks: Iterable[ShardTask], folder: Path
+    ) -> Generator[DecodedBatch | ShardRecord, None, None]:
+        """Run shard tasks in the order given.
+
+        Each task writes its shard and then its marker. Tasks do not depend on each other, on the
+        order or on the process: a task that runs again gives the same bytes.
+
+        Args:
+            tasks: Shards to make.
+            folder: Folder of the store.
+
+        Yields:
+            Each batch after its forward pass, and each shard's record when the shard is complete.
+
+        Raises:
+            StoreFullError: there is no room for a shard.
+            ValueError: some activations are not finite.
+        """
+        pending, source = batch_tasks(tasks, self.plan.batch_size), self.source
+        shards = self._shards
+        for shard in shards:
+            shard.clear()  # an earlier run may have failed
+        writing: Future[ShardRecord] | None = None
+        on_cpu = self.model.device.type == "cpu"
+        decoded = decode(
+            source, self.model.image_processor, pending, self.n_workers, yielding=on_cpu
+        )
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
+            freed_memory_kept() if on_cpu else nullcontext(),
+        ):
+            for batch in decoded:
+                shards[0].add(batch, self._forward(batch, source))
+                yield batch
+                if batch.task.last:
+                    if writing is not None:
+                        yield writing.result()
+                    writing = writer.submit(shards[0].write, folder, batch.task.shard, source.ids)
+                    shards.reverse()
+                    shards[0].clear()
+            if writing is not None:
+                yield writing.result()
 
 
 class _Forward:

@@ -116,18 +116,16 @@ def sparse_decode(
     d_in = W_dec.shape[1]
     _check_bias("b_dec", b_dec, d_in)
     _check_mode(values, W_dec)
-    k = values.shape[-1]
-    n_rows = math.prod(values.shape[:-1])  # numel() of the shape would fix a traced batch
+    shape = values.shape[:-1]
+    if len(shape) != 1:
+        n_rows = math.prod(shape)  # numel() of the shape would fix a traced batch
+        values, indices = (part.reshape(n_rows, part.shape[-1]) for part in (values, indices))
+    if indices.dtype != torch.int32:
+        indices = indices.int()
     decoded: Tensor = call(
-        _operators.gather_sum,
-        W_dec,
-        indices.reshape(n_rows, k).int(),
-        None,
-        values.reshape(n_rows, k),
-        b_dec,
-        _name(backend),
+        _operators.gather_sum, W_dec, indices, None, values, b_dec, _name(backend)
     )
-    return decoded.view(*values.shape[:-1], d_in)
+    return decoded if len(shape) == 1 else decoded.view(*shape, d_in)
 
 
 def batch_topk_encode(

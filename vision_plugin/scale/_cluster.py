@@ -17,6 +17,10 @@ _ANSWER_SECONDS = 10.0
 _START_SECONDS = "180"
 """How long Ray's processes may take to start; its own 30 s are too few on a busy machine."""
 
+_SILENT_MS = "20000"
+"""How long sent data may stay unacknowledged before a call to another machine fails. By Ray's own
+two minutes, a task that is offered to a machine whose cable was pulled holds up the end so long."""
+
 NOWHERE = "http://127.0.0.1:9/"
 """Where a cluster reports to: Ray would else report that it sends no statistics."""
 
@@ -49,6 +53,7 @@ def import_ray() -> Any:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
     os.environ.setdefault("RAY_agent_register_timeout_ms", f"{_START_SECONDS}000")
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", _SILENT_MS)
     try:
         import ray
     except ImportError:
@@ -88,6 +93,7 @@ def connected(address: str | None, *, dashboard: bool = False, **settings: Any) 
             _check_answers(address)
             settings = {}
         stack.callback(ray.shutdown)
+        _forget_token(ray)
         before = _children()
         try:
             ray.init(
@@ -102,6 +108,13 @@ def connected(address: str | None, *, dashboard: bool = False, **settings: Any) 
                     os.kill(process, signal.SIGKILL)
             raise _refused(address, error) from error
         yield ray
+
+
+def _forget_token(ray: Any) -> None:
+    """Have Ray read the token: it keeps the first one of a process for every later cluster."""
+    loader = getattr(ray._raylet, "AuthenticationTokenLoader", None)
+    if loader is not None:
+        loader.instance().reset_cache()
 
 
 def _children() -> set[int]:

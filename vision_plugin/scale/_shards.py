@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.scale._versions import Home
 
 _kept: dict[str, Any] = {}
 """The maker of this process, by its plan: the model is loaded once in a process."""
+_open = ExitStack()
+"""What stays open between the tasks of one plan."""
 
 
 @dataclass(frozen=True)
@@ -104,4 +108,7 @@ def _maker(work: ShardWork) -> Any:
         maker.check(plan, work.job.probe)
         _kept.clear()
         _kept[plan.sha256] = maker
+        _open.close()
+        if maker.model.device.type == "cpu":
+            _open.enter_context(freed_memory_kept())
     return _kept[plan.sha256]

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +23,11 @@ _VARIABLES = (
 
 def versions() -> dict[str, str]:
     """Return the versions in this process, by package."""
+    return dict(_versions())
+
+
+@cache  # each worker compares them before each task, and reading them takes tens of milliseconds
+def _versions() -> dict[str, str]:
     found = {"vision-plugin": __version__, "Python": platform.python_version()}
     for name in _PACKAGES:
         try:
