@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Compiling the hosts' modules takes half a minute: let Python keep the result, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-slow test-gpu sanitize-gpu test-scale hostile check exports quality docs dist clean
+.PHONY: setup demo test test-slow test-exhaustive test-gpu sanitize-gpu test-scale hostile check exports quality docs dist clean
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ test: $(READY)
 # The longer proofs: more cases of the same matrices, real models, a browser, whole jobs.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Every architecture name, every lesson, compiled kernels: before a release.
+test-exhaustive: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 # On a machine with a GPU: what computes on a device does so there.
 test-gpu: $(READY)

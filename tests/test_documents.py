@@ -155,11 +155,16 @@ SMALLER = {
 """What stands on the front page, and what of the drawn world is put in its place."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/names.md", "docs/report.md", "docs/steering.md",
-             "docs/vision-language.md"]
-)  # fmt: skip
+    "page",
+    [
+        *(pytest.param(page, marks=pytest.mark.slow) for page in ("README.md", "docs/steering.md")),
+        *(
+            pytest.param(page, marks=pytest.mark.exhaustive)
+            for page in ("docs/names.md", "docs/report.md", "docs/vision-language.md")
+        ),
+    ],
+)
 def test_the_code_of_a_page_runs_in_the_drawn_world(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ LESSONS = (
     "4-steer-and-repair",
     "5-vision-language",
 )
+SHORT = LESSONS[:2]
+"""Lessons of less than a minute."""
 CPU_SECONDS = 120
 """Time on one processor that a lesson may take; waiting for other work is not counted."""
 LARGEST_PICTURE = 60_000
@@ -133,8 +135,13 @@ def test_absolute_paths_are_seen(text: str, is_path: bool) -> None:
     assert bool(PATH.search(text)) == is_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SHORT else pytest.mark.exhaustive)
+        for name in LESSONS
+    ],
+)
 def test_a_lesson_runs_and_gives_what_is_kept(name: str, tmp_path: Path) -> None:
     kept, fresh = read(name), read(name)
     for cell in code(fresh):
@@ -148,7 +155,7 @@ def test_a_lesson_runs_and_gives_what_is_kept(name: str, tmp_path: Path) -> None
         assert all(not line.strip() or BAR.search(line) for line in said), said
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["1-look-inside"])
 def test_a_lesson_runs_with_another_model(name: str, tiny_clip: str, tmp_path: Path) -> None:
     """Only the first cell changes: a CLIP with 3 blocks in place of 4, and other widths."""

@@ -27,7 +27,7 @@ for name in sorted(vp.__all__):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reading_a_name_draws_no_random_number() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

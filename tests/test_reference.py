@@ -29,11 +29,9 @@ LONG = frozenset(
         "lens.Decomposed",
         "lens.Explanation",
         "lens.FeatureNames",
-        "lens.Hallucination",
         "lens.NameCandidates",
         "lens.TextLens",
         "lens.decompose_images",
-        "lens.hallucination",
         "lens.read_names",
         "sae.Quality",
         "sae.VisionMultiSAETrainingRunner",
@@ -46,7 +44,6 @@ LONG = frozenset(
         "tasks.TaskResult",
         "tasks.attribute",
         "tasks.background",
-        "tasks.multimodal",
         "tasks.ravel",
         "tasks.read_celeba",
         "tasks.read_factors",
@@ -55,6 +52,8 @@ LONG = frozenset(
     }
 )
 """Public names whose examples take more than a second."""
+LONGEST = frozenset({"lens.Hallucination", "lens.hallucination", "tasks.multimodal"})
+"""Those whose examples make a vision-language model, and let it speak."""
 
 
 def docstrings(body: list[ast.stmt], within: str = "") -> Iterator[tuple[str, str, int]]:
@@ -125,6 +124,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 def cases() -> list[Any]:
     """Return the examples by the names of their docstrings, marked as what they cost."""
     marks = {public()[name]: pytest.mark.slow for name in LONG}
+    marks |= {public()[name]: pytest.mark.exhaustive for name in LONGEST}
     marks["vision_plugin.scale._engine.RayEngine"] = pytest.mark.scale
     return [pytest.param(name, marks=marks.get(name, ())) for name in sorted(EXAMPLES)]
 

@@ -160,7 +160,7 @@ def test_the_page_that_is_kept_follows_from_the_json_that_is_kept() -> None:
     assert (RESULTS / "dinov2-features.webp").stat().st_size < 300_000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_run_goes_on_where_it_was(shared: Path, tmp_path: Path) -> None:
     if not (shared / "models" / "dinov2-small").is_dir():
         pytest.skip("needs the dinov2-small checkpoint of the data folder, which is not there")

@@ -48,7 +48,7 @@ def test_a_stage_that_fails_is_written_down_and_the_others_go_on(tmp_path, monke
     assert json.loads(out.read_text())["no_time_for"] == ["bad", "good", "late"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_script_is_rehearsed_on_a_cpu(tmp_path):
     report = _rehearsed(tmp_path / "gpu.json")
     assert list(report["stages"]) == list(gpu.stages(gpu.Options("cpu", True, 0, 1)))

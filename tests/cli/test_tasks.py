@@ -42,7 +42,7 @@ def test_the_task_trains_its_sae_and_writes_an_edit_that_loads(tmp_path: Path, c
     assert "notes.txt" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_a_vision_language_model_says_is_steered(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     small = ["--train-images", "120", "--validation-images", "60", "--test-images", "60"]

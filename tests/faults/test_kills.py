@@ -16,19 +16,19 @@ from tests.faults._kills import JOBS, Job, content, kill_often
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-QUICK = ("extract", "convert")
+QUICK, LONGEST = ("extract", "convert"), ("demo", "train")
 
 
 def cases() -> list[Any]:
-    """Every job; the slow tests have those that take longest."""
-    return [
-        pytest.param(
-            job,
-            id=job.command + "-again" * (job.earlier is not None),
-            marks=[pytest.mark.slow] * (job.command not in QUICK or job.earlier is not None),
-        )
-        for job in JOBS
-    ]
+    """Every job; the slow tests have more of them, the exhaustive ones what takes longest."""
+    found = []
+    for job in JOBS:
+        again = job.earlier is not None
+        marks = [pytest.mark.slow] if again or job.command not in QUICK else []
+        if job.command in LONGEST:
+            marks = [pytest.mark.exhaustive]
+        found.append(pytest.param(job, id=job.command + "-again" * again, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize("job", cases())

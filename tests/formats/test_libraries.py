@@ -168,7 +168,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.rmtree(root / "environment", ignore_errors=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_class_of_every_library_gives_its_own_numbers(written: Path) -> None:
     folders = sorted(written.iterdir())
     assert len(folders) == 7 + 5 * 2 * 4 + 3

@@ -35,14 +35,14 @@ def test_kernels_match_the_reference_in_the_interpreter(tmp_path):
     assert cases == dict.fromkeys(("few latents", "batch topk", "tiled product"), "ok")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_matches_the_reference_in_the_interpreter(tmp_path):
     cases = _cases("interpret", tmp_path)
     assert len(cases) > 30
     assert {name: found for name, found in cases.items() if found != "ok"} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_compiles_for_a100_and_h100_without_spills(tmp_path):
     report = _cases("compile", tmp_path)
     assert any(name.endswith("sm_80") for name in report)
@@ -63,7 +63,7 @@ def test_the_annotation_hook_leaves_the_kernels_source_to_triton():
             assert not hasattr(kernel.fn, "__wrapped__")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_variable_length_functions_compile(tmp_path):
     assert _cases("eager", tmp_path) == {"batch topk": "ok"}
 

@@ -176,8 +176,13 @@ def test_an_sae_with_its_error_changes_nothing(family: tuple[Case, Any, torch.Te
 COMPILED = ("transformers: DINOv3ViTModel", "timm: eva02_base_patch14_224", "open_clip: ViT-B-32")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("label", COMPILED)
+@pytest.mark.parametrize(
+    "label",
+    [
+        pytest.param(COMPILED[0], marks=pytest.mark.slow),
+        *(pytest.param(label, marks=pytest.mark.exhaustive) for label in COMPILED[1:]),
+    ],
+)
 def test_the_plain_forward_compiles(label: str) -> None:
     case, model, pixels = bridged(label)
     torch._dynamo.reset()

@@ -108,7 +108,7 @@ MEMORY = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_with_the_images():
     used = {}
     for n in (320, 6400):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_plugin._allocator import freed_memory_kept
 from vision_plugin._inputs import sentences
 from vision_plugin._progress import Progress
 from vision_plugin.evaluation._config import EvaluationConfig
@@ -110,15 +111,16 @@ class Run:
             shown: Counts the images.
         """
         keep, bad = Keeper(), dict[str, str]()
-        for images in read_batches(self.facts.images, at_once, bad, indices=places):
-            batch = self._batch(images, embedded=True)
-            self.facts.note_read(batch.indices)
-            of_sae = loop.feed(batch)
-            pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
-            neurons = pool(of_sae.reading.source, self.cfg.pooling)
-            keep.add(batch.indices, pooled, neurons, batch.embeddings)
-            if shown is not None:
-                shown.advance(len(images))
+        with freed_memory_kept():
+            for images in read_batches(self.facts.images, at_once, bad, indices=places):
+                batch = self._batch(images, embedded=True)
+                self.facts.note_read(batch.indices)
+                of_sae = loop.feed(batch)
+                pooled = of_sae["sparse_latents" if of_sae.latents.is_sparse else "latents"]
+                neurons = pool(of_sae.reading.source, self.cfg.pooling)
+                keep.add(batch.indices, pooled, neurons, batch.embeddings)
+                if shown is not None:
+                    shown.advance(len(images))
         return Part(keep, bad)
 
     def _parts(self, loop: Loop, engine: Any, shown: Progress) -> Iterator[Part]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.report._columns import make_columns, states_of
 from vision_plugin.report._compare import Other, compare_data, top_images_of
 from vision_plugin.report._content import Content
@@ -112,7 +113,8 @@ class Gathered:
 
 def build(job: Job, folder: Path, checkpoint: Checkpoint) -> None:
     """Write the whole report into an empty folder."""
-    gathered = _gather(job, folder, checkpoint)
+    with freed_memory_kept():
+        gathered = _gather(job, folder, checkpoint)
     content = gathered.content
     pages = Pages(folder, content.pages)
     pages.write_assets()
