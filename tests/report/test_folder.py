@@ -130,7 +130,8 @@ def test_a_failed_build_leaves_the_earlier_report_and_no_litter(tmp_path, error)
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
-def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
+def test_a_swap_that_was_cut_in_two_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr("vision_plugin._disk.exchange", lambda one, other: False)  # as on NFS
     out, cut = tmp_path / "r", 0
     for number in range(1, 60):
         small_report(out, "one")
