@@ -119,7 +119,8 @@ def sparse_decode(
     shape = values.shape[:-1]
     if len(shape) != 1:
         n_rows = math.prod(shape)  # numel() of the shape would fix a traced batch
-        values, indices = (part.reshape(n_rows, part.shape[-1]) for part in (values, indices))
+        flat = n_rows, values.shape[-1]
+        values, indices = values.reshape(flat), indices.reshape(flat)
     if indices.dtype != torch.int32:
         indices = indices.int()
     decoded: Tensor = call(

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     return dict(_versions())
 
 
-@cache  # each worker compares them before each task, and reading them takes tens of milliseconds
+@cache  # each worker compares them before each task, and reading them takes a while
 def _versions() -> dict[str, str]:
     found = {"vision-plugin": __version__, "Python": platform.python_version()}
     for name in _PACKAGES:
