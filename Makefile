@@ -42,7 +42,7 @@ sanitize-gpu: $(READY)
 
 # Real clusters whose workers, nodes, head and driver are killed, and one SAE over several workers.
 test-scale: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m scale
 
 # The whole hostile corpus, and a thousand kills: two hours on two cores.
 hostile: $(READY)
