@@ -60,7 +60,7 @@ def main() -> None:
 
 def compare(other: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Ratios of the time of a step, this checkout over the other."""
-    there = machine("sae-lens") | {"threads": threads}
+    found_on = machine("sae-lens") | {"threads": threads}
     ours, theirs = _process(HERE, threads), _process(other, threads)
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     try:
@@ -86,7 +86,7 @@ def compare(other: Path, rounds: int, threads: int) -> dict[str, Any]:
             "%s: %.2f of the other's time, quartiles %.2f and %.2f", kind, median, lower, upper
         )
     return {
-        "machine": there,
+        "machine": found_on,
         "other": _commit(other),
         "shape": {"d_in": D_IN, "d_sae": D_SAE, "k": K, "batch": BATCH},
         "rounds": rounds,
@@ -124,6 +124,7 @@ def _ask(process: subprocess.Popen[str], kind: str) -> float:
 
 def serve(checkout: Path) -> None:
     """Take a step of the kind that each line of the input names; print its seconds."""
+    sys.path.insert(0, str(checkout))
     step = {kind: _step(checkout, kind) for kind in KINDS}
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -139,7 +140,6 @@ def serve(checkout: Path) -> None:
 
 def _step(checkout: Path, kind: str) -> Callable[[], None]:
     """A forward and a backward pass of the checkout's SAE."""
-    sys.path.insert(0, str(checkout))
     import vision_plugin
 
     assert Path(vision_plugin.__file__).is_relative_to(checkout), vision_plugin.__file__

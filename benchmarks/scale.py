@@ -5,9 +5,10 @@
     python -m benchmarks.scale --small        # little work, to see that it runs
 
 Writes ``benchmarks/results/scale.json`` and ``scale.md``. Local extraction and Ray's, of few and of
-many images, take turns in one process; what an image costs is the difference of the two over the
-difference of their images, so that starts do not count. CPU is that of this process and of all that
-it started, Ray's own processes too. ``model`` runs the simulator, which prints its assumptions.
+many images, take turns in one process and on one core; what an image costs is the difference of the
+two over the difference of their images, so that starts do not count. CPU is that of this process
+and of all that it started, Ray's own processes too. ``model`` runs the simulator, which prints its
+assumptions.
 """
 
 from __future__ import annotations
