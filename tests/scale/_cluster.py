@@ -70,13 +70,22 @@ def title(process: int) -> str:
         return ""
 
 
-def kill(processes: set[int]) -> None:
-    """SIGKILL processes; some may have ended."""
+def kill(processes: set[int], sign: signal.Signals = signal.SIGKILL) -> None:
+    """SIGKILL processes, or send them another signal; some may have ended."""
     for process in processes:
         try:
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, sign)
         except ProcessLookupError:
             continue
+
+
+def held(root: int) -> set[int]:
+    """The tree of a process, stopped: none of it can start another between here and its end."""
+    found: set[int] = set()
+    while more := tree(root) - found:
+        kill(more, signal.SIGSTOP)
+        found |= more
+    return found
 
 
 def alive(processes: set[int]) -> set[int]:
@@ -206,12 +215,13 @@ class Cluster:
         return node
 
     def end(self, node: subprocess.Popen[bytes]) -> None:
-        """SIGKILL a node: every process of it, at once."""
+        """SIGKILL a node: every process of it, at once, with those that it starts meanwhile."""
         if node.poll() is None:
-            found = tree(node.pid)
+            found = held(node.pid)
             self.seen |= found
             kill(found)
             node.wait()
+            until(lambda: not alive(found), 30, "killed processes to end")
 
     def workers(self, node: subprocess.Popen[bytes], doing: str) -> set[int]:
         """Processes of a node that do a task now."""
