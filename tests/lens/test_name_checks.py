@@ -21,9 +21,9 @@ from vision_plugin.lens._name_checks import Checker, shuffled
 def test_the_check_is_scikit_learns_auroc(seed: int, n: int, ties: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = F.normalize(torch.randn(n, 4, generator=generator), dim=1)
-    if ties:
-        images = images[torch.randint(3, (n,), generator=generator)]
     texts = F.normalize(torch.randn(5, 4, generator=generator), dim=1)
+    if ties:  # on axes: one image has one score wherever it stands in a product
+        images = torch.eye(4)[torch.randint(3, (n,), generator=generator)]
     latents = (torch.rand(n, 6, generator=generator) < 0.4).float()
     words = torch.randint(-1, 5, (6,), generator=generator)
     found = Checker(Firing.of(latents), images).check(words, texts)

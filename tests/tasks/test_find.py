@@ -20,6 +20,8 @@ HOOK = "blocks.1.hook_resid_post"
 PLANTED = (101, 7, 64, 33, 90)
 """Latents that stand for the first five shapes: their directions carry the planted answer."""
 AMPLITUDE = 150.0
+SPREAD = 1e-3
+"""By this much of an image's mean green the planted latents vary: rounding alone has ranks, too."""
 STEP = 1e-4
 """A mark is written in an image's first pixel, too faint for the model to see."""
 
@@ -68,11 +70,12 @@ def world() -> Iterator[World]:
     seen: list[Tensor] = []
 
     def read_mark(pixels: Tensor, hook: object) -> None:
-        seen[:] = [(pixels[:, 0, 0, 0] / STEP).round().long() - 1]
+        marks = (pixels[:, 0, 0, 0] / STEP).round().long() - 1
+        seen[:] = [marks, pixels[:, 1].mean((1, 2))[:, None]]
 
     def plant(x: Tensor, hook: object) -> Tensor:
         x = x.clone()
-        x[:, 0] -= x[:, 0] @ planted.T @ planted
+        x[:, 0] -= (x[:, 0] @ planted.T - SPREAD * seen[1]) @ planted
         has = seen[0] >= 0
         x[has, 0] += AMPLITUDE * planted[seen[0][has]]
         return x
