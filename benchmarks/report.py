@@ -262,8 +262,8 @@ def slopes(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any] | Non
 def alone(folder: Path, n: int) -> dict[str, float]:
     """CPU milliseconds an image of what no report can do without, in this run.
 
-    ``images``: drawing one. ``model``: the checkpoint's own module on prepared pixels, of its blocks
-    those up to the SAE's hook.
+    ``images``: drawing one. ``model``: the checkpoint's own module on prepared pixels, with the
+    blocks up to the SAE's hook.
     """
     source, tower = Backgrounds(n), CLIPVisionModel.from_pretrained(folder).eval()
     tower.encoder.layers = tower.encoder.layers[: HOOKED_BLOCK + 1]
