@@ -170,6 +170,11 @@ def swap_candidates(
         yield Candidate(method, edit, size, place.layer, f"{how}, {place.tokens}", found, True)
 
 
+def swapped(sae: Dictionary, found: FoundLatents, latents: Sequence[int]) -> Edit:
+    """Return the swap of an SAE's latents at the tokens at which others were found."""
+    return Edit.swap(sae, latents, tokens=found.tokens)
+
+
 Proposal = tuple[Edit, int, str, FoundLatents | None]
 
 
