@@ -50,6 +50,8 @@ class RavelSettings:
 
     rules: tuple[str, ...] = SWAP_RULES
     """Rules that find latents, neurons and principal components."""
+    latents: tuple[int, ...] = ()
+    """Latents of the SAE to swap in place of those that rules find."""
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """Numbers of latents, neurons and principal components to try."""
     ranks: tuple[int, ...] = (4, 8, 16)
@@ -103,8 +105,8 @@ def ravel(
         announce: Called with one line per stage.
 
     Raises:
-        ValueError: an SAE belongs to another model or hook, nothing reads the factors, or there are
-            too few pairs for an interval.
+        ValueError: an SAE belongs to another model or hook or lacks a latent, nothing reads the
+            factors, or there are too few pairs for an interval.
         ImportError: probes are to be fitted and scikit-learn is missing.
 
     Examples:
@@ -209,6 +211,7 @@ class _Run:
             yield from swap_candidates(
                 place, method, factor, rules=settings.rules, sizes=sizes, ranks=settings.ranks,
                 steps=settings.steps, seed=settings.seed,
+                given=settings.latents if method == "sae" else (),
             )  # fmt: skip
 
     def rows(self, chosen: dict[str, dict[str, Candidate]]) -> Iterator[Row]:
