@@ -59,7 +59,11 @@ def test_what_a_vision_language_model_says_is_steered(tmp_path: Path, capsys) ->
     few = rows["colour", "insertion, best", "random_active_latents"]["inserted"]
     assert mean["low"] > few["high"]
     assert "insertion, best" in (out / "table.txt").read_text()
-    assert main(["tasks", "llava", "--output-path", str(out), *small, "--sae", str(out / "x")]) == 2
+    again = ["tasks", "llava", "--output-path", str(out), *small, "--sae"]
+    assert main([*again, str(out / "x")]) == 2
+    capsys.readouterr()
+    assert main([*again, str(out / "sae"), "--latents", "3", "256"]) == 2
+    assert "latent 256 is out of range: the SAE has 256" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -83,6 +87,17 @@ def test_an_attribute_is_swapped_and_the_swap_loads(tmp_path: Path, capsys) -> N
     edits = [vp.Edit.load(file) for file in (out / "edits").iterdir()]
     assert {change.operation for edit in edits for change in edit} == {"swap"}
     assert "disentangle" in (out / "table.txt").read_text()
+    given = ["--sae", str(out / "sae"), "--latents", "7", "2", "7"]
+    again = tmp_path / "again"
+    assert main(["tasks", "ravel", "--output-path", str(again), *small, *given]) == 0
+    content = json.loads((again / "results.json").read_text())
+    found = [e for e in content["search"] if e["method"] == "sae"]
+    assert [(e["kind"], e["how"], e["size"]) for e in found] == [
+        ("shape", "given, cls", 2), ("colour", "given, cls", 2)
+    ]  # fmt: skip
+    given = ["--sae", str(out / "sae"), "--latents", "64"]
+    assert main(["tasks", "ravel", "--output-path", str(again), *small, *given]) == 2
+    assert "latent 64 is out of range: the SAE has 64" in capsys.readouterr().err
 
 
 GROUPS = [
@@ -158,6 +173,8 @@ def test_the_task_prints_on_labelled_images_and_reports_on_published_ones(
         ("tasks llava --output-path {out} --test-images 50001", "at most 50,000"),
         ("tasks llava --output-path {out} --test-images 3", "too few for an interval"),
         ("tasks llava --output-path {out} --strengths nan", "must be numbers above 0"),
+        ("tasks llava --output-path {out} --latents 3", "--latents are of one SAE: name it with"),
+        ("tasks ravel --output-path {out} --latents 3", "--latents are of one SAE: name it with"),
         ("tasks typographic --output-path {out} --cap 2", "from 0 to 1"),
         ("tasks typographic --output-path {out} --images demo:60", "the train split has 18"),
         ("tasks typographic --output-path {out} --published {out}/none", "none does not exist"),

@@ -140,6 +140,14 @@ def test_more_latents_than_there_are_are_refused(vlm) -> None:
         vp.tasks.multimodal(vlm, make_sae(READ, 128), data, settings=settings)
 
 
+@pytest.mark.parametrize("latent", [-1, 48])
+def test_latents_that_the_sae_lacks_are_refused(vlm, latent: int) -> None:
+    data = multimodal_data(train=80, validation=40, test=40)
+    settings = vp.tasks.MultimodalSettings(latents=(3, latent))
+    with pytest.raises(ValueError, match=f"latent {latent} is out of range: the SAE has 48"):
+        vp.tasks.multimodal(vlm, make_sae(READ, 128), data, settings=settings)
+
+
 def test_a_table_shows_its_figures_where_a_terminal_is_narrow() -> None:
     from rich.console import Console
 

@@ -13,6 +13,7 @@ from tests._clip import make_sae
 from vision_plugin.demo import FACTORS, checkpoint_path, draw
 from vision_plugin.demo.dialogue import QUESTIONS
 from vision_plugin.demo.multimodal import multimodal_data
+from vision_plugin.metrics import ControlDictionary
 from vision_plugin.steering import LatentEditor
 from vision_plugin.tasks import MultimodalData, feature_answers, one_word
 from vision_plugin.tasks._answers import AnswerPass
@@ -145,6 +146,46 @@ def test_any_judge_decides_whether_an_answer_states_a_value(vlm, sae, data) -> N
             pairs = {f"{old}-to-{new}" for old in values for new in values if old != new}
             assert names == (pairs if "-to-" in min(names) else set(values))
     assert len(result.edit) == 1
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_latents_that_are_given_are_measured_in_place_of_those_that_are_found() -> None:
+    """A dictionary whose first latents span the colours; the answers are those of a plain loop."""
+    vlm = vp.load_vlm("demo")
+    data = multimodal_data(train=120, validation=40, test=40)
+    colours, label = FACTORS["colour"], data.train.labels["colour"]
+    patches = AnswerPass(vlm, data.train.images, data.questions).stream[:, 1:]
+    means = torch.stack([patches[label == c].mean((0, 1)) for c in range(len(colours))])
+    axes = torch.linalg.svd(means - means.mean(0), full_matrices=True).Vh
+    given = tuple(range(len(colours) - 1))
+    planted = ControlDictionary("planted", axes).at(READ, tokens="patch")
+    settings = vp.tasks.MultimodalSettings(sizes=(2,), strengths=(1.5,), latents=(*given, 0))
+    result = vp.tasks.multimodal(vlm, planted, data, settings=settings)
+
+    size = {entry["method"]: entry["size"] for entry in result.search}
+    assert size == {**dict.fromkeys(EDITS, len(given)), "neurons": 2,
+                    "diff_mean": 1, "diff_mean_replace": 1}  # fmt: skip
+    for edit in result.edits.values():
+        assert edit.changes[0].targets == given
+    best = {"kind": "colour", "how": "suppression, best"}
+    out = result.row("negative", **best).figures["suppressed"]
+    assert out.low > result.row("random_active_latents", **best).figures["suppressed"].high
+    assert out.low > 0.3
+
+    winner = result.row("sae_without_error", kind="colour", how="suppression, winner")
+    assert winner.edit.startswith("negative")
+    question, images = data.questions["colour"], list(data.test.images)
+    said = [colours[c] for c in data.test.labels["colour"].tolist()]
+    before = vlm.generate(images, question, max_new_tokens=1, **GREEDY)
+    gone: list[bool] = []
+    for colour in colours:
+        some = [i for i, (own, was) in enumerate(zip(said, before, strict=True)) if own == was]
+        some = [i for i in some if said[i] == colour]
+        with vlm.edit(result.edits["suppression", "colour", colour]):
+            after = vlm.generate([images[i] for i in some], question, max_new_tokens=1, **GREEDY)
+        gone += [answer != colour for answer in after]
+    assert sum(gone) / len(gone) == pytest.approx(out.value)
 
 
 @torch.no_grad()

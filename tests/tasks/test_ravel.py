@@ -132,6 +132,25 @@ def test_no_swap_keeps_everything_and_a_whole_swap_takes_everything(result: Task
         assert (whole["cause"].value, whole["isolate"].value) == (1.0, 0.0)
 
 
+@pytest.mark.slow
+def test_latents_that_are_given_are_measured_in_place_of_those_that_rules_find(world) -> None:
+    methods = ("none", "sae", "random_latents", "full_swap")
+    result = world.run(methods=methods, latents=PLANTED["second"])
+    seen = {e["kind"]: e for e in result.search if e["method"] == "sae"}
+    assert sum(e["method"] == "sae" for e in result.search) == len(PLANTED)
+    assert {(e["how"], e["size"]) for e in seen.values()} == {("given, cls", 2)}
+    row = result.row("sae", kind="second")
+    (change,) = result.edits["second", "sae"].changes
+    assert (row.how, row.size, change.targets) == ("given, cls", 2, PLANTED["second"])
+    assert (row.figures["cause"].value, row.figures["isolate"].value) == (1.0, 1.0)
+    assert row.figures["disentangle_over_none"].low > 0
+    assert row.figures["disentangle_over_random_latents"].low > 0
+    # They swap the second factor alone, so none of the first.
+    assert (seen["first"]["cause"], seen["first"]["isolate"]) == (0.0, 0.0)
+    assert result.row("sae", kind="first").how == "no swap does better than none"
+    assert result.settings["latents"] == list(PLANTED["second"])
+
+
 @pytest.mark.parametrize("method", ["das", "mdas"])
 @pytest.mark.slow
 def test_a_learned_rotation_finds_the_planted_subspace(world, result, method: str) -> None:
@@ -258,6 +277,8 @@ def test_hostile_input_is_one_sentence(world: World, tmp_path: Path) -> None:
     narrow = random_dictionary(16, 48, k=None, seed=0).at(HOOK)
     with pytest.raises(ValueError, match="16"):
         ravel(world.model, narrow, data)
+    with pytest.raises(ValueError, match="latent 48 is out of range: the SAE has 48"):
+        world.run(methods=("sae",), latents=(3, 48))
     for bad, message in (
         ({"methods": ("magic",)}, "methods= has 'magic'"),
         ({"rules": ("magic",)}, "rules= has 'magic'"),

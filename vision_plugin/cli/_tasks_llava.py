@@ -7,7 +7,7 @@ from typing import Any
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, train_saes
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents, train_saes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class LlavaConfig(TrainsSAE):
     """Images on which number and strength are chosen."""
     test_images: int = 150
     """Images that are reported on."""
+    latents: tuple[int | str, ...] = ()
+    """Latents of ``--sae`` to change for every value in place of those that are found: by number,
+    or as ``name:WORD`` for all whose name in ``names.json`` beside the SAE has that word."""
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value to try."""
     strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -57,7 +60,12 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
     settings = MultimodalSettings(sizes=cfg.sizes, strengths=cfg.strengths, seed=cfg.seed)
     vlm = load_vlm(cfg.model_name, device=cfg.device)
     check_reads_one_block(vlm)
-    if cfg.sae is None:
+    given = [] if cfg.sae is None else [load_sae(cfg.sae, device=cfg.device)]
+    latents = given_latents(cfg.latents, given, (cfg.sae or "",))
+    settings = replace(settings, latents=latents)
+    if given:
+        (sae,) = given
+    else:
         hook_name = vlm.reach.hook_names[-1]
         out.print(f"Training an SAE at {hook_name} on {cfg.training_images} drawn images")
         drawn = draw(cfg.training_images, seed=31 + cfg.seed).images
@@ -65,8 +73,6 @@ def compute_llava(cfg: LlavaConfig) -> tuple[Any, Any]:
             cfg, vlm.vision, [hook_name], drawn, model_name=cfg.model_name, images="drawn images",
             tokens="patch",
         )  # fmt: skip
-    else:
-        sae = load_sae(cfg.sae, device=cfg.device)
     out.print("Drawing images")
     data = multimodal_data(
         train=cfg.train_images,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vision_plugin._paths import local_path
 from vision_plugin.cli._console import console
 from vision_plugin.cli._tasks_groups import train_drawn
-from vision_plugin.cli._tasks_training import LEAST, TrainsSAE
+from vision_plugin.cli._tasks_training import LEAST, TrainsSAE, given_latents
 
 SPLITS = ("train", "validation", "test")
 
@@ -46,6 +46,9 @@ class RavelConfig(TrainsSAE):
     """Images that are reported on."""
     tokens: str = "cls"
     """Kind of token whose values are swapped, and on which SAEs are trained."""
+    latents: tuple[int | str, ...] = ()
+    """Latents of ``--sae`` to swap in place of those that rules find: by number, or as
+    ``name:WORD`` for all whose name in ``names.json`` beside the SAE has that word."""
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """Numbers of latents, neurons and principal components to try."""
     ranks: tuple[int, ...] = (4, 8, 16)
@@ -93,6 +96,7 @@ def compute_ravel(cfg: RavelConfig) -> tuple[Any, Any]:
     model = load_model(cfg.model_name, device=cfg.device)
     places = [str(local_path(place).absolute()) for place in cfg.sae]
     given = [load_sae(place, device=cfg.device) for place in cfg.sae]
+    settings = replace(settings, latents=given_latents(cfg.latents, given, cfg.sae))
     out.print("Reading images" if cfg.images else "Drawing images")
     data = _images(cfg, model)
     if given:

@@ -10,6 +10,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 
+def check_lanes(n_lanes: int) -> None:
+    """Raise ValueError if a batch is not cut into so many lanes: their tree is a binary one."""
+    if n_lanes < 1 or n_lanes & (n_lanes - 1):
+        raise ValueError(f"n_lanes={n_lanes}: use a power of two, such as 4 or 8")
+
+
 class Lanes:
     """The processes of torch's default group, or this one alone, and the lanes of each.
 
@@ -26,8 +32,7 @@ class Lanes:
     """
 
     def __init__(self, n_lanes: int) -> None:
-        if n_lanes < 1 or n_lanes & (n_lanes - 1):
-            raise ValueError(f"n_lanes={n_lanes}: use a power of two, such as 4 or 8")
+        check_lanes(n_lanes)
         self.n_lanes = n_lanes
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from vision_plugin.sae import VisionSAERunnerConfig, VisionSAETrainingRunner, architecture_of
 from vision_plugin.scale._lanes import LaneTeam
 from vision_plugin.scale._latents import LatentTeam
-from vision_plugin.scale._team import Lanes
+from vision_plugin.scale._team import Lanes, check_lanes
 
 N_LANES = 8
 """Lanes of a batch: as many processes at most, and part of what decides the last bits.
@@ -101,6 +101,7 @@ class Split:
     def __post_init__(self) -> None:
         if self.by not in ("lanes", "latents"):
             raise ValueError(f"share={self.by!r}: use 'lanes' or 'latents'")
+        check_lanes(self.n_lanes)
 
 
 @contextlib.contextmanager

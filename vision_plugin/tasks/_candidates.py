@@ -21,6 +21,8 @@ from vision_plugin.tasks._erase import leace, probe_direction
 from vision_plugin.tasks._evidence import gather
 from vision_plugin.tasks._find import GRADIENT_RULES, choose
 from vision_plugin.tasks._found import FoundLatents
+from vision_plugin.tasks._measure import Figure
+from vision_plugin.tasks._row import Row
 
 TOKENS = ("cls", "all")
 RANKS = (5, 20)
@@ -54,6 +56,16 @@ class Candidate:
     def recipe(self) -> tuple[str, int | None, int | None, str]:
         """What stays when it is found again on other pairs."""
         return self.method, self.size if self.fixed else None, self.layer, self.how
+
+    def entry(self, kind: str, **seen: Any) -> dict[str, Any]:
+        """Return what validation saw of it, for records."""
+        about = {name: getattr(self, name) for name in ("method", "size", "layer", "how")}
+        return {"kind": kind, **about, **seen}
+
+    def row(self, kind: str, split: str, figures: Mapping[str, Figure]) -> Row:
+        """Return its row."""
+        about = (self.size, self.layer, self.how, str(self.edit))
+        return Row(self.method, kind, split, *about, figures)
 
 
 def latent_candidates(

@@ -243,7 +243,7 @@ class _Run:
             beside = {m: v for m, v in every.items() if m == "none" or candidate.method == "sae"}
             beside.pop(candidate.method, None)
             figures = group_figures(values, self.data.group_names, beside, seed=self.settings.seed)
-            rows.append(self.search.row(candidate, "test", figures))
+            rows.append(candidate.row(self.data.kind, "test", figures))
         return rows
 
     def _refit(self, edit: Edit) -> Probe:

@@ -20,6 +20,7 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
 from vision_plugin.steering import Edit, LatentEditor
 from vision_plugin.tasks._answers import check_reads_one_block
+from vision_plugin.tasks._find import find_latents
 from vision_plugin.tasks._multimodal_change import edits_of
 from vision_plugin.tasks._multimodal_data import MultimodalData
 from vision_plugin.tasks._multimodal_result import Dialogue, MultimodalResult
@@ -30,6 +31,7 @@ from vision_plugin.tasks._multimodal_settings import (
     Goal,
     MultimodalSettings,
     Recipe,
+    methods_of,
     recipes,
 )
 from vision_plugin.tasks._multimodal_split import Judge, Split, is_the_value
@@ -64,7 +66,8 @@ def multimodal(
         announce: Called with one line per stage.
 
     Raises:
-        ValueError: the SAE belongs to another hook or model, or the model cannot answer.
+        ValueError: the SAE belongs to another hook or model or lacks a latent, or the model cannot
+            answer.
 
     Examples:
         >>> from vision_plugin.demo.multimodal import multimodal_data
@@ -92,6 +95,8 @@ def multimodal(
             f"sizes={settings.sizes}: an SAE of {sae.cfg.d_sae} latents at {sae.cfg.d_in} "
             f"dimensions allows at most {widest}"
         )
+    given = find_latents(vlm.vision, sae, rule="list", latents=settings.latents).latents
+    settings = replace(settings, latents=given)
     editor = LatentEditor(sae)
     announce(f"finding latents on {len(data.train)} images")
     train = Split(vlm, sae, editor, data, data.train, settings)
@@ -102,7 +107,7 @@ def multimodal(
         set(data.beside),
         most=max(settings.sizes),
         pull=partial(_pull, train, data),
-    )
+    ).with_latents(given)
     del train
     validation = Split(vlm, sae, editor, data, data.validation, settings, knowledge, judge)
     test = Split(vlm, sae, editor, data, data.test, settings, knowledge, judge)
@@ -162,7 +167,7 @@ def _searched(
 ) -> list[Tried]:
     """Return what validation says: of every recipe on a few images, of the best ones on all."""
     found: list[Tried] = []
-    for method in GOAL_METHODS[goal]:
+    for method in methods_of(goal, settings):
         mine = [recipe for recipe in recipes(goal, settings) if recipe.method == method]
         first = [
             (recipe, validation.tried(goal, factor, recipe, settings.screened)) for recipe in mine
@@ -202,7 +207,7 @@ def _chosen(
     tried: Sequence[Tried], goal: Goal, settings: MultimodalSettings
 ) -> Iterator[tuple[str, Recipe]]:
     """Yield each method's recipe that does best in both respects, and the best above the floor."""
-    for method in GOAL_METHODS[goal]:
+    for method in methods_of(goal, settings):
         mine = _final([one for one in tried if one[0].method == method])
         yield "best", max(mine, key=lambda one: _balance(one[1], goal))[0]
         scores = [_above(seen, goal, floor=settings.preserved) for _, seen in mine]

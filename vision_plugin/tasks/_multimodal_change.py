@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit, Where
 from vision_plugin.tasks._multimodal_data import MultimodalData
-from vision_plugin.tasks._multimodal_settings import DIRECTIONS, EDITS, PAIRED, Goal, Recipe
+from vision_plugin.tasks._multimodal_settings import DIRECTIONS, EDITS, PAIRED, TRADES, Goal, Recipe
 from vision_plugin.tasks._reading import SHARE, Knowledge, PatchReading, object_patches
 
 
@@ -96,7 +96,7 @@ def edit_of(
     plan = plan_of(knowledge, factor, recipe, value, seen=seen)
     where = None
     if recipe.patches == "chosen":
-        shows = knowledge.latents[data.locator][:, 0].unique()
+        shows = knowledge.shows.unique()
         above = dict(zip(shows.tolist(), (SHARE * knowledge.natural[shows]).tolist(), strict=True))
         where = Where(above, outside=factor in data.beside)
     amounts = dict(zip(plan.latents.tolist(), plan.amounts.tolist(), strict=True))
@@ -142,7 +142,7 @@ class Changes:
         seen: Mapping[str, Int[Tensor, " n"]],
     ) -> None:
         self.data, self.reading, self.knowledge, self.seen = data, reading, knowledge, seen
-        self.here = object_patches(reading, knowledge, data.locator)
+        self.here = object_patches(reading, knowledge)
         active = (knowledge.natural > 0).nonzero()[:, 0]
         self.strangers = active[torch.randperm(len(active), generator=random)]
 
@@ -196,7 +196,7 @@ class Changes:
             goal_value = known.overall[factor][chosen] + sign * strength * away[chosen]
             new[..., chosen] = torch.where(mask, goal_value, new[..., chosen])
             return self.reading.with_patches(new, rows)
-        if recipe.method in ("transfer", "swap"):
+        if recipe.method in TRADES:
             return self._moved(factor, value, recipe, rows)
         strangers = self.strangers if random else None
         plan = plan_of(known, factor, recipe, value, strangers, seen=seen)

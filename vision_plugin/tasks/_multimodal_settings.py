@@ -20,6 +20,8 @@ EDITS = ("clamp", "add", "replace", "zero", "mean", "negative", "subtract")
 """Methods that a :class:`vision_plugin.Edit` can make."""
 PAIRED = ("replace", "diff_mean_replace")
 """Methods that take away the value that is there, as the model's own answer says."""
+TRADES = ("transfer", "swap")
+"""Methods that move what the latents of one value have to those of another."""
 DIRECTIONS = ("diff_mean", "diff_mean_replace")
 """Methods that add one direction per value."""
 _ONE_STRENGTH = ("zero", "mean")
@@ -38,6 +40,8 @@ class MultimodalSettings:
 
     sizes: tuple[int, ...] = (1, 3, 10, 30)
     """Numbers of latents or neurons per value."""
+    latents: tuple[int, ...] = ()
+    """Latents of the SAE to change for every value in place of those that are found."""
     strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     """Multiples of the natural strength, or of a difference of means."""
     preserved: float = 0.9
@@ -89,10 +93,17 @@ class Recipe:
         return f"{self.method}, {self.size} per value, strength {self.strength:g}{everywhere}"
 
 
+def methods_of(goal: Goal, settings: MultimodalSettings) -> list[str]:
+    """Return the methods that are tried: none that trades, where every value has one list."""
+    return [m for m in GOAL_METHODS[goal] if not (settings.latents and m in TRADES)]
+
+
 def recipes(goal: Goal, settings: MultimodalSettings) -> Iterator[Recipe]:
     """Yield what is tried."""
-    for method in GOAL_METHODS[goal]:
+    for method in methods_of(goal, settings):
         sizes = (1,) if method in DIRECTIONS else settings.sizes
+        if settings.latents and method in EDITS:
+            sizes = (len(settings.latents),)
         strengths = (1.0,) if method in _ONE_STRENGTH else settings.strengths
         for size in sizes:
             for strength in strengths:

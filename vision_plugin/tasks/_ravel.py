@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,10 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._candidates import Candidate
 from vision_plugin.tasks._factors import FactorData, Readers
-from vision_plugin.tasks._measure import averaged
 from vision_plugin.tasks._result import TaskResult
 from vision_plugin.tasks._row import Row, listed
-from vision_plugin.tasks._search import sizes_below
-from vision_plugin.tasks._swap_candidates import SWAP_RULES, Place, swap_candidates
+from vision_plugin.tasks._search import at_random, sizes_below
+from vision_plugin.tasks._swap_candidates import SWAP_RULES, Place, swap_candidates, swapped
 from vision_plugin.tasks._swap_pairs import SwapJudge, figures_of, scores
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class RavelSettings:
 
     rules: tuple[str, ...] = SWAP_RULES
     """Rules that find latents, neurons and principal components."""
+    latents: tuple[int, ...] = ()
+    """Latents of the SAE to swap in place of those that rules find."""
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """Numbers of latents, neurons and principal components to try."""
     ranks: tuple[int, ...] = (4, 8, 16)
@@ -103,8 +105,8 @@ def ravel(
         announce: Called with one line per stage.
 
     Raises:
-        ValueError: an SAE belongs to another model or hook, nothing reads the factors, or there are
-            too few pairs for an interval.
+        ValueError: an SAE belongs to another model or hook or lacks a latent, nothing reads the
+            factors, or there are too few pairs for an interval.
         ImportError: probes are to be fitted and scikit-learn is missing.
 
     Examples:
@@ -192,12 +194,7 @@ class _Run:
             most = self.validation.means(best.edit, factor)["disentangle"]
         for candidate in self._proposed(method, factor):
             seen = self.validation.means(candidate.edit, factor)
-            self.entries.append(
-                {
-                    "kind": factor, "method": method, "size": candidate.size,
-                    "layer": candidate.layer, "how": candidate.how, **seen,
-                }
-            )  # fmt: skip
+            self.entries.append(candidate.entry(factor, **seen))
             # The full swap is there for the cause that it reaches, isolation apart.
             score = seen["cause" if method == "full_swap" else "disentangle"]
             if most is None or score > most:
@@ -214,6 +211,7 @@ class _Run:
             yield from swap_candidates(
                 place, method, factor, rules=settings.rules, sizes=sizes, ranks=settings.ranks,
                 steps=settings.steps, seed=settings.seed,
+                given=settings.latents if method == "sae" else (),
             )  # fmt: skip
 
     def rows(self, chosen: dict[str, dict[str, Candidate]]) -> Iterator[Row]:
@@ -242,20 +240,9 @@ class _Run:
         for method, candidate in chosen.items():
             yield candidate, self.test.under(candidate.edit, factor)
             if method == "sae" and candidate.found and "random_latents" in self.settings.methods:
-                yield self._random(factor, candidate)
-
-    def _random(self, factor: str, candidate: Candidate) -> tuple[Candidate, dict[str, Tensor]]:
-        found = candidate.found
-        assert found is not None
-        (sae,) = candidate.edit.dictionaries
-        edits = [
-            Edit.swap(sae, found.random(seed), tokens=found.tokens)
-            for seed in range(self.settings.random_seeds)
-        ]
-        drawn = replace(
-            candidate, method="random_latents", how=f"{len(edits)} draws", edit=edits[0]
-        )
-        return drawn, averaged([self.test.under(edit, factor) for edit in edits])
+                under = partial(self.test.under, factor=factor)
+                draws = self.settings.random_seeds
+                yield at_random(candidate, "random_latents", swapped, draws, under)
 
     def settings_found(self) -> dict[str, Any]:
         """Return the settings, the numbers of images and pairs, and how the factors are read."""
@@ -279,7 +266,4 @@ def _row(candidate: Candidate, kind: str, drawn: dict[str, dict[str, Tensor]]) -
         for method in against
         if method != candidate.method
     }
-    return Row(
-        candidate.method, kind, "test", candidate.size, candidate.layer, candidate.how,
-        str(candidate.edit), figures_of({**own, **over}),
-    )  # fmt: skip
+    return candidate.row(kind, "test", figures_of({**own, **over}))

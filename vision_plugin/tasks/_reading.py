@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,25 +97,35 @@ class Knowledge:
 
     Attributes:
         latents: Latents of each value, best first by average precision, by factor: ``[values,
-            most]``.
+            latents]``.
         natural: 99% quantile of each latent over the patches where it is active, ``[d_sae]``.
         neurons: Dimensions of each value, by factor: ``[values, most]``.
         means: Mean patch of each value, by factor: ``[values, d_model]``.
         overall: Mean patch, by factor: ``[d_model]``.
         pushing: Latents whose difference of means moves the answer most, by factor: ``[values,
-            most]``.
+            latents]``.
         latent_means: Mean latents of each value's patches, by factor: ``[values, d_sae]``.
         latent_overall: Mean latents, by factor: ``[d_sae]``.
+        shows: Best latent of each of the locator's values, which say where the object is.
     """
 
-    latents: dict[str, Int[Tensor, "values most"]]
+    latents: dict[str, Int[Tensor, "values latents"]]
     natural: Float[Tensor, " d_sae"]
     neurons: dict[str, Int[Tensor, "values most"]]
     means: dict[str, Float[Tensor, "values d"]]
     overall: dict[str, Float[Tensor, " d"]]
-    pushing: dict[str, Int[Tensor, "values most"]]
+    pushing: dict[str, Int[Tensor, "values latents"]]
     latent_means: dict[str, Float[Tensor, "values d_sae"]]
     latent_overall: dict[str, Float[Tensor, " d_sae"]]
+    shows: Int[Tensor, " located"]
+
+    def with_latents(self, given: Sequence[int]) -> Knowledge:
+        """Return the same with given latents for every value, if there are any."""
+        if not given:
+            return self
+        chosen = torch.tensor(given, device=self.shows.device)
+        each = {factor: chosen.expand(len(own), -1) for factor, own in self.latents.items()}
+        return replace(self, latents=each, pushing=each)
 
 
 @torch.no_grad()
@@ -158,9 +168,10 @@ def learn(
         scores[:, natural <= 0] = 0
         latents[factor] = scores.topk(most, dim=1).indices
     knowledge = Knowledge(
-        latents, natural, neurons, means, overall, pushing, latent_means, latent_overall
-    )
-    here = object_patches(reading, knowledge, locator)
+        latents, natural, neurons, means, overall, pushing, latent_means, latent_overall,
+        latents[locator][:, 0],
+    )  # fmt: skip
+    here = object_patches(reading, knowledge)
     for factor, label in labels.items():
         mask = (~here if factor in on_rest else here).unsqueeze(-1)
         count = mask.sum(1).clamp(min=1)
@@ -186,13 +197,10 @@ def _means(each: Float[Tensor, "n d"], label: Int[Tensor, " n"]) -> tuple[Tensor
 
 
 @torch.no_grad()
-def object_patches(
-    reading: PatchReading, knowledge: Knowledge, locator: str, share: float = SHARE
-) -> Bool[Tensor, "n patches"]:
+def object_patches(reading: PatchReading, knowledge: Knowledge) -> Bool[Tensor, "n patches"]:
     """Return where a best latent of the locator's values is above a share of its natural value."""
-    chosen = knowledge.latents[locator][:, 0]
-    strength = reading.values(chosen) / knowledge.natural[chosen]
-    return (strength > share).any(-1)
+    strength = reading.values(knowledge.shows) / knowledge.natural[knowledge.shows]
+    return (strength > SHARE).any(-1)
 
 
 def average_precision(

@@ -11,8 +11,8 @@ from torch import Tensor
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._candidates import Candidate, suppressed
-from vision_plugin.tasks._measure import Figure, Share, averaged, pooled
-from vision_plugin.tasks._row import Row
+from vision_plugin.tasks._found import FoundLatents
+from vision_plugin.tasks._measure import Share, averaged, pooled
 
 RANDOM = {"random_latents": False, "random_active_latents": True}
 """Methods that draw as many latents as the SAE's edit has, and whether from active ones alone."""
@@ -105,28 +105,9 @@ class Search:
         for method, candidate in chosen.items():
             yield candidate, pooled([judge.under(of[method].edit) for judge, of in parts])
             if method == "sae" and candidate.found is not None and len(parts) == 1:
-                yield from self._random(candidate, parts[0][0])
-
-    def row(self, candidate: Candidate, split: str, figures: Mapping[str, Figure]) -> Row:
-        """Return a candidate's row."""
-        return Row(
-            candidate.method, self.kind, split, candidate.size, candidate.layer,
-            candidate.how, str(candidate.edit), figures,
-        )  # fmt: skip
-
-    def _random(
-        self, candidate: Candidate, judge: Judged
-    ) -> Iterator[tuple[Candidate, dict[str, Tensor]]]:
-        found = candidate.found
-        assert found is not None
-        (sae,) = candidate.edit.dictionaries
-        for method, active in RANDOM.items():
-            if method not in self.methods:
-                continue
-            draws = [found.random(s, active=active) for s in range(self.random_seeds)]
-            edits = [suppressed(sae, found, draw) for draw in draws]
-            drawn = replace(candidate, method=method, how=f"{len(edits)} draws", edit=edits[0])
-            yield drawn, averaged([judge.under(edit) for edit in edits])
+                under = parts[0][0].under
+                for random in (name for name in RANDOM if name in self.methods):
+                    yield at_random(candidate, random, suppressed, self.random_seeds, under)
 
     def _best(self, method: str) -> Candidate:
         """Return the candidate that raises its figure most under the cap.
@@ -145,15 +126,29 @@ class Search:
                 upkeep = judge.upkeep(candidate.edit, least=floor)
                 if upkeep.whole and upkeep.value >= floor:
                     best, most = candidate, score.value
-            self.entries.append(
-                {
-                    "kind": self.kind, "method": method, "size": candidate.size,
-                    "layer": candidate.layer, "how": candidate.how,
-                    judge.raised: score.value, "images": score.n,
-                    judge.kept: None if upkeep is None else upkeep.value,
-                }
-            )  # fmt: skip
+            kept = None if upkeep is None else upkeep.value
+            seen = {judge.raised: score.value, "images": score.n, judge.kept: kept}
+            self.entries.append(candidate.entry(self.kind, **seen))
         return best
+
+
+def at_random(
+    candidate: Candidate,
+    method: str,
+    edit_of: Callable[[Dictionary, FoundLatents, Sequence[int]], Edit],
+    draws: int,
+    under: Callable[[Edit], dict[str, Tensor]],
+) -> tuple[Candidate, dict[str, Tensor]]:
+    """Return a candidate with random latents in place of its own, and its values over the draws.
+
+    ``edit_of`` edits latents that stand in for those that were found; ``method`` is in ``RANDOM``.
+    """
+    found = candidate.found
+    assert found is not None
+    (sae,) = candidate.edit.dictionaries
+    edits = [edit_of(sae, found, found.random(s, active=RANDOM[method])) for s in range(draws)]
+    drawn = replace(candidate, method=method, how=f"{draws} draws", edit=edits[0])
+    return drawn, averaged([under(edit) for edit in edits])
 
 
 def sizes_below(sizes: Sequence[int], dictionary: Dictionary) -> list[int]:

@@ -19,6 +19,7 @@ from vision_plugin.tasks._candidates import Candidate, layer_of
 from vision_plugin.tasks._das import learn_rotation
 from vision_plugin.tasks._erase import leace
 from vision_plugin.tasks._evidence import Reader
+from vision_plugin.tasks._find import find_latents
 from vision_plugin.tasks._found import FoundLatents, ranking
 from vision_plugin.tasks._swap_pairs import SwapJudge
 
@@ -150,6 +151,7 @@ def swap_candidates(
     ranks: Sequence[int],
     steps: int,
     seed: int,
+    given: Sequence[int] = (),
 ) -> Iterator[Candidate]:
     """Propose the swaps of a method at one place.
 
@@ -162,15 +164,30 @@ def swap_candidates(
         ranks: Numbers of directions to try.
         steps: Steps that a rotation is trained for.
         seed: Seed of what is learned.
+        given: Latents of the SAE to swap in place of those that rules find.
     """
-    made: Any = _METHODS[method]
+    made: Any = _given if given else _METHODS[method]
     for edit, size, how, found in made(
-        place, method, factor, rules=rules, sizes=sizes, ranks=ranks, steps=steps, seed=seed
-    ):
+        place, method, factor, rules=rules, sizes=sizes, ranks=ranks, steps=steps, seed=seed,
+        given=given,
+    ):  # fmt: skip
         yield Candidate(method, edit, size, place.layer, f"{how}, {place.tokens}", found, True)
 
 
+def swapped(sae: Dictionary, found: FoundLatents, latents: Sequence[int]) -> Edit:
+    """Return the swap of an SAE's latents at the tokens at which others were found."""
+    return Edit.swap(sae, latents, tokens=found.tokens)
+
+
 Proposal = tuple[Edit, int, str, FoundLatents | None]
+
+
+def _given(
+    place: Place, method: str, factor: str, *, given: Sequence[int], **_: Any
+) -> Iterator[Proposal]:
+    del method, factor
+    found = find_latents(place.model, place.sae, rule="list", latents=given, tokens=place.tokens)
+    yield swapped(place.sae, found, found.latents), len(found), "given", found
 
 
 def _by_rule(

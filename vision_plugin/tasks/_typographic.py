@@ -237,7 +237,7 @@ class _Run:
     ) -> list[Row]:
         """Return a row per method, the pairs of several parts taken together."""
         return [
-            self.search.row(candidate, split, figures(values, seed=self.settings.seed))
+            candidate.row(self.data.kind, split, figures(values, seed=self.settings.seed))
             for candidate, values in self.search.measured(chosen, parts)
         ]
 
