@@ -57,11 +57,6 @@ class Row:
         return {**about, **{name: figure.to_dict() for name, figure in self.figures.items()}}
 
 
-def cell(figure: Figure | None) -> str:
-    """Return a figure as a cell of a table: the value and half its interval."""
-    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
-
-
 def printed(table: Table) -> str:
     """Return a table as text, whole however narrow the terminal is."""
     console = Console(width=160, no_color=True, force_jupyter=False)
