@@ -63,9 +63,3 @@ def printed(table: Table) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get()
-
-
-def listed(settings: Any) -> dict[str, Any]:
-    """Return a dataclass's fields ready for JSON."""
-    named = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in named.items()}
