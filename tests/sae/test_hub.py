@@ -46,6 +46,10 @@ def evaluation(tmp_path: Path) -> Path:
         "n_images": 1200,
         "seen_in_training": True,
         "summary": SUMMARY,
+        "per_latent": {"monosemanticity@/home/someone/judges/clip": {"sae": {"score": [0.5]}}},
+        "left_out": {
+            "stability@/home/someone/x/clip/pca": "no SAE at /home/someone/b/sae: give one"
+        },
     }
     file.write_text(json.dumps(content))
     return file
@@ -82,6 +86,9 @@ def test_the_folder_holds_the_sae_and_a_card_and_no_path(sae, evaluation, tmp_pa
     assert card.index("| 1 | frog |") < card.index("| 3 | a")
     assert r"of \<b\>mine" in card
     assert "![](pictures/0.png)" in card
+    scores = json.loads(files["evaluation.json"])
+    assert list(scores["per_latent"]) == ["monosemanticity@clip"]
+    assert scores["left_out"] == {"stability@clip/pca": "no SAE at sae: give one"}
     stock = SAE.load_from_disk(folder)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor)

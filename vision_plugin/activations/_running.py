@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,16 @@ class ShardRunner:
         for shard in shards:
             shard.clear()  # an earlier run may have failed
         writing: Future[ShardRecord] | None = None
-        on_cpu = self.model.device.type == "cpu"
         decoded = decode(
-            source, self.model.image_processor, pending, self.n_workers, yielding=on_cpu
+            source,
+            self.model.image_processor,
+            pending,
+            self.n_workers,
+            yielding=self.model.device.type == "cpu",
         )
         with (
             ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
-            freed_memory_kept() if on_cpu else nullcontext(),
+            freed_memory_kept(),
         ):
             for batch in decoded:
                 shards[0].add(batch, self._forward(batch, source))

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin._intervals import cell
 from vision_plugin._rich import Table
 from vision_plugin.lens._bottleneck_data import Codes, LabelledCodes, latents_named
 from vision_plugin.lens._bottleneck_explanation import Explanation, shortened
 from vision_plugin.lens._bottleneck_head import SparseHead, concepts_needed
 from vision_plugin.lens._result_folder import save_result
-from vision_plugin.lens._shares import Share, cell, mean_of, share_of
+from vision_plugin.lens._shares import Share, mean_of, share_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vision_plugin._intervals import RESAMPLES, cell
 from vision_plugin._rich import Table
 from vision_plugin.lens._result_folder import save_result
-from vision_plugin.lens._shares import Share, cell, mean_of, share_of
+from vision_plugin.lens._shares import Share, around, mean_of, share_of
 from vision_plugin.steering import Edit
 
 if TYPE_CHECKING:
@@ -76,13 +77,11 @@ def balanced(yes: Bool[Tensor, " q"], there: Bool[Tensor, " q"]) -> float:
 def _balanced_share(yes: Tensor, there: Tensor) -> Share:
     """Return :func:`balanced` with the 95% interval of a bootstrap within both kinds."""
     generator = torch.Generator().manual_seed(0)
-    sums = torch.zeros(1000, dtype=torch.float64)
+    sums = torch.zeros(RESAMPLES, dtype=torch.float64)
     for right in (yes[there].double(), (~yes[~there]).double()):
-        drawn = torch.randint(len(right), (1000, len(right)), generator=generator)
+        drawn = torch.randint(len(right), (RESAMPLES, len(right)), generator=generator)
         sums += right[drawn].mean(1) / 2
-    low, high = torch.quantile(sums, torch.tensor([0.025, 0.975]).double()).tolist()
-    value = balanced(yes, there)
-    return Share(value, min(low, value), max(high, value), len(yes))
+    return around(balanced(yes, there), sums, len(yes))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin._intervals import cell
 from vision_plugin._progress import Progress
 from vision_plugin._rich import Table
 from vision_plugin.images import open_images, read_batches
 from vision_plugin.lens._result_folder import save_result
-from vision_plugin.lens._shares import Share, cell, mean_of, share_of
+from vision_plugin.lens._shares import Share, mean_of, share_of
 from vision_plugin.models.site import in_eval_mode
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vision_plugin._intervals import cell
 from vision_plugin._rich import Table
 from vision_plugin.lens._result_folder import save_result
-from vision_plugin.lens._shares import Share, cell
+from vision_plugin.lens._shares import Share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +9,14 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from vision_plugin._intervals import RESAMPLES, Interval, ends, wilson
+
 _Z = 1.959964
 """Quantile of the normal distribution that covers 95%."""
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Interval):
     """A number with its 95% interval, and the images behind it.
 
     Examples:
@@ -24,17 +24,13 @@ class Share:
         {'value': 0.5, 'low': 0.4, 'high': 0.6, 'n': 100}
     """
 
-    value: float
-    low: float
-    high: float
     n: int
 
-    def to_dict(self) -> dict[str, float | int]:
-        """Return the number ready for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+def around(value: float, resampled: Tensor, n: int) -> Share:
+    """Return a number with the interval of its resampled values, widened to hold the number."""
+    low, high = ends(resampled)
+    return Share(value, min(value, low), max(value, high), n)
 
 
 def share_of(hits: Shaped[Tensor, " n"]) -> Share:
@@ -47,9 +43,7 @@ def share_of(hits: Shaped[Tensor, " n"]) -> Share:
     if n == 0:
         raise ValueError("there are no images to take a share of: give at least one")
     p = float(hits.double().mean())
-    middle, spread = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-    scale = 1 + _Z**2 / n
-    low, high = (middle - spread) / scale, (middle + spread) / scale
+    low, high = wilson(p, n, _Z)
     return Share(p, min(p, max(0.0, low)), max(p, min(1.0, high)), n)
 
 
@@ -64,10 +58,8 @@ def mean_of(values: Shaped[Tensor, " n"], *, seed: int = 0) -> Share:
         raise ValueError("there are no images to take a mean of: give at least one")
     values = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (_RESAMPLES, n), generator=generator)
-    low, high = torch.quantile(values[drawn].mean(1), torch.tensor([0.025, 0.975]).double())
-    value = float(values.mean())
-    return Share(value, min(value, float(low)), max(value, float(high)), n)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
+    return around(float(values.mean()), values[drawn].mean(1), n)
 
 
 def auroc_of(scores: Shaped[Tensor, " n"], truth: Shaped[Tensor, " n"], *, seed: int = 0) -> Share:
@@ -85,14 +77,13 @@ def auroc_of(scores: Shaped[Tensor, " n"], truth: Shaped[Tensor, " n"], *, seed:
         raise ValueError("an area under the curve needs true and false cases: all are of one kind")
     right, wrong = scores[truth], scores[~truth]
     generator = torch.Generator().manual_seed(seed)
-    found = [_area(right, wrong)]
+    found = []
     for _ in range(200):
         a = torch.randint(len(right), (len(right),), generator=generator)
         b = torch.randint(len(wrong), (len(wrong),), generator=generator)
         found.append(_area(right[a], wrong[b]))
-    sample = torch.tensor(found[1:], dtype=torch.float64)
-    low, high = torch.quantile(sample, torch.tensor([0.025, 0.975]).double()).tolist()
-    return Share(found[0], min(found[0], low), max(found[0], high), len(truth))
+    sample = torch.tensor(found, dtype=torch.float64)
+    return around(_area(right, wrong), sample, len(truth))
 
 
 def _area(right: Tensor, wrong: Tensor) -> float:
@@ -101,13 +92,6 @@ def _area(right: Tensor, wrong: Tensor) -> float:
     below = torch.searchsorted(ordered, right, right=False)
     above = torch.searchsorted(ordered, right, right=True)
     return float((below + above).double().mean() / (2 * len(wrong)))
-
-
-def cell(share: Share | None) -> str:
-    """Return a number as a cell of a table: the value and half its interval."""
-    if share is None:
-        return ""
-    return f"{share.value:.3f} ±{(share.high - share.low) / 2:.3f}"
 
 
 def shares_to_dict(shares: Sequence[tuple[str, Share]]) -> dict[str, dict[str, float | int]]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from vision_plugin._intervals import cell
 from vision_plugin._rich import Table
 from vision_plugin.lens._result_folder import save_result
-from vision_plugin.lens._shares import Share, cell, share_of
+from vision_plugin.lens._shares import Share, share_of
 from vision_plugin.lens._splice_words import WordDictionary, uncentred_images
 
 if TYPE_CHECKING:

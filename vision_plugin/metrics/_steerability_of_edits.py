@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vision_plugin.metrics._result import MetricResult, mean_of_defined
-from vision_plugin.metrics._steerability_result import THRESHOLD, Definition, score_changes
+from vision_plugin.metrics._steerability_result import THRESHOLD, Definition, Moved, score_changes
 from vision_plugin.steering import Edit, SteeringEffect, edit_effects
 
 __all__ = ["EditSteerabilityResult", "edit_steerability"]
 
 
 @dataclass(frozen=True)
-class EditSteerabilityResult(MetricResult):
+class EditSteerabilityResult(Moved):
     """Steerability of ``k`` edits over a vocabulary of ``c`` concepts.
 
     Attributes:
@@ -50,11 +48,6 @@ class EditSteerabilityResult(MetricResult):
     headline = ("mean_score", "max_score", "n_steerable", "coverage")
 
     edits: tuple[str, ...]
-    score: Float[Tensor, " k"]
-    power: Float[Tensor, " k"]
-    ratio: Float[Tensor, " k"]
-    polysemanticity: Float[Tensor, " k"]
-    top_concept: Int[Tensor, " k"]
     delta: Float[Tensor, "k c"]
     steerable: Bool[Tensor, " k"]
     definition: Definition
@@ -93,13 +86,12 @@ class EditSteerabilityResult(MetricResult):
         delta = torch.stack(changes)
         unit = torch.nn.functional.normalize(text_embeddings.double().cpu(), dim=-1)
         scores = score_changes(delta, unit)
-        score = scores.sum_of_squares / (delta.shape[1] if definition == "mean" else 1)
-        moves = (scores.top_concept >= 0) & (scores.power > 0)
+        score, ratio = scores.under(definition, delta.shape[1])
         return cls(
             edits=tuple(effects),
             score=score,
             power=scores.power,
-            ratio=torch.where(moves, score / scores.power, math.nan),
+            ratio=ratio,
             polysemanticity=scores.polysemanticity,
             top_concept=scores.top_concept,
             delta=delta,
@@ -118,9 +110,7 @@ class EditSteerabilityResult(MetricResult):
     def summary(self) -> dict[str, float | int]:
         """Return how many edits steer, towards how many concepts, and typical values."""
         return {
-            "mean_score": mean_of_defined(self.score),
-            "max_score": float(self.score.max()),
-            "mean_power": mean_of_defined(self.power),
+            **super().summary(),
             "n_edits": len(self.edits),
             "n_steerable": int(self.steerable.sum()),
             "coverage": int(self.top_concept[self.steerable].unique().numel()),

@@ -24,7 +24,26 @@ _CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class SteerabilityResult(MetricResult):
+class Moved(MetricResult):
+    """Numbers per latent, or per edit, that follow from the changes of the probabilities."""
+
+    score: Float[Tensor, " k"]
+    power: Float[Tensor, " k"]
+    ratio: Float[Tensor, " k"]
+    polysemanticity: Float[Tensor, " k"]
+    top_concept: Int[Tensor, " k"]
+
+    def summary(self) -> dict[str, float | int]:
+        """Return typical values."""
+        return {
+            "mean_score": mean_of_defined(self.score),
+            "max_score": float(self.score.max()),
+            "mean_power": mean_of_defined(self.power),
+        }
+
+
+@dataclass(frozen=True)
+class SteerabilityResult(Moved):
     """Steerability of ``k`` latents over a vocabulary of ``c`` concepts.
 
     Attributes:
@@ -62,11 +81,6 @@ class SteerabilityResult(MetricResult):
 
     headline = ("mean_score", "max_score", "n_steerable", "share_steerable", "coverage")
 
-    score: Float[Tensor, " k"]
-    power: Float[Tensor, " k"]
-    ratio: Float[Tensor, " k"]
-    polysemanticity: Float[Tensor, " k"]
-    top_concept: Int[Tensor, " k"]
     delta: Float[Tensor, "k c"] | None
     steerable: Bool[Tensor, " k"]
     coverage: int
@@ -106,9 +120,7 @@ class SteerabilityResult(MetricResult):
         n_latents = len(self.latents)
         n_steerable = int(self.steerable.sum())
         return {
-            "mean_score": mean_of_defined(self.score),
-            "max_score": float(self.score.max()),
-            "mean_power": mean_of_defined(self.power),
+            **super().summary(),
             "mean_ratio": mean_of_defined(self.ratio),
             "mean_polysemanticity": mean_of_defined(self.polysemanticity),
             "n_latents": n_latents,
@@ -171,6 +183,12 @@ class Scores:
     polysemanticity: Tensor
     top_concept: Tensor
 
+    def under(self, definition: Definition, n_concepts: int) -> tuple[Tensor, Tensor]:
+        """Return the scores, and their ratios to the power; NaN for what moves nothing."""
+        score = self.sum_of_squares / (n_concepts if definition == "mean" else 1)
+        moves = (self.top_concept >= 0) & (self.power > 0)
+        return score, torch.where(moves, score / self.power, math.nan)
+
 
 def score_changes(delta: Tensor, texts: Tensor) -> Scores:
     """Return the scores of mean changes ``[k, c]``, given unit text embeddings ``[c, d]``."""
@@ -209,14 +227,12 @@ def assemble(
     concepts: tuple[str, ...] | None,
 ) -> SteerabilityResult:
     """Return the result made of the numbers per latent."""
-    score = scores.sum_of_squares / (n_concepts if definition == "mean" else 1)
+    score, ratio = scores.under(definition, n_concepts)
     steerable = finished & (scores.sum_of_squares > threshold)
-    moved = scores.top_concept >= 0
-    nan = torch.full_like(score, math.nan)
     return SteerabilityResult(
         score=score,
         power=scores.power,
-        ratio=torch.where(moved & (scores.power > 0), score / scores.power, nan),
+        ratio=ratio,
         polysemanticity=scores.polysemanticity,
         top_concept=scores.top_concept,
         delta=delta,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_plugin._allocator import freed_memory_kept
+from vision_plugin._private import name_of, without_paths
 from vision_plugin.report._columns import make_columns, states_of
 from vision_plugin.report._compare import Other, compare_data, top_images_of
 from vision_plugin.report._content import Content
@@ -41,7 +42,6 @@ from vision_plugin.report._passes import (
 )
 from vision_plugin.report._patches import PatchRecorder
 from vision_plugin.report._places import TokenPlaces
-from vision_plugin.report._private import without_paths
 from vision_plugin.report._resume import Checkpoint
 from vision_plugin.report._scripts import write_script
 from vision_plugin.report._sprites import ImageWriter
@@ -214,8 +214,8 @@ def _gather(job: Job, folder: Path, checkpoint: Checkpoint) -> Gathered:
         "summary.html": True,
     }
     content = Content(
-        title=without_paths(job.title or _title(job.sae)),
-        facts=tuple(without_paths(fact) for fact in _facts(job, counted)),
+        title=clean(without_paths(job.title or _title(job.sae))),
+        facts=tuple(_facts(job, counted)),
         tokens=None if job.encoder is None or job.latents is not None else job.encoder.tokens,
         features=job.features,
         names=job.names,
@@ -369,12 +369,12 @@ def _facts(job: Job, counted: Counted) -> list[str]:
         facts.append(_model_name(job.encoder.model.cfg.model_name))
         facts.append("all tokens" if tokens == "all" else f"{tokens} tokens")
     facts.append(f"{counted.summary.n_images:,} images")
-    return [clean(fact) for fact in facts if fact]
+    return [clean(without_paths(str(fact))) for fact in facts if fact]
 
 
 def _model_name(name: Any) -> str:
     """Return the name of a model; the last part of it where it is a folder here."""
-    text = without_paths(name or "")
+    text = name_of(str(name or ""))
     return Path(text).name if name and Path(str(name)).is_dir() else text
 
 

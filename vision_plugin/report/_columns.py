@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from vision_plugin._intervals import wilson
 from vision_plugin.report._images import ImageReader
 from vision_plugin.report._names import Name
 from vision_plugin.report._passes import Counted
@@ -168,7 +169,7 @@ def _agreement(counted: Counted, reader: ImageReader) -> Column | None:
             continue
         counts = Counter(item for number in shown for item in texts_of[number])
         gains = [
-            _wilson(count, len(shown)) - everywhere[text] / len(reader)
+            wilson(count / len(shown), len(shown), Z)[0] - everywhere[text] / len(reader)
             for text, count in counts.items()
         ]
         values[latent] = max(gains, default=np.nan)
@@ -177,10 +178,3 @@ def _agreement(counted: Counted, reader: ImageReader) -> Column | None:
         "of all images"
     )
     return Column("agreement", "Labels agree", values, note=note, ranks=True)
-
-
-def _wilson(count: int, n: int) -> float:
-    share, square = count / n, Z * Z
-    centre = share + square / (2 * n)
-    width = Z * np.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return float((centre - width) / (1 + square / n))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vision_plugin._private import name_of
 from vision_plugin.report._columns import Column
 from vision_plugin.report._heat_maps import HeatMaps
 from vision_plugin.report._images import ImageReader
@@ -14,7 +15,6 @@ from vision_plugin.report._inputs import clean
 from vision_plugin.report._names import Name
 from vision_plugin.report._neighbours import Neighbours
 from vision_plugin.report._passes import Counted
-from vision_plugin.report._private import without_paths
 from vision_plugin.report._sprites import ImageWriter, Tile
 from vision_plugin.report._statistics import LatentSummary
 from vision_plugin.report._together import Partners
@@ -78,7 +78,7 @@ class Content:
 
     def id(self, number: int) -> str:
         """Return an image's id as a page shows it."""
-        return without_paths(self.reader.id(number))
+        return clean(name_of(self.reader.id(number)))
 
     def label(self, number: int) -> str:
         """Return an image's label as a page shows it, or an empty text."""

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vision_plugin._private import name_of, score_name, without_paths
 from vision_plugin.evaluation import DICTIONARY_TITLES, summary_by_metric
 from vision_plugin.report._charts import LineChart, line_chart
 from vision_plugin.report._inputs import clean
 from vision_plugin.report._numbers import compact
-from vision_plugin.report._private import without_paths
 
 N_CURVES = 24
 
@@ -27,11 +27,14 @@ def scores_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
         of_sae = by_dictionary.get("sae") or {}
         if not of_sae:
             continue
-        found[metric] = of_sae["score"]
+        column = name_of(metric)
+        if column in found:  # judges in two folders of one name
+            column = f"{column} ({len(found)})"
+        found[column] = of_sae["score"]
         if metric.partition("@")[0] == "monosemanticity":
             for extra in ("z", "low"):
                 if of_sae.get(extra):
-                    found[f"{metric} {extra}"] = of_sae[extra]
+                    found[f"{column} {extra}"] = of_sae[extra]
     return found
 
 
@@ -54,14 +57,14 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             }
             for name, of in numbers.items()
         ]
-        groups.append({"metric": clean(metric.replace("_", " ")), "rows": rows})
+        groups.append({"metric": clean(name_of(metric).replace("_", " ")), "rows": rows})
     return {
         "dictionaries": [clean(DICTIONARY_TITLES.get(name, name)) for name in dictionaries],
         "groups": groups,
         "n_images": _count(evaluation.get("n_images")),
         "verdicts": _verdicts(evaluation),
         "left_out": [
-            (clean(name), without_paths(why))
+            (clean(score_name(name)), clean(without_paths(str(why))))
             for name, why in (evaluation.get("left_out") or {}).items()
         ],
         "seen_in_training": bool(evaluation.get("seen_in_training")),
@@ -77,7 +80,7 @@ def _verdicts(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         own = (evaluation.get("embedders") or {}).get(embedder) == "model"
         found.append(
             {
-                "judge": "the model itself" if own else without_paths(embedder),
+                "judge": "the model itself" if own else clean(name_of(embedder)),
                 "difference": _cell(result.get("difference")),
                 "interval": "" if low is None or high is None else f"{_cell(low)} to {_cell(high)}",
                 "n": _count(result.get("n_latents")),

@@ -10,10 +10,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vision_plugin._private import without_paths
 from vision_plugin._version import __version__
 from vision_plugin.report._content import Content
 from vision_plugin.report._index_page import file_names, index_data, tiles
-from vision_plugin.report._private import without_paths
+from vision_plugin.report._inputs import clean
 from vision_plugin.report._scripts import write_script
 
 MADE_BY = f"Made by vision_plugin {__version__}"
@@ -90,7 +91,10 @@ class Pages:
             n_images=f"{content.n_images:,}",
             n_all=f"{len(content.reader):,}",
             n_bad=f"{len(bad):,}",
-            bad=[(content.id(number), without_paths(why)) for number, why in bad[:N_BAD_LISTED]],
+            bad=[
+                (content.id(number), clean(without_paths(why)))
+                for number, why in bad[:N_BAD_LISTED]
+            ],
             has_names=content.names is not None,
             searched=_searched(content),
             given=content.tokens is None,

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -17,6 +17,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._paths import local_path
+from vision_plugin._private import name_of, score_name
 from vision_plugin._untrusted import read_json
 from vision_plugin.formats import seal
 from vision_plugin.sae._hub_card import card
@@ -67,7 +68,7 @@ def hub_folder(
     """
     _check_place(repo_id, sae_id)
     place = local_path(output_path)
-    scores = _evaluation_of(sae, evaluation)
+    scores = _shared(_evaluation_of(sae, evaluation))
     with whole_folder(place) as folder:
         _write_sae(sae, folder)
         config = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ def hub_folder(
         config = _without_paths(config)
         (folder / SAE_CFG_FILENAME).write_text(json.dumps(config), encoding="utf-8")
         if scores is not None:
-            write_json(_without_paths(scores), folder / EVALUATION)
+            write_json(scores, folder / EVALUATION)
         if names:
             _check_names(names, int(config["d_sae"]))
             write_json({str(latent): name for latent, name in sorted(names.items())},
@@ -85,7 +86,7 @@ def hub_folder(
             config,
             repo_id=repo_id,
             sae_id=sae_id,
-            evaluation=None if scores is None else _without_paths(scores),
+            evaluation=scores,
             names=names,
             pictures=shown,
         )
@@ -235,29 +236,22 @@ def _copy_pictures(pictures: Sequence[str | Path], folder: Path) -> list[str]:
     return shown
 
 
+def _shared(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return an evaluation without paths of this machine."""
+    if evaluation is None:
+        return None
+    by_dictionary = {
+        name: {score_name(key): item for key, item in evaluation[name].items()}
+        for name in ("summary", "left_out")
+        if name in evaluation
+    }
+    return {name: _without_paths(value) for name, value in {**evaluation, **by_dictionary}.items()}
+
+
 def _without_paths(value: Any) -> Any:
     """Return a JSON value in which a path of this machine is its last part alone."""
     if isinstance(value, Mapping):
-        return {_last_part(str(key)): _without_paths(item) for key, item in value.items()}
+        return {name_of(str(key)): _without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_paths(item) for item in value]
-    return _last_part(value) if isinstance(value, str) else value
-
-
-def _last_part(text: str) -> str:
-    """Return the last part of a path of this machine; keep every other text."""
-    before, at, path = text.rpartition("@")  # an embedder stands behind a metric's name
-    name, slash, dictionary = path.rpartition("/") if at else (path, "", "")
-    if at and slash and _is_local(name):
-        return f"{before}@{_name_of(name)}/{dictionary}"
-    return before + at + _name_of(path) if _is_local(path) else text
-
-
-def _is_local(text: str) -> bool:
-    return text.startswith(("/", "~", "./", "../", "\\")) or bool(
-        PureWindowsPath(text).drive
-    )  # a hub's id has one slash and none in front
-
-
-def _name_of(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "local"
+    return name_of(value) if isinstance(value, str) else value

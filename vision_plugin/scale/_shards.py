@@ -109,6 +109,5 @@ def _maker(work: ShardWork) -> Any:
         _kept.clear()
         _kept[plan.sha256] = maker
         _open.close()
-        if maker.model.device.type == "cpu":
-            _open.enter_context(freed_memory_kept())
+        _open.enter_context(freed_memory_kept())
     return _kept[plan.sha256]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vision_plugin._allocator import freed_memory_kept
 from vision_plugin.models.dictionary import Dictionary, join_heads
 from vision_plugin.models.site import Site, in_eval_mode
 from vision_plugin.steering._cached_pass import (
@@ -226,17 +227,18 @@ class Steering:
         totals, spreads = [], []
         reading = self._read(prepared.source)
         mask = self.site.mask(prepared.target)
-        for some in torch.split(latents, max(1, self.batch_size // len(prepared))):
-            edited = self._edited(prepared, reading, mask, some, strength)
-            # A hook inside a block needs the entry repeated; an edited stream replaces the entry.
-            entry = edited if self.cached_pass.is_stream else repeat(prepared.entry, len(some))
-            embedding = self.cached_pass.finish_edited(entry, edited)
-            after = self._probabilities(embedding)
-            change = after.reshape(len(some), -1, after.shape[1]) - before
-            totals.append(change.sum(1))
-            if spread:
-                spreads.append(Spread.of(change))
-            self.watch(len(some) * len(prepared))
+        with freed_memory_kept():
+            for some in torch.split(latents, max(1, self.batch_size // len(prepared))):
+                edited = self._edited(prepared, reading, mask, some, strength)
+                # A hook inside a block needs the entry repeated; an edited stream replaces it.
+                entry = edited if self.cached_pass.is_stream else repeat(prepared.entry, len(some))
+                embedding = self.cached_pass.finish_edited(entry, edited)
+                after = self._probabilities(embedding)
+                change = after.reshape(len(some), -1, after.shape[1]) - before
+                totals.append(change.sum(1))
+                if spread:
+                    spreads.append(Spread.of(change))
+                self.watch(len(some) * len(prepared))
         return Shift(torch.cat(totals), _join(spreads), len(prepared))
 
     def _edited(

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vision_plugin.tasks._measure import LEAST, RESAMPLES, Figure, interval
+from vision_plugin._intervals import RESAMPLES
+from vision_plugin.tasks._measure import LEAST, Figure, interval
 
 
 def clustered(values: Float[Tensor, " m"], images: Int[Tensor, " m"], *, seed: int = 0) -> Figure:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vision_plugin._intervals import RESAMPLES
 from vision_plugin.steering import Edit, EditPass
 from vision_plugin.tasks._group_data import GroupSplit
-from vision_plugin.tasks._measure import RESAMPLES, Figure, Share, interval, unit, worst
+from vision_plugin.tasks._measure import Figure, Share, interval, unit, worst
 from vision_plugin.tasks._probe import Probe
 
 Refit = Callable[[Edit], Probe]

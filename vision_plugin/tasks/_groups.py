@@ -31,8 +31,9 @@ from vision_plugin.tasks._group_judge import GroupJudge, group_figures
 from vision_plugin.tasks._measure import unit
 from vision_plugin.tasks._probe import Probe, group_weights
 from vision_plugin.tasks._result import CONTROLS, TaskResult
-from vision_plugin.tasks._row import Row, listed
+from vision_plugin.tasks._row import Row
 from vision_plugin.tasks._search import Search, sizes_below
+from vision_plugin.tasks._settings import check_known, check_sizes, listed
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +87,8 @@ class GroupSettings:
     """Seed of random latents and of the bootstrap."""
 
     def __post_init__(self) -> None:
-        for name, known in (("methods", GROUP_METHODS), ("rules", GROUP_RULES), ("tokens", TOKENS)):
-            unknown = [one for one in getattr(self, name) if one not in known]
-            if unknown:
-                raise ValueError(f"{name}= has {unknown[0]!r}: use some of {', '.join(known)}")
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes={self.sizes} must be numbers of latents from 1 up")
+        check_known(self, methods=GROUP_METHODS, rules=GROUP_RULES, tokens=TOKENS)
+        check_sizes(self.sizes)
         if not 0 <= self.cap < 1:
             raise ValueError(f"cap={self.cap} is a share of the images: from 0 to 1")
 

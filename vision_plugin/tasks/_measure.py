@@ -11,34 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vision_plugin._intervals import RESAMPLES, Interval, ends
 from vision_plugin.steering import Edit, EditPass
 from vision_plugin.tasks._attack import Attack
 
-RESAMPLES = 1000
-COVERED = 0.95
 LEAST = 30
 """Fewest images of which an interval is given."""
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(Interval):
     """A number with its bootstrap interval.
 
     Examples:
         >>> vp.tasks.Figure(value=0.5, low=0.4, high=0.6).to_dict()
         {'value': 0.5, 'low': 0.4, 'high': 0.6}
     """
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the number and its interval ready for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class Questions:
@@ -214,9 +202,7 @@ def worst(
 
 def interval(value: float, resampled: Tensor) -> Figure:
     """Return a number with the interval that holds 95% of its resampled values."""
-    tail = (1 - COVERED) / 2
-    low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return Figure(value, float(low), float(high))
+    return Figure(value, *ends(resampled))
 
 
 def unit(embedding: Tensor) -> Tensor:

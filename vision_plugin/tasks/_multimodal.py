@@ -36,7 +36,7 @@ from vision_plugin.tasks._multimodal_settings import (
 )
 from vision_plugin.tasks._multimodal_split import Judge, Split, is_the_value
 from vision_plugin.tasks._reading import learn
-from vision_plugin.tasks._row import listed
+from vision_plugin.tasks._settings import listed
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vision_plugin.tasks._settings import check_sizes
+
 Goal = Literal["insertion", "suppression"]
 Patches = Literal["chosen", "all"]
 GOAL_METHODS: Mapping[Goal, tuple[str, ...]] = {
@@ -63,8 +65,7 @@ class MultimodalSettings:
     """Seed of targets, random latents and the bootstrap."""
 
     def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes={self.sizes} must be numbers of latents from 1 up")
+        check_sizes(self.sizes)
         if not self.strengths or not all(0 < strength < math.inf for strength in self.strengths):
             raise ValueError(f"strengths={self.strengths} must be numbers above 0")
         if not 0 < self.preserved < 1:

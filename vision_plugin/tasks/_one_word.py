@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from vision_plugin._intervals import cell
 from vision_plugin._rich import Table
 from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.models.site import Site
@@ -27,7 +28,6 @@ from vision_plugin.tasks._answers import AnswerPass
 from vision_plugin.tasks._clustered import clustered
 from vision_plugin.tasks._measure import Figure, unit
 from vision_plugin.tasks._reading import PatchReading
-from vision_plugin.tasks._row import cell
 
 PROMPT = "What is shown in this image? Use exactly one word!"
 READINGS = ("clamp", "white_image", "unit_vector")

@@ -22,8 +22,9 @@ from vision_plugin.steering import Edit
 from vision_plugin.tasks._candidates import Candidate
 from vision_plugin.tasks._factors import FactorData, Readers
 from vision_plugin.tasks._result import TaskResult
-from vision_plugin.tasks._row import Row, listed
+from vision_plugin.tasks._row import Row
 from vision_plugin.tasks._search import at_random, sizes_below
+from vision_plugin.tasks._settings import check_known, listed
 from vision_plugin.tasks._swap_candidates import SWAP_RULES, Place, swap_candidates, swapped
 from vision_plugin.tasks._swap_pairs import SwapJudge, figures_of, scores
 
@@ -72,10 +73,7 @@ class RavelSettings:
     """Seed of the pairs, of random latents, of rotations and of the bootstrap."""
 
     def __post_init__(self) -> None:
-        for name, known in (("methods", RAVEL_METHODS), ("rules", SWAP_RULES)):
-            unknown = [one for one in getattr(self, name) if one not in known]
-            if unknown:
-                raise ValueError(f"{name}= has {unknown[0]!r}: use some of {', '.join(known)}")
+        check_known(self, methods=RAVEL_METHODS, rules=SWAP_RULES)
         for name in ("sizes", "ranks"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1:

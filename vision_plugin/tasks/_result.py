@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vision_plugin._disk import whole_folder, write_json
+from vision_plugin._intervals import cell
 from vision_plugin._ours import TASK
 from vision_plugin._paths import local_path
 from vision_plugin._rich import Table
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._plot import plots
-from vision_plugin.tasks._row import Row, cell, printed
+from vision_plugin.tasks._row import Row, printed
 from vision_plugin.tasks._saved import save_edits
 
 SCHEMA = 1

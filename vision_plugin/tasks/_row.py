@@ -57,20 +57,9 @@ class Row:
         return {**about, **{name: figure.to_dict() for name, figure in self.figures.items()}}
 
 
-def cell(figure: Figure | None) -> str:
-    """Return a figure as a cell of a table: the value and half its interval."""
-    return "" if figure is None else f"{figure.value:.3f} ±{(figure.high - figure.low) / 2:.3f}"
-
-
 def printed(table: Table) -> str:
     """Return a table as text, whole however narrow the terminal is."""
     console = Console(width=160, no_color=True, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
-
-
-def listed(settings: Any) -> dict[str, Any]:
-    """Return a dataclass's fields ready for JSON."""
-    named = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in named.items()}

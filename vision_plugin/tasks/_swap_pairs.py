@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vision_plugin._intervals import RESAMPLES
 from vision_plugin.steering import Edit, EditPass
 from vision_plugin.tasks._factors import FactorSplit, Readers
-from vision_plugin.tasks._measure import LEAST, RESAMPLES, Figure, interval, unit
+from vision_plugin.tasks._measure import LEAST, Figure, interval, unit
 
 
 def draw_pairs(

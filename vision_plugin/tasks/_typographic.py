@@ -29,8 +29,9 @@ from vision_plugin.tasks._heads import choose_heads, has_heads
 from vision_plugin.tasks._measure import Judge, Questions, figures
 from vision_plugin.tasks._published import PublishedSet
 from vision_plugin.tasks._result import CONTROLS, TaskResult
-from vision_plugin.tasks._row import Row, listed
+from vision_plugin.tasks._row import Row
 from vision_plugin.tasks._search import Search, sizes_below
+from vision_plugin.tasks._settings import check_known, check_sizes, listed
 from vision_plugin.tasks._unpaired import judge_of
 
 logger = logging.getLogger(__name__)
@@ -76,14 +77,8 @@ class TypographicSettings:
     """Seed of random latents and of the bootstrap."""
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown:
-            raise ValueError(f"methods= has {unknown[0]!r}: use some of {', '.join(METHODS)}")
-        bad = [rule for rule in self.rules if rule not in RULES]
-        if bad:
-            raise ValueError(f"rules= has {bad[0]!r}: use some of {', '.join(RULES)}")
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes={self.sizes} must be numbers of latents from 1 up")
+        check_known(self, methods=METHODS, rules=RULES)
+        check_sizes(self.sizes)
         if not 0 <= self.cap < 1:
             raise ValueError(f"cap={self.cap} is a share of the clean images: from 0 to 1")
 
