@@ -7,9 +7,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from benchmarks._live_memory import peak_bytes
 
 Work = Callable[[], object]
 
@@ -21,14 +22,14 @@ class Timing:
     Attributes:
         median_ms, min_ms: over the repetitions.
         spread: (third quartile - first) / median.
-        peak_mib: memory at the peak above what was held before, None where it cannot be read.
+        peak_mib: memory of tensors at the peak, above what was held before.
         repetitions: how many times it ran after warming up.
     """
 
     median_ms: float
     min_ms: float
     spread: float
-    peak_mib: float | None
+    peak_mib: float
     repetitions: int
 
 
@@ -48,7 +49,7 @@ def interleaved(variants: dict[str, Work], *, repetitions: int, device: str) -> 
     return {name: _summary(ms, peaks[name]) for name, ms in times.items()}
 
 
-def _summary(ms: list[float], peak: float | None) -> Timing:
+def _summary(ms: list[float], peak: float) -> Timing:
     median = statistics.median(ms)
     quartiles = statistics.quantiles(ms, n=4) if len(ms) > 1 else [median] * 3
     return Timing(median, min(ms), (quartiles[2] - quartiles[0]) / median, peak, len(ms))
@@ -62,7 +63,7 @@ def _once(work: Work, device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _peak_mib(work: Work, device: str) -> float | None:
+def _peak_mib(work: Work, device: str) -> float:
     work()  # the first run may compile and fill caches
     gc.collect()
     if device == "cuda":
@@ -72,20 +73,7 @@ def _peak_mib(work: Work, device: str) -> float | None:
         work()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not (clear.exists() and status.exists()):
-        return None
-    clear.write_text("5")  # Linux: reset this process's peak resident size
-    before_kib = _status_kib(status, "VmRSS")
-    work()
-    return (_status_kib(status, "VmHWM") - before_kib) / 2**10
-
-
-def _status_kib(status: Path, field: str) -> float:
-    for line in status.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return float(line.split()[1])
-    raise ValueError(f"{status} has no {field}: is this Linux?")
+    return peak_bytes(work) / 2**20
 
 
 def _synchronize(device: str) -> None:

@@ -77,7 +77,7 @@ def main() -> None:
         "ways": {name: asdict(timing) for name, timing in times.items()},
         "dense_over_sparse": {
             "time": times["dense"].median_ms / times["sparse"].median_ms,
-            "peak": (times["dense"].peak_mib or 0) / max(1.0, times["sparse"].peak_mib or 1.0),
+            "peak": times["dense"].peak_mib / max(1.0, times["sparse"].peak_mib),
         },
         "largest_relative_difference": apart,
     }

@@ -348,10 +348,10 @@ def table(report: dict[str, object]) -> str:
         )
         for name, row in rows.items():
             rate = f"{row['GBps']:.1f} GB/s" if "GBps" in row else f"{row['TFLOPs']:.3f} TFLOP/s"
-            peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
             lines.append(
-                f"  {name:<42}{row['median_ms']:>10.2f}{row['min_ms']:>10.2f}{row['spread']:>8.0%}"
-                f"{peak:>8}{row['tokens_per_s']:>12.0f}{rate:>16}{row['share_of_ceiling']:>9.0%}"
+                f"  {name:<42}{row['median_ms']:>10.2f}{row['min_ms']:>10.2f}"
+                f"{row['spread']:>8.0%}{row['peak_mib']:>8.0f}"
+                f"{row['tokens_per_s']:>12.0f}{rate:>16}{row['share_of_ceiling']:>9.0%}"
             )
     lines.append("")
     ratios = report["ratios"]

@@ -249,6 +249,33 @@ def test_gradients_arrive_in_the_parameters_own_layout():
     assert sparse.W_enc.grad.stride() == sparse.W_enc.stride()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dead_capacity", [None, 16])
+def test_dead_latents_add_no_gradient_of_the_size_of_the_weights(architecture, dead_capacity):
+    from benchmarks._live_memory import peak_bytes
+
+    levels = architecture == "matryoshka_batchtopk"
+    more = {"use_matryoshka_aux_loss": True} if levels else {}
+    _, sae = _pair(architecture, d_in=512, **more)
+    sae.dead_capacity = dead_capacity
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[::50] = True
+
+    def step() -> None:
+        output = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=torch.ones(16, 512), coefficients={}, dead_neuron_mask=dead,
+                n_training_steps=0, is_logging_step=False,
+            )
+        )  # fmt: skip
+        output.loss.backward()
+
+    peak = peak_bytes(step)
+    assert float(sae.W_enc.grad.t()[dead].norm()) > 0
+    gradients = sum(p.grad.nbytes for p in sae.parameters())
+    assert gradients < peak < 1.4 * gradients  # a second gradient of one weight is a half more
+
+
 def test_a_hook_on_the_latents_is_honoured_by_the_hosts_own_step():
     dense, sparse = _pair("topk")
     outputs = []

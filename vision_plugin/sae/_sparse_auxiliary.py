@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -89,3 +93,79 @@ def padded_places(
     row = torch.arange(1, room + 1, device=dead.device)
     places = torch.searchsorted(rank, row).clamp(max=len(dead) - 1)
     return places, row > rank[-1]
+
+
+@dataclass(frozen=True)
+class DeadLatents:
+    """Dead latents that learn the error of one reconstruction.
+
+    Attributes:
+        width: Number of latents that the reconstruction is made of.
+        places: The dead latents.
+        alive: Those that only fill up a fixed number of places; None if all are dead.
+    """
+
+    width: int
+    places: Int[Tensor, " dead"]
+    alive: Bool[Tensor, " dead"] | None
+
+
+def share_gradients(
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    dead: Sequence[DeadLatents],
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Let the rows of dead latents add to the gradients that the whole weights get anyway.
+
+    The gradient of rows that are gathered from a matrix is zeros of the matrix's size, with some
+    rows filled in. Here no such matrix is made: the rows' gradient is added in place to that of the
+    matrix which this function returns.
+
+    Args:
+        W_enc: Encoder weights.
+        W_dec: Decoder weights.
+        dead: Dead latents whose rows will be gathered, by `rows_of`.
+
+    Returns:
+        Both weights, to be used in place of those given; and for the rows of each of ``dead``, in
+        the encoder and in the decoder, the zeros that `rows_of` asks for.
+    """
+    if not dead:
+        return W_enc, W_dec, []
+    by_latent, zeros = W_enc.t(), []
+    for latents in dead:
+        by_latent, of_encoder = _SharedGradient.apply(by_latent, latents.places)
+        W_dec, of_decoder = _SharedGradient.apply(W_dec, latents.places)
+        zeros.append((of_encoder, of_decoder))
+    return by_latent.t(), W_dec, zeros
+
+
+def rows_of(
+    weights: Float[Tensor, "d_sae width"],
+    places: Int[Tensor, " dead"],
+    zeros: Float[Tensor, "dead width"],
+) -> Float[Tensor, "dead width"]:
+    """Return some rows of a matrix, whose gradient goes where that of ``zeros`` does."""
+    return weights.detach().index_select(0, places).add_(zeros)
+
+
+class _SharedGradient(torch.autograd.Function):
+    """A matrix as it is, and zeros whose gradient is added to some rows of the matrix's own."""
+
+    @staticmethod
+    def forward(weights: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        # One number in memory. The rows are gathered later, when the encoder's product is gone.
+        zeros = weights.new_zeros(()).expand(len(places), weights.shape[1])
+        return weights.view_as(weights), zeros
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grad.index_add(0, places, grad_rows), None
+        # The kernels' operators have just made this gradient, and nothing else reads it.
+        return grad.index_add_(0, places, grad_rows), None

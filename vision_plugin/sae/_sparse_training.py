@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ from vision_plugin.kernels import SparseLatents
 
 from ._prefix import PREFIX, NamedAsStock
 from ._sparse_activations import SparseActivations
-from ._sparse_auxiliary import auxiliary_loss, padded_places
+from ._sparse_auxiliary import (
+    DeadLatents,
+    auxiliary_loss,
+    padded_places,
+    rows_of,
+    share_gradients,
+)
 
 # SAELens ships no types, so its classes are Any to mypy; hence the ignores on subclassing below.
 
@@ -119,16 +126,20 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         shaped = self._sparse_input(step_input.sae_in)
         lead, x = shaped.shape[:-1], shaped.reshape(-1, shaped.shape[-1])
         scale = self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-        latents = self._encode_sparse(x, scale)
-        reconstructions = list(self._reconstruct(latents, lead))
-        sae_out = reconstructions[-1][1]
+        dead = self._dead_latents(step_input.dead_neuron_mask)
+        W_enc, W_dec, shared = share_gradients(self.W_enc, self.W_dec, dead)
+        latents = self._encode_sparse(x, W_enc, scale)
+        reconstructions = dict(self._reconstruct(latents, W_dec, lead))
+        sae_out = reconstructions[self.cfg.d_sae]
         losses = {"mse_loss": self._mean_squared_error(sae_out, step_input.sae_in)}
-        losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(
-            x, scale, step_input, reconstructions
-        )
+        auxiliary = sae_out.new_zeros(())
+        for group, gradients in zip(dead, shared, strict=True):
+            residual = (step_input.sae_in - reconstructions[group.width]).detach()
+            auxiliary = auxiliary + self._loss_of_dead(x, scale, residual, group, gradients)
+        losses["auxiliary_reconstruction_loss"] = self.cfg.aux_loss_coefficient * auxiliary
         for name, term in self.loss_terms.items():
             losses[name] = term(step_input.sae_in.reshape(x.shape), latents)
-        for width, inner in reconstructions[:-1]:
+        for width, inner in list(reconstructions.items())[:-1]:
             losses[f"inner_mse_loss_{width}"] = self._mean_squared_error(inner, step_input.sae_in)
         reported = latents.detach()
         if scale is not None:
@@ -163,17 +174,17 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
     def _b_in(self) -> Tensor | None:
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
-    def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
+    def _encode_sparse(self, x: Tensor, W_enc: Tensor, scale: Tensor | None) -> SparseLatents:
         values, indices = kernels.topk_encode(
-            x, self.W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
+            x, W_enc, self.b_enc, self.cfg.k, b_in=self._b_in, scale=scale
         )
         return SparseLatents.from_topk(values, indices, d_sae=self.cfg.d_sae, trusted=True)
 
     def _reconstruct(
-        self, latents: SparseLatents, lead: torch.Size
+        self, latents: SparseLatents, W_dec: Tensor, lead: torch.Size
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield each nested width and its reconstruction, ascending."""
-        decoded = kernels.csr_decode(latents, self.W_dec, self.b_dec)
+        decoded = kernels.csr_decode(latents, W_dec, self.b_dec)
         yield (
             self.cfg.d_sae,
             self._output(self.hook_sae_recons(decoded.view(*lead, decoded.shape[-1]))),
@@ -190,57 +201,55 @@ class _SparseStep(TopKTrainingSAE):  # type: ignore[misc]
         error: Tensor = self.mse_loss_fn(reconstruction, target).sum(dim=-1).mean()
         return error
 
-    def _auxiliary_loss(
-        self,
-        x: Tensor,
-        scale: Tensor | None,
-        step_input: TrainStepInput,
-        reconstructions: list[tuple[int, Tensor]],
-    ) -> Tensor:
-        """Return SAELens's AuxK loss: dead latents reconstruct the error of the others."""
-        dead = step_input.dead_neuron_mask
-        sae_out = reconstructions[-1][1]
-        if dead is None or not self._may_have_any(dead):
-            return sae_out.new_zeros(())
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+    def _dead_latents(self, dead: Bool[Tensor, " d_sae"] | None) -> list[DeadLatents]:
+        """Return the dead latents, by the reconstruction whose error they learn."""
+        found = self._dead_within(dead, [self.cfg.d_sae])
+        if found and self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
                 "TopK auxiliary loss does not support activation normalization "
                 f"(normalize_activations={self.cfg.normalize_activations!r}): the reconstruction "
                 "would be in normalized space and the residual in the original one. "
                 "Use 'none' or 'expected_average_only_in'."
             )
-        residual = (step_input.sae_in - sae_out).detach()
-        loss: Tensor = self.cfg.aux_loss_coefficient * self._level_loss(x, scale, residual, dead, 0)
-        return loss
+        return found
 
-    def _level_loss(
+    def _dead_within(
+        self, dead: Bool[Tensor, " d_sae"] | None, widths: list[int]
+    ) -> list[DeadLatents]:
+        """Return the dead latents between each width and the one before it, if there are any."""
+        found: list[DeadLatents] = []
+        if dead is None or self.dead_capacity == 0:
+            return found
+        for first, width in pairwise([0, *widths]):
+            part = dead[first:width]
+            if self.dead_capacity is None:
+                places, alive = part.nonzero().squeeze(1), None
+            else:
+                places, alive = padded_places(part, min(self.dead_capacity, len(part)))
+            if len(places):
+                found.append(DeadLatents(width, places + first, alive))
+        return found
+
+    def _loss_of_dead(
         self,
         x: Float[Tensor, "batch d_in"],
         scale: Float[Tensor, " d_sae"] | None,
         residual: Float[Tensor, "... width_out"],
-        dead: Bool[Tensor, " width"],
-        first: int,
+        dead: DeadLatents,
+        gradients: tuple[Tensor, Tensor],
     ) -> Float[Tensor, ""]:
-        """Return the AuxK loss of the dead latents in ``[first, first + width)``."""
-        if self.dead_capacity is None:
-            chosen, alive = dead.nonzero().squeeze(1) + first, None
-        else:
-            chosen, alive = padded_places(dead, min(self.dead_capacity, len(dead)))
-            chosen = chosen + first
+        """Return SAELens's AuxK loss: dead latents reconstruct the error of the others."""
         return auxiliary_loss(
             x,
             residual,
             wanted=residual.shape[-1] // 2,
-            W_enc=self.W_enc.t().index_select(0, chosen).t(),
-            b_enc=self.b_enc.index_select(0, chosen),
-            W_dec=self.W_dec.index_select(0, chosen),
+            W_enc=rows_of(self.W_enc.t(), dead.places, gradients[0]).t(),
+            b_enc=self.b_enc.index_select(0, dead.places),
+            W_dec=rows_of(self.W_dec, dead.places, gradients[1]),
             b_in=self._b_in,
-            scale=None if scale is None else scale.index_select(0, chosen),
-            alive=alive,
+            scale=None if scale is None else scale.index_select(0, dead.places),
+            alive=dead.alive,
         )
-
-    def _may_have_any(self, dead: Tensor) -> bool:
-        return bool(dead.any()) if self.dead_capacity is None else self.dead_capacity > 0
 
     def _after_step(self, values: Tensor, output: TrainStepOutput) -> None:
         """Update what an architecture tracks from step to step."""
@@ -255,10 +264,10 @@ class SparseBatchTopKTrainingSAE(_SparseStep, BatchTopKTrainingSAE):  # type: ig
 
     topk_threshold: Tensor
 
-    def _encode_sparse(self, x: Tensor, scale: Tensor | None) -> SparseLatents:
+    def _encode_sparse(self, x: Tensor, W_enc: Tensor, scale: Tensor | None) -> SparseLatents:
         return kernels.batch_topk_encode(
             x,
-            self.W_enc,
+            W_enc,
             self.b_enc,
             self.cfg.k,
             b_in=self._b_in,
@@ -291,37 +300,19 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
     """SAELens's `MatryoshkaBatchTopKTrainingSAE` on the kernel. Saves as stock ``jumprelu``."""
 
     def _reconstruct(
-        self, latents: SparseLatents, lead: torch.Size
+        self, latents: SparseLatents, W_dec: Tensor, lead: torch.Size
     ) -> Iterator[tuple[int, Tensor]]:
         widths = self.cfg.matryoshka_widths
-        decoded = kernels.matryoshka_decode(latents, self.W_dec, self.b_dec, widths)
+        decoded = kernels.matryoshka_decode(latents, W_dec, self.b_dec, widths)
         levels = decoded.view(len(widths), *lead, decoded.shape[-1]).unbind(0)
         for width, level in zip(widths[:-1], levels[:-1], strict=True):
             yield width, self._output(level)
         yield widths[-1], self._output(self.hook_sae_recons(levels[-1]))
 
-    def _auxiliary_loss(
-        self,
-        x: Tensor,
-        scale: Tensor | None,
-        step_input: TrainStepInput,
-        reconstructions: list[tuple[int, Tensor]],
-    ) -> Tensor:
-        dead = step_input.dead_neuron_mask
+    def _dead_latents(self, dead: Bool[Tensor, " d_sae"] | None) -> list[DeadLatents]:
         if not self.cfg.use_matryoshka_aux_loss:
-            return super()._auxiliary_loss(x, scale, step_input, reconstructions)
-        total = reconstructions[-1][1].new_zeros(())
-        if dead is None:
-            return total
-        first = 0
-        for width, level in reconstructions:
-            part = dead[first:width]
-            if self._may_have_any(part):
-                residual = (step_input.sae_in - level).detach()
-                total = total + self._level_loss(x, scale, residual, part, first)
-            first = width
-        loss: Tensor = self.cfg.aux_loss_coefficient * total
-        return loss
+            return super()._dead_latents(dead)
+        return self._dead_within(dead, self.cfg.matryoshka_widths)
 
 
 def _reported(latents: SparseLatents, lead: torch.Size) -> Tensor:
