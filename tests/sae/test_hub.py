@@ -113,6 +113,16 @@ def test_a_saved_sae_is_shared_with_the_evaluation_beside_it(sae, evaluation, tm
 
 
 @pytest.mark.parametrize(
+    "content", ['[{"summary": 1}]', '{"summary": ["fvu"]}', '{"left_out": {}}']
+)
+def test_a_file_that_is_no_evaluation_is_refused(sae, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"evaluation\.json is not an evaluation: name a file"):
+        hub_folder(sae, tmp_path / "out", "me/saes", evaluation=file)
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"repo_id": "a/b/c"}, ValueError, "repo_id='a/b/c' is no name of a repository"),

@@ -190,7 +190,7 @@ def _evaluation_of(
             return None
         evaluation = beside
     content = read_json(local_path(evaluation))
-    if not isinstance(content, dict) or "summary" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("summary"), dict):
         raise ValueError(f"{evaluation} is not an evaluation: name a file that vp.evaluate wrote")
     return content
 
@@ -243,7 +243,7 @@ def _shared(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     by_dictionary = {
         name: {score_name(key): item for key, item in evaluation[name].items()}
         for name in ("summary", "left_out")
-        if name in evaluation
+        if isinstance(evaluation.get(name), Mapping)
     }
     return {name: _without_paths(value) for name, value in {**evaluation, **by_dictionary}.items()}
 
