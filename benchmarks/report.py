@@ -431,7 +431,8 @@ def page(record: dict[str, Any]) -> str:
             "## Building: the emoji CLIP on emoji with backgrounds",
             "",
             f"Aim: {TARGET_BUILD_S:g} s on two cores, {TARGET_MIB} MiB, {TARGET_FILES:,} files. "
-            "The machine was shared: CPU seconds are the work, seconds the wait.",
+            "CPU seconds are the work, seconds the wait, "
+            f"on {emoji['machine']['device']}.",
             "",
             "| build | seconds | CPU seconds | MiB | files |",
             "|---|---|---|---|---|",
@@ -440,10 +441,11 @@ def page(record: dict[str, Any]) -> str:
             cells = (one["seconds"], one["cpu_seconds"], one["mib"], f"{one['files']:,}")
             lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         lines += ["", *(f"- {value} {name}" for name, value in emoji["slopes"].items())]
-        lines += [
-            f"- {value} CPU milliseconds an image, in this run, for {name} alone"
-            for name, value in emoji["alone"].items()
-        ]
+        model, image = emoji["alone"]["model"], emoji["alone"]["images"]
+        lines.append(
+            f"- of these, in the same run: {model} CPU milliseconds an image for the checkpoint's "
+            f"own module, up to the SAE's hook; {image} to draw it"
+        )
     if browser:
         empty = browser["actions_ms"][EMPTY]["shown"]
         lines += [
