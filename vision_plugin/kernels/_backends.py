@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -213,7 +213,12 @@ def available() -> dict[str, BackendStatus]:
 
 def requested() -> str:
     """Return the backend set by `use_backend` or the environment, ``"auto"`` when none is."""
-    return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    return _requested.get() or _of_process()
+
+
+@cache  # asking the environment takes a tenth of a call on few latents
+def _of_process() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 
 
 @contextmanager
@@ -281,18 +286,28 @@ def _first_usable(device_type: str) -> str:
     return REFERENCE
 
 
-def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
+def run(primitive: str, where: Tensor, name: str, *arguments: Any) -> Any:
     """Run one primitive on the chosen backend; use the reference if an automatic choice fails.
+
+    Args:
+        primitive: Name of a method of `Backend`.
+        where: A tensor on the device that it runs on.
+        name: Name of a backend, or ``"auto"``.
+        *arguments: Arguments of the method.
 
     Raises:
         BackendUnavailableError: the backend was asked for by name and failed.
     """
+    device_type = "cpu" if where.is_cpu else "cuda" if where.is_cuda else where.device.type
     chosen = choose(device_type, name)
-    arguments = tuple(_contiguous_vector(argument) for argument in arguments)
+    given = [
+        argument.contiguous() if isinstance(argument, Tensor) and argument.ndim == 1 else argument
+        for argument in arguments
+    ]
     if chosen == REFERENCE:
-        return getattr(_load(REFERENCE), primitive)(*arguments)
+        return getattr(_load(REFERENCE), primitive)(*given)
     try:
-        return getattr(_load(chosen), primitive)(*arguments)
+        return getattr(_load(chosen), primitive)(*given)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -302,12 +317,7 @@ def run(primitive: str, device_type: str, name: str, *arguments: Any) -> Any:
         _broken[chosen, device_type] = reason
         _chosen.clear()
         _warn_once(chosen, device_type, reason)
-        return getattr(_load(REFERENCE), primitive)(*arguments)
-
-
-def _contiguous_vector(argument: Any) -> Any:
-    is_vector = isinstance(argument, Tensor) and argument.ndim == 1
-    return argument.contiguous() if is_vector else argument
+        return getattr(_load(REFERENCE), primitive)(*given)
 
 
 def _candidates() -> list[str]:
@@ -374,6 +384,7 @@ def forget() -> None:
     """Forget loaded backends, failures and warnings, as after installing a backend."""
     with _lock:
         _loaded.clear()
+    _of_process.cache_clear()
     sources.cache_clear()
     _broken.clear()
     _chosen.clear()

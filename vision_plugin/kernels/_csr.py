@@ -47,6 +47,7 @@ class SparseLatents:
         self.values, self.indices, self.d_sae = values, indices, d_sae
         self.k, self.trusted, self.padded = k, trusted, padded
         self._offsets = offsets
+        self._equal_rows: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_topk(
@@ -54,7 +55,22 @@ class SparseLatents:
     ) -> SparseLatents:
         """Return latents from ``topk_encode``'s ``[batch, k]`` values and indices."""
         k = values.shape[1]
-        return cls(values.reshape(-1), indices.reshape(-1), None, d_sae, k=k, trusted=trusted)
+        made = cls(values.reshape(-1), indices.reshape(-1), None, d_sae, k=k, trusted=trusted)
+        if values.is_contiguous() and indices.is_contiguous() and not values.requires_grad:
+            made._equal_rows = values, indices
+        return made
+
+    def segments(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return values, indices and offsets as the kernels take them.
+
+        Where all rows have ``k`` entries, these are ``[batch, k]``, ``[batch, k]`` and None.
+        """
+        if self.k is None:
+            return self.values, self.indices, self.offsets
+        if self._equal_rows is None or self.values.requires_grad:
+            shape = (self.batch, self.k)
+            return self.values.reshape(shape), self.indices.reshape(shape), None
+        return *self._equal_rows, None
 
     @property
     def offsets(self) -> Tensor:

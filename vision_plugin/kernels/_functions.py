@@ -275,12 +275,7 @@ def csr_decode(
         )
     _check_bias("b_dec", b_dec, W_dec.shape[1])
     _check_mode(latents.values, W_dec)
-    values, indices, offsets = latents.values, latents.indices, None
-    if latents.k is None:
-        offsets = latents.offsets
-    else:
-        shape = (latents.batch, latents.k)
-        values, indices = values.reshape(shape), indices.reshape(shape)
+    values, indices, offsets = latents.segments()
     decoded: Tensor = call(
         _operators.gather_sum,
         W_dec,

@@ -41,7 +41,7 @@ def encode_topk(
     """Return values and int32 indices ``[batch, k]`` of each row's top k."""
     centred = x if b_in is None else x - b_in
     values, indices = _backends.run(
-        "encode_topk", x.device.type, backend, centred, W_enc, b_enc, scale, k, relu, dtype
+        "encode_topk", x, backend, centred, W_enc, b_enc, scale, k, relu, dtype
     )
     return values.to(_result_dtype(x, W_enc)), indices
 
@@ -64,9 +64,7 @@ def encode_batch_topk(
     """Return values, int32 indices and offsets of the batch's largest positive entries."""
     centred = x if b_in is None else x - b_in
     arguments = (centred, W_enc, b_enc, scale, total, padded, dtype)
-    values, indices, offsets = _backends.run(
-        "encode_batch_topk", x.device.type, backend, *arguments
-    )
+    values, indices, offsets = _backends.run("encode_batch_topk", x, backend, *arguments)
     return values.to(_result_dtype(x, W_enc)), indices, offsets
 
 
@@ -87,7 +85,7 @@ def encode_threshold(
     """Return values, int32 indices and offsets of the positive entries above their threshold."""
     centred = x if b_in is None else x - b_in
     values, indices, offsets = _backends.run(
-        "encode_threshold", x.device.type, backend, centred, W_enc, b_enc, threshold, dtype
+        "encode_threshold", x, backend, centred, W_enc, b_enc, threshold, dtype
     )
     return values.to(_result_dtype(x, W_enc)), indices, offsets
 
@@ -117,7 +115,7 @@ def gather_sum(
     if not trusted:
         check_entries(indices, offsets, weights, source.shape[0])
     arguments = (source, indices, offsets, weights, bias, not trusted)
-    result: Tensor = _backends.run("gather_sum", source.device.type, backend, *arguments)
+    result: Tensor = _backends.run("gather_sum", source, backend, *arguments)
     return result
 
 
@@ -140,7 +138,7 @@ def level_sums(
     if not trusted:
         check_entries(indices, offsets, weights, source.shape[0])
     arguments = (source, indices, offsets, weights, bias, n_levels)
-    result: Tensor = _backends.run("level_sums", source.device.type, backend, *arguments)
+    result: Tensor = _backends.run("level_sums", source, backend, *arguments)
     return result
 
 
@@ -153,9 +151,7 @@ def pair_dot(
     segments: Tensor, source: Tensor, indices: Tensor, offsets: Tensor | None, backend: str
 ) -> Tensor:
     """Return ``out[p] = dot(segments[s], source[indices[p]])`` for p in segment s."""
-    result: Tensor = _backends.run(
-        "pair_dot", source.device.type, backend, segments, source, indices, offsets
-    )
+    result: Tensor = _backends.run("pair_dot", source, backend, segments, source, indices, offsets)
     return result
 
 
@@ -165,7 +161,7 @@ def pair_dot(
 )
 def segment_sum(values: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """Return ``out[s] = sum of values[p]`` over segment s, ``[segments]``."""
-    result: Tensor = _backends.run("segment_sum", values.device.type, backend, values, offsets)
+    result: Tensor = _backends.run("segment_sum", values, backend, values, offsets)
     return result
 
 
@@ -178,9 +174,7 @@ def transpose(
     indices: Tensor, offsets: Tensor | None, n_columns: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row of each entry, its place among the rows' entries, and offsets, by column."""
-    rows, order, starts = _backends.run(
-        "transpose", indices.device.type, backend, indices, offsets, n_columns
-    )
+    rows, order, starts = _backends.run("transpose", indices, backend, indices, offsets, n_columns)
     return rows, order, starts
 
 
