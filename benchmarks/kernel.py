@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "stages": stages,
         "ratios": _ratios(stages),
         "over_floor": _over_floor(stages),
-        "host_us_per_call": host_times(device, options.repetitions),
+        "host_us_per_call": _on_one_thread(host_times, device, options.repetitions),
         "accuracy": cases.accuracy(shape, device, options.seed, backend),
         "drift": cases.drift(device, options.seed, backend),
         "not_measured": [] if device == "cuda" else ["every GPU figure: no CUDA device"],
@@ -241,14 +241,21 @@ def _over_floor(stages: dict[str, dict[str, dict[str, object]]]) -> dict[str, fl
     }
 
 
+def _on_one_thread(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def host_times(device: str, repetitions: int) -> dict[str, float]:
     """Return the microseconds of CPU time of a call without gradients, on next to no work.
 
     On a GPU nothing waits between the calls, so this is the time to launch one. On a CPU one thread
     does all of it: a second one would count its waiting.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     shape = cases.Shape(16, 64, 2, 4)
     p = {n: t.detach() for n, t in cases.parameters(shape, device, 0, dtype=torch.float32).items()}
     values, indices = cases.latents(shape, device, 0, "uniform")
@@ -276,7 +283,6 @@ def host_times(device: str, repetitions: int) -> dict[str, float]:
                 times[name].append(1e6 * (time.process_time() - start) / n)
                 if device == "cuda":
                     torch.cuda.synchronize()
-    torch.set_num_threads(threads)
     return {name: statistics.median(us[1:]) for name, us in times.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vision_plugin._private import name_of, score_name, without_paths
+from vision_plugin._private import Places, name_of, without_paths
 
 WHOLE = [
     ("/work/models/dino", "dino"),
@@ -14,6 +14,7 @@ WHOLE = [
     ("C:\\Users\\joe\\model", "model"),
     ("open_clip:/home/joe/x", "open_clip:x"),
     ("1/2 and a/b", "1/2 and a/b"),
+    ("see file:///home/joe/a.png", "see a.png"),
     ("cannot read /home/joe/a/b.png: bad", "cannot read b.png: bad"),
 ]
 
@@ -41,4 +42,14 @@ def test_no_place_of_this_machine_is_told(text: str, shown: str) -> None:
 )
 def test_a_path_is_its_last_name(text: str, shown: str) -> None:
     assert name_of(text) == shown
-    assert score_name(f"{text}/sae") == f"{shown}/sae"
+    assert Places().score_name(f"{text}/sae") == f"{shown}/sae"
+
+
+def test_two_paths_that_end_alike_are_told_apart_and_one_keeps_its_name() -> None:
+    places = Places()
+    texts = ("fvu@/a/clip", "/b/clip", "/a/clip/", "/c/clip-2", "/d/clip", "/b/clip")
+    found = [places.name_of(text) for text in texts]
+    assert found == ["fvu@clip", "clip-2", "clip", "clip-2-2", "clip-3", "clip-2"]
+    scores = {places.score_name(f"fvu@{path}/sae") for path in ("/a/clip", "/b/clip")}
+    assert scores == {"fvu@clip/sae", "fvu@clip-2/sae"}
+    assert {without_paths(score) for score in scores} == scores

@@ -22,11 +22,11 @@ def freed_memory_kept() -> Iterator[None]:
 
     By default glibc hands large blocks back to the system when they are freed. A model that runs on
     the CPU frees and allocates the same blocks at every layer, and the system clears each of their
-    pages anew, which takes up to a quarter of a forward pass. Every pass over images runs in such a
-    block, wherever the model is: memory of a GPU is not affected, and batches of images and what
-    comes back from a GPU are freed and allocated here, too. This does nothing with another C
-    library, or where the environment configures the allocator. Blocks may be nested: the outermost
-    gives the memory back.
+    pages anew, which takes up to a quarter of a forward pass. Extraction, evaluation, reports and
+    steerability run in such a block, wherever the model is: memory of a GPU is not affected, and
+    batches of images and what comes back from a GPU are freed and allocated here, too. This does
+    nothing with another C library, or where the environment configures the allocator. Blocks may
+    be nested: the outermost gives the memory back.
     """
     global _depth
     if not _may_be_set():

@@ -315,6 +315,25 @@ def test_matryoshka_widths_must_end_at_the_dictionarys_width():
         kernels.matryoshka_decode(latents, t["W_dec"], None, [10, 20])
 
 
+def test_rows_of_one_length_decode_as_their_values_and_indices_are_now():
+    values, indices = torch.rand(3, 2), torch.tensor([[0, 4], [1, 2], [3, 4]], dtype=torch.int32)
+    W_dec = torch.randn(5, 6)
+    latents = kernels.SparseLatents.from_topk(values, indices, d_sae=5)
+    for change in ("none", "in place", "others", "strided", "gradients"):
+        if change == "in place":
+            latents.values.mul_(2)
+        elif change == "others":
+            latents.values, latents.indices = latents.values + 1, latents.indices.flip(0)
+        elif change == "strided":
+            latents = kernels.SparseLatents.from_topk(values.T.contiguous().T, indices, d_sae=5)
+        elif change == "gradients":
+            latents.values.requires_grad_()
+        decoded = kernels.csr_decode(latents, W_dec)
+        torch.testing.assert_close(decoded, latents.to_dense() @ W_dec)
+    decoded.sum().backward()
+    torch.testing.assert_close(latents.values.grad, W_dec.sum(1)[latents.indices])
+
+
 def test_latents_convert_to_coo_and_drop_zeros():
     t = inputs(5, 6, 30, kind="negative")
     t["b_enc"][3] = 1e3

@@ -88,7 +88,7 @@ def test_the_folder_holds_the_sae_and_a_card_and_no_path(sae, evaluation, tmp_pa
     assert "![](pictures/0.png)" in card
     scores = json.loads(files["evaluation.json"])
     assert list(scores["per_latent"]) == ["monosemanticity@clip"]
-    assert scores["left_out"] == {"stability@clip/pca": "no SAE at sae: give one"}
+    assert scores["left_out"] == {"stability@clip-2/pca": "no SAE at sae: give one"}
     stock = SAE.load_from_disk(folder)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor)

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from tests.sae._runs import ARCHITECTURES
 from tests.scale._workers import together
-from vision_plugin.scale import LaneTeam, LatentTeam
+from vision_plugin.scale import LaneTeam, LatentTeam, Split
 from vision_plugin.scale._select import select
 
 ROWS, STEPS, D_IN = 64, 60, 16
@@ -182,8 +182,10 @@ def test_the_k_largest_are_selected_ties_in_order(
 
 
 def test_a_group_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match="n_lanes=3: use a power of two"):
-        LaneTeam(3)
+    for refused in (LaneTeam, lambda n: Split(n_lanes=n)):
+        with pytest.raises(ValueError, match="n_lanes=3: use a power of two"):
+            refused(3)
+    assert Split("latents", 3).by == "latents"  # which has no lanes
     with pytest.raises(ValueError, match=r"train_batch_size_tokens=64 .* n_lanes=128"):
         trainer("topk", "float32", team=LaneTeam(128))
     assert os.environ.get("WORLD_SIZE") is None

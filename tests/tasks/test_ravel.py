@@ -279,6 +279,9 @@ def test_hostile_input_is_one_sentence(world: World, tmp_path: Path) -> None:
         ravel(world.model, narrow, data)
     with pytest.raises(ValueError, match="latent 48 is out of range: the SAE has 48"):
         world.run(methods=("sae",), latents=(3, 48))
+    given = RavelSettings(latents=(3,))
+    with pytest.raises(ValueError, match="latents= are numbers of one SAE, and sae= has 2"):
+        ravel(world.model, [world.sae, world.sae], data, settings=given)
     for bad, message in (
         ({"methods": ("magic",)}, "methods= has 'magic'"),
         ({"rules": ("magic",)}, "rules= has 'magic'"),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -174,6 +174,8 @@ _loaded: dict[str, Any] = {}  # name -> backend, or the exception that loading i
 _broken: dict[tuple[str, str], str] = {}  # (name, device type) -> why it failed while running
 _warned: set[tuple[str, str]] = set()
 _chosen: dict[str, str] = {}  # device type -> what an automatic choice found
+_of_process = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+"""Read once: asking the environment takes a tenth of a call on few latents."""
 _requested: ContextVar[str | None] = ContextVar("vision_plugin_kernel", default=None)
 
 
@@ -212,13 +214,8 @@ def available() -> dict[str, BackendStatus]:
 
 
 def requested() -> str:
-    """Return the backend set by `use_backend` or the environment, ``"auto"`` when none is."""
-    return _requested.get() or _of_process()
-
-
-@cache  # asking the environment takes a tenth of a call on few latents
-def _of_process() -> str:
-    return os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    """Return the backend of `use_backend`, or of the environment at the import, or ``"auto"``."""
+    return _requested.get() or _of_process
 
 
 @contextmanager
@@ -381,10 +378,11 @@ def _device_present(device_type: str) -> bool:
 
 
 def forget() -> None:
-    """Forget loaded backends, failures and warnings, as after installing a backend."""
+    """Forget loaded backends, failures, warnings and the environment, as a new process does."""
+    global _of_process
     with _lock:
         _loaded.clear()
-    _of_process.cache_clear()
+    _of_process = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
     sources.cache_clear()
     _broken.clear()
     _chosen.clear()

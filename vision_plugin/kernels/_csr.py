@@ -47,7 +47,7 @@ class SparseLatents:
         self.values, self.indices, self.d_sae = values, indices, d_sae
         self.k, self.trusted, self.padded = k, trusted, padded
         self._offsets = offsets
-        self._equal_rows: tuple[Tensor, Tensor] | None = None
+        self._equal_rows: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def from_topk(
@@ -57,7 +57,7 @@ class SparseLatents:
         k = values.shape[1]
         made = cls(values.reshape(-1), indices.reshape(-1), None, d_sae, k=k, trusted=trusted)
         if values.is_contiguous() and indices.is_contiguous() and not values.requires_grad:
-            made._equal_rows = values, indices
+            made._equal_rows = made.values, made.indices, values, indices
         return made
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -67,10 +67,12 @@ class SparseLatents:
         """
         if self.k is None:
             return self.values, self.indices, self.offsets
-        if self._equal_rows is None or self.values.requires_grad:
-            shape = (self.batch, self.k)
-            return self.values.reshape(shape), self.indices.reshape(shape), None
-        return *self._equal_rows, None
+        if self._equal_rows is not None and not self.values.requires_grad:
+            of_values, of_indices, values, indices = self._equal_rows
+            if of_values is self.values and of_indices is self.indices:
+                return values, indices, None
+        shape = (self.batch, self.k)
+        return self.values.reshape(shape), self.indices.reshape(shape), None
 
     @property
     def offsets(self) -> Tensor:

@@ -10,14 +10,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vision_plugin.metrics._steerability_result import THRESHOLD, Definition, Moved, score_changes
+from vision_plugin.metrics._steerability_result import (
+    THRESHOLD,
+    Definition,
+    SteerabilityScores,
+    score_changes,
+)
 from vision_plugin.steering import Edit, SteeringEffect, edit_effects
 
 __all__ = ["EditSteerabilityResult", "edit_steerability"]
 
 
 @dataclass(frozen=True)
-class EditSteerabilityResult(Moved):
+class EditSteerabilityResult(SteerabilityScores):
     """Steerability of ``k`` edits over a vocabulary of ``c`` concepts.
 
     Attributes:

@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Moved(MetricResult):
+class SteerabilityScores(MetricResult):
     """Numbers per latent, or per edit, that follow from the changes of the probabilities."""
 
     score: Float[Tensor, " k"]
@@ -43,7 +43,7 @@ class Moved(MetricResult):
 
 
 @dataclass(frozen=True)
-class SteerabilityResult(Moved):
+class SteerabilityResult(SteerabilityScores):
     """Steerability of ``k`` latents over a vocabulary of ``c`` concepts.
 
     Attributes:

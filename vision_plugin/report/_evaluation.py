@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vision_plugin._private import name_of, score_name, without_paths
+from vision_plugin._private import Places, without_paths
 from vision_plugin.evaluation import DICTIONARY_TITLES, summary_by_metric
 from vision_plugin.report._charts import LineChart, line_chart
 from vision_plugin.report._inputs import clean
@@ -23,13 +23,12 @@ def scores_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     score that chance gives as well.
     """
     found: dict[str, Any] = {}
+    places = Places()
     for metric, by_dictionary in (evaluation or {}).get("per_latent", {}).items():
         of_sae = by_dictionary.get("sae") or {}
         if not of_sae:
             continue
-        column = name_of(metric)
-        if column in found:  # judges in two folders of one name
-            column = f"{column} ({len(found)})"
+        column = places.name_of(metric)
         found[column] = of_sae["score"]
         if metric.partition("@")[0] == "monosemanticity":
             for extra in ("z", "low"):
@@ -48,7 +47,7 @@ def chance_of(evaluation: Mapping[str, Any] | None) -> float:
 def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summaries of all metrics, a row for each number and a column per dictionary."""
     dictionaries, by_metric = summary_by_metric(evaluation.get("summary", {}))
-    groups = []
+    groups, places = [], Places()
     for metric, numbers in by_metric.items():
         rows = [
             {
@@ -57,14 +56,14 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             }
             for name, of in numbers.items()
         ]
-        groups.append({"metric": clean(name_of(metric).replace("_", " ")), "rows": rows})
+        groups.append({"metric": clean(places.name_of(metric).replace("_", " ")), "rows": rows})
     return {
         "dictionaries": [clean(DICTIONARY_TITLES.get(name, name)) for name in dictionaries],
         "groups": groups,
         "n_images": _count(evaluation.get("n_images")),
-        "verdicts": _verdicts(evaluation),
+        "verdicts": _verdicts(evaluation, places),
         "left_out": [
-            (clean(score_name(name)), clean(without_paths(str(why))))
+            (clean(places.score_name(name)), clean(without_paths(str(why))))
             for name, why in (evaluation.get("left_out") or {}).items()
         ],
         "seen_in_training": bool(evaluation.get("seen_in_training")),
@@ -72,7 +71,7 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _verdicts(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+def _verdicts(evaluation: Mapping[str, Any], places: Places) -> list[dict[str, str]]:
     """Return the comparison at equal firing with its interval, by judge."""
     found = []
     for embedder, result in (evaluation.get("equal_firing") or {}).items():
@@ -80,7 +79,7 @@ def _verdicts(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         own = (evaluation.get("embedders") or {}).get(embedder) == "model"
         found.append(
             {
-                "judge": "the model itself" if own else clean(name_of(embedder)),
+                "judge": "the model itself" if own else clean(places.name_of(embedder)),
                 "difference": _cell(result.get("difference")),
                 "interval": "" if low is None or high is None else f"{_cell(low)} to {_cell(high)}",
                 "n": _count(result.get("n_latents")),

@@ -17,7 +17,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 
 from vision_plugin._disk import whole_folder, write_json
 from vision_plugin._paths import local_path
-from vision_plugin._private import name_of, score_name
+from vision_plugin._private import Places
 from vision_plugin._untrusted import read_json
 from vision_plugin.formats import seal
 from vision_plugin.sae._hub_card import card
@@ -73,7 +73,7 @@ def hub_folder(
         _write_sae(sae, folder)
         config = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
         config.pop("sha256", None)
-        config = _without_paths(config)
+        config = _without_paths(config, Places())
         (folder / SAE_CFG_FILENAME).write_text(json.dumps(config), encoding="utf-8")
         if scores is not None:
             write_json(scores, folder / EVALUATION)
@@ -240,18 +240,22 @@ def _shared(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return an evaluation without paths of this machine."""
     if evaluation is None:
         return None
+    places = Places()
     by_dictionary = {
-        name: {score_name(key): item for key, item in evaluation[name].items()}
+        name: {places.score_name(key): item for key, item in evaluation[name].items()}
         for name in ("summary", "left_out")
         if isinstance(evaluation.get(name), Mapping)
     }
-    return {name: _without_paths(value) for name, value in {**evaluation, **by_dictionary}.items()}
+    shared: dict[str, Any] = _without_paths({**evaluation, **by_dictionary}, places)
+    return shared
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, places: Places) -> Any:
     """Return a JSON value in which a path of this machine is its last part alone."""
     if isinstance(value, Mapping):
-        return {name_of(str(key)): _without_paths(item) for key, item in value.items()}
+        return {
+            places.name_of(str(key)): _without_paths(item, places) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_without_paths(item) for item in value]
-    return name_of(value) if isinstance(value, str) else value
+        return [_without_paths(item, places) for item in value]
+    return places.name_of(value) if isinstance(value, str) else value

@@ -63,7 +63,7 @@ class Candidate:
         return {"kind": kind, **about, **seen}
 
     def row(self, kind: str, split: str, figures: Mapping[str, Figure]) -> Row:
-        """Return its row."""
+        """Return a row of results about it."""
         about = (self.size, self.layer, self.how, str(self.edit))
         return Row(self.method, kind, split, *about, figures)
 

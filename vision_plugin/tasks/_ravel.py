@@ -21,6 +21,7 @@ from vision_plugin.models.dictionary import Dictionary
 from vision_plugin.steering import Edit
 from vision_plugin.tasks._candidates import Candidate
 from vision_plugin.tasks._factors import FactorData, Readers
+from vision_plugin.tasks._find import find_latents
 from vision_plugin.tasks._result import TaskResult
 from vision_plugin.tasks._row import Row
 from vision_plugin.tasks._search import at_random, sizes_below
@@ -119,6 +120,10 @@ def ravel(
     """
     settings = settings or RavelSettings()
     saes = [sae] if isinstance(sae, Dictionary) else list(sae)
+    if settings.latents:
+        if len(saes) != 1:
+            raise ValueError(f"latents= are numbers of one SAE, and sae= has {len(saes)}")
+        find_latents(model, saes[0], rule="list", latents=settings.latents)  # refuses others
     run = _Run(model, saes, images, settings, announce)
     chosen = {factor: run.chosen(factor) for factor in run.factors}
     announce(f"Reporting on {len(run.test)} test pairs")
