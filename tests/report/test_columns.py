@@ -143,17 +143,18 @@ def test_the_summary_has_the_table_and_the_curves(tmp_path, model, sae, images):
             "fvu/sae": {"explained_variance": 0.7},
             "fvu/random": {"cosine": 0.2},
             "monosemanticity@/home/jane-doe/a/clip/sae": {"mean_score": 0.625},
+            "monosemanticity@/home/jane-doe/b/clip/sae": {"mean_score": 0.375},
         },
         "per_latent": {
             f"monosemanticity@/home/jane-doe/{place}/clip": {"sae": {"score": [0.5] * n}}
-            for place in ("a", "b")
+            for place in ("b", "a")
         },
         "equal_firing": {
             "labels": {"difference": 0.1, "low": 0.05, "high": 0.2, "verdict": "above"}
         },
         "left_out": {
             "hierarchy": "no taxonomy at /home/jane-doe/x.csv",
-            "stability@/home/jane-doe/a/clip/random": "no other SAE",
+            "stability@/home/jane-doe/b/clip/random": "no other SAE",
         },
     }
     training = [{"step": 10, "l0": 8.0}, {"step": 20, "l0": 9.0}]
@@ -167,6 +168,11 @@ def test_the_summary_has_the_table_and_the_curves(tmp_path, model, sae, images):
         assert text in page
     for text in ("monosemanticity@clip</", "stability@clip/random"):
         assert text in page
+    table = page.partition("All scores</caption>")[2]
+    second, first = (table.index(f"monosemanticity@{name}<") for name in ("clip-2", "clip"))
+    assert second < first  # the table has the other order, and the columns' names
+    assert "0.625" in table[second:first]
+    assert "0.375" in table[first:]
     assert page.count("<polyline") == 3
     assert sum("monosemanticity@clip" in c["title"] for c in read_data(out)["columns"]) == 2
     for path in out.rglob("*.*"):

@@ -285,6 +285,7 @@ def test_hostile_input_is_one_sentence(world: World, tmp_path: Path) -> None:
     for bad, message in (
         ({"methods": ("magic",)}, "methods= has 'magic'"),
         ({"rules": ("magic",)}, "rules= has 'magic'"),
+        ({"latents": (3,), "methods": ("none",)}, "by the method 'sae': name it in methods="),
         ({"sizes": (0,)}, "numbers from 1 up"),
         ({"sources": 0}, "at least 1"),
     ):

@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     elif team.workers > 1 and not team.launched:
         from vision_plugin.scale import launch
 
-        _split(team)  # refuses here what each process would refuse after its start
+        _split(team)  # a split that is none is refused here, before processes start
         return launch(["train", *arguments], team.workers)
     else:
         train_line(cfg, team)

@@ -174,7 +174,13 @@ _loaded: dict[str, Any] = {}  # name -> backend, or the exception that loading i
 _broken: dict[tuple[str, str], str] = {}  # (name, device type) -> why it failed while running
 _warned: set[tuple[str, str]] = set()
 _chosen: dict[str, str] = {}  # device type -> what an automatic choice found
-_of_process = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+
+
+def _from_environment() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+
+
+_of_process = _from_environment()
 """Read once: asking the environment takes a tenth of a call on few latents."""
 _requested: ContextVar[str | None] = ContextVar("vision_plugin_kernel", default=None)
 
@@ -382,7 +388,7 @@ def forget() -> None:
     global _of_process
     with _lock:
         _loaded.clear()
-    _of_process = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    _of_process = _from_environment()
     sources.cache_clear()
     _broken.clear()
     _chosen.clear()

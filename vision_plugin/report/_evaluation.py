@@ -23,7 +23,7 @@ def scores_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     score that chance gives as well.
     """
     found: dict[str, Any] = {}
-    places = Places()
+    places = _places(evaluation or {})
     for metric, by_dictionary in (evaluation or {}).get("per_latent", {}).items():
         of_sae = by_dictionary.get("sae") or {}
         if not of_sae:
@@ -47,7 +47,7 @@ def chance_of(evaluation: Mapping[str, Any] | None) -> float:
 def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summaries of all metrics, a row for each number and a column per dictionary."""
     dictionaries, by_metric = summary_by_metric(evaluation.get("summary", {}))
-    groups, places = [], Places()
+    groups, places = [], _places(evaluation)
     for metric, numbers in by_metric.items():
         rows = [
             {
@@ -69,6 +69,14 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "seen_in_training": bool(evaluation.get("seen_in_training")),
         "own_embeddings": evaluation.get("embeddings") == "model",
     }
+
+
+def _places(evaluation: Mapping[str, Any]) -> Places:
+    """Return names of the judges' folders, the same on every page."""
+    places = Places()
+    for name in (*(evaluation.get("embedders") or ()), *evaluation.get("per_latent", {})):
+        places.name_of(name)
+    return places
 
 
 def _verdicts(evaluation: Mapping[str, Any], places: Places) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from vision_plugin.steering import Directions, Edit, EditPass
 from vision_plugin.tasks._attack import Attack
 from vision_plugin.tasks._erase import leace, probe_direction
 from vision_plugin.tasks._evidence import gather
-from vision_plugin.tasks._find import GRADIENT_RULES, choose
+from vision_plugin.tasks._find import GRADIENT_RULES, choose, each_once
 from vision_plugin.tasks._found import FoundLatents
 from vision_plugin.tasks._measure import Figure
 from vision_plugin.tasks._row import Row
@@ -121,13 +121,9 @@ def listed(latents: Sequence[int], tokens: str, active: Tensor, clean_mean: Tens
     Raises:
         ValueError: the SAE has no such latent.
     """
-    bad = [latent for latent in latents if not 0 <= latent < len(active)]
-    if bad:
-        raise ValueError(
-            f"latents={bad[0]} is out of range: the SAE has {len(active)} latents, from 0"
-        )
     scores = torch.full((len(active),), torch.nan)
-    return FoundLatents("list", tuple(latents), scores, tokens, active, clean_mean)
+    chosen = tuple(each_once(latents, len(active)))
+    return FoundLatents("list", chosen, scores, tokens, active, clean_mean)
 
 
 def suppressed(sae: Dictionary, found: FoundLatents, latents: Sequence[int] | None = None) -> Edit:

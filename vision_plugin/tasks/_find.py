@@ -199,6 +199,11 @@ def choose(evidence: Evidence, rule: str, n: int) -> FoundLatents:
 def _listed(latents: Iterable[int] | None, size: int) -> list[int]:
     if latents is None:
         raise ValueError("rule='list' takes the latents that you name: give latents=")
+    return each_once(latents, size)
+
+
+def each_once(latents: Iterable[int], size: int) -> list[int]:
+    """Return given latents without repeats; raise ValueError if the SAE lacks one of them."""
     chosen = list(dict.fromkeys(int(latent) for latent in latents))
     bad = [latent for latent in chosen if not 0 <= latent < size]
     if bad:

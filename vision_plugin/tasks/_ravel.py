@@ -75,6 +75,8 @@ class RavelSettings:
 
     def __post_init__(self) -> None:
         check_known(self, methods=RAVEL_METHODS, rules=SWAP_RULES)
+        if self.latents and "sae" not in self.methods:
+            raise ValueError("latents= are swapped by the method 'sae': name it in methods=")
         for name in ("sizes", "ranks"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1:
@@ -104,8 +106,9 @@ def ravel(
         announce: Called with one line per stage.
 
     Raises:
-        ValueError: an SAE belongs to another model or hook or lacks a latent, nothing reads the
-            factors, or there are too few pairs for an interval.
+        ValueError: an SAE belongs to another model or hook or lacks a latent, latents are given
+            beside several SAEs, nothing reads the factors, or there are too few pairs for an
+            interval.
         ImportError: probes are to be fitted and scikit-learn is missing.
 
     Examples:
